@@ -1,0 +1,1 @@
+"""Training: optimizers, the parallel plan, checkpoints, metrics and the loop that joins them."""

@@ -1,0 +1,194 @@
+"""Muon on stacks of equal matrices, whole or sharded by rows, with the same result.
+
+Letters: N matrices of one shape (R rows, C columns), W ranks that share the rows, r rows on this rank,
+n = ceil(N / W) matrices that one rank orthogonalizes.
+
+Source: Jordan et al. 2024 (Muon); Amsel et al. 2025, arXiv 2505.16932 (Polar Express); Li et al. 2025,
+arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings are in spec section 5.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+Coefficients = Sequence[tuple[float, float, float]]
+Direction = Callable[..., tuple[Tensor, Tensor]]
+
+# Polar Express, five steps, safety factor 0.02, cushion 2 (arXiv 2505.16932, Algorithm 1).
+POLAR_EXPRESS: Coefficients = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+class Layout(NamedTuple):
+    """How the rows of a matrix lie over the ranks."""
+
+    group: dist.ProcessGroup
+    world: int
+    rank: int
+
+    def rows(self, total: int) -> list[int]:
+        """Rows on each rank: DTensor's Shard(0) rounds up, so the last ranks may hold fewer or none."""
+        step = -(-total // self.world)
+        return [max(0, min(step, total - i * step)) for i in range(self.world)]
+
+
+def layout_of(parameter: Tensor) -> Layout | None:
+    """The row layout of a parameter; None when it is whole on this rank."""
+    if not isinstance(parameter, DTensor):
+        return None
+    sharded = [(dim, placement) for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
+    if len(sharded) > 1 or any(placement != Shard(0) for _, placement in sharded):
+        raise ValueError(f"optimizer: placements {parameter.placements} are not supported: shard parameters by rows over one mesh dimension")
+    if not sharded:
+        return None
+    dim = sharded[0][0]
+    mesh = parameter.device_mesh
+    return Layout(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter, gradient or state (a view)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------ the mathematics, on whole matrices
+
+
+def orthogonalize(stack_NRC: Tensor, *, coefficients: Coefficients = POLAR_EXPRESS, safety: float = 1.02) -> Tensor:
+    """The nearest semi-orthogonal matrix of each matrix, approximately, in the stack's dtype.
+
+    Args:
+        stack_NRC: matrices.
+        coefficients: (a, b, c) of each step X <- a X + (b A + c A A) X with A = X X^T.
+        safety: the Frobenius norm is divided by this much more than itself, so that no singular value passes 1.
+    """
+    tall = stack_NRC.size(-2) > stack_NRC.size(-1)
+    x = stack_NRC.mT if tall else stack_NRC
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * safety + 1e-6)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def direction(stack_NRC: Tensor, second_moment: Tensor, *, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthogonalized matrices with their rows (or columns) scaled to even sizes, total norm unchanged.
+
+    Args:
+        stack_NRC: momentum-averaged gradients, in the dtype of the computation.
+        second_moment: (N, R, 1) or (N, 1, C), running mean square of each row or column, float32.
+        rate: 0-D, 1 - beta of the running mean; 0 leaves it as it is.
+
+    Returns:
+        The update in the stack's dtype, and the new second moment.
+    """
+    update = orthogonalize(stack_NRC)
+    dim = -1 if second_moment.size(-1) == 1 else -2
+    square = update.float().square().mean(dim=dim, keepdim=True)
+    second_moment = second_moment.lerp(square, rate)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    before = square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    after = (square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    scale = scale * (before / after.clamp_min(1e-10))
+    return update * scale.to(update.dtype), second_moment
+
+
+def second_moment_like(parameter: Tensor) -> Tensor:
+    """Zeros for the factored second moment: a number a row, or a column where those are fewer; whole on every rank."""
+    rows, columns = parameter.shape
+    shape = (rows, 1) if rows >= columns else (1, columns)
+    return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+
+
+# ------------------------------------------------------------------ one step on one stack
+
+
+def muon_step(
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    beta2: float,
+    weight_decay: float,
+    finite: Tensor,
+    direction: Direction = direction,
+) -> None:
+    """Update matrices of one shape in place, each orthogonalized whole by one rank.
+
+    Args:
+        params: N parameters of one shape (R, C), with gradients; all whole, or all sharded by rows alike.
+        momenta: running means of the gradients, laid out as the parameters.
+        second_moments: factored second moments, whole on every rank.
+        lr: learning rate; times sqrt(max(1, R / C)) here.
+        momentum: coefficient of the running mean, Nesterov style.
+        beta2: coefficient of the second moment.
+        weight_decay: cautious: it acts only where it agrees with the update's sign.
+        finite: 0-D on the device, 1.0 = do the step, 0.0 = leave everything as it was.
+        direction: from momentum-averaged gradients to update; compiled once a shape by the trainer.
+
+    Departs: the reference computes lr and weight decay in bf16; here the masters see float32.
+    """
+    layout = layout_of(params[0])
+    rows, columns = params[0].shape
+    gradient = torch.stack([local(p.grad) for p in params])
+    gradient = torch.where(finite.bool(), gradient, 0.0)  # NaN * 0 is NaN, so rates of 0 alone would not do
+    average = torch.stack([local(m) for m in momenta])
+    average.lerp_(gradient, (1.0 - momentum) * finite)
+    torch._foreach_copy_([local(m) for m in momenta], list(average.unbind()))
+    nesterov = gradient.lerp_(average, momentum)
+    # The computation's dtype also travels between the ranks: the same rounding, half the bytes.
+    nesterov = nesterov.to(torch.bfloat16 if nesterov.is_cuda else nesterov.dtype)
+
+    moments = torch.stack(list(second_moments))
+    update, moments = _on_owners(nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: direction(g, m, rate=(1.0 - beta2) * finite))
+    torch._foreach_copy_(list(second_moments), list(moments.unbind()))
+
+    masters = [local(p) for p in params]
+    weights = torch.stack(masters)
+    update = update.to(weights.dtype)
+    agrees = update * weights >= 0
+    change = update.add_(weights * agrees, alpha=weight_decay)
+    weights.sub_(change * (lr * max(1.0, rows / columns) ** 0.5 * finite))
+    torch._foreach_copy_(masters, list(weights.unbind()))
+
+
+def _on_owners(
+    stack_NrC: Tensor, moments: Tensor, *, layout: Layout | None, rows: int, apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """``apply`` to whole matrices: each rank gathers its share of the stack, computes, and scatters it back."""
+    if layout is None:
+        return apply(stack_NrC, moments)
+    count, _, columns = stack_NrC.shape
+    share = -(-count // layout.world)
+    row_counts = layout.rows(rows)
+    mine = row_counts[layout.rank]
+
+    def padded(tensor: Tensor) -> Tensor:  # zero matrices fill up the last share, so that every rank runs one shape
+        return torch.cat([tensor, tensor.new_zeros(share * layout.world - count, *tensor.shape[1:])])
+
+    here, there = [share * mine * columns] * layout.world, [share * r * columns for r in row_counts]
+    received = stack_NrC.new_empty(sum(there))
+    dist.all_to_all_single(received, padded(stack_NrC).flatten(), output_split_sizes=there, input_split_sizes=here, group=layout.group)
+    whole = torch.cat([part.view(share, r, columns) for part, r in zip(received.split(there), row_counts)], dim=1)
+
+    own = slice(layout.rank * share, (layout.rank + 1) * share)
+    update, new_moments = apply(whole, padded(moments)[own])
+
+    back = stack_NrC.new_empty(share * layout.world * mine * columns)
+    pieces = torch.cat([part.flatten() for part in update.split(row_counts, dim=1)])
+    dist.all_to_all_single(back, pieces, output_split_sizes=here, input_split_sizes=there, group=layout.group)
+    gathered = new_moments.new_empty(share * layout.world, *new_moments.shape[1:])
+    dist.all_gather_into_tensor(gathered, new_moments.contiguous(), group=layout.group)
+    return back.view(-1, mine, columns)[:count], gathered[:count]
