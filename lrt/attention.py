@@ -1,0 +1,137 @@
+"""RoPE, masks by position, and attention over the three kinds of key/value store.
+
+Layout of queries, keys and values: (B, P, heads, K). Legend: B batch, P positions of the pass,
+N keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------ rotary positions
+
+
+def rope_tables(positions: Tensor, head_dim: int, *, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles.
+
+    Args:
+        positions: (P,) or (B, P) token positions.
+        head_dim: K.
+        base: RoPE base.
+        dtype: float32, or bfloat16 to reproduce the official tables.
+
+    Returns:
+        cos, sin: (1 or B, P, 1, K/2). The angles are computed in float32, in float64 when dtype is.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    channels = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device)
+    angles = positions.to(exact)[..., None] * (1.0 / (base ** (channels / head_dim)))
+    if angles.ndim == 2:
+        angles = angles[None]
+    return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of the last dimension of x (B, P, heads, K); result in the wider dtype of x and the tables."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+
+
+# ------------------------------------------------------------------ masks
+
+
+def causal_mask(queries: Tensor, keys: Tensor, *, window: int | None = None, query_documents: Tensor | None = None,
+                key_documents: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Which key each query may see, by position.
+
+    Args:
+        queries, keys: (P,) and (N,) positions.
+        window: tokens seen before the current one; None = all.
+        query_documents, key_documents: (B, P) and (B, N) document numbers; attention stays inside a document.
+
+    Returns:
+        bool (1 or B, 1, P, N).
+    """
+    distance = queries[:, None] - keys[None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance <= window)
+    allowed = allowed[None, None]
+    if query_documents is not None and key_documents is not None:
+        allowed = allowed & (query_documents[:, :, None] == key_documents[:, None, :])[:, None]
+    return allowed
+
+
+# ------------------------------------------------------------------ attention
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None) -> Tensor:
+    """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen."""
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    if grouped:
+        repeat = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None) -> Tensor:
+    """Plain causal attention of a pass over its own, contiguous positions."""
+    length = query.shape[1]
+    if softcap is None and (window is None or window >= length - 1):
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+    places = torch.arange(length, device=query.device)
+    return masked_attention(query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap)
+
+
+# ------------------------------------------------------------------ key/value stores
+
+
+class Buffer(NamedTuple):
+    """Training store: keys and values of other positions, in groups; nothing is written in place.
+
+    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once a
+    pass and window, over the groups' concatenation.
+    """
+
+    keys: tuple[Tensor, ...]  # (B, n_g, G, K) each
+    values: tuple[Tensor, ...]
+    slot: int
+    mask: Tensor | None  # bool (1 or B, 1, P, N)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+        keys = torch.cat([*self.keys[: self.slot], key, *self.keys[self.slot + 1 :]], dim=1)
+        values = torch.cat([*self.values[: self.slot], value, *self.values[self.slot + 1 :]], dim=1)
+        return masked_attention(query, keys, values, self.mask, scale=scale, softcap=softcap)
+
+
+class Cache(NamedTuple):
+    """Decoding store: static tensors written in place at the pass's slots."""
+
+    key: Tensor  # (B, N, G, K)
+    value: Tensor
+    slots: Tensor  # (P,) or (B, P) where the fresh keys go
+    mask: Tensor  # bool (1 or B, 1, P, N)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+        if self.slots.ndim == 1:
+            self.key.index_copy_(1, self.slots, key)
+            self.value.index_copy_(1, self.slots, value)
+        else:
+            index = self.slots[:, :, None, None].expand_as(key)
+            self.key.scatter_(1, index, key)
+            self.value.scatter_(1, index, value)
+        return masked_attention(query, self.key, self.value, self.mask, scale=scale, softcap=softcap)

@@ -1,0 +1,206 @@
+"""The nanochat-style decoder: RoPE, QK-norm, relu^2 MLP, value embeddings, x_0 residual, softcap.
+
+Legend: B batch, P positions of the pass, L blocks, D width, H query heads, G key/value heads,
+K head width, V vocabulary. Source: spec section 5; facts from the official code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrt.attention import causal_attention, rope_tables, rotate
+from lrt.config import ModelConfig
+from lrt.loss import capped_logits, chunked_cross_entropy
+from lrt.recurrence import Gate
+from lrt.types import KV, KVStore, Projection
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm without parameters; eps is the machine epsilon of the dtype."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+class Context(NamedTuple):
+    """What one block needs beside the hidden state; dimension 1 is positions, or 1 to broadcast."""
+
+    cos: Tensor  # (1 or B, P, 1, K/2)
+    sin: Tensor
+    embedding: Tensor | None  # (B, P, D) x_0
+    token_value: Tensor | None  # (B, P, G K) E_v[token]
+    scale: Tensor | None  # (1, 1, 1) a
+    embedding_scale: Tensor | None  # (1, 1, 1) b
+
+
+class DecoderBlock(nn.Module):
+    """One block: attention and MLP, both before a parameter-free RMSNorm.
+
+    Args:
+        config: the model's settings.
+        layer: zero-based index, which decides window and value embedding.
+        device, dtype: of the weights.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        width, kv_width = config.d_model, config.kv_heads * config.head_dim
+        hidden = int(config.mlp_ratio * width)
+        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.head_dim = config.head_dim
+        self.window = config.windows()[layer]
+        self.qk_norm = config.qk_norm
+        self.query = nn.Linear(width, config.heads * config.head_dim, **factory)
+        self.key = nn.Linear(width, kv_width, **factory)
+        self.value = nn.Linear(width, kv_width, **factory)
+        self.output = nn.Linear(config.heads * config.head_dim, width, **factory)
+        self.mlp_in = nn.Linear(width, hidden, **factory)
+        self.mlp_out = nn.Linear(hidden, width, **factory)
+        channels = config.gate_channels or width
+        self.value_gate = Gate(channels, config.kv_heads, device=device, dtype=dtype) if config.has_value_embedding(layer) else None
+
+    def enter(self, hidden: Tensor, context: Context) -> Tensor:
+        if context.scale is not None:
+            hidden = context.scale.to(hidden.dtype) * hidden
+        if context.embedding is not None and context.embedding_scale is not None:
+            hidden = hidden + context.embedding_scale.to(hidden.dtype) * context.embedding
+        return hidden
+
+    def project(self, hidden: Tensor, context: Context) -> Projection:
+        normed = rms_norm(hidden)
+        heads = (-1, self.head_dim)
+        return Projection(
+            normed, self.query(normed).unflatten(-1, heads), self.key(normed).unflatten(-1, heads), self.value(normed).unflatten(-1, heads)
+        )
+
+    def finish_kv(self, projection: Projection, context: Context) -> KV:
+        value = projection.value
+        if self.value_gate is not None and context.token_value is not None:
+            value = value + self.value_gate(projection.normed) * context.token_value.unflatten(-1, value.shape[-2:])
+        return KV(self._rotate(projection.key, context), value)
+
+    def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = self.finish_kv(projection, context)
+        query = self._rotate(projection.query, context)
+        scale = self.head_dim**-0.5
+        if kv is None:
+            mixed = causal_attention(query, key, value, window=self.window, scale=scale)
+        else:
+            mixed = kv.attend(query, key, value, window=self.window, scale=scale, softcap=None)
+        hidden = hidden + self.output(mixed.flatten(-2))
+        hidden = hidden + self.mlp_out(F.relu(self.mlp_in(rms_norm(hidden))).square())
+        return hidden, key, value
+
+    def _rotate(self, x: Tensor, context: Context) -> Tensor:
+        rotated = rotate(x, context.cos, context.sin)
+        if self.qk_norm:
+            rotated = rms_norm(rotated.to(x.dtype))
+        return rotated.to(x.dtype)
+
+    @torch.no_grad()
+    def init_weights(self, *, generator: torch.Generator | None = None) -> None:
+        bound = (3 / self.query.in_features) ** 0.5
+        for linear in (self.query, self.key, self.value, self.mlp_in):
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+        for linear in (self.output, self.mlp_out):
+            nn.init.zeros_(linear.weight)
+        if self.value_gate is not None:
+            self.value_gate.init_weights()
+
+
+class Head(nn.Linear):
+    """Untied head with a softcap; rows beyond the vocabulary are padding and never scored.
+
+    Args:
+        config: the model's settings.
+        loss_chunk: tokens whose logits are held at once by ``loss``; 0 = all.
+        device, dtype: of the weight (padded V, D).
+    """
+
+    def __init__(self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
+        self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """(B, P, D) -> logits (B, P, V), in float32 at least."""
+        return capped_logits(normed, self.weight[: self.vocab_size], self.softcap)
+
+    def loss(self, normed: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of nats and nats of every position, as ``chunked_cross_entropy``."""
+        return chunked_cross_entropy(normed, self.weight[: self.vocab_size], targets, softcap=self.softcap, chunk=self.loss_chunk)
+
+
+class Decoder(nn.Module):
+    """The decoder without its blocks: embeddings, scales and head.
+
+    Args:
+        config: the model's settings.
+        device, dtype: of the weights.
+        loss_chunk: tokens whose logits are held at once; 0 = all.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192) -> None:
+        super().__init__()
+        self.config = config
+        self.width, self.kv_heads, self.head_dim, self.vocab_size = config.d_model, config.kv_heads, config.head_dim, config.vocab_size
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = nn.Embedding(config.padded_vocab, self.width, **factory)
+        layers = range(config.n_layers)
+        self.value_embeddings = nn.ModuleDict(
+            {str(i): nn.Embedding(config.padded_vocab, self.kv_heads * self.head_dim, **factory) for i in layers if config.has_value_embedding(i)}
+        )
+        self.residual_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.residual_scales else None
+        self.embedding_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None
+        self.head = Head(config, loss_chunk=loss_chunk, **factory)
+
+    def make_blocks(self, *, device: Any = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
+        """The blocks that belong to this decoder, not registered here."""
+        return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
+        """Hidden state (B, P, D) and one context a block.
+
+        Args:
+            tokens: (B, P) ids.
+            positions: (P,) or (B, P).
+        """
+        hidden = rms_norm(self.embedding(tokens))
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        table = torch.bfloat16 if self.config.rope_dtype == "bfloat16" else exact
+        cos, sin = rope_tables(positions, self.head_dim, base=self.config.rope_base, dtype=table)
+        layers = range(self.config.n_layers)
+        scales = _per_block(self.residual_scales, self.config.n_layers)
+        embedding_scales = _per_block(self.embedding_scales, self.config.n_layers)
+        x0 = hidden if self.embedding_scales is not None else None
+        token_values = [self.value_embeddings[str(i)](tokens) if str(i) in self.value_embeddings else None for i in layers]
+        return hidden, tuple(Context(cos, sin, x0, token_values[i], scales[i], embedding_scales[i]) for i in layers)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, P, V) in float32 at least, of the last block's output."""
+        return self.head(rms_norm(hidden))
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of nats, and the nats of every position (B, P), of the last block's output."""
+        return self.head.loss(rms_norm(hidden), targets)
+
+    @torch.no_grad()
+    def init_weights(self, *, generator: torch.Generator | None = None) -> None:
+        bound = (3 / self.width) ** 0.5
+        nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
+        nn.init.normal_(self.head.weight, std=0.001, generator=generator)
+        for embedding in self.value_embeddings.values():
+            nn.init.uniform_(embedding.weight, -bound, bound, generator=generator)
+        if self.residual_scales is not None:
+            self.residual_scales.fill_(1.0)
+        if self.embedding_scales is not None:
+            self.embedding_scales.fill_(0.1)
+
+
+def _per_block(scales: Tensor | None, n_layers: int) -> tuple[Tensor | None, ...]:
+    """One (1, 1, 1) tensor a block, so that a block receives its scale as data."""
+    return (None,) * n_layers if scales is None else scales.view(-1, 1, 1, 1).unbind(0)

@@ -1,0 +1,305 @@
+"""LatentRecurrentModel: a decoder and the recurrence around it. ``build`` makes one from a recipe.
+
+Legend: B batch, T row length, L blocks, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lrt.backbone import Decoder
+from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.loss import IGNORE, group_losses, weighted_loss
+from lrt.passes import PassResult, Row, by_group, in_order, run_schedule
+from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
+from lrt.schedules import Interleaved, Refine, baseline, from_config, interleaved, sequential
+from lrt.types import Backbone, Block, Output, Schedule
+
+
+class LatentRecurrentModel(nn.Module):
+    """A decoder whose every position also receives the memory m[t-1] of the position before (paper section 3).
+
+    Args:
+        backbone: embeddings and head.
+        blocks: the decoder's blocks, in order.
+        recurrence: how memory enters; None = the plain twin, which has no memory at all.
+        train_schedule: schedule of training mode; None = interleaved(2), or baseline() without recurrence.
+
+    Raises:
+        ValueError: a setting of ``recurrence`` does not fit this decoder.
+    """
+
+    def __init__(
+        self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, *, train_schedule: Schedule | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.recurrence = recurrence
+        self.memory_projection: KVProjection | None = None
+        self.injection: ResidualInjection | None = None
+        self.receivers: tuple[int, ...] = ()
+        self.source = 0
+        gates: dict[int, Gate] = {}
+        projections: dict[int, KVProjection] = {}
+        if recurrence is not None:
+            self.source = recurrence.source_index(len(blocks))
+            self.receivers = recurrence.block_indices(len(blocks))
+            width, heads, head_dim = backbone.width, backbone.kv_heads, backbone.head_dim
+            channels = recurrence.gate_channels or width
+            if channels > width:
+                raise ValueError(f"recurrence.gate_channels = {channels} is more than the width {width}: use at most {width}")
+            places = [_place(blocks[i]) for i in self.receivers]
+            if recurrence.kv_projection:
+                gates = {i: Gate(channels, 2 * heads, **place) for i, place in zip(self.receivers, places)}
+                if recurrence.sharing == "shared":
+                    self.memory_projection = KVProjection(width, heads, head_dim, **places[0])
+                else:
+                    projections = {i: KVProjection(width, heads, head_dim, **place) for i, place in zip(self.receivers, places)}
+            if recurrence.residual:
+                self.injection = ResidualInjection(len(self.receivers), **places[0])
+        wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
+        self.blocks = nn.ModuleList(wrapped)
+        self.train_schedule: Schedule = train_schedule or (baseline() if recurrence is None else interleaved(2))
+
+    # -------------------------------------------------------------- the call
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        labels: Tensor | None = None,
+        schedule: Schedule | None = None,
+        document_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_logits: bool | None = None,
+        *,
+        valid_targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Output:
+        """Run a schedule over rows of tokens.
+
+        Args:
+            input_ids: (B, T) token ids.
+            targets: (B, T), already shifted: targets[t] follows input_ids[t]; -100 is ignored.
+            labels: (B, T), Hugging Face convention: shifted inside; at most one of targets and labels.
+            schedule: None = ``self.train_schedule`` in training mode, sequential() in evaluation mode.
+            document_ids: (B, T) document of every token; memory and attention stay inside a document.
+            attention_mask: (B, T), 0 marks padding on the left or on the right.
+            position_ids: (B, T) for RoPE; None counts from the row's first real token.
+            return_logits: None = only without targets.
+            valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
+                passes the count over all ranks and accumulation steps.
+            generator: draws the order of subsets where the schedule asks for it.
+
+        Raises:
+            ValueError: shapes, token ids or arguments that do not fit.
+        """
+        targets = self._check(input_ids, targets, labels)
+        length = input_ids.shape[1]
+        back = None
+        if attention_mask is not None:
+            forth, real, back = _alignment(attention_mask)
+            input_ids = input_ids.gather(1, forth)
+            targets = None if targets is None else _align_targets(targets, forth, real)
+            document_ids = None if document_ids is None else document_ids.gather(1, forth)
+            position_ids = None if position_ids is None else position_ids.gather(1, forth)
+        chosen = schedule if schedule is not None else self.default_schedule()
+        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, generator=generator)
+        weights = chosen.group_weights(length)
+        groups = by_group(results, len(weights))
+        final, places = groups[-1]
+        logits = None
+        if return_logits or (return_logits is None and targets is None):
+            logits = _restore(in_order(self.backbone.logits(final), places), back)
+        memory = _last_memory(results, len(weights) - 1)
+        loss, losses = None, ()
+        if targets is not None:
+            count = (targets != IGNORE).sum() if valid_targets is None else valid_targets
+            sums = [self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(()) for (h, p), w in zip(groups, weights)]
+            means = group_losses(sums, count)
+            loss = weighted_loss(means, weights)
+            losses = tuple(mean.detach() for mean in means)
+        return Output(loss, logits, None if memory is None else _restore(memory, back), losses)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        schedule: Schedule,
+        *,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[PassResult]:
+        """Embed rows (B, T) without padding on the left and run every pass of ``schedule`` over them."""
+        if self.recurrence is None and schedule.token_compute > 1:
+            raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
+        if self.recurrence is None:
+            schedule = baseline()
+        separator = self.recurrence.separator if self.recurrence is not None else None
+        starts = None if separator is None else input_ids == separator
+        if document_ids is not None:
+            changed = torch.ones_like(document_ids, dtype=torch.bool)
+            changed[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+            starts = changed if starts is None else starts | changed
+        documents = document_ids
+        cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
+        if documents is None and cut is not None:
+            documents = (input_ids == cut).cumsum(1)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        hidden, contexts = self.backbone.embed(input_ids, positions)
+        return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator)
+
+    def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, *, generator: torch.Generator | None = None) -> Tensor:
+        """Nats of every target under every loss group.
+
+        Args:
+            input_ids, targets: (B, T), as in ``forward``.
+            schedule: what to run; sequential() scores in ``decode`` mode.
+
+        Returns:
+            (groups, B, T) in float32 at least, detached; 0 where the target is -100.
+        """
+        targets = self._check(input_ids, targets, None)
+        assert targets is not None
+        if isinstance(schedule, (Interleaved, Refine)):
+            schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
+        groups = by_group(self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1])))
+        return torch.stack([in_order(self.backbone.loss(h, targets[:, p])[1], p) for h, p in groups])
+
+    def default_schedule(self) -> Schedule:
+        """The schedule of a call that names none."""
+        if self.recurrence is None:
+            return baseline()
+        return self.train_schedule if self.training else sequential()
+
+    def memory_of(self, hidden: Tensor) -> Tensor:
+        """m (B, P, D) of the source block's output (B, P, D)."""
+        assert self.recurrence is not None
+        return self.backbone.final_norm(hidden) if self.recurrence.memory_norm == "final" else rms_memory(hidden)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.vocab_size
+
+    @torch.no_grad()
+    def init_weights(self, *, generator: torch.Generator | None = None) -> None:
+        """Initialize every parameter, the backbone's included (spec section 5); safe after ``to_empty``."""
+        self.backbone.init_weights(generator=generator)
+        for block in self.blocks:
+            block.block.init_weights(generator=generator)
+        self.init_memory(generator=generator)
+
+    @torch.no_grad()
+    def init_memory(self, *, generator: torch.Generator | None = None) -> None:
+        """Initialize only what the recurrence added, as ``recurrence.init`` says."""
+        if self.recurrence is None:
+            return
+        for projection in [self.memory_projection, *(b.projection for b in self.blocks)]:
+            if projection is not None:
+                projection.init_weights(init=self.recurrence.init, generator=generator)
+        for block in self.blocks:
+            if block.gate is not None:
+                block.gate.init_weights()
+        if self.injection is not None:
+            self.injection.init_weights(init=self.recurrence.init)
+
+    def memory_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the recurrence added, by name."""
+        added: dict[str, nn.Module | None] = {"memory_projection": self.memory_projection, "injection": self.injection}
+        for index, block in enumerate(self.blocks):
+            added |= {f"blocks.{index}.gate": block.gate, f"blocks.{index}.projection": block.projection}
+        return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
+
+    def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(
+                    f"token id {high if high >= self.vocab_size else low}, but the vocabulary has {self.vocab_size} entries (0..{self.vocab_size - 1}): "
+                    "check the tokenizer, or set model.vocab_size"
+                )
+        if targets is not None and labels is not None:
+            raise ValueError("both targets and labels were given: pass targets (already shifted) or labels (shifted inside), not both")
+        if labels is not None:
+            targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
+        if targets is not None and targets.shape != input_ids.shape:
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+        return targets
+
+
+# ------------------------------------------------------------------ building
+
+
+def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = None) -> LatentRecurrentModel:
+    """Build the model of a recipe, initialized with the recipe's seed.
+
+    Args:
+        recipe: from ``load_recipe``.
+        device: "meta" builds shapes only; call ``to_empty`` and ``init_weights`` afterwards.
+        dtype: of the parameters; None = float32.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+    model = build_model(recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk)
+    model.train_schedule = from_config(recipe.schedule) if recipe.recurrence is not None else baseline()
+    if torch.device(device or "cpu").type != "meta":
+        model.init_weights(generator=torch.Generator(device=device or "cpu").manual_seed(recipe.run.seed))
+    return model
+
+
+def build_model(
+    config: ModelConfig, recurrence: RecurrenceConfig | None, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
+) -> LatentRecurrentModel:
+    """The native decoder with its recurrence, parameters not initialized."""
+    decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
+    return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
+
+
+def _place(block: Any) -> dict[str, Any]:
+    """Device and dtype of a block's own parameters."""
+    parameter = next(p for p in block.parameters() if p.is_floating_point())
+    return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+# ------------------------------------------------------------------ padding
+
+
+def _alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices that move every row's first real token to position 0, what is real there, and the way back.
+
+    Padding on the right needs nothing in a causal decoder, so only the left is moved; no host sync.
+    """
+    real = attention_mask.bool()
+    length = real.shape[1]
+    places = torch.arange(length, device=real.device)[None]
+    shift = (real.cumsum(1) == 0).sum(1, keepdim=True)
+    forth = (places + shift).clamp_max(length - 1)
+    inside = (places + shift < length) & real.gather(1, forth)
+    return forth, inside, (places - shift).clamp_min(0)
+
+
+def _align_targets(targets: Tensor, forth: Tensor, real: Tensor) -> Tensor:
+    following = torch.cat([real[:, 1:], real.new_ones(real.shape[0], 1)], dim=1)
+    return targets.gather(1, forth).masked_fill(~(real & following), IGNORE)
+
+
+def _restore(values: Tensor, back: Tensor | None) -> Tensor:
+    """Undo the alignment of (B, T, ...); padding on the left repeats the first position."""
+    return values if back is None else values.gather(1, back[..., None].expand_as(values))
+
+
+def _last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:
+    members = [r for r in results if r.plan.group == group]
+    if members[0].memory is None:
+        return None
+    memory = torch.cat([r.memory for r in members if r.memory is not None], dim=1)
+    places = torch.arange(memory.shape[1], device=memory.device)
+    return in_order(memory, torch.cat([places[r.plan.positions] for r in members]))

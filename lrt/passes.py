@@ -1,0 +1,271 @@
+"""The one forward, and the one loop that runs a schedule over the buffer (paper section 4).
+
+Initialization, refinement, prefill and decoding are all ``run_blocks``; they differ in their data.
+Between passes nothing is written in place: the buffer is a tuple of tensors, one a subset, and writing
+back replaces an entry, so untouched positions are never copied.
+
+Legend: B batch, T row length, P positions of the pass, L blocks, D width, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrt.attention import Buffer, Cache, causal_mask
+from lrt.recurrence import reset_memory, shift_right
+from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
+
+
+class Row(NamedTuple):
+    """What a schedule runs over: embedded tokens and what the borders between documents say."""
+
+    hidden: Tensor  # (B, T, D) embedded tokens
+    contexts: tuple[Any, ...]  # one a block, positions on dimension 1
+    starts: Tensor | None  # bool (B, T): the memory received here is zero
+    documents: Tensor | None  # (B, T): attention stays inside a document
+
+
+class PassResult(NamedTuple):
+    """A pass that ran: its plan, the last block's output (B, P, D) and the memory (B, P, D)."""
+
+    plan: Pass
+    hidden: Tensor
+    memory: Tensor | None
+
+
+# ------------------------------------------------------------------ the one forward
+
+
+def memory_inputs(model: RecurrentDecoder, received: Tensor | None) -> list[MemoryInput | None]:
+    """The received memory m[t-1] (B, P, D) as each block wants it; a shared projection runs once."""
+    inputs: list[MemoryInput | None] = [None] * len(model.blocks)
+    if received is None:
+        return inputs
+    key, value = model.memory_projection(received) if model.memory_projection is not None else (None, None)
+    gains = model.injection() if model.injection is not None else (None,) * len(model.receivers)
+    for index, gain in zip(model.receivers, gains):
+        inputs[index] = MemoryInput(received, key, value, gain)
+    return inputs
+
+
+def run_blocks(
+    model: RecurrentDecoder,
+    hidden: Tensor,
+    contexts: Sequence[Any],
+    received: Tensor | None,
+    *,
+    stores: Sequence[KVStore | None] | None = None,
+    stop: int | None = None,
+    keep_inputs: bool = False,
+) -> PassOutput:
+    """One forward over some positions.
+
+    Args:
+        model: the decoder's parts.
+        hidden: (B, P, D) embedded tokens.
+        contexts: one a block, for the same positions.
+        received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
+        stores: keys and values known so far, one a block; None = plain causal attention.
+        stop: run only the first ``stop`` blocks.
+        keep_inputs: also return the input of every block.
+
+    Returns:
+        Output of the last block that ran, memory, keys and values of these positions.
+    """
+    memory, kv, inputs = None, [], []
+    received_by = memory_inputs(model, received)
+    for index, block in enumerate(model.blocks):
+        if index == stop:
+            break
+        if keep_inputs:
+            inputs.append(hidden)
+        hidden, key, value = block(hidden, received_by[index], contexts[index], None if stores is None else stores[index])
+        kv.append(KV(key, value))
+        if index + 1 == model.source:
+            memory = model.memory_of(hidden)
+    return PassOutput(hidden, memory, tuple(kv), tuple(inputs))
+
+
+def take(context: Any, positions: slice) -> Any:
+    """The context of some positions: dimension 1 of every tensor, unless it broadcasts."""
+    return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
+
+
+def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
+    """One mask a block, built once for each distinct window.
+
+    Args:
+        queries, keys: (P,) and (N,) indices into the row.
+    """
+    documents: dict[str, Tensor | None] = {}
+    if row.documents is not None:
+        documents = {"query_documents": row.documents[:, queries], "key_documents": row.documents[:, keys]}
+    windows = {block.window for block in model.blocks}
+    masks = {window: causal_mask(queries, keys, window=window, **documents) for window in windows}
+    return [masks[block.window] for block in model.blocks]
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None) -> list[PassResult]:
+    """Run every pass of a schedule and return what each computed.
+
+    Args:
+        model: the decoder's parts.
+        row: embedded tokens.
+        schedule: which positions, in which order.
+        generator: draws the order of subsets, where the schedule asks for it.
+
+    Returns:
+        One result a pass, in order. An initialization of weight 0 that only feeds a full refinement stops
+        at the source block; its ``hidden`` must not be scored.
+    """
+    length = row.hidden.shape[1]
+    plan = schedule.plan(length, generator=generator)
+    if plan[0].memory == "zero" and plan[0].covers(length):
+        partial = len(plan) > 1 and not plan[1].covers(length)
+        loop: Callable[..., list[PassResult]] = _interleave if partial else _refine
+    else:
+        loop = _chunks if torch.is_grad_enabled() else _chunks_in_place
+    return loop(model, row, plan, schedule)
+
+
+def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+    """Passes over all positions: plain causal attention, no buffer."""
+    length = row.hidden.shape[1]
+    weights = schedule.group_weights(length)
+    stores = _own_documents(model, row)
+    results: list[PassResult] = []
+    received = None
+    for step in plan:
+        only_feeds = weights[step.group] == 0 and step is not plan[-1]
+        out = run_blocks(model, row.hidden, row.contexts, received, stores=stores, stop=model.source if only_feeds else None)
+        results.append(PassResult(step, out.hidden, out.memory))
+        if step is not plan[-1]:
+            assert out.memory is not None
+            received = reset_memory(shift_right(_cut(out.memory, schedule)), row.starts)
+    return results
+
+
+def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+    """Initialization, then passes over residues; the buffer holds one entry a residue."""
+    subsets, length = plan[1].step, row.hidden.shape[1]
+    everywhere = torch.arange(length, device=row.hidden.device)
+    groups = [slice(g, None, subsets) for g in range(subsets)]
+    order = torch.cat([everywhere[g] for g in groups])
+    first = run_blocks(model, row.hidden, row.contexts, None, stores=_own_documents(model, row), keep_inputs=schedule.kv_refresh)
+    assert first.memory is not None
+    results = [PassResult(plan[0], first.hidden, first.memory)]
+    memory = [_cut(first.memory, schedule)[:, g] for g in groups]
+    keys = [[_cut(kv.key, schedule)[:, g] for g in groups] for kv in first.kv]
+    values = [[_cut(kv.value, schedule)[:, g] for g in groups] for kv in first.kv]
+    visited: set[int] = set()
+
+    def received(residue: int) -> Tensor:
+        count = memory[residue].shape[1]
+        before = memory[residue - 1] if residue else F.pad(memory[-1], (0, 0, 1, 0))
+        return reset_memory(before[:, :count], None if row.starts is None else row.starts[:, groups[residue]])
+
+    def refresh() -> None:
+        for residue in set(range(subsets)) - visited:
+            newest = memory_inputs(model, received(residue))
+            for layer in model.receivers:
+                block, where = model.blocks[layer], groups[residue]
+                fresh = block.refresh(first.inputs[layer][:, where], newest[layer], take(row.contexts[layer], where))
+                keys[layer][residue], values[layer][residue] = fresh
+
+    for step in plan[1:]:
+        residue = step.start
+        if schedule.kv_refresh:
+            refresh()
+        masks = build_masks(model, everywhere[groups[residue]], order, row)
+        stores = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
+        where = groups[residue]
+        out = run_blocks(model, row.hidden[:, where], [take(c, where) for c in row.contexts], received(residue), stores=stores)
+        assert out.memory is not None
+        results.append(PassResult(step, out.hidden, out.memory))
+        visited.add(residue)
+        memory[residue] = _cut(out.memory, schedule)
+        for layer, kv in enumerate(out.kv):
+            keys[layer][residue], values[layer][residue] = _cut(kv.key, schedule), _cut(kv.value, schedule)
+    return results
+
+
+def _chunks(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+    """Contiguous passes, left to right, over a growing prefix that autograd may follow."""
+    everywhere = torch.arange(row.hidden.shape[1], device=row.hidden.device)
+    results: list[PassResult] = []
+    prefix: list[KV] = []
+    for step in plan:
+        masks = build_masks(model, everywhere[step.positions], everywhere[: step.stop], row)
+        past = [((kv.key,), (kv.value,)) for kv in prefix] or [((), ())] * len(masks)
+        stores = [Buffer(k, v, len(k), mask) for (k, v), mask in zip(past, masks)]
+        out = _run_chunk(model, row, step, results, stores)
+        results.append(PassResult(step, out.hidden, out.memory))
+        prefix = [KV(torch.cat([*k, kv.key], 1), torch.cat([*v, kv.value], 1)) for (k, v), kv in zip(past, out.kv)]
+    return results
+
+
+def _chunks_in_place(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+    """The same without gradients: static keys and values, written in place, so that shapes never grow."""
+    everywhere = torch.arange(row.hidden.shape[1], device=row.hidden.device)
+    results: list[PassResult] = []
+    caches: list[KV] = []
+    for step in plan:
+        slots = everywhere[step.positions]
+        masks = build_masks(model, slots, everywhere, row)
+        if not caches:
+            own = [Buffer((), (), 0, mask[..., : step.stop]) for mask in masks]
+            out = _run_chunk(model, row, step, results, own)
+            caches = [KV(*(F.pad(x, (0, 0, 0, 0, 0, len(everywhere) - step.stop)) for x in kv)) for kv in out.kv]
+        else:
+            stores = [Cache(kv.key, kv.value, slots, mask) for kv, mask in zip(caches, masks)]
+            out = _run_chunk(model, row, step, results, stores)
+        results.append(PassResult(step, out.hidden, out.memory))
+    return results
+
+
+def _run_chunk(model: RecurrentDecoder, row: Row, step: Pass, results: list[PassResult], stores: Sequence[KVStore]) -> PassOutput:
+    """One chunk: memory arrives at its first position only, from the chunk before."""
+    received = None
+    if step.memory == "first" and results[-1].memory is not None:
+        received = F.pad(results[-1].memory[:, -1:], (0, 0, 0, step.stop - step.start - 1))
+        received = reset_memory(received, None if row.starts is None else row.starts[:, step.positions])
+    return run_blocks(model, row.hidden[:, step.positions], [take(c, step.positions) for c in row.contexts], received, stores=stores)
+
+
+def _own_documents(model: RecurrentDecoder, row: Row) -> list[Buffer] | None:
+    """Stores for a pass over all positions: none, unless attention is cut between documents."""
+    if row.documents is None:
+        return None
+    everywhere = torch.arange(row.hidden.shape[1], device=row.hidden.device)
+    return [Buffer((), (), 0, mask) for mask in build_masks(model, everywhere, everywhere, row)]
+
+
+def _cut(x: Tensor, schedule: Schedule) -> Tensor:
+    return x.detach() if schedule.cut_gradient else x
+
+
+# ------------------------------------------------------------------ what the passes say together
+
+
+def by_group(results: Sequence[PassResult], groups: int) -> list[tuple[Tensor, Tensor]]:
+    """Per loss group: outputs (B, P, D) of its passes side by side, and their positions (P,)."""
+    merged = []
+    for group in range(groups):
+        members = [r for r in results if r.plan.group == group]
+        length = max(r.plan.stop for r in members)
+        places = torch.arange(length, device=members[0].hidden.device)
+        hidden = members[0].hidden if len(members) == 1 else torch.cat([r.hidden for r in members], dim=1)
+        merged.append((hidden, torch.cat([places[r.plan.positions] for r in members])))
+    return merged
+
+
+def in_order(values: Tensor, positions: Tensor) -> Tensor:
+    """Sort dimension 1 of ``values`` (B, P, ...) by ``positions`` (P,), each of 0..P-1 once."""
+    return values if len(positions) == 1 else values.index_select(1, torch.argsort(positions))

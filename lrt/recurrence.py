@@ -1,0 +1,172 @@
+"""The recurrence adapters: how memory enters a decoder block.
+
+Each is usable on its own; ``RecurrentBlock`` puts them around any block that follows the ``Block``
+protocol. Legend: B batch, P positions of the pass, D width, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
+
+
+class Gate(nn.Module):
+    """One positive number a head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
+
+    Args:
+        channels: c, the leading channels of the attention's input that it reads.
+        heads: gates to compute, a whole number of them a key/value head.
+        device, dtype: of the weight.
+    """
+
+    def __init__(self, channels: int, heads: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.weight = nn.Parameter(torch.zeros(heads, channels, device=device, dtype=dtype))
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """(B, P, D) -> (B, P, heads, 1)."""
+        return (2 * torch.sigmoid(F.linear(normed[..., : self.channels], self.weight)))[..., None]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class KVProjection(nn.Module):
+    """U_k and U_v: memory into the space of keys and values (paper section 3.2).
+
+    Args:
+        width: D of the memory.
+        heads: G.
+        head_dim: K.
+        device, dtype: of the weights.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.key = nn.Linear(width, heads * head_dim, bias=False, device=device, dtype=dtype)
+        self.value = nn.Linear(width, heads * head_dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, D) -> key, value, each (B, P, G, K)."""
+        return self.key(memory).unflatten(-1, (self.heads, -1)), self.value(memory).unflatten(-1, (self.heads, -1))
+
+    @torch.no_grad()
+    def init_weights(self, *, init: Literal["paper", "identity"], generator: torch.Generator | None = None) -> None:
+        """Uniform of standard deviation 1/sqrt(D) ("paper"), or zero ("identity")."""
+        for linear in (self.key, self.value):
+            if init == "identity":
+                nn.init.zeros_(linear.weight)
+            else:
+                bound = (3 / linear.in_features) ** 0.5
+                nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+
+
+class ResidualInjection(nn.Module):
+    """g: memory added to the input of every block, x <- x + g_l m[t-1].
+
+    Args:
+        blocks: number of blocks that receive memory.
+        device, dtype: of the gains.
+    """
+
+    def __init__(self, blocks: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.zeros(blocks, device=device, dtype=dtype))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """One gain (1, 1, 1) a block, to be handed to it as data."""
+        return self.gains.view(-1, 1, 1, 1).unbind(0)
+
+    @torch.no_grad()
+    def init_weights(self, *, init: Literal["paper", "identity"]) -> None:
+        """0.1 ("paper") or 0 ("identity")."""
+        self.gains.fill_(0.1 if init == "paper" else 0.0)
+
+
+class RecurrentBlock(nn.Module):
+    """A decoder block that can receive memory: hidden, memory -> hidden, key, value.
+
+    Memory, positions and stored keys are arguments and results, never attributes, so activation
+    checkpointing, compilation and sharding need to know nothing about them.
+
+    Args:
+        block: the decoder block.
+        gate: gates of the local and of the memory part, 2 G heads; None: memory enters no keys and values.
+        projection: this block's own memory projection; None: a shared one arrives with the memory.
+    """
+
+    def __init__(self, block: Block, *, gate: Gate | None = None, projection: KVProjection | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.gate = gate
+        self.projection = projection
+
+    @property
+    def window(self) -> int | None:
+        return self.block.window
+
+    def forward(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            hidden: (B, P, D).
+            memory: m[t-1] for these positions; None = zero everywhere, and nothing is computed on it.
+            context: what the backbone's ``embed`` prepared for this block.
+            kv: the store to attend to; None = plain causal attention over these positions.
+
+        Returns:
+            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them.
+        """
+        hidden, projection = self._mix(hidden, memory, context)
+        return self.block.attend(hidden, projection, context, kv)
+
+    def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
+        """Keys and values with a newer memory, but with gates and local parts of the block input ``hidden``.
+
+        Args:
+            hidden: (B, P, D) input that the block had in the initialization forward.
+            memory: newest m[t-1]; it is not injected into the residual here (spec: kv_refresh).
+            context: as in ``forward``.
+        """
+        _, projection = self._mix(hidden, memory._replace(gain=None), context)
+        return self.block.finish_kv(projection, context)
+
+    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any) -> tuple[Tensor, Projection]:
+        hidden = self.block.enter(hidden, context)
+        if memory is not None and memory.gain is not None:
+            hidden = hidden + memory.gain.to(hidden.dtype) * memory.state
+        projection = self.block.project(hidden, context)
+        if self.gate is None:
+            return hidden, projection
+        local, remote = self.gate(projection.normed).chunk(2, dim=2)
+        key, value = local * projection.key, local * projection.value
+        if memory is not None:
+            memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
+            key, value = key + remote * memory_key, value + remote * memory_value
+        return hidden, projection._replace(key=key, value=value)
+
+
+# ------------------------------------------------------------------ memory as a sequence
+
+
+def rms_memory(hidden: Tensor) -> Tensor:
+    """m[t] = RMSNorm(h[t]) without parameters, computed in float32 at least, in the dtype of ``hidden``."""
+    return F.rms_norm(at_least_float32(hidden), (hidden.shape[-1],)).to(hidden.dtype)
+
+
+def shift_right(memory: Tensor) -> Tensor:
+    """m[t-1] for every t: (B, T, D) -> (B, T, D), zero at position 0."""
+    return F.pad(memory[:, :-1], (0, 0, 1, 0))
+
+
+def reset_memory(received: Tensor, starts: Tensor | None) -> Tensor:
+    """Zero the received memory (B, P, D) where ``starts`` (B, P) says that a document begins."""
+    return received if starts is None else received.masked_fill(starts[..., None], 0.0)

@@ -1,0 +1,185 @@
+"""The values and Protocols that cross the borders between modules.
+
+Shape letters: B batch, T positions of a row, P positions of a pass, L blocks, D model width,
+H query heads, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class Projection(NamedTuple):
+    """What a decoder block computes before its keys and values are mixed with memory."""
+
+    normed: Tensor  # (B, P, D) input of the attention
+    query: Tensor  # (B, P, H, K) before RoPE and QK-norm
+    key: Tensor  # (B, P, G, K) before RoPE and QK-norm
+    value: Tensor  # (B, P, G, K)
+
+
+class MemoryInput(NamedTuple):
+    """The recurrent memory as one block receives it."""
+
+    state: Tensor  # (B, P, D) m[t-1]
+    key: Tensor | None = None  # (B, P, G, K) U_k m, when the projection is shared
+    value: Tensor | None = None  # (B, P, G, K) U_v m, when the projection is shared
+    gain: Tensor | None = None  # (1, 1, 1) g of this block, when it injects into the residual
+
+
+class KV(NamedTuple):
+    """Keys (after RoPE and norm) and values of some positions, each (B, P, G, K)."""
+
+    key: Tensor
+    value: Tensor
+
+
+class PassOutput(NamedTuple):
+    """What one forward over some positions returns."""
+
+    hidden: Tensor  # (B, P, D) output of the last block that ran
+    memory: Tensor | None  # (B, P, D) m[t]; None when the model has no recurrence
+    kv: tuple[KV, ...]  # one a block
+    inputs: tuple[Tensor, ...] = ()  # (B, P, D) input of each block, when asked for
+
+
+class KVStore(Protocol):
+    """Keys and values known so far, as seen by one block during one pass.
+
+    A store is a tuple of tensors; None stands for plain causal attention over the pass's own positions.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+        """Attention of fresh queries (B, P, H, K) over stored keys with the fresh ones in place."""
+        ...
+
+
+@runtime_checkable
+class Block(Protocol):
+    """A decoder block in two halves, between which the memory enters.
+
+    ``window`` is the number of tokens seen before the current one (None: all).
+    """
+
+    window: int | None
+
+    def enter(self, hidden: Tensor, context: Any) -> Tensor:
+        """The block's input (B, P, D) before any memory is added."""
+        ...
+
+    def project(self, hidden: Tensor, context: Any) -> Projection: ...
+
+    def attend(self, hidden: Tensor, projection: Projection, context: Any, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (hidden, key, value): the block's output and what the buffer or cache keeps."""
+        ...
+
+    def finish_kv(self, projection: Projection, context: Any) -> KV:
+        """Keys and values as the store keeps them: after RoPE, norm and value embedding."""
+        ...
+
+
+class Backbone(Protocol):
+    """A decoder without its blocks: embeddings in, logits and losses out."""
+
+    width: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """(hidden (B, P, D), one context a block).
+
+        A context is a tuple of tensors whose dimension 1 is positions, or 1 to broadcast.
+        """
+        ...
+
+    def final_norm(self, hidden: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, P, V) of the last block's output (B, P, D)."""
+        ...
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of nats, differentiable; nats of every position (B, P), detached); -100 is ignored."""
+        ...
+
+
+class RecurrentDecoder(Protocol):
+    """What a pass needs of a model: the decoder's parts and the recurrence around them."""
+
+    backbone: Any  # a Backbone
+    blocks: nn.ModuleList  # of RecurrentBlock
+    memory_projection: nn.Module | None  # U_k, U_v when shared
+    injection: nn.Module | None  # g
+    source: int  # block (1..L) whose output is the memory; 0 without recurrence
+    receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
+
+    def memory_of(self, hidden: Tensor) -> Tensor:
+        """m (B, P, D) of the source block's output."""
+        ...
+
+
+class Pass(NamedTuple):
+    """One forward of a schedule, as data."""
+
+    start: int
+    stop: int
+    step: int
+    group: int  # loss group it belongs to
+    memory: Literal["zero", "all", "first"]  # positions that receive m[t-1]: none, all, or the first one only
+
+    @property
+    def positions(self) -> slice:
+        return slice(self.start, self.stop, self.step)
+
+    def covers(self, length: int) -> bool:
+        """Whether it computes every position of a row, so that it needs no buffer."""
+        return self.start == 0 and self.step == 1 and self.stop >= length
+
+
+class Schedule(Protocol):
+    """Which positions are computed, in which order, and how their losses are weighted."""
+
+    cut_gradient: bool
+    kv_refresh: bool
+
+    @property
+    def token_compute(self) -> int:
+        """Forward tokens a token of data, relative to the plain decoder."""
+        ...
+
+    def group_weights(self, length: int) -> tuple[float, ...]:
+        """Loss weight of each group, initialization first."""
+        ...
+
+    def plan(self, length: int, *, generator: torch.Generator | None = None) -> tuple[Pass, ...]: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model call returns.
+
+    Attributes:
+        loss: scalar, or None without targets.
+        logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
+        memory: (B, T, D) m[t]; None for a model without recurrence.
+        groups: detached loss of each group, initialization first; empty without targets.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    memory: Tensor | None = None
+    groups: tuple[Tensor, ...] = ()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
