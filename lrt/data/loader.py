@@ -1,0 +1,374 @@
+"""From documents to batches of packed rows, for one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..config import DataConfig
+from .packing import Packer, Row
+from .sources import Documents, open_documents
+from .stream import Plan, Span, Stream, deal_again, fresh_state, in_order
+from .tokenizer import Tokenizer
+
+IGNORED = -100
+PREFETCH = 4  # batches that each worker prepares ahead
+NAMED_PIECES = 8  # pieces of a row that Batch.source lists
+
+
+class Batch(NamedTuple):
+    """Packed rows and what they predict."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64, already shifted; -100 is not scored
+    source: tuple[str, ...]  # for each row the file, row group and documents (document+token offset) it came from
+
+
+class Loader(Protocol):
+    """Batches of one rank, and the place reached."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def build_loader(
+    data: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 1,
+    split: str = "train",
+    limit_tokens: int | None = None,
+) -> TrainLoader | ValidationLoader:
+    """Batches of packed rows.
+
+    Args:
+        data: section ``data`` of the recipe.
+        tokenizer: of the texts.
+        sequence_length: T, tokens of a row that the model reads.
+        rows: B, rows of a batch on this rank.
+        rank: this process, 0..world_size - 1.
+        world_size: processes that share the data.
+        seed: of the order, unless ``data.shuffle_seed`` is given.
+        split: "train" (endless, shuffled) or "validation" (once, in a fixed order that no number of ranks changes).
+        limit_tokens: validation only: score the first so many tokens (rounded up to rows); None = all.
+
+    Returns:
+        For "train" an endless iterator, for "validation" an iterable that starts anew each time and gives every rank
+        the same number of batches (the last ones may be partly or wholly masked).
+
+    Raises:
+        ValueError: bad or missing data; the message names the recipe key.
+    """
+    documents = open_documents(data, tokenizer=tokenizer, split=split)
+    key = "data.train" if split == "train" else "data.validation"
+    _check_length(documents, sequence_length, key=key, on_corrupt=data.on_corrupt)
+    if split == "validation":
+        limit = None if limit_tokens is None else -(-limit_tokens // sequence_length)
+        return ValidationLoader(
+            documents, data=data, bos_id=tokenizer.bos_id, length=sequence_length + 1, rows=rows, rank=rank, world_size=world_size, limit=limit
+        )
+    return TrainLoader(
+        documents,
+        data=data,
+        bos_id=tokenizer.bos_id,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        length=sequence_length + 1,
+        rows=rows,
+        rank=rank,
+        world_size=world_size,
+        seed=seed if data.shuffle_seed is None else data.shuffle_seed,
+    )
+
+
+def _check_length(documents: Documents, sequence_length: int, *, key: str, on_corrupt: str) -> None:
+    """Refuse a corpus shorter than one row; reads no more than it must."""
+    total = 0
+    for piece in in_order(documents, on_corrupt=on_corrupt):
+        total += 1 + len(piece.tokens)
+        if total > sequence_length:
+            return
+    raise ValueError(
+        f"model.sequence_length = {sequence_length}, but {key} has only {total} tokens: sequence longer than the corpus; "
+        f"use model.sequence_length = {max(1, total - 1)} or less, or more text"
+    )
+
+
+class TrainLoader:
+    """Endless shuffled batches of one rank; ``state_dict`` is its place after the last batch that it gave.
+
+    The state of one rank resumes it exactly with the same number of ranks and workers. With another number,
+    ``load_state_dict`` wants the states of all ranks, as a list, and deals the unread documents again.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        data: DataConfig,
+        bos_id: int,
+        tokenizer_fingerprint: str,
+        length: int,
+        rows: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        self._documents, self._data, self._bos, self._length, self._rows = documents, data, bos_id, length, rows
+        self._rank, self._world_size = rank, world_size
+        self._streams_here = max(1, data.workers)
+        self._identity = {"documents": documents.fingerprint, "tokenizer": tokenizer_fingerprint}
+        self._set(Plan(seed=seed, streams=world_size * self._streams_here, sizes=tuple(documents.sizes.tolist())), states=None, turn=0)
+        total = int(documents.sizes.sum())
+        if total < self._plan.streams:
+            raise ValueError(
+                f"data.train has {total} documents for {self._plan.streams} streams ({world_size} ranks x {self._streams_here} workers): "
+                f"use data.workers = 0, fewer ranks, or more documents"
+            )
+
+    def _set(self, plan: Plan, *, states: Sequence[dict[str, Any]] | None, turn: int) -> None:
+        self._plan, self._turn = plan, turn
+        self._states = list(states) if states is not None else [fresh_state(plan) for _ in range(self._streams_here)]
+        self._batches: Iterator[Batch] | None = None
+        self._engine: Any = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._start()
+        assert self._batches is not None
+        batch = next(self._batches)
+        self._turn = (self._turn + 1) % self._streams_here
+        return batch
+
+    def _start(self) -> None:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        count = self._streams_here
+        first = self._turn
+        order = [(first + worker) % count for worker in range(count)]  # worker 0 gives the first batch
+        streams = [(self._rank * count + number, self._states[number]) for number in order]
+        dataset = _Batches(
+            self._documents, plan=self._plan, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
+        )
+        workers = self._data.workers
+        options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _quiet_worker} if workers else {}
+        self._engine = StatefulDataLoader(
+            dataset, batch_size=None, num_workers=workers, collate_fn=_as_is, pin_memory=torch.cuda.is_available(), **options
+        )
+        self._order = order
+        self._batches = iter(self._engine)
+
+    def _current_states(self) -> list[dict[str, Any]]:
+        """States of this rank's streams after the last batch given out, without what workers prepared ahead."""
+        if self._engine is None:
+            return self._states
+        states = list(self._states)
+        for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self._data.workers)):
+            states[self._order[worker]] = state
+        return states
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that every stream of this rank has begun, counted from 0."""
+        return max(0, min(state["epoch"] for state in self._current_states()))
+
+    @property
+    def skipped(self) -> int:
+        """Unreadable files and documents left out so far (data.on_corrupt = "skip")."""
+        return self._documents.skipped + sum(state["skipped"] for state in self._current_states())
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's place: plain numbers, texts and lists, fit for JSON."""
+        plan = {"seed": self._plan.seed, "first_epoch": self._plan.first_epoch, "owed": [list(span) for span in self._plan.owed]}
+        return {
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "streams": self._current_states(),
+            "turn": self._turn,
+            "plan": plan,
+            **self._identity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: this rank's state, or the states of all ranks in any order.
+
+        Raises:
+            ValueError: the state belongs to other data or another tokenizer, or states of ranks are missing.
+        """
+        states = [state] if isinstance(state, dict) else sorted(state, key=lambda s: s["rank"])
+        for name, key in (("documents", "data.train"), ("tokenizer", "data.tokenizer")):
+            if any(s[name] != self._identity[name] for s in states):
+                raise ValueError(f"{key} is not what the checkpoint was trained on: resume with the same {name}, or start a new run")
+        world, count = states[0]["world_size"], len(states[0]["streams"])
+        saved = states[0]["plan"]
+        owed = tuple(Span(*span) for span in saved["owed"])
+        sizes = self._plan.sizes
+        plan = Plan(seed=saved["seed"], streams=world * count, sizes=sizes, first_epoch=saved["first_epoch"], owed=owed)
+        mine = next((s for s in states if s["rank"] == self._rank), None)
+        if (world, count) == (self._world_size, self._streams_here) and mine is not None:
+            self._set(plan, states=mine["streams"], turn=mine["turn"])
+            return
+        present = [s["rank"] for s in states]
+        if present != list(range(world)):
+            raise ValueError(
+                f"the checkpoint's loader ran on {world} ranks x {count} streams, this run has {self._world_size} x {self._streams_here}: "
+                f"to deal the data again the states of all ranks are needed, got ranks {present}"
+            )
+        everything = [one for s in states for one in s["streams"]]
+        plan, dealt = deal_again(plan, everything, streams=self._world_size * self._streams_here)
+        first = self._rank * self._streams_here
+        self._set(plan, states=dealt[first : first + self._streams_here], turn=0)
+
+
+class _Batches(IterableDataset):
+    """What a worker runs: the batches of its stream."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        plan: Plan,
+        streams: Sequence[tuple[int, dict[str, Any]]],
+        rows: int,
+        length: int,
+        bos_id: int,
+        data: DataConfig,
+    ) -> None:
+        self._documents, self._plan, self._streams = documents, plan, streams
+        self._rows, self._length, self._bos, self._data = rows, length, bos_id, data
+
+    def __iter__(self) -> _BatchIterator:
+        worker = get_worker_info()
+        number, state = self._streams[worker.id if worker else 0]
+        iterator = _BatchIterator(lambda place: self._stream(number, place), self._documents, self._rows)
+        iterator.load_state_dict(state)
+        return iterator
+
+    def _stream(self, number: int, state: dict[str, Any]) -> Stream:
+        return Stream(
+            self._documents,
+            plan=self._plan,
+            number=number,
+            length=self._length,
+            bos_id=self._bos,
+            buffer=self._data.buffer_documents,
+            state=state,
+            on_corrupt=self._data.on_corrupt,
+        )
+
+
+class _BatchIterator:
+    """torchdata asks an iterator that has both state methods for its state, batch by batch."""
+
+    def __init__(self, open_stream: Callable[[dict[str, Any]], Stream], documents: Documents, rows: int) -> None:
+        self._open_stream, self._documents, self._rows = open_stream, documents, rows
+
+    def __next__(self) -> Batch:
+        return make_batch([self._opened.row() for _ in range(self._rows)], self._documents)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._opened.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._opened = self._open_stream(state)
+
+
+def _worker_states(state: dict[str, Any], *, workers: int) -> list[dict[str, Any]]:
+    """The datasets' states inside a StatefulDataLoader's state, worker by worker."""
+    if workers == 0:
+        return [state["fetcher_state"]["dataset_iter_state"]]
+    snapshots = state["_snapshot"]["_worker_snapshots"]
+    return [snapshots[f"worker_{worker}"]["fetcher_state"]["dataset_iter_state"] for worker in range(workers)]
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _quiet_worker(_: int) -> None:
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
+
+
+class ValidationLoader:
+    """Every document once; the rows are the same for every number of ranks, and kept for the next time.
+
+    Global row n goes to rank (n // rows) % world_size. Where rows run out, batches are filled with masked rows.
+    """
+
+    def __init__(
+        self, documents: Documents, *, data: DataConfig, bos_id: int, length: int, rows: int, rank: int, world_size: int, limit: int | None
+    ) -> None:
+        self._documents, self._rows, self._rank, self._world_size, self._limit = documents, rows, rank, world_size, limit
+        pieces = in_order(documents, on_corrupt=data.on_corrupt)
+        self._packer = Packer(lambda: next(pieces, None), length=length, bos_id=bos_id, buffer=data.buffer_documents)
+        self._packed: list[Row] = []
+        self._padding = Row(np.full(length, bos_id, dtype=np.int64), 0, [])
+        self._complete = False
+        self._start = self._given = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self._rows * self._world_size
+        first, self._start = self._start, 0
+        self._given = first
+        while self._reach((first + 1) * step) > first * step:
+            begin = first * step + self._rank * self._rows
+            mine = self._packed[begin : begin + self._rows]
+            first += 1
+            self._given = first
+            yield make_batch(mine + [self._padding] * (self._rows - len(mine)), self._documents)
+        self._given = 0
+
+    def _reach(self, count: int) -> int:
+        """Pack until there are ``count`` rows or no more documents; returns the rows there are up to the limit."""
+        if self._limit is not None:
+            count = min(count, self._limit)
+        while len(self._packed) < count and not self._complete:
+            row = self._packer.row()
+            if row is None:
+                self._complete = True
+            else:
+                self._packed.append(row)
+        return min(count, len(self._packed))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches given of the present round."""
+        return {"batches": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the next round behind the batches of ``state``."""
+        self._start = state["batches"]
+
+
+def make_batch(rows: Sequence[Row], documents: Documents) -> Batch:
+    """Rows as tensors: inputs, and targets shifted by one, -100 where a row holds nothing."""
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
+    targets = tokens[:, 1:].clone()
+    for i, row in enumerate(rows):
+        targets[i, max(0, row.filled - 1) :] = IGNORED
+    return Batch(tokens[:, :-1].contiguous(), targets, tuple(_describe(row, documents) for row in rows))
+
+
+def _describe(row: Row, documents: Documents) -> str:
+    parts: dict[int, list[str]] = {}
+    for group, document, offset in row.origin[:NAMED_PIECES]:
+        parts.setdefault(group, []).append(f"{document}+{offset}" if offset else str(document))
+    more = f" and {len(row.origin) - NAMED_PIECES} more" if len(row.origin) > NAMED_PIECES else ""
+    return "; ".join(f"{documents.name(group)}: {', '.join(found)}" for group, found in parts.items()) + more

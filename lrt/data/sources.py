@@ -1,0 +1,258 @@
+"""Where documents come from: text and parquet files, the demo, a Hugging Face dataset, tokenized folders.
+
+Every source is a list of groups (a parquet row group, a stretch of a text file); a group is what is read at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..config import DataConfig
+from .tokenizer import Tokenizer
+
+DEMO = Path(__file__).resolve().parent / "demo"
+KINDS = '"demo", a .parquet or .txt file, a folder or glob of them, a folder written by tools/prepare_data.py tokenize, or hf://datasets/NAME'
+TEXT_GROUP = 16  # documents of a text file that form a group: few, because groups are what is shuffled
+GROUPS_HELD = 4  # groups of text kept in memory by a stream
+
+
+class CorruptShard(ValueError):
+    """A file that cannot be read, named in the message."""
+
+
+class Documents(Protocol):
+    """Tokenized documents in groups."""
+
+    sizes: np.ndarray  # (groups,) documents of each group
+    skipped: int  # files left out because they could not be opened
+    fingerprint: str  # sha256 of the files' names and sizes
+
+    def name(self, group: int) -> str:
+        """Where the group lies: file and row group."""
+
+    def read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
+        """Token ids of some documents of a group, without separators.
+
+        Raises:
+            CorruptShard: the file cannot be read.
+        """
+
+
+class Shard(NamedTuple):
+    """A file of texts, opened as far as its number of documents."""
+
+    path: Path
+    sizes: list[int]  # documents of each group
+    read: Callable[[int], list[str]]  # texts of a group
+
+
+class TextDocuments:
+    """Texts of some shards, tokenized when they are read."""
+
+    def __init__(self, shards: Sequence[Shard], tokenizer: Tokenizer, *, skipped: int = 0) -> None:
+        self._groups = [(shard, group) for shard in shards for group in range(len(shard.sizes))]
+        self._tokenizer = tokenizer
+        self._held: OrderedDict[int, list[str]] = OrderedDict()
+        self.sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)
+        self.skipped = skipped
+        self.fingerprint = fingerprint_files([(shard.path.name, shard.sizes) for shard in shards])
+
+    def name(self, group: int) -> str:
+        shard, number = self._groups[group]
+        return f"{shard.path}[{number}]"
+
+    def texts(self, group: int) -> list[str]:
+        """All texts of a group."""
+        if group not in self._held:
+            shard, number = self._groups[group]
+            self._held[group] = shard.read(number)
+            if len(self._held) > GROUPS_HELD:
+                self._held.popitem(last=False)
+        return self._held[group]
+
+    def read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
+        texts = self.texts(group)
+        return [np.asarray(ids, dtype=np.int64) for ids in self._tokenizer.encode_documents([texts[i] for i in documents])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": OrderedDict()}
+
+
+def fingerprint_files(files: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """sha256 of file names and group sizes: the same data, wherever it lies."""
+    return hashlib.sha256(repr([(name, list(map(int, sizes))) for name, sizes in files]).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------ the two kinds of text file
+
+
+class _ParquetGroup(NamedTuple):
+    path: Path
+    column: str
+
+    def __call__(self, group: int) -> list[str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.path) as file:
+                texts = file.read_row_group(group, columns=[self.column], use_threads=False).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise corrupt(self.path, error) from None
+        return [text or "" for text in texts]
+
+
+class _TextGroup(NamedTuple):
+    path: Path
+
+    def __call__(self, group: int) -> list[str]:
+        return _split_text(self.path)[group * TEXT_GROUP : (group + 1) * TEXT_GROUP]
+
+
+def open_shard(path: Path, *, column: str, key: str) -> Shard:
+    """Look at a .parquet or .txt file.
+
+    Raises:
+        ValueError: the text column is missing or no text.
+        CorruptShard: the file cannot be read.
+    """
+    if path.suffix == ".txt":
+        total = len(_split_text(path))
+        return Shard(path, [min(TEXT_GROUP, total - first) for first in range(0, total, TEXT_GROUP)], _TextGroup(path))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(path, error) from None
+    kinds = {field.name: field.type for field in schema}
+    if column not in kinds:
+        raise ValueError(f'data.text_column = "{column}" is not in {path} of {key}: its columns are {", ".join(kinds)}; choose one of them')
+    if not (pa.types.is_string(kinds[column]) or pa.types.is_large_string(kinds[column])):
+        raise ValueError(f'data.text_column = "{column}" of {path} holds {kinds[column]}, not text: choose a text column of {", ".join(kinds)}')
+    return Shard(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _ParquetGroup(path, column))
+
+
+def _split_text(path: Path) -> list[str]:
+    """Documents of a text file: what blank lines separate."""
+    try:
+        return _split_text_as_of(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise corrupt(path, error) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _split_text_as_of(path: Path, _: int) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise corrupt(path, error) from None
+    lines = (line if line.strip() else "" for line in text.split("\n"))
+    return [document.strip("\n") for document in "\n".join(lines).split("\n\n") if document.strip("\n")]
+
+
+def corrupt(path: Path, error: object) -> CorruptShard:
+    """The error for a file that cannot be read."""
+    first_line = (str(error).splitlines() or ["unreadable"])[0].rstrip(". ")
+    return CorruptShard(f'{path} cannot be read ({first_line}): replace the file, or set data.on_corrupt = "skip"')
+
+
+# ------------------------------------------------------------------ from the recipe to documents
+
+
+def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Documents:
+    """The documents of ``data.train`` or ``data.validation``.
+
+    Args:
+        data: section ``data`` of the recipe.
+        tokenizer: makes token ids of texts; tokenized folders must have been written with the same one.
+        split: "train" or "validation".
+
+    Raises:
+        ValueError: nothing there, no held-out part, or wrong contents; the message names the recipe key.
+    """
+    from .tokenized import TokenizedDocuments, read_manifest
+
+    key = "data.train" if split == "train" or data.validation == "auto" else "data.validation"
+    files = split_files(data, split=split)
+    if files[0].suffix == ".bin":
+        return TokenizedDocuments(files, manifest=read_manifest(files[0].parent), tokenizer=tokenizer, key=key)
+    shards, skipped = [], 0
+    for path in files:
+        try:
+            shards.append(open_shard(path, column=data.text_column, key=key))
+        except CorruptShard:
+            if data.on_corrupt == "stop":
+                raise
+            skipped += 1
+    if not sum(sum(shard.sizes) for shard in shards):
+        raise ValueError(f"{key} = {getattr(data, key[5:])!r} is an empty corpus ({len(files)} files, no documents): give files with text")
+    return TextDocuments(shards, tokenizer, skipped=skipped)
+
+
+def split_files(data: DataConfig, *, split: str) -> list[Path]:
+    """The files of one side of the split; the other side's are not among them.
+
+    Raises:
+        ValueError: nothing there, or ``validation = "auto"`` finds nothing to hold out.
+    """
+    if data.train == "demo" and (split == "train" or data.validation == "auto"):
+        return sorted(DEMO.glob(f"*_{split}.txt"))
+    if split == "validation" and data.validation != "auto":
+        return find_files(data.validation, key="data.validation", demo="validation")
+    files = find_files(data.train, key="data.train", demo="train")
+    if data.validation == "auto":
+        if split == "train":
+            return files[:-1] or files
+        if len(files) < 2:
+            raise ValueError(
+                f'data.validation = "auto" holds out the last shard of data.train, but {data.train!r} has only one: '
+                f"give data.validation ({KINDS})"
+            )
+        return files[-1:]
+    held_out = {path.resolve() for path in find_files(data.validation, key="data.validation", demo="validation")}
+    kept = [path for path in files if path.resolve() not in held_out]
+    if not kept:
+        raise ValueError(f"data.validation = {data.validation!r} holds every file of data.train: give other files")
+    return kept
+
+
+def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
+    """Files that a source names, sorted: all .parquet, or all .txt, or the .bin shards of a tokenized folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if spec == "demo":
+        return sorted(DEMO.glob(f"*_{demo}.txt"))
+    if spec.startswith("hf://"):
+        from .hub import download
+
+        return find_files(download(spec, key=key), key=key)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        from .tokenized import MANIFEST, shard_paths
+
+        if (path / MANIFEST).is_file():
+            return shard_paths(path)
+        found = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.txt"))
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    found = [file for file in found if file.is_file()]
+    wrong = [file for file in found if file.suffix not in (".parquet", ".txt")]
+    if not found or wrong:
+        what = f"{wrong[0]} is neither .parquet nor .txt" if wrong else "no such file, or no .parquet or .txt file in it"
+        raise ValueError(f"{key} = {spec!r}: {what}; use {KINDS}")
+    return found

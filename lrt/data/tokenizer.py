@@ -1,0 +1,249 @@
+"""Tokenizers: raw bytes, a Hugging Face ``tokenizer.json``, or a tiktoken rank file.
+
+All of them give ids without a separator; the packing puts one (``bos_id``) before every document.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+BOS = "<|bos|>"
+MARKER = "lrt_tokenizer.json"  # beside tokenizer.json: which class, which separator
+_BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>", "[BOS]", "<|endoftext|>", "<eos>", "</s>")
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
+
+# How the texts were split before the ranks were counted; a rank file does not say it.
+_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    vocab_size: int  # ids are 0..vocab_size - 1
+    bos_id: int  # separator that stands before every document
+    eos_id: int | None
+    fingerprint: str  # sha256 of everything that decides the ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, without separator; special tokens written in the text stay plain text."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, without separators."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``, special tokens left out."""
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for special tokens."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer so that ``load_tokenizer(folder)`` gives it back."""
+
+
+class ByteTokenizer:
+    """Ids 0..255 are the bytes of the UTF-8 text, 256 is the separator."""
+
+    vocab_size = 257
+    bos_id = 256
+    eos_id = None
+    fingerprint = hashlib.sha256(b"lrt bytes 256+bos").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "replace"))
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if 0 <= int(i) < 256).decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], dtype=np.int64)
+
+    def save(self, folder: str | Path) -> None:
+        from tokenizers import Tokenizer as HFTokenizer
+        from tokenizers import decoders, models, pre_tokenizers
+
+        # The same ids as a tokenizer.json, for programs that know only those.
+        twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in _byte_characters().items()}, merges=[]))
+        twin.pre_tokenizer, twin.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+        twin.add_special_tokens([BOS])
+        _write(Path(folder), twin.to_str(), {"kind": "bytes"})
+
+
+class FileTokenizer:
+    """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library."""
+
+    def __init__(self, text: str, *, bos: str | None = None, eos: str | None = None, origin: str = "tokenizer.json") -> None:
+        from tokenizers import Tokenizer as HFTokenizer
+
+        try:
+            self._tokenizer = HFTokenizer.from_str(text)
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise ValueError(f"data.tokenizer: {origin} is not a tokenizer.json of the tokenizers library ({error}): give another file") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self.bos_id = self._special(bos, _BOS_NAMES, origin)
+        self.eos_id = self._special(eos, _EOS_NAMES, origin, required=False)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._text = text
+        self.fingerprint = hashlib.sha256(f"{json.dumps(json.loads(text), sort_keys=True)}|{self.bos_id}".encode()).hexdigest()
+
+    def _special(self, name: str | None, usual: Sequence[str], origin: str, *, required: bool = True) -> Any:
+        for candidate in (name,) if name is not None else usual:
+            found = self._tokenizer.token_to_id(candidate)
+            if found is not None:
+                return found
+        if required:
+            wanted = repr(name) if name is not None else ", ".join(usual)
+            raise ValueError(f"data.tokenizer: {origin} has no separator token (looked for {wanted}): add {BOS} to its special tokens")
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self._text, "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["text"], bos=state["bos"], eos=state["eos"])  # type: ignore[misc]
+
+    def _name(self, token: int | None) -> str | None:
+        return None if token is None else self._tokenizer.id_to_token(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        # Byte-level vocabularies write one character a byte; others write a space as U+2581 and raw bytes as <0x41>.
+        byte_level = "ByteLevel" in json.dumps(json.loads(self._text).get("decoder"))
+        added = self._tokenizer.get_added_tokens_decoder()
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                counts[index] = 0 if added[index].special else len(token.encode())
+            elif byte_level:
+                counts[index] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                counts[index] = 1
+            else:
+                counts[index] = len(token.replace("\u2581", " ").encode())
+        counts[self.bos_id] = 0
+        return counts
+
+    def save(self, folder: str | Path) -> None:
+        _write(Path(folder), self._text, {"kind": "file", "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)})
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer named by ``data.tokenizer``.
+
+    Args:
+        spec: "bytes", a ``tokenizer.json``, a folder that holds one, or a tiktoken rank file (``*.tiktoken``).
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, or it has no separator token.
+    """
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file')
+    if file.suffix == ".tiktoken":
+        return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))
+    marker = _read_json(file.parent / MARKER)
+    if marker.get("kind") == "bytes":
+        return ByteTokenizer()
+    hub = _read_json(file.parent / "tokenizer_config.json")
+    bos = marker.get("bos") or _token_name(hub.get("bos_token"))
+    eos = marker.get("eos") or _token_name(hub.get("eos_token"))
+    return FileTokenizer(file.read_text(encoding="utf-8"), bos=bos, eos=eos, origin=str(file))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer whose ids do not fit the model.
+
+    Args:
+        tokenizer: the tokenizer of the data.
+        vocab_size: rows of the model's vocabulary, ``model.vocab_size``.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the model.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {vocab_size}, but the tokenizer of data.tokenizer has {tokenizer.vocab_size} ids: "
+            f"use model.vocab_size = {tokenizer.vocab_size} or more, or a smaller tokenizer"
+        )
+
+
+def _write(folder: Path, text: str, marker: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _token_name(entry: Any) -> str | None:
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that byte-level vocabularies write for each byte (as in GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {byte: chr(byte) for byte in plain}
+    rest = [byte for byte in range(256) if byte not in table]
+    return table | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+
+
+def _from_ranks(path: Path) -> str:
+    """A tiktoken rank file as the text of a tokenizer.json; the separator gets the first free id."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").splitlines(), start=1):
+        if line.strip():
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise ValueError(f'data.tokenizer = "{path}": line {number} is not "base64 rank": give a tiktoken rank file') from None
+    chars = _byte_characters()
+    written = {token: "".join(chars[byte] for byte in token) for token in ranks}
+    merges = [
+        (written[token[:cut]], written[token[cut:]])
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    vocabulary = {written[token]: rank for token, rank in ranks.items()}
+    tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    pattern = _O200K if "o200k" in path.name else _WORDS if any(n in path.name for n in ("r50k", "p50k", "gpt2")) else _CL100K
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS])
+    return tokenizer.to_str()
