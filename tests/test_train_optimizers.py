@@ -13,14 +13,14 @@ from lrt.train.optimizers import MuonAdamW, gradient_norm, group_of, parameter_g
 from lrt.train.rates import lr_scale, rates_at
 
 SHAPES = {
-    "embedding.weight": (32, 8),
-    "head.weight": (32, 8),
-    "blocks.0.attention.query.weight": (8, 8),
-    "blocks.1.attention.query.weight": (8, 8),
-    "blocks.0.mlp.up.weight": (16, 8),
-    "blocks.0.mlp.down.weight": (8, 16),
-    "residual_scales": (2,),
-    "embedding_scales": (2,),
+    "backbone.embedding.weight": (32, 8),
+    "backbone.head.weight": (32, 8),
+    "blocks.0.block.query.weight": (8, 8),
+    "blocks.1.block.query.weight": (8, 8),
+    "blocks.0.block.mlp_in.weight": (16, 8),
+    "blocks.0.block.mlp_out.weight": (8, 16),
+    "backbone.residual_scales": (2,),
+    "backbone.embedding_scales": (2,),
 }
 
 

@@ -43,7 +43,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(parameter: Tensor) -> Layout | None:
-    """The row layout of a parameter; None when it is whole on this rank."""
+    """The row layout of a parameter; None when it is whole on this rank.
+
+    Raises:
+        ValueError: the parameter is sharded otherwise than by rows over one mesh dimension.
+    """
     if not isinstance(parameter, DTensor):
         return None
     sharded = [(dim, placement) for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
@@ -53,6 +57,8 @@ def layout_of(parameter: Tensor) -> Layout | None:
         return None
     dim = sharded[0][0]
     mesh = parameter.device_mesh
+    if mesh.size(dim) == 1:
+        return None
     return Layout(mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim))
 
 

@@ -30,14 +30,14 @@ class Group(NamedTuple):
 
 # Spec section 5. Weight decay is Muon's alone; all rates are times sqrt(batch_tokens / reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
-    Group("matrices", r"(blocks\.\d+|memory_projection)\..*weight", "muon", "matrix_lr"),
-    Group("embeddings", r"embedding\.weight|value_embeddings\.\d+\.weight", "adamw", "embedding_lr", by_width=True),
-    Group("head", r"head\.weight", "adamw", "head_lr", by_width=True),
-    Group("residual_scales", r"residual_scales", "adamw", "scale_lr"),
-    Group("embedding_scales", r"embedding_scales", "adamw", "injection_lr", betas=(0.96, 0.95)),
-    Group("gains", r"(.*\.)?gains", "adamw", "injection_lr"),
+    Group("matrices", r"(blocks\.\d+\..*|memory_projection\.(key|value))\.weight", "muon", "matrix_lr"),  # gates too
+    Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
+    Group("head", r"backbone\.head\.weight", "adamw", "head_lr", by_width=True),
+    Group("residual_scales", r"backbone\.residual_scales", "adamw", "scale_lr"),
+    Group("embedding_scales", r"backbone\.embedding_scales", "adamw", "injection_lr", betas=(0.96, 0.95)),
+    Group("gains", r"injection\.gains", "adamw", "injection_lr"),
 )
-MEMORY = r"(.*\.)?(memory_projection|memory|gains)(\..*)?"  # parameters that exist only because of the recurrence
+MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"  # what exists only because of the recurrence
 
 
 def is_memory(name: str) -> bool:

@@ -1,0 +1,85 @@
+"""The processes of a run: who this one is, on which device, and how sums over all of them are made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lrt.config import Recipe
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank, size: number of this process, and of all.
+        device: on which it computes.
+        sharded: FSDP holds the parameters; False = a plain module on one process.
+        checkpoint_group: gloo group for the thread that writes checkpoints; None for a plain module.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    sharded: bool
+    checkpoint_group: dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor([number], device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared.item())
+
+    def barrier(self) -> None:
+        if self.checkpoint_group is not None:
+            dist.barrier(self.checkpoint_group)
+
+
+@contextlib.contextmanager
+def open_world(recipe: Recipe) -> Iterator[World]:
+    """Join the process group that torchrun describes, or be alone.
+
+    FSDP is used where there are several processes, and where the computation's dtype differs from the
+    masters' float32: its mixed precision is then the same on one device and on many. Otherwise the model
+    stays a plain module.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    sharded = size > 1 or recipe.parallel.param_dtype != "float32"
+    if not sharded:
+        yield World(rank, size, device, sharded)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
+    if size > 1:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank, size, device, sharded, dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30))))
+    finally:
+        with contextlib.suppress(Exception):  # a rank that is gone cannot be waited for, and hides the error that matters
+            dist.destroy_process_group()

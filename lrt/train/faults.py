@@ -1,0 +1,133 @@
+"""What can go wrong in a long run, and what is done about it: signals, numbers that are not finite, hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class StopSignal:
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a clean end; a second Ctrl-C ends at once.
+
+    Used as a context; outside it, and outside the main thread, nothing is changed.
+    """
+
+    SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for name in self.SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class FiniteGuard:
+    """Counts steps that the device skipped, names their data, and stops when they do not end.
+
+    Args:
+        limit: skipped steps in a row that stop the run.
+        path: file to which the offending batches' identity goes, one JSON object a step.
+        total: skipped steps so far, of a run that goes on.
+    """
+
+    def __init__(self, *, limit: int, path: Path, total: int = 0) -> None:
+        self._limit, self._path = limit, path
+        self.total, self._row = total, 0
+
+    def see(self, step: int, *, skipped: bool, loss: float, norm: float, sources: Sequence[str]) -> None:
+        """Take note of a step.
+
+        Raises:
+            NonFiniteError: this one was the last that is tolerated.
+        """
+        if not skipped:
+            self._row = 0
+            return
+        self.total, self._row = self.total + 1, self._row + 1
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "rows": list(sources)}) + "\n")
+        if self._row >= self._limit:
+            raise NonFiniteError(
+                f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite and were skipped "
+                f"(training.max_skipped = {self._limit}). Their rows are named in {self._path}. Lower the learning rates or look at the data; "
+                f"the checkpoints before are whole"
+            )
+
+
+class Heartbeat:
+    """Names the step when nothing has moved for almost as long as the process group waits.
+
+    The process group ends a hang by its own timeout, but cannot say which step it was in; this thread can.
+
+    Args:
+        timeout_s: of the process group.
+        rank: of this process.
+        stream: where the words go; None = standard error.
+    """
+
+    def __init__(self, *, timeout_s: float, rank: int = 0, stream: Any = None) -> None:
+        self._timeout, self._rank, self._stream = timeout_s, rank, stream
+        self._last, self._where, self._said = time.monotonic(), "start", False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self, where: str) -> None:
+        """Progress was made; ``where`` is what comes now, such as "step 12"."""
+        self._last, self._where, self._said = time.monotonic(), where, False
+
+    @property
+    def where(self) -> str:
+        return self._where
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(5.0, self._timeout / 20)):
+            silent = time.monotonic() - self._last
+            if silent > 0.9 * self._timeout and not self._said:
+                self._said = True
+                stream = self._stream or sys.stderr
+                print(f"rank {self._rank}: {hang_message(self._where, self._timeout)}; stacks of this rank follow", file=stream, flush=True)
+                if self._stream is None:
+                    faulthandler.dump_traceback(file=stream)
+
+
+def hang_message(where: str, timeout_s: float) -> str:
+    """What a user reads when a collective did not end."""
+    return (
+        f"{where}: no progress for about {timeout_s / 60:.3g} minutes (parallel.timeout_minutes): a rank has died or hangs; "
+        f"restart with the same command to go on from the newest checkpoint"
+    )

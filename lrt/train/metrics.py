@@ -1,0 +1,286 @@
+"""What a run says of itself: JSONL always, rows on the console, TensorBoard and a PNG where wanted.
+
+Numbers of a step are read one step late, when the device has them anyway, so that reading never waits
+for work that was only just queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------ late reading
+
+
+class Late(NamedTuple):
+    """Numbers of an earlier step."""
+
+    step: int
+    values: list[float]
+    note: Any  # what ``push`` was given beside them
+
+
+class LateReader:
+    """Device tensors in, host numbers out one step later."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, Any, Any]] = deque()
+
+    def push(self, step: int, values: Tensor, note: Any = None) -> None:
+        """Start copying a 1-D tensor of numbers to the host.
+
+        Args:
+            step: that they belong to.
+            values: on any device.
+            note: handed back by ``pop``.
+        """
+        event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, values, event, note))
+
+    def pop(self, *, keep: int = 1) -> Iterator[Late]:
+        """Numbers of all steps but the newest ``keep``."""
+        while len(self._waiting) > keep:
+            step, values, event, note = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()  # of that step, not of what was queued since
+            yield Late(step, values.tolist(), note)
+
+
+class Clock:
+    """Seconds of training between two steps, and how many of them were spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, a profile) is no training time."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, share of them spent waiting for data)."""
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._start - self._paused)
+        share = min(1.0, self._waited / seconds)
+        self._start, self._waited, self._paused = now, 0.0, 0.0
+        return seconds, share
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the device, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ------------------------------------------------------------------ sinks
+
+
+class JsonLines:
+    """One JSON object a line; ``kind`` tells train from evaluation.
+
+    Args:
+        path: of the file; lines behind step ``resume_step`` are dropped, so that a resumed run repeats none.
+        resume_step: steps done; 0 starts a new file.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
+        beside = path.with_name(path.name + ".new")
+        beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        beside.replace(path)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, record: Record) -> None:
+        # JSON has no NaN: a number that is none becomes null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(clean) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a JSONL file; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+class Console:
+    """A progress bar and a row every few steps.
+
+    Args:
+        total: steps of the run.
+        start: steps already done.
+        every: steps between rows.
+    """
+
+    HEADER = f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} {'data':>6} {'GiB':>6}"
+
+    def __init__(self, *, total: int, start: int, every: int) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total, self._every, self._rows = total, max(1, every), 0
+        self.console = RichConsole(highlight=False, soft_wrap=True)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._progress.add_task("training", total=total, completed=start)
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "evaluation":
+            scores = "  ".join(f"{mode} {value:.4f}" for mode, value in record["bpb"].items())
+            self.say(f"{record['step']:>8} bits per byte: {scores}")
+            return
+        if record["kind"] != "train":
+            return
+        step = record["step"]
+        self._progress.update(self._task, completed=step)
+        if step % self._every and step not in (1, self._total):
+            return
+        if self._rows % 40 == 0:
+            self.say(self.HEADER)
+        self._rows += 1
+        groups = " ".join(f"{g:.3f}" for g in record["groups"])
+        mfu = f"{100 * record['mfu']:.1f}%" if "mfu" in record else "-"
+        skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
+        self.say(
+            f"{step:>8} {record['loss']:>8.4f}  {groups:<20} {record['lr_scale']:>7.4f} {record['grad_norm']:>9.3g} "
+            f"{record['tokens_per_second']:>10,.0f} {mfu:>6} {100 * record['data_wait']:>5.1f}% {record['peak_memory_gib']:>6.2f}{skipped}"
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Raises:
+        ValueError: the package is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError('metrics.tensorboard = true needs the package tensorboard: pip install "lrt[tensorboard]"') from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        for name, value in _scalars(record):
+            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: Record) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", v) for key, v in value.items() if isinstance(v, (int, float)))
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}/{i}", v) for i, v in enumerate(value) if isinstance(v, (int, float)))
+        elif isinstance(value, (int, float)) and name != "step":
+            yield name, value
+
+
+class Recorder:
+    """Hands every record to every sink."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+# ------------------------------------------------------------------ curves
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Draw loss, bits per byte, gradient norm and learning rate into a PNG.
+
+    Args:
+        records: of a metrics.jsonl.
+        path: of the PNG.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('metrics.plot = true needs matplotlib: pip install "lrt[plot]", or set metrics.plot = false') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    scores = [r for r in records if r["kind"] == "evaluation"]
+    figure, ((top, right), (low, last)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    steps = [r["step"] for r in train]
+    for group in range(len(train[0]["groups"]) if train else 0):
+        top.plot(steps, [r["groups"][group] for r in train], linewidth=0.8, label=f"group {group}" if group else "initialization")
+    top.set(title="training loss of each group (nats a token)", xlabel="step")
+    for mode in scores[0]["bpb"] if scores else ():
+        right.plot([r["step"] for r in scores], [r["bpb"][mode] for r in scores], marker="o", label=mode)
+    right.set(title="held-out bits per byte", xlabel="step")
+    low.plot(steps, [r["grad_norm"] for r in train], linewidth=0.8)
+    low.set(title="gradient norm", xlabel="step", yscale="log")
+    last.plot(steps, [r["lr_scale"] for r in train], linewidth=0.8)
+    last.set(title="share of the learning rate", xlabel="step")
+    for axes in (top, right):
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,127 @@
+"""The parallel plan: mesh, activation checkpointing, compilation, sharding, mixed precision.
+
+PyTorch's own engine in torchtitan's order (AC, then compile each block, then ``fully_shard``). A training
+step runs the blocks several times before one backward pass, so by default gathered parameters stay until
+the step's end: one gather a parameter and step, however many passes the schedule has.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from lrt.config import ParallelConfig
+from lrt.train.distributed import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GRAPHS = 64  # compiled variants of a block: windows x with or without memory x kinds of store x dtypes
+WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
+
+
+def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> None:
+    """Turn a model into its parallel form, in place; parameters may be on the meta device.
+
+    Args:
+        model: a LatentRecurrentModel.
+        config: section ``parallel`` of the recipe.
+        world: the processes.
+
+    Raises:
+        ValueError: replicate x shard is not the number of processes.
+    """
+    if config.activation_checkpointing != "none":
+        for index, block in enumerate(model.blocks):
+            model.blocks[index] = checkpointed(block, selective=config.activation_checkpointing == "selective")
+    if config.compile:
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    if not world.sharded:
+        return
+    mesh = make_mesh(config, world)
+    # RoPE tables must stay float32 and token ids integers, so inputs are cast nowhere: they are in the right dtype already.
+    precision = MixedPrecisionPolicy(DTYPES[config.param_dtype], DTYPES[config.reduce_dtype], cast_forward_inputs=False)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward")
+    backbone = model.backbone
+    for part in (backbone.embedding, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection, backbone.head):
+        if part is not None:
+            shard(part)
+    shard(model)  # the rest: scales and gains
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)  # the loss is already divided by the valid targets of all ranks
+        module.set_force_sum_reduction_for_comms(True)
+        if config.reshard == "after_step":
+            module.set_reshard_after_backward(False)
+    register_fsdp_forward_method(model, "score")
+    register_fsdp_forward_method(backbone.head, "loss")
+    for block in model.blocks:
+        register_fsdp_forward_method(block, "refresh")
+
+
+def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    """Replicas x shards; one dimension where there is one replica.
+
+    Raises:
+        ValueError: they do not multiply to the number of processes.
+    """
+    shard = world.size // config.replicate if config.shard == -1 else config.shard
+    if config.replicate < 1 or shard < 1 or config.replicate * shard != world.size:
+        raise ValueError(
+            f"parallel.replicate = {config.replicate} x parallel.shard = {config.shard} does not make {world.size} processes: "
+            f"choose replicate so that it divides {world.size}, and shard = -1 for the rest"
+        )
+    if config.replicate == 1:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
+    """A block whose activations are computed again in the backward pass.
+
+    Args:
+        block: memory, positions and stored keys are its arguments, so computing it again sees the same values.
+        selective: keep the results of matrix products and attention, recompute only the cheap rest.
+    """
+    options: dict[str, Any] = {"preserve_rng_state": False}  # nothing in a block is random
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    return checkpoint_wrapper(block, **options)
+
+
+_aten = torch.ops.aten
+EXPENSIVE = {
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Drop gathered parameters; under ``reshard = "after_step"`` only this makes ``p.grad`` appear."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under the names that the plain model gives them."""
+    return [(name.replace(WRAPPED, ""), parameter) for name, parameter in model.named_parameters()]
