@@ -1,0 +1,67 @@
+"""Tensors that are read when they are needed, one at a time: a conversion holds one shard, not a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Callable, Mapping, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+
+class LazyTensor(NamedTuple):
+    """A tensor of a checkpoint, known by shape and dtype until it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """Tensors that are already loaded, or mapped from a file."""
+    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+
+
+def rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Rows start..stop of a tensor."""
+    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
+
+
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = (sum(p.shape[0] for p in parts), *parts[0].shape[1:])
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([p.read() for p in parts]))
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """The tensor in another dtype."""
+    return LazyTensor(tensor.shape, dtype, lambda: tensor.read().to(dtype))
+
+
+def common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """The narrowest dtype that holds every tensor exactly."""
+    dtype = None
+    for tensor in tensors.values():
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return dtype or torch.float32
+
+
+def check_shapes(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not exactly those that the layout asks for.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or have another shape.
+    """
+    problems = [f"{n} is missing (expected {expected[n]})" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"{n} is unexpected" for n in sorted(found.keys() - expected.keys())]
+    problems += [f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in sorted(expected) if n in found and found[n].shape != expected[n]]
+    if problems:
+        more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(f"{where}: {len(problems)} tensors do not fit its config: {'; '.join(problems[:6])}{more}")
