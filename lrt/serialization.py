@@ -1,4 +1,4 @@
-"""A model as a folder: model.safetensors and config.json, readable by ``lrt.load`` alone.
+"""A model as a folder: safetensors and config.json, readable by ``lrt.load`` alone.
 
 Nothing is ever unpickled. A folder is written beside its place and renamed, so a broken save leaves
 nothing half-written.
@@ -13,34 +13,32 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Refine, from_config
+from lrt.shards import LazyTensor, in_memory, open_folder, write_folder
 from lrt.types import Schedule
 
 FORMAT = 1
-WEIGHTS = "model.safetensors"
 
 
-def save(model: LatentRecurrentModel, folder: str | Path) -> Path:
+def save(model: LatentRecurrentModel, folder: str | Path, *, shard_size: int | None = None) -> Path:
     """Write a native model to ``folder``: safetensors and config.json.
 
     Args:
         model: the model, on any device.
         folder: must not exist yet, or be empty.
+        shard_size: bytes of the largest file; None = one file.
 
     Raises:
         ValueError: the folder is in use.
     """
     with new_folder(folder) as place:
-        tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
-        save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+        write_folder(place, in_memory(model.state_dict()), shard_size=shard_size)
         (place / "config.json").write_text(json.dumps(native_config(model), indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
@@ -49,24 +47,32 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
     """Read a model that ``save`` wrote.
 
     Args:
-        folder: with model.safetensors and config.json.
+        folder: with safetensors (whole or in shards) and config.json.
         dtype: of the parameters; None = as saved.
         device: None = CPU.
 
     Raises:
         ValueError: not such a folder, or its tensors do not fit its config.
     """
-    config = read_config(folder)
-    tensors = read_tensors(Path(folder) / WEIGHTS)
-    model = model_from_config(config, device="meta")
+    model = model_from_config(read_config(folder), device="meta")
+    tensors = open_folder(folder)
+    check_tensors(folder, model, tensors)
+    model.load_state_dict({n: t.read().to(device=device, dtype=dtype or t.dtype) for n, t in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def check_tensors(folder: str | Path, model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse tensors that are not exactly those of the model.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or have another shape.
+    """
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    found = {name: t.shape for name, t in tensors.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         shown = ", ".join(f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong[:4])
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json ({shown}): the folder is not whole or was changed")
-    model.load_state_dict({n: t.to(device=device, dtype=dtype or t.dtype) for n, t in tensors.items()}, assign=True)
-    return model.eval()
 
 
 # ------------------------------------------------------------------ config.json
@@ -125,20 +131,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if config["lrt_format"] > FORMAT:
         raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
     return config
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        ValueError: missing, truncated or not safetensors.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder is not whole")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 # ------------------------------------------------------------------ folders that appear whole

@@ -1,35 +1,17 @@
-"""Tensors that are read when they are needed, one at a time: a conversion holds one shard, not a model."""
+"""Cutting, stacking and casting tensors that are not read yet: a conversion holds one shard, not a model."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Callable, Mapping, NamedTuple, Sequence
+from typing import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-
-class LazyTensor(NamedTuple):
-    """A tensor of a checkpoint, known by shape and dtype until it is read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    """Tensors that are already loaded, or mapped from a file."""
-    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+from lrt.shards import LazyTensor
 
 
 def rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
     """Rows start..stop of a tensor."""
-    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop])
+    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[start:stop].clone())
 
 
 def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
