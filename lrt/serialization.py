@@ -13,14 +13,14 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator
 
 import torch
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Refine, from_config
-from lrt.shards import LazyTensor, in_memory, open_folder, write_folder
+from lrt.shards import check_shapes, in_memory, open_folder, write_folder
 from lrt.types import Schedule
 
 FORMAT = 1
@@ -56,23 +56,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
     """
     model = model_from_config(read_config(folder), device="meta")
     tensors = open_folder(folder)
-    check_tensors(folder, model, tensors)
+    check_shapes(str(folder), tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     model.load_state_dict({n: t.read().to(device=device, dtype=dtype or t.dtype) for n, t in tensors.items()}, assign=True)
     return model.eval()
-
-
-def check_tensors(folder: str | Path, model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor]) -> None:
-    """Refuse tensors that are not exactly those of the model.
-
-    Raises:
-        ValueError: tensors are missing, unexpected, or have another shape.
-    """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: t.shape for name, t in tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        shown = ", ".join(f"{n}: expected {expected.get(n, 'nothing')}, found {found.get(n, 'nothing')}" for n in wrong[:4])
-        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit config.json ({shown}): the folder is not whole or was changed")
 
 
 # ------------------------------------------------------------------ config.json

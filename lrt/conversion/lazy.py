@@ -33,17 +33,3 @@ def common_dtype(tensors: Mapping[str, LazyTensor]) -> torch.dtype:
     for tensor in tensors.values():
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype or torch.float32
-
-
-def check_shapes(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse tensors that are not exactly those that the layout asks for.
-
-    Raises:
-        ValueError: tensors are missing, unexpected, or have another shape.
-    """
-    problems = [f"{n} is missing (expected {expected[n]})" for n in sorted(expected.keys() - found.keys())]
-    problems += [f"{n} is unexpected" for n in sorted(found.keys() - expected.keys())]
-    problems += [f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in sorted(expected) if n in found and found[n].shape != expected[n]]
-    if problems:
-        more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{where}: {len(problems)} tensors do not fit its config: {'; '.join(problems[:6])}{more}")

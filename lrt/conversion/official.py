@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any, Mapping
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
-from lrt.conversion.lazy import check_shapes, rows, stacked
+from lrt.conversion.lazy import rows, stacked
 from lrt.model import build_model
 from lrt.schedules import from_config
 from lrt.serialization import model_from_config, native_config, schedule_to_table
-from lrt.shards import LazyTensor
+from lrt.shards import LazyTensor, check_shapes
 
 LINEARS = {"attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
 NANOCHAT_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
