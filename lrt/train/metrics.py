@@ -63,8 +63,8 @@ class LateReader:
         self._waiting.append((step, values, event, note))
 
     def pop(self, *, keep: int = 1) -> Iterator[Late]:
-        """Numbers of all steps but the newest ``keep``."""
-        while len(self._waiting) > keep:
+        """Numbers of all steps but the newest ``keep``; on the CPU of all, since nothing is queued there."""
+        while self._waiting and (len(self._waiting) > keep or self._waiting[0][2] is None):
             step, values, event, note = self._waiting.popleft()
             if event is not None:
                 event.synchronize()  # of that step, not of what was queued since

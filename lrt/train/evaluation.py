@@ -1,0 +1,112 @@
+"""Scores during and after a run: bits per byte, what the recurrence learned, a sample of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lrt.config import Recipe
+from lrt.data import Tokenizer, build_loader
+from lrt.data.loader import ValidationLoader
+from lrt.eval import BitsPerByte, evaluate_bpb
+from lrt.train.distributed import World
+from lrt.train.parallel import free_gathered, fsdp_modules
+from lrt.train.state import Run
+
+
+def validation_loader(recipe: Recipe, tokenizer: Tokenizer, world: World) -> ValidationLoader:
+    """Held-out rows: the same in every mode, at every step, and for every number of ranks."""
+    config = recipe.evaluation
+    return build_loader(  # type: ignore[return-value]
+        recipe.data,
+        tokenizer=tokenizer,
+        sequence_length=recipe.model.sequence_length,
+        rows=config.batch,
+        rank=world.rank,
+        world_size=world.size,
+        seed=recipe.run.seed,
+        split="validation",
+        limit_tokens=config.tokens,
+    )
+
+
+def evaluate(model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World) -> dict[str, BitsPerByte]:
+    """Bits per byte in every mode of the recipe, over all ranks.
+
+    Blocks run eagerly: the shapes of the modes would each compile anew.
+    """
+    token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
+    known = torch.from_numpy(tokenizer.token_bytes())
+    token_bytes[: len(known)] = known
+    keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
+    _reshard_after_forward(model, False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate_bpb(
+                model,
+                rows,
+                token_bytes=token_bytes,
+                modes=recipe.evaluation.modes,
+                buckets=recipe.evaluation.buckets,
+                device=world.device,
+                reduce=world.total,
+            )
+    finally:
+        free_gathered(model)
+        _reshard_after_forward(model, keep)
+
+
+def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
+    for module in fsdp_modules(model):
+        module.set_reshard_after_forward(reshard, recurse=False)
+
+
+def evaluate_run(run: Run) -> dict[str, Any]:
+    """Score the held-out rows and record everything that is known of the model at this step; every rank must call this."""
+    scores = evaluate(run.model, run.recipe, run.validation, run.tokenizer, run.world)
+    record = {
+        "kind": "evaluation",
+        "step": run.state.step,
+        "tokens": run.state.tokens,
+        "bpb": {mode: score.value for mode, score in scores.items()},
+        "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
+        "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
+        "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
+        "recurrence": recurrence_statistics(run.model),
+    }
+    run.recorder.write(record)
+    return record
+
+
+@torch.no_grad()
+def recurrence_statistics(model: Any) -> dict[str, list[float]]:
+    """What the memory's parameters have become, one number a receiving block: gains g, size of gates and projections.
+
+    Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
+    Every rank must call this.
+    """
+    if model.recurrence is None:
+        return {}
+    found: dict[str, list[float]] = {}
+    if model.injection is not None:
+        found["gains"] = _whole(model.injection.gains).tolist()
+    blocks = [model.blocks[index] for index in model.receivers]
+    gates = [block.gate for block in blocks if block.gate is not None]
+    if gates:
+        found["gate_rms"] = [_rms(gate.weight) for gate in gates]
+    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
+    if pairs:
+        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
+        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
+    return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(_whole(tensor).float().square().mean().sqrt())

@@ -1,0 +1,49 @@
+"""How long a run is, and how a batch is dealt over ranks and accumulation steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lrt.accounting import Parameters
+from lrt.config import Recipe
+
+
+class Horizon(NamedTuple):
+    """Sizes of a run in steps, rows and tokens."""
+
+    steps: int  # optimizer steps of the whole run
+    rows: int  # a forward on one rank
+    accumulation: int  # forwards a step on one rank
+    batch_tokens: int  # a step over all ranks
+    tokens: int  # the whole run
+
+
+def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> Horizon:
+    """Turn the recipe's horizon into steps, and its batch into rows a forward.
+
+    Args:
+        recipe: ``training`` and ``model.sequence_length`` are read.
+        parameters: of the model, for ``tokens_per_parameter``.
+        world_size: processes.
+
+    Raises:
+        ValueError: no horizon is given, or the batch cannot be dealt to the ranks.
+    """
+    training, length = recipe.training, recipe.model.sequence_length
+    if training.steps is not None:
+        steps = training.steps
+    elif training.tokens is not None:
+        steps = max(1, round(training.tokens / training.batch_tokens))
+    elif training.tokens_per_parameter is not None:
+        steps = max(1, round(training.tokens_per_parameter * parameters.scaling / training.batch_tokens))
+    else:
+        raise ValueError("training has no horizon: give exactly one of training.steps, training.tokens, training.tokens_per_parameter")
+    rows = training.batch_tokens // length
+    if rows % world_size:
+        raise ValueError(
+            f"training.batch_tokens = {training.batch_tokens} is {rows} rows of {length} tokens, which {world_size} processes cannot share evenly: "
+            f"choose a multiple of {world_size * length}, or another number of processes"
+        )
+    here = rows // world_size
+    forward = max(n for n in range(1, min(training.micro_batch, here) + 1) if here % n == 0)
+    return Horizon(steps, forward, here // forward, training.batch_tokens, steps * training.batch_tokens)

@@ -1,0 +1,70 @@
+"""The end of a run: evaluation, export, curves, a sample, and the table that says it all."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from lrt.train.evaluation import evaluate_run
+from lrt.train.faults import Heartbeat
+from lrt.train.metrics import plot_curves, read_records
+from lrt.train.state import Run, RunResult
+from lrt.train.weights import export
+
+
+def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
+    """Evaluate, export, draw and print what a finished run is worth; every rank must call this."""
+    heart.beat(f"evaluation at step {run.state.step}")
+    record = evaluate_run(run)
+    heart.beat("export")
+    exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
+    plain = export(run.model, run.recipe, exported, run.world)
+    result = dataclasses.replace(result, bpb=dict(record["bpb"]))
+    if plain is not None:
+        if exported is not None:
+            run.tokenizer.save(exported)
+        result = dataclasses.replace(result, sample=decode_sample(plain.to(run.world.device), run))
+        if run.recipe.metrics.plot:
+            try:
+                plot_curves(read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png")
+            except ValueError as error:
+                run.say(str(error))
+        run.say(summary(run, result))
+    run.world.barrier()
+    return result
+
+
+def decode_sample(model: Any, run: Run) -> str | None:
+    """Text that the model writes after the recipe's prompt, one token after the other, drawn with the run's seed."""
+    try:
+        from lrt.generation import generate
+    except ImportError:
+        return None
+    config = run.recipe.evaluation
+    if not config.sample_tokens:
+        return None
+    prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(config.sample_prompt)]
+    generator = torch.Generator(device=run.world.device).manual_seed(run.recipe.run.seed)
+    ids = torch.tensor([prompt], device=run.world.device)
+    out = generate(model, ids, max_new_tokens=config.sample_tokens, temperature=0.8, top_k=40, generator=generator)
+    return run.tokenizer.decode(out[0].tolist()[1:])
+
+
+def summary(run: Run, result: RunResult) -> str:
+    """The final table, the sample, and where everything lies."""
+    parts = run.parameters
+    rows = [
+        *((f"bits per byte, {mode}", f"{value:.4f}") for mode, value in result.bpb.items()),
+        ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
+        ("tokens a second", f"{result.tokens_per_second:,.0f}"),
+        ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
+        ("skipped steps", f"{run.state.skipped}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    if result.sample is not None:
+        lines += ["", "sample:", *(f"  {line}" for line in result.sample.splitlines())]
+    written = [path for path in ("recipe.toml", "metrics.jsonl", "curves.png", "checkpoints", "export") if (run.folder / path).exists()]
+    return "\n".join([*lines, "", f"written to {run.folder.resolve()}: {', '.join(written)}"])

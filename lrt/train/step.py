@@ -1,0 +1,80 @@
+"""One optimizer step: forwards and backwards, the norm, and an update that a bad number cannot reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrt.data import Batch
+from lrt.loss import IGNORE
+from lrt.train.distributed import World
+from lrt.train.metrics import Late
+from lrt.train.optimizers import MuonAdamW, gradient_norm, scale_gradients
+from lrt.train.parallel import free_gathered
+from lrt.types import Schedule
+
+
+class StepNumbers(NamedTuple):
+    """What a step says of itself, once it is read."""
+
+    step: int
+    loss: float
+    norm: float
+    finite: bool
+    stop: bool  # some rank was asked to stop
+    groups: tuple[float, ...]
+
+    @classmethod
+    def of(cls, late: Late) -> StepNumbers:
+        loss, norm, finite, stop, *groups = late.values
+        return cls(late.step, loss, norm, finite > 0, stop > 0, tuple(groups))
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: MuonAdamW,
+    batches: Sequence[Batch],
+    *,
+    schedule: Schedule,
+    generator: torch.Generator,
+    clip_norm: float | None,
+    world: World,
+    stop: bool = False,
+) -> Tensor:
+    """Forward and backward over all micro-batches, then one update.
+
+    Args:
+        model: in training mode, plain or parallel.
+        optimizer: with the rates of this step.
+        batches: this rank's micro-batches, on the device.
+        schedule: passes of every forward.
+        generator: for schedules that draw; the same on every rank.
+        clip_norm: global gradient norm; None = no clipping.
+        world: the processes.
+        stop: this rank was asked to stop; every rank learns it from the result.
+
+    Returns:
+        1-D tensor on the device for ``StepNumbers.of``; nothing here waits for the device.
+    """
+    # Normalised by the targets of all ranks and accumulation steps, and summed: equal to one large batch.
+    valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
+    scores: Tensor | None = None
+    for batch in batches:
+        out = model(batch.input_ids, targets=batch.targets, schedule=schedule, valid_targets=valid, generator=generator)
+        out.loss.backward()
+        part = torch.stack([out.loss.detach(), *out.groups])
+        scores = part if scores is None else scores + part
+    free_gathered(model)
+    assert scores is not None
+    scores = world.total(torch.cat([scores, scores.new_full((1,), float(stop))]))
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(parameters)
+    finite = torch.isfinite(norm) & torch.isfinite(scores[0])
+    if clip_norm is not None:
+        scale_gradients(parameters, norm=norm, clip_norm=clip_norm)
+    optimizer.step(finite=finite)
+    optimizer.zero_grad(set_to_none=True)
+    return torch.cat([scores[:1], norm[None], finite[None].to(norm.dtype), scores[-1:], scores[1:-1]])

@@ -1,0 +1,313 @@
+"""The trainer: mesh, model, plan, data, optimizer, checkpoint, loop, in that order.
+
+Everything that resuming needs is in ``TrainState``, the tensors of model and optimizer, and each rank's
+loader and random numbers; what changes with the step (rates, order of subsets) is a function of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.accounting import count_parameters, peak_flops, training_flops
+from lrt.config import Recipe, dump_recipe
+from lrt.data import Batch, build_loader, check_vocabulary, load_tokenizer
+from lrt.model import build
+from lrt.train.checkpoint import CheckpointManager, check_same_model, latest, read_rest, read_tensors
+from lrt.train.distributed import World, open_world
+from lrt.train.evaluation import evaluate_run, validation_loader
+from lrt.train.faults import FiniteGuard, Heartbeat, StopSignal, hang_message
+from lrt.train.horizon import plan_horizon
+from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.muon import direction
+from lrt.train.optimizers import MuonAdamW, parameter_groups
+from lrt.train.parallel import named_parameters
+from lrt.train.rates import Rates, rates_at
+from lrt.train.report import finish
+from lrt.train.state import Run, RunResult, TrainState
+from lrt.train.step import StepNumbers, train_step
+from lrt.train.weights import build_parallel, warm_start
+
+
+# ------------------------------------------------------------------ putting a run together
+
+
+def train(recipe: Recipe) -> RunResult:
+    """Train, evaluate, export: the whole life of a run.
+
+    Args:
+        recipe: everything that the run needs to know.
+
+    Raises:
+        ValueError: the recipe, the data or a checkpoint cannot be used.
+        NonFiniteError: too many steps in a row were not finite.
+        RuntimeError: a rank died or hangs; the message names the step.
+    """
+    with open_world(recipe) as world, StopSignal() as signals:
+        timeout = 60 * recipe.parallel.timeout_minutes
+        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
+            run = assemble(recipe, world)
+            try:
+                return _loop(run, signals, heart)
+            finally:
+                run.manager.wait()
+                run.recorder.close()
+
+
+def assemble(recipe: Recipe, world: World) -> Run:
+    """All parts of a run, at the step of its newest checkpoint."""
+    torch.set_float32_matmul_precision("high")
+    shapes = build(recipe, device="meta")
+    parameters = count_parameters(shapes)
+    horizon = plan_horizon(recipe, parameters, world_size=world.size)
+    flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    check_vocabulary(tokenizer, recipe.model.vocab_size)
+    loader = build_loader(
+        recipe.data,
+        tokenizer=tokenizer,
+        sequence_length=recipe.model.sequence_length,
+        rows=horizon.rows,
+        rank=world.rank,
+        world_size=world.size,
+        seed=recipe.run.seed,
+    )
+    folder = Path(recipe.run.output) / recipe.run.name
+    resumed = _newest(recipe, folder, world)
+    model = build_parallel(recipe, world)
+    if resumed is None and recipe.training.init_from is not None:
+        warm_start(model, recipe.training.init_from, world)
+    compiled = torch.compile(direction, fullgraph=True, dynamic=False) if recipe.parallel.compile else direction
+    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), direction=compiled)
+    state = TrainState()
+    if resumed is not None:
+        state = _resume(resumed, model, optimizer, loader, world)
+    console = _start_folder(recipe, folder, world, total=horizon.steps, start=state.step)
+    say = console.say if console is not None else lambda text: None
+    manager = CheckpointManager(
+        folder / "checkpoints",
+        config=recipe.checkpoint,
+        recipe=recipe,
+        rank=world.rank,
+        world_size=world.size,
+        process_group=world.checkpoint_group,
+        report=say,
+    )
+    manager.last_saved = state.step if resumed is not None else -1
+    sinks: list[Sink] = [console] if console is not None else []
+    if world.main:
+        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step))
+        if recipe.metrics.tensorboard:
+            sinks.append(TensorBoard(folder / "tensorboard"))
+    if resumed is not None:
+        say(f"resumed from {resumed}")
+    guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
+    validation = validation_loader(recipe, tokenizer, world)
+    return Run(
+        recipe, world, folder, horizon, parameters, flops, model, optimizer, tokenizer, loader, validation,
+        manager, Recorder(sinks), guard, say, state,
+    )  # fmt: skip
+
+
+def _newest(recipe: Recipe, folder: Path, world: World) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; other ranks wait for rank 0 to look."""
+    found = latest(folder / "checkpoints") if world.main else None
+    number = world.agree(-1 if found is None else int(found.name.removeprefix("step_")))
+    if number < 0:
+        return None
+    newest = folder / "checkpoints" / f"step_{number:08d}"
+    if not recipe.checkpoint.resume:
+        raise ValueError(
+            f"checkpoint.resume = false, but {folder} holds a run that reached step {number}: choose another run.name, "
+            f"delete the folder, or set checkpoint.resume = true"
+        )
+    check_same_model(newest, recipe)
+    return newest
+
+
+def _resume(folder: Path, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> TrainState:
+    read_tensors(folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
+    rest = read_rest(folder)
+    loader.load_state_dict([state["loader"] for state in rest.rank_states])
+    if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
+        _set_random_state(rest.rank_states[world.rank]["random"], world.device)
+    return TrainState(**{field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState)})
+
+
+def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
+    """Everything that is sharded or the same on all ranks, aliasing the live tensors."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
+    return {**tensors, **{f"optimizer.{name}": tensor for name, tensor in optimizer.named_state().items()}}
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, start: int) -> Console | None:
+    if not world.main:
+        world.barrier()
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+    world.barrier()
+    return Console(total=total, start=start, every=recipe.metrics.every)
+
+
+@contextlib.contextmanager
+def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
+    """A collective that failed says in which step."""
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        raise RuntimeError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise RuntimeError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
+    recipe, state, total = run.recipe, run.state, run.horizon.steps
+    late, clock, generator = LateReader(), Clock(), torch.Generator()
+    speeds: list[float] = []
+    stop = False
+    with _profiler(recipe, run.folder, run.world) as profile:
+        while state.step < total and not stop:
+            heart.beat(f"step {state.step + 1}")
+            with clock.waiting():
+                batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
+            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
+            run.optimizer.set_rates(rates)
+            generator.manual_seed(recipe.run.seed * 1_000_003 + state.step)  # the order of subsets is a function of the step
+            numbers = train_step(
+                run.model,
+                run.optimizer,
+                [_to_device(batch, run.world.device) for batch in batches],
+                schedule=run.model.train_schedule,
+                generator=generator,
+                clip_norm=recipe.training.clip_norm,
+                world=run.world,
+                stop=signals.received is not None,
+            )
+            state.step += 1
+            state.tokens += run.horizon.batch_tokens
+            late.push(state.step, numbers, (rates, [source for batch in batches for source in batch.source]))
+            due = _due(recipe, state.step, total)
+            for past in late.pop(keep=0 if due else 1):
+                stop |= _note(run, StepNumbers.of(past), *past.note, clock=clock, speeds=speeds)
+            run.manager.poll()
+            profile(state.step)
+            if due and "evaluate" in due:
+                with clock.paused():
+                    heart.beat(f"evaluation at step {state.step}")
+                    evaluate_run(run)
+            if due and "save" in due and not stop:
+                _save(run)
+        heart.beat(f"the end, at step {state.step}")
+        for past in late.pop(keep=0):
+            stop |= _note(run, StepNumbers.of(past), *past.note, clock=clock, speeds=speeds)
+    reached = state.step >= total
+    _save(run)
+    if not run.manager.wait():
+        raise RuntimeError(f"the checkpoint at the end (step {state.step}) could not be written; see the lines above")
+    name = None if reached else signals.received or "a signal on another rank"
+    speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
+    result = RunResult(run.folder, state.step, name, {}, speed, run.parameters.total)
+    if name is not None:
+        run.say(f"stopped by {name} at step {state.step} of {total}; the same command goes on from {run.manager.folder}")
+        return result
+    return finish(run, result, heart)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.input_ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), batch.source)
+
+
+def _due(recipe: Recipe, step: int, total: int) -> set[str]:
+    """What this step ends with: numbers must be read before a checkpoint holds their count."""
+    every = {"evaluate": recipe.evaluation.every, "save": recipe.checkpoint.every}
+    return {what for what, n in every.items() if n and step % n == 0 and step < total}
+
+
+def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], *, clock: Clock, speeds: list[float]) -> bool:
+    """Record a step that has been read; True when some rank was asked to stop."""
+    seconds, waited = clock.lap()
+    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=sources)
+    run.state.skipped = run.guard.total
+    speed = run.horizon.batch_tokens / seconds
+    speeds.append(speed)
+    device = run.world.device
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    flops = speed * run.flops_a_token
+    run.recorder.write(
+        {
+            "kind": "train",
+            "step": numbers.step,
+            "loss": numbers.loss,
+            "groups": list(numbers.groups),
+            "lr_scale": rates.lr_scale,
+            "lr": {group["name"]: group["base_lr"] * rates.lr_scale for group in run.optimizer.param_groups},
+            "grad_norm": numbers.norm,
+            "tokens": numbers.step * run.horizon.batch_tokens,
+            "tokens_per_second": speed,
+            "flops": numbers.step * run.horizon.batch_tokens * run.flops_a_token,
+            "flops_per_second": flops,
+            **({} if peak is None else {"mfu": flops / run.world.size / peak}),
+            "data_wait": waited,
+            "peak_memory_gib": peak_memory_gib(device),
+            "skipped": run.guard.total,
+        }
+    )
+    return numbers.stop
+
+
+def _save(run: Run) -> None:
+    run.manager.save(
+        run.state.step,
+        tensors=_tensors(run.model, run.optimizer),
+        rank_state={"loader": run.loader.state_dict(), "random": _random_state(run.world.device)},
+        meta=dataclasses.asdict(run.state),
+    )
+
+
+@contextlib.contextmanager
+def _profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
+    """A function to call after every step; records the window that the recipe asks for."""
+    start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
+    if start is None:
+        yield lambda step: None
+        return
+    profiler = torch.profiler.profile()
+    running = False
+
+    def after(step: int) -> None:
+        nonlocal running
+        if step == start and not running:
+            profiler.start()
+            running = True
+        elif running and step == start + count:
+            profiler.stop()
+            running = False
+            (folder / "profile").mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{step}.json"))
+
+    yield after
+    if running:
+        profiler.stop()
