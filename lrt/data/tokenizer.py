@@ -22,7 +22,7 @@ _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[
 
 # How the texts were split before the ranks were counted; a rank file does not say it.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -79,7 +79,7 @@ class ByteTokenizer:
         from tokenizers import decoders, models, pre_tokenizers
 
         # The same ids as a tokenizer.json, for programs that know only those.
-        twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in _byte_characters().items()}, merges=[]))
+        twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in byte_characters().items()}, merges=[]))
         twin.pre_tokenizer, twin.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
         twin.add_special_tokens([BOS])
         _write(Path(folder), twin.to_str(), {"kind": "bytes"})
@@ -210,7 +210,7 @@ def _token_name(entry: Any) -> str | None:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """The printable character that byte-level vocabularies write for each byte (as in GPT-2)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {byte: chr(byte) for byte in plain}
@@ -220,9 +220,6 @@ def _byte_characters() -> dict[int, str]:
 
 def _from_ranks(path: Path) -> str:
     """A tiktoken rank file as the text of a tokenizer.json; the separator gets the first free id."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as HFTokenizer
-
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").splitlines(), start=1):
         if line.strip():
@@ -231,7 +228,22 @@ def _from_ranks(path: Path) -> str:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error):
                 raise ValueError(f'data.tokenizer = "{path}": line {number} is not "base64 rank": give a tiktoken rank file') from None
-    chars = _byte_characters()
+    pattern = _O200K if "o200k" in path.name else _WORDS if any(n in path.name for n in ("r50k", "p50k", "gpt2")) else SPLIT
+    return tokenizer_json(ranks, pattern=pattern, special=(BOS,))
+
+
+def tokenizer_json(ranks: dict[bytes, int], *, pattern: str, special: Sequence[str]) -> str:
+    """Byte-level merge ranks as the text of a tokenizer.json.
+
+    Args:
+        ranks: id of every token that is not special.
+        pattern: regular expression that splits a text before it is merged.
+        special: special tokens; they get the ids after the ranks.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    chars = byte_characters()
     written = {token: "".join(chars[byte] for byte in token) for token in ranks}
     merges = [
         (written[token[:cut]], written[token[cut:]])
@@ -241,9 +253,8 @@ def _from_ranks(path: Path) -> str:
     ]
     vocabulary = {written[token]: rank for token, rank in ranks.items()}
     tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    pattern = _O200K if "o200k" in path.name else _WORDS if any(n in path.name for n in ("r50k", "p50k", "gpt2")) else _CL100K
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([split, byte_level]), decoders.ByteLevel()
-    tokenizer.add_special_tokens([BOS])
+    tokenizer.add_special_tokens(list(special))
     return tokenizer.to_str()
