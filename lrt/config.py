@@ -105,7 +105,7 @@ class ModelConfig:
     softcap: float | None = 15.0  # logits <- c tanh(logits / c); "none" switches it off
     rope_base: float = 10000.0
     rope_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 reproduces the official tables
-    gate_channels: int | None = 32  # channels that the value-embedding gate reads without recurrence; None = all
+    gate_channels: int | None = None  # channels that the value-embedding gate reads; None = all
     attention_reset: int | None = None  # token id of the separator at which attention is cut too; None = never
 
     @property
