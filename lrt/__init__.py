@@ -1,14 +1,17 @@
 """lrt: Latent Recurrent Transformers (arXiv 2605.26797) in PyTorch."""
 
+from lrt import prefill
 from lrt.config import RecipeError, RecurrenceConfig, load_recipe
+from lrt.generation import generate
 from lrt.model import LatentRecurrentModel, build
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection
 from lrt.schedules import baseline, chunked, interleaved, refine, sequential
 from lrt.serialization import load, save
+from lrt.state import DecodeState
 from lrt.types import Output
 
 __version__ = "0.1.0"
 __all__ = [
-    "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection",
-    "baseline", "build", "chunked", "interleaved", "load", "load_recipe", "refine", "save", "sequential",
+    "DecodeState", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection",
+    "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "save", "sequential",
 ]  # fmt: skip

@@ -59,6 +59,7 @@ def run_blocks(
     received: Tensor | None,
     *,
     stores: Sequence[KVStore | None] | None = None,
+    start: int = 0,
     stop: int | None = None,
     keep_inputs: bool = False,
 ) -> PassOutput:
@@ -66,11 +67,11 @@ def run_blocks(
 
     Args:
         model: the decoder's parts.
-        hidden: (B, P, D) embedded tokens.
+        hidden: (B, P, D) embedded tokens, or the output of block ``start``.
         contexts: one a block, for the same positions.
         received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
         stores: keys and values known so far, one a block; None = plain causal attention.
-        stop: run only the first ``stop`` blocks.
+        start, stop: run only these blocks (zero-based, half open).
         keep_inputs: also return the input of every block.
 
     Returns:
@@ -79,6 +80,8 @@ def run_blocks(
     memory, kv, inputs = None, [], []
     received_by = memory_inputs(model, received)
     for index, block in enumerate(model.blocks):
+        if index < start:
+            continue
         if index == stop:
             break
         if keep_inputs:

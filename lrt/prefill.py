@@ -1,0 +1,390 @@
+"""Prefill with a contract: how a prompt enters a state, and a report of how exact the result is.
+
+``exact()`` runs the prompt token by token. ``refine(k)`` and ``fixed_point(...)`` run it in parallel
+passes; every pass stops at the source block, because only the memory feeds the next one, and the blocks
+above it run once, over the settled memory (spec section 3).
+
+Legend: B batch, T prompt tokens, P positions of a chunk, S groups, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from lrt import accounting, decoding
+from lrt.spans import Settled, Span
+from lrt.state import DecodeState
+
+# Residual at which a fixed point counts as reached, by dtype; measured on trained models, see docs/generate.md.
+DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a prefill did; one number a row.
+
+    Attributes:
+        method: "exact", "refine(1)", ...
+        sweeps: passes over the positions not yet exact, after the first forward (the most in any chunk).
+        residual: largest ||m_new - m_old|| / ||m_new|| of the last sweep; 0 where exact. It does not bound the error.
+        exact_positions: leading positions of the row that are exact for certain.
+        converged: every position exact, or residual within tol (refine: exact only).
+        flops: matrix products of all rows together; None when the decoder is not a native one.
+        seconds: wall clock.
+    """
+
+    method: str
+    sweeps: tuple[int, ...]
+    residual: tuple[float, ...]
+    exact_positions: tuple[int, ...]
+    converged: tuple[bool, ...]
+    flops: float | None
+    seconds: float
+
+    def __str__(self) -> str:
+        missed = self.converged.count(False)
+        cost = "" if self.flops is None else f", {self.flops / 1e9:.3g} GFLOP"
+        return (
+            f"{self.method}: {max(self.sweeps)} sweeps, largest residual {max(self.residual):.2g}, "
+            f"exact for certain up to {min(self.exact_positions)} tokens"
+            f"{f', {missed} of {len(self.converged)} rows not converged' if missed else ''}{cost}, {self.seconds:.3f} s"
+        )
+
+
+class Prefilled(NamedTuple):
+    """A state that has consumed the prompt, and what came with it."""
+
+    state: DecodeState
+    hidden: Tensor  # (B, D) last block's output at each row's last token; (B, T, D) where all were asked for
+    report: Report
+
+
+class Prefill(Protocol):
+    """A way to run prompts: plain data that ``run`` applies chunk by chunk."""
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens in flight at once; None = the whole prompt."""
+        ...
+
+    def settle(
+        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+    ) -> Settled:
+        """Let the rows of ``state`` consume ``counts`` (B,) tokens each of ``tokens`` (B, P), in place."""
+        ...
+
+
+# ------------------------------------------------------------------ the three contracts
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Token by token; see ``exact``."""
+
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        return "exact"
+
+    def settle(
+        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+    ) -> Settled:
+        if state.memory is None:
+            return _plain(model, state, tokens, counts, everywhere)
+        batch, length = tokens.shape
+        places = torch.arange(length, device=tokens.device)
+        late = length - counts  # rows wait, so that all of them end together
+        aligned = tokens.gather(1, (places - late[:, None]).clamp_min(0))
+        column = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        active = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+        like = model.backbone.embed(tokens[:, :1], column)[0]
+        hidden = like.new_zeros(batch, length if everywhere else 1, like.shape[-1])
+
+        def step() -> None:
+            out = decoding.absorb(model, state, aligned.index_select(1, column)[:, 0], active & (column >= late))
+            hidden.index_copy_(1, column if everywhere else column - column, out[:, None])
+            column.add_(active.any())
+
+        run_step = runner(step, active)
+        for _ in range(length):
+            run_step()
+        if everywhere:
+            index = (places + late[:, None]).clamp_max(length - 1)
+            hidden = hidden.gather(1, index[:, :, None].expand_as(hidden))
+        total = float(counts.sum())
+        return Settled(hidden if everywhere else hidden[:, 0], [0] * batch, [0.0] * batch, counts.tolist(), [True] * batch, total, total)
+
+
+@dataclass(frozen=True)
+class Refine:
+    """k full refinements; see ``refine``."""
+
+    passes: int
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        return f"refine({self.passes})"
+
+    def settle(
+        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+    ) -> Settled:
+        if state.memory is None:
+            return _plain(model, state, tokens, counts, everywhere)
+        span = Span(model, state, tokens, counts)
+        real = counts.tolist()
+        span.first()
+        residual = counts.new_zeros(len(real), dtype=torch.float32)
+        for _ in range(self.passes):
+            residual = span.again()
+        exact = [min(n, self.passes + 1) for n in real]
+        done = [e >= n for e, n in zip(exact, real)]
+        positions = float(len(real) * span.length)
+        return _finish(span, state, [self.passes] * len(real), residual.tolist(), exact, done, (1 + self.passes) * positions, everywhere)
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Sweeps over interleaved groups until the memory settles; see ``fixed_point``."""
+
+    groups: int = 8
+    tol: float | None = None
+    max_sweeps: int | None = None
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        return f"fixed_point(groups={self.groups}, tol={'default' if self.tol is None else self.tol})"
+
+    def settle(
+        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+    ) -> Settled:
+        if state.memory is None:
+            return _plain(model, state, tokens, counts, everywhere)
+        tol = DEFAULT_TOL[state.memory.dtype] if self.tol is None else self.tol
+        span = Span(model, state, tokens, counts)
+        real = counts.tolist()
+        span.first()
+        batch, lower = len(real), float(len(real) * span.length)
+        sweeps, residual, exact = [0] * batch, [0.0] * batch, [min(n, 1) for n in real]
+        alive = [row for row in range(batch) if real[row] > exact[row]]
+        live = span if len(alive) == batch or not alive else span.select(alive)
+        number = 0
+        while alive and (self.max_sweeps is None or number < self.max_sweeps):
+            certain = number * self.groups  # positions 0..certain are exact already: start one after them
+            longest = max(real[row] for row in alive)
+            changes = []
+            for first in range(certain + 1, min(certain + self.groups + 1, longest)):
+                where = slice(first, longest, self.groups)
+                changes.append(live.sweep(where))
+                lower += len(alive) * len(range(first, longest, self.groups))
+            number += 1
+            for row, change in zip(alive, torch.stack(changes).amax(0).tolist()):
+                sweeps[row], residual[row], exact[row] = number, change, min(real[row], number * self.groups + 1)
+            left = [i for i, row in enumerate(alive) if exact[row] < real[row] and not residual[row] <= tol]
+            if left and len(left) < len(alive):
+                if live is not span:
+                    span.put(alive, live)
+                live = live.select(left)
+            elif not left and live is not span:
+                span.put(alive, live)
+            alive = [alive[i] for i in left]
+        if alive and live is not span:
+            span.put(alive, live)
+        converged = [e >= n or r <= tol for e, n, r in zip(exact, real, residual)]
+        return _finish(span, state, sweeps, [0.0 if e >= n else r for e, n, r in zip(exact, real, residual)], exact, converged, lower, everywhere)
+
+
+def exact() -> Prefill:
+    """The prompt token by token: true recurrence, the library's default."""
+    return Exact()
+
+
+def refine(k: int, *, chunk: int | None = None) -> Prefill:
+    """One parallel forward and k full refinements, each fed by the pass before; k + 1 positions are exact.
+
+    Args:
+        k: refinements.
+        chunk: tokens in flight at once, to bound memory; None = the whole prompt.
+
+    Raises:
+        ValueError: k below 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"prefill.refine({k!r}): use a whole number of 1 or more")
+    return Refine(k, _check_chunk(chunk))
+
+
+def fixed_point(groups: int = 8, tol: float | None = None, max_sweeps: int | None = None, *, chunk: int | None = None) -> Prefill:
+    """A parallel forward, then sweeps over ``groups`` interleaved subsets until the memory settles.
+
+    After n sweeps groups * n + 1 positions are exact; they and the rows that have settled are not swept again.
+
+    Args:
+        groups: subsets of a sweep.
+        tol: a row stops when the largest relative change of its memory in a sweep is at most this; None = the
+            measured default of the dtype (docs/generate.md). A small residual does not bound the error.
+        max_sweeps: stop there, converged or not; None = go on until everything is exact.
+        chunk: tokens in flight at once, to bound memory; None = the whole prompt.
+
+    Raises:
+        ValueError: groups or max_sweeps below 1, or tol not above 0.
+    """
+    for name, value in (("groups", groups), ("max_sweeps", max_sweeps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"prefill.fixed_point({name}={value!r}): use a whole number of 1 or more")
+    if tol is not None and not 0 < tol < float("inf"):
+        raise ValueError(f"prefill.fixed_point(tol={tol}): use a number above 0, leave it out for the measured default, or use prefill.exact()")
+    return FixedPoint(groups, tol, max_sweeps, _check_chunk(chunk))
+
+
+# ------------------------------------------------------------------ running one
+
+
+@torch.no_grad()
+def run(
+    model: Any,
+    tokens: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    state: DecodeState | None = None,
+    capacity: int | None = None,
+    keep_at: Sequence[int] = (),
+    method: Prefill | None = None,
+    everywhere: bool = False,
+    runner: decoding.Runner = decoding.eager,
+) -> Prefilled:
+    """Let rows consume their prompts.
+
+    Args:
+        model: a RecurrentDecoder.
+        tokens: (B, T) ids, rows beginning at column 0.
+        lengths: (B,) real tokens of each row, 1..T; None = T.
+        state: to continue; it is left as it is, and a copy returned. None = a new one.
+        capacity: of a new state; None = T.
+        keep_at: of a new state, see DecodeState.
+        method: ``exact()``, ``refine(k)`` or ``fixed_point(...)``; None = exact.
+        everywhere: return the last block's output at every position.
+        runner: how the single steps of ``exact`` run: ``decoding.eager``, ``decoding.graphed``.
+
+    Raises:
+        ValueError: empty prompts, tokens out of range, no room, or a state of another model.
+    """
+    counts = check_prompt(model, tokens, lengths)
+    if state is None:
+        state = DecodeState.empty(model, batch=len(tokens), capacity=tokens.shape[1] if capacity is None else capacity, keep_at=keep_at)
+    else:
+        state.check_model(model)
+        state = state.fork()
+    if state.batch != len(tokens):
+        raise ValueError(f"{len(tokens)} prompts for a state of {state.batch} rows: give one prompt a row")
+    return consume(model, state, tokens, counts, method=exact() if method is None else method, everywhere=everywhere, runner=runner)
+
+
+@torch.no_grad()
+def consume(
+    model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, method: Prefill, everywhere: bool = False,
+    runner: decoding.Runner = decoding.eager,
+) -> Prefilled:  # fmt: skip
+    """``run`` on a state that is written in place; rows may have nothing to consume."""
+    began = time.perf_counter()
+    _check_fit(state, counts)
+    size = method.chunk or tokens.shape[1]
+    parts: list[Settled] = []
+    hidden = None
+    for first in range(0, tokens.shape[1], size):
+        now = (counts - first).clamp(0, size)
+        part = method.settle(model, state, tokens[:, first : first + size], now, everywhere=everywhere, runner=runner)
+        parts.append(part)
+        hidden = part.hidden if everywhere or hidden is None else torch.where((now > 0)[:, None], part.hidden, hidden)
+    if everywhere:
+        hidden = torch.cat([part.hidden for part in parts], dim=1)
+    assert hidden is not None
+    report = _report(model, method, state, parts)  # its numbers wait for the device
+    return Prefilled(state, hidden, replace(report, seconds=time.perf_counter() - began))
+
+
+def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """The real tokens (B,) of each row.
+
+    Raises:
+        ValueError: a row without a token, or a token that the model does not know.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
+    counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
+    if lengths is not None:
+        counts = lengths.to(device=tokens.device, dtype=torch.int64)
+    if counts.numel() == 0 or int(counts.min()) < 1:
+        raise ValueError("the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in every row")
+    real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+    known = torch.where(real, tokens, tokens[:, :1])
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= model.backbone.vocab_size:
+        raise ValueError(
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has {model.backbone.vocab_size} entries "
+            f"(0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
+        )
+    return counts
+
+
+def _check_fit(state: DecodeState, counts: Tensor) -> None:
+    most = int((state.lengths + counts).max())
+    if most > state.capacity:
+        raise ValueError(f"the prompt needs room for {most} tokens, but the state's capacity is {state.capacity}: make it with capacity = {most} or more")
+
+
+def _check_chunk(chunk: int | None) -> int | None:
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"prefill chunk = {chunk!r}: use a whole number of 1 or more tokens, or leave it out")
+    return chunk
+
+
+def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
+    """A model without recurrence: one causal forward is exact."""
+    span = Span(model, state, tokens, counts)
+    out = span.whole(None)
+    real = counts.tolist()
+    span.commit(state, out.kv, real)
+    positions = float(len(real) * span.length)
+    return Settled(_last(out.hidden, counts, everywhere), [0] * len(real), [0.0] * len(real), real, [True] * len(real), positions, positions)
+
+
+def _finish(
+    span: Span, state: DecodeState, sweeps: list[int], residual: list[float], exact: list[int], converged: list[bool], lower: float, everywhere: bool
+) -> Settled:
+    """The blocks above the source, and everything into the state."""
+    out = span.finish()
+    span.commit(state, [*span.lower_kv(), *out.kv], exact)
+    return Settled(_last(out.hidden, span.counts, everywhere), sweeps, residual, exact, converged, lower, float(len(sweeps) * span.length))
+
+
+def _last(hidden: Tensor, counts: Tensor, everywhere: bool) -> Tensor:
+    return hidden if everywhere else hidden[torch.arange(len(hidden), device=hidden.device), (counts - 1).clamp_min(0)]
+
+
+def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:
+    rows = range(state.batch)
+    return Report(
+        method=str(method),
+        sweeps=tuple(max(part.sweeps[row] for part in parts) for row in rows),
+        residual=tuple(max(part.residual[row] for part in parts) for row in rows),
+        exact_positions=tuple(torch.minimum(state.approximate_from, state.lengths).tolist()),
+        converged=tuple(all(part.converged[row] for part in parts) for row in rows),
+        flops=_flops(model, state, parts),
+        seconds=0.0,
+    )
+
+
+def _flops(model: Any, state: DecodeState, parts: Sequence[Settled]) -> float | None:
+    """Forward FLOPs of every pass; the blocks' cost is taken as equal for every block."""
+    if not hasattr(getattr(model.backbone, "config", None), "windows"):
+        return None
+    each = accounting.forward_flops(model, max(1, int(state.lengths.max())))
+    share = model.source / len(model.blocks)
+    block = each.blocks + each.attention + each.memory
+    lower, upper = sum(part.lower for part in parts), sum(part.upper for part in parts)
+    return block * (share * lower + (1 - share) * upper) + each.head * state.batch
