@@ -1,6 +1,7 @@
 """Data: tokenizers, sources of documents, packed rows, and the loader of each rank."""
 
-from .loader import Batch, TrainLoader, ValidationLoader, build_loader
+from .batch import Batch
+from .loader import TrainLoader, ValidationLoader, build_loader
 from .sources import CorruptShard
 from .tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 

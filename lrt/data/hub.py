@@ -34,5 +34,7 @@ def download(spec: str, *, key: str) -> str:
         )
     except (OSError, ValueError) as error:  # the hub's errors, and those of the connection, are OSErrors
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{key} = {spec!r} could not be fetched ({first_line}): check the name and the connection, or give local files") from None
+        raise ValueError(
+            f"{key} = {spec!r} could not be fetched ({first_line}): check the name and the connection, or give local files"
+        ) from None
     return f"{folder}/{inside}" if inside else str(folder)

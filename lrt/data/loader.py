@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import DataConfig
+from .batch import Batch, make_batch
 from .packing import Packer, Row
 from .sources import Documents, open_documents
 from .stream import Plan, Span, Stream, deal_again, fresh_state, in_order
 from .tokenizer import Tokenizer
 
-IGNORED = -100
 PREFETCH = 4  # batches that each worker prepares ahead
-NAMED_PIECES = 8  # pieces of a row that Batch.source lists
-
-
-class Batch(NamedTuple):
-    """Packed rows and what they predict."""
-
-    input_ids: torch.Tensor  # (B, T) int64
-    targets: torch.Tensor  # (B, T) int64, already shifted; -100 is not scored
-    source: tuple[str, ...]  # for each row the file, row group and documents (document+token offset) it came from
 
 
 class Loader(Protocol):
@@ -70,13 +64,25 @@ def build_loader(
     Raises:
         ValueError: bad or missing data; the message names the recipe key.
     """
+    if split not in ("train", "validation"):
+        raise ValueError(f'split = {split!r}: use "train" or "validation"')
+    for name, value, least in (("workers", data.workers, 0), ("buffer_documents", data.buffer_documents, 1)):
+        if value < least:
+            raise ValueError(f"data.{name} = {value}: use {least} or more")
     documents = open_documents(data, tokenizer=tokenizer, split=split)
     key = "data.train" if split == "train" else "data.validation"
     _check_length(documents, sequence_length, key=key, on_corrupt=data.on_corrupt)
     if split == "validation":
         limit = None if limit_tokens is None else -(-limit_tokens // sequence_length)
         return ValidationLoader(
-            documents, data=data, bos_id=tokenizer.bos_id, length=sequence_length + 1, rows=rows, rank=rank, world_size=world_size, limit=limit
+            documents,
+            data=data,
+            bos_id=tokenizer.bos_id,
+            length=sequence_length + 1,
+            rows=rows,
+            rank=rank,
+            world_size=world_size,
+            limit=limit,
         )
     return TrainLoader(
         documents,
@@ -139,7 +145,7 @@ class TrainLoader:
     def _set(self, plan: Plan, *, states: Sequence[dict[str, Any]] | None, turn: int) -> None:
         self._plan, self._turn = plan, turn
         self._states = list(states) if states is not None else [fresh_state(plan) for _ in range(self._streams_here)]
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | ValueError] | None = None
         self._engine: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -150,6 +156,11 @@ class TrainLoader:
             self._start()
         assert self._batches is not None
         batch = next(self._batches)
+        if isinstance(batch, ValueError):
+            try:
+                raise batch
+            finally:
+                del batch  # else the error, its traceback and this frame keep the workers alive
         self._turn = (self._turn + 1) % self._streams_here
         return batch
 
@@ -164,10 +175,13 @@ class TrainLoader:
             self._documents, plan=self._plan, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
         )
         workers = self._data.workers
-        options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _quiet_worker} if workers else {}
-        self._engine = StatefulDataLoader(
-            dataset, batch_size=None, num_workers=workers, collate_fn=_as_is, pin_memory=torch.cuda.is_available(), **options
-        )
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
+        options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata 0.11 calls what torch 2.13 has deprecated
+            self._engine = StatefulDataLoader(
+                dataset, batch_size=None, num_workers=workers, collate_fn=_as_is, pin_memory=torch.cuda.is_available(), **options
+            )
         self._order = order
         self._batches = iter(self._engine)
 
@@ -274,13 +288,25 @@ class _Batches(IterableDataset):
 
 
 class _BatchIterator:
-    """torchdata asks an iterator that has both state methods for its state, batch by batch."""
+    """torchdata asks an iterator that has both state methods for its state, batch by batch.
+
+    Bad data are handed over as a value, since torch would wrap an exception of a worker in its traceback.
+    """
 
     def __init__(self, open_stream: Callable[[dict[str, Any]], Stream], documents: Documents, rows: int) -> None:
         self._open_stream, self._documents, self._rows = open_stream, documents, rows
+        self._error: ValueError | None = None
 
-    def __next__(self) -> Batch:
-        return make_batch([self._opened.row() for _ in range(self._rows)], self._documents)
+    def __iter__(self) -> _BatchIterator:
+        return self
+
+    def __next__(self) -> Batch | ValueError:
+        if self._error is None:
+            try:
+                return make_batch([self._opened.row() for _ in range(self._rows)], self._documents)
+            except ValueError as error:
+                self._error = error.with_traceback(None)
+        return self._error
 
     def state_dict(self) -> dict[str, Any]:
         return self._opened.state_dict()
@@ -297,14 +323,13 @@ def _worker_states(state: dict[str, Any], *, workers: int) -> list[dict[str, Any
     return [snapshots[f"worker_{worker}"]["fetcher_state"]["dataset_iter_state"] for worker in range(workers)]
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _quiet_worker(_: int) -> None:
-    import os
-
+def _set_up_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides when to end
 
 
 class ValidationLoader:
@@ -355,20 +380,3 @@ class ValidationLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin the next round behind the batches of ``state``."""
         self._start = state["batches"]
-
-
-def make_batch(rows: Sequence[Row], documents: Documents) -> Batch:
-    """Rows as tensors: inputs, and targets shifted by one, -100 where a row holds nothing."""
-    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
-    targets = tokens[:, 1:].clone()
-    for i, row in enumerate(rows):
-        targets[i, max(0, row.filled - 1) :] = IGNORED
-    return Batch(tokens[:, :-1].contiguous(), targets, tuple(_describe(row, documents) for row in rows))
-
-
-def _describe(row: Row, documents: Documents) -> str:
-    parts: dict[int, list[str]] = {}
-    for group, document, offset in row.origin[:NAMED_PIECES]:
-        parts.setdefault(group, []).append(f"{document}+{offset}" if offset else str(document))
-    more = f" and {len(row.origin) - NAMED_PIECES} more" if len(row.origin) > NAMED_PIECES else ""
-    return "; ".join(f"{documents.name(group)}: {', '.join(found)}" for group, found in parts.items()) + more

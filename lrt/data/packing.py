@@ -47,8 +47,10 @@ class Packer:
         pieces: content of the buffer at the start, oldest first.
     """
 
-    def __init__(self, next_piece: Callable[[], Piece | None], *, length: int, bos_id: int, buffer: int, pieces: list[Piece] | None = None) -> None:
-        self._next_piece, self._length, self._bos, self._buffer = next_piece, length, bos_id, max(1, buffer)
+    def __init__(
+        self, next_piece: Callable[[], Piece | None], *, length: int, bos_id: int, buffer: int, pieces: list[Piece] | None = None
+    ) -> None:
+        self._next_piece, self._length, self._bos, self._buffer = next_piece, length, bos_id, buffer
         self._pieces: dict[int, Piece] = {}  # by age: the first is the oldest
         self._sizes: list[tuple[int, int]] = []  # (size with separator, age), sorted
         self._age = 0

@@ -19,7 +19,9 @@ from ..config import DataConfig
 from .tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
-KINDS = '"demo", a .parquet or .txt file, a folder or glob of them, a folder written by tools/prepare_data.py tokenize, or hf://datasets/NAME'
+KINDS = (
+    '"demo", a .parquet or .txt file, a folder or glob of them, a folder written by tools/prepare_data.py tokenize, or hf://datasets/NAME'
+)
 TEXT_GROUP = 16  # documents of a text file that form a group: few, because groups are what is shuffled
 GROUPS_HELD = 4  # groups of text kept in memory by a stream
 
@@ -94,27 +96,20 @@ def fingerprint_files(files: Sequence[tuple[str, Sequence[int]]]) -> str:
 # ------------------------------------------------------------------ the two kinds of text file
 
 
-class _ParquetGroup(NamedTuple):
-    path: Path
-    column: str
+def _read_parquet(path: Path, column: str, group: int) -> list[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def __call__(self, group: int) -> list[str]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(self.path) as file:
-                texts = file.read_row_group(group, columns=[self.column], use_threads=False).column(0).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise corrupt(self.path, error) from None
-        return [text or "" for text in texts]
+    try:
+        with pq.ParquetFile(path) as file:
+            texts = file.read_row_group(group, columns=[column], use_threads=False).column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(path, error) from None
+    return [text or "" for text in texts]
 
 
-class _TextGroup(NamedTuple):
-    path: Path
-
-    def __call__(self, group: int) -> list[str]:
-        return _split_text(self.path)[group * TEXT_GROUP : (group + 1) * TEXT_GROUP]
+def _read_text(path: Path, group: int) -> list[str]:
+    return _split_text(path)[group * TEXT_GROUP : (group + 1) * TEXT_GROUP]
 
 
 def open_shard(path: Path, *, column: str, key: str) -> Shard:
@@ -126,7 +121,7 @@ def open_shard(path: Path, *, column: str, key: str) -> Shard:
     """
     if path.suffix == ".txt":
         total = len(_split_text(path))
-        return Shard(path, [min(TEXT_GROUP, total - first) for first in range(0, total, TEXT_GROUP)], _TextGroup(path))
+        return Shard(path, [min(TEXT_GROUP, total - first) for first in range(0, total, TEXT_GROUP)], functools.partial(_read_text, path))
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -139,8 +134,12 @@ def open_shard(path: Path, *, column: str, key: str) -> Shard:
     if column not in kinds:
         raise ValueError(f'data.text_column = "{column}" is not in {path} of {key}: its columns are {", ".join(kinds)}; choose one of them')
     if not (pa.types.is_string(kinds[column]) or pa.types.is_large_string(kinds[column])):
-        raise ValueError(f'data.text_column = "{column}" of {path} holds {kinds[column]}, not text: choose a text column of {", ".join(kinds)}')
-    return Shard(path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], _ParquetGroup(path, column))
+        raise ValueError(
+            f'data.text_column = "{column}" of {path} holds {kinds[column]}, not text: choose a text column of {", ".join(kinds)}'
+        )
+    return Shard(
+        path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], functools.partial(_read_parquet, path, column)
+    )
 
 
 def _split_text(path: Path) -> list[str]:
@@ -181,23 +180,33 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
     Raises:
         ValueError: nothing there, no held-out part, or wrong contents; the message names the recipe key.
     """
-    from .tokenized import TokenizedDocuments, read_manifest
+    from .tokenized import TokenizedDocuments, check_shard, check_tokenizer, read_manifest
 
     key = "data.train" if split == "train" or data.validation == "auto" else "data.validation"
     files = split_files(data, split=split)
-    if files[0].suffix == ".bin":
-        return TokenizedDocuments(files, manifest=read_manifest(files[0].parent), tokenizer=tokenizer, key=key)
-    shards, skipped = [], 0
+    tokenized = files[0].suffix == ".bin"
+    manifest: dict[str, Any] = {}
+    open_file: Callable[[Path], Any] = functools.partial(open_shard, column=data.text_column, key=key)
+    if tokenized:
+        manifest = read_manifest(files[0].parent)
+        check_tokenizer(files[0].parent, manifest=manifest, tokenizer=tokenizer, key=key)
+        open_file = functools.partial(check_shard, manifest=manifest)
+    opened, skipped = [], 0
     for path in files:
         try:
-            shards.append(open_shard(path, column=data.text_column, key=key))
+            opened.append(open_file(path))
         except CorruptShard:
             if data.on_corrupt == "stop":
                 raise
             skipped += 1
-    if not sum(sum(shard.sizes) for shard in shards):
+    documents: Documents
+    if tokenized:
+        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], skipped=skipped)
+    else:
+        documents = TextDocuments(opened, tokenizer, skipped=skipped)
+    if not documents.sizes.sum():
         raise ValueError(f"{key} = {getattr(data, key[5:])!r} is an empty corpus ({len(files)} files, no documents): give files with text")
-    return TextDocuments(shards, tokenizer, skipped=skipped)
+    return documents
 
 
 def split_files(data: DataConfig, *, split: str) -> list[Path]:

@@ -52,12 +52,14 @@ class Plan:
     _spans: tuple[Span, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        groups = sum(size > 0 for size in self.sizes)
-        parts = -(-SPANS_PER_STREAM * self.streams // max(1, groups))
+        sizes = np.array(self.sizes, dtype=np.int64)
+        parts = 1
+        while np.minimum(sizes, parts).sum() < min(SPANS_PER_STREAM * self.streams, sizes.sum()):
+            parts *= 2
         spans = []
         for group, size in enumerate(self.sizes):
-            borders = np.linspace(0, size, min(parts, size) + 1).astype(int) if size else []
-            spans += [Span(group, int(a), int(b)) for a, b in itertools.pairwise(borders)]
+            borders: list[int] = np.linspace(0, size, min(parts, size) + 1).astype(int).tolist() if size else []
+            spans += [Span(group, a, b) for a, b in itertools.pairwise(borders)]
         object.__setattr__(self, "_spans", tuple(spans))
 
     @property
@@ -151,7 +153,9 @@ class Stream:
                 start = 0
             idle = 0 if found else idle + 1
             if idle > 2:
-                raise ValueError(f"data.train: the {len(spans)} parts of stream {self._number} hold no text: use fewer data.workers, or more text")
+                raise ValueError(
+                    f"data.train: the {len(spans)} parts of stream {self._number} hold no text: use fewer data.workers, or more text"
+                )
             first_turn, epoch = 0, epoch + 1
 
     def _read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:

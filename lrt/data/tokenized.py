@@ -1,15 +1,16 @@
 """Folders of token ids, written once by ``tools/prepare_data.py tokenize`` and then memory-mapped.
 
-    manifest.json      tokenizer fingerprint, dtype, and for each shard its counts and a checksum per group
-    shard_00000.bin    ids of all documents, one after the other, little-endian uint16 or uint32, no separators
-    shard_00000.idx    where each document begins, int64, one more than there are documents
+manifest.json      tokenizer fingerprint, dtype, and for each shard its counts and a checksum per group
+shard_00000.bin    ids of all documents, one after the other, little-endian uint16 or uint32, no separators
+shard_00000.idx    where each document begins, int64, one more than there are documents
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / f"{shard['name']}.bin" for shard in read_manifest(folder)["shards"]]
 
 
-def write_shard(folder: Path, name: str, *, documents: Sequence[np.ndarray], dtype: str) -> dict[str, Any]:
-    """Write one shard; a shard that exists under its name is whole.
+def write_shard(folder: Path, name: str, *, documents: Iterable[np.ndarray], dtype: str) -> dict[str, Any]:
+    """Write one shard, a group at a time; a shard that exists under its name is whole.
 
     Args:
         folder: where to.
@@ -58,47 +59,67 @@ def write_shard(folder: Path, name: str, *, documents: Sequence[np.ndarray], dty
         The shard's entry of the manifest.
     """
     kind = np.dtype(dtype).newbyteorder("<")
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in documents], dtype=np.int64)]).astype("<i8")
-    tokens = np.concatenate([np.empty(0, dtype=kind), *documents]).astype(kind)
-    for ending, content in ((".idx", offsets), (".bin", tokens)):
-        unfinished = folder / f"{name}{ending}.tmp"
-        content.tofile(unfinished)
-        unfinished.rename(folder / f"{name}{ending}")
-    sums = [_checksum(tokens, offsets, first) for first in range(0, len(documents), GROUP)]
-    return {"name": name, "documents": len(documents), "tokens": int(offsets[-1]), "checksums": sums}
+    offsets, sums = [np.zeros(1, dtype="<i8")], []
+    rest = iter(documents)
+    with open(folder / f"{name}.bin.tmp", "wb") as file:
+        while group := list(itertools.islice(rest, GROUP)):
+            tokens = np.concatenate(group).astype(kind)
+            borders = offsets[-1][-1] + np.cumsum([0, *map(len, group)], dtype="<i8")
+            sums.append(_checksum(tokens, borders))
+            offsets.append(borders[1:])
+            tokens.tofile(file)
+    borders = np.concatenate(offsets)
+    borders.tofile(folder / f"{name}.idx.tmp")
+    for ending in (".idx", ".bin"):
+        (folder / f"{name}{ending}.tmp").rename(folder / f"{name}{ending}")
+    return {"name": name, "documents": len(borders) - 1, "tokens": int(borders[-1]), "checksums": sums}
 
 
-def _checksum(tokens: np.ndarray, offsets: np.ndarray, first: int) -> int:
-    """crc32 of a group's offsets and tokens."""
-    borders = offsets[first : first + GROUP + 1]
-    return zlib.crc32(tokens[borders[0] : borders[-1]].tobytes(), zlib.crc32(borders.tobytes()))
+def _checksum(tokens: np.ndarray, borders: np.ndarray) -> int:
+    """crc32 of a group's borders and tokens."""
+    return zlib.crc32(np.ascontiguousarray(tokens).data, zlib.crc32(np.ascontiguousarray(borders).data))
+
+
+def check_shard(path: Path, *, manifest: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """A token file and its entry of the manifest.
+
+    Raises:
+        CorruptShard: it does not have the size that the manifest says.
+    """
+    entry = next(shard for shard in manifest["shards"] if shard["name"] == path.stem)
+    width = np.dtype(manifest["dtype"]).itemsize
+    for file, size in ((path, entry["tokens"] * width), (path.with_suffix(".idx"), 8 * (entry["documents"] + 1))):
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise CorruptShard(
+                f'{file} has {found} bytes, the manifest says {size}: copy or tokenize it again, or set data.on_corrupt = "skip"'
+            )
+    return path, entry
+
+
+def check_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: Tokenizer, key: str) -> None:
+    """Refuse ids of another tokenizer.
+
+    Raises:
+        ValueError: the manifest names another hash than the tokenizer's.
+    """
+    if manifest["tokenizer"] != tokenizer.fingerprint:
+        raise ValueError(
+            f"{key} = {str(folder)!r} was tokenized with another tokenizer (hash {manifest['tokenizer'][:12]}, "
+            f"data.tokenizer has {tokenizer.fingerprint[:12]}): set data.tokenizer to the one used, or tokenize again"
+        )
 
 
 class TokenizedDocuments:
     """Memory-mapped documents; a group's checksum is verified when it is first read."""
 
-    skipped = 0
-
-    def __init__(self, files: Sequence[Path], *, manifest: dict[str, Any], tokenizer: Tokenizer, key: str) -> None:
-        if manifest["tokenizer"] != tokenizer.fingerprint:
-            raise ValueError(
-                f"{key} = {str(files[0].parent)!r} was tokenized with another tokenizer (hash {manifest['tokenizer'][:12]}, "
-                f"data.tokenizer has {tokenizer.fingerprint[:12]}): set data.tokenizer to the one used, or tokenize again"
-            )
-        entries = {shard["name"]: shard for shard in manifest["shards"]}
-        self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shards = [(path, entries[path.stem]) for path in files]
-        for path, entry in self._shards:
-            for file, size in ((path, entry["tokens"] * self._dtype.itemsize), (path.with_suffix(".idx"), 8 * (entry["documents"] + 1))):
-                found = file.stat().st_size if file.is_file() else 0
-                if found != size:
-                    raise CorruptShard(f"{file} has {found} bytes, the manifest says {size}: copy or tokenize it again")
+    def __init__(self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, skipped: int = 0) -> None:
+        self._shards, self.skipped = shards, skipped
+        self._dtype = np.dtype(dtype).newbyteorder("<")
         per_shard = [[min(GROUP, e["documents"] - first) for first in range(0, e["documents"], GROUP)] for _, e in self._shards]
         self._groups = [(number, group) for number, sizes in enumerate(per_shard) for group in range(len(sizes))]
         self.sizes = np.array([size for sizes in per_shard for size in sizes], dtype=np.int64)
         self.fingerprint = fingerprint_files([(path.name, sizes) for (path, _), sizes in zip(self._shards, per_shard)])
-        if not self.sizes.sum():
-            raise ValueError(f"{key} = {str(files[0].parent)!r} is an empty corpus (no documents): tokenize files with text")
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._verified: set[int] = set()
 
@@ -114,7 +135,8 @@ class TokenizedDocuments:
         tokens, offsets = self._maps[number]
         first = part * GROUP
         if group not in self._verified:
-            if _checksum(tokens, offsets, first) != entry["checksums"][part]:
+            borders = offsets[first : first + GROUP + 1]
+            if _checksum(tokens[borders[0] : borders[-1]], borders) != entry["checksums"][part]:
                 raise CorruptShard(
                     f"{path} does not have the checksum of its manifest in documents {first}..: copy or tokenize it again, "
                     f'or set data.on_corrupt = "skip"'

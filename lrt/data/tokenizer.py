@@ -59,7 +59,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     bos_id = 256
-    eos_id = None
+    eos_id: int | None = None
     fingerprint = hashlib.sha256(b"lrt bytes 256+bos").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -93,8 +93,10 @@ class FileTokenizer:
 
         try:
             self._tokenizer = HFTokenizer.from_str(text)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise ValueError(f"data.tokenizer: {origin} is not a tokenizer.json of the tokenizers library ({error}): give another file") from None
+        except Exception as error:
+            raise ValueError(
+                f"data.tokenizer: {origin} is not a tokenizer.json of the tokenizers library ({error}): give another file"
+            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
@@ -167,7 +169,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     path = Path(spec).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file')
+        raise ValueError(
+            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file'
+        )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))
     marker = _read_json(file.parent / MARKER)

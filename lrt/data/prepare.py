@@ -1,0 +1,280 @@
+"""Work done once before training: train a tokenizer, tokenize a corpus, look at one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config import DataConfig
+from .packing import Packer, Piece
+from .sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
+from .stream import in_order
+from .tokenized import MANIFEST, VERSION, write_shard
+from .tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
+
+JOB = "unfinished.json"  # what a folder is being filled with, until its manifest is written
+
+
+class CorpusReport(NamedTuple):
+    """What ``inspect_corpus`` found."""
+
+    documents: int
+    tokens: int  # without separators
+    bytes: int
+    skipped: int  # files left out
+    quantiles: tuple[int, ...]  # document lengths in tokens: 5, 25, 50, 75, 95 %, longest
+    rows: int  # full rows of sequence_length + 1 tokens
+    separator_share: float  # of the tokens in rows
+    cut_documents: float  # share of documents that lie in more than one row
+    cut_tokens: float  # share of document tokens that stand behind a cut, without the document's beginning
+
+
+def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, limit_bytes: int | None = None) -> Tokenizer:
+    """Train a byte-level BPE tokenizer on ``data.train`` and write it.
+
+    Args:
+        data: where the text is; ``data.tokenizer`` is not used.
+        vocab_size: ids, the 256 bytes and the separator among them.
+        output: folder for ``tokenizer.json`` and ``token_bytes.npy``.
+        limit_bytes: stop reading after so many bytes of text; None = all.
+
+    Raises:
+        ValueError: the vocabulary is too small, or the data are bad.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HFTokenizer
+
+    if vocab_size < 257:
+        raise ValueError(f"--vocab-size {vocab_size} is too small: 256 bytes and the separator need 257 or more")
+    documents = _text_documents(data)
+    tokenizer = HFTokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(_texts(documents, limit_bytes=limit_bytes, on_corrupt=data.on_corrupt), trainer=trainer)
+    trained = FileTokenizer(tokenizer.to_str(), bos=BOS)
+    trained.save(output)
+    np.save(Path(output) / "token_bytes.npy", trained.token_bytes())
+    return trained
+
+
+def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, shard_documents: int = 65536) -> dict[str, Any]:
+    """Write ``data.train`` as a tokenized folder; run again after an interruption, it goes on where it stopped.
+
+    Args:
+        data: where the text is, and the tokenizer.
+        output: folder to fill.
+        processes: how many tokenize at once.
+        shard_documents: a shard ends with the group that reaches so many documents.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: bad data, or the folder holds something else.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    tokenizer = load_tokenizer(data.tokenizer)
+    documents = _text_documents(data)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shard_groups(documents, shard_documents)
+    job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": len(shards)}
+    finished = _finished(folder, job)
+    if finished is not None:
+        return finished
+    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    entries = {name: json.loads(path.read_text(encoding="utf-8")) for name, _ in shards if (path := folder / f"{name}.json").is_file()}
+    todo = [(name, groups) for name, groups in shards if name not in entries]
+    columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("shards  {task.fields[tokens]:.0f} M tokens"))
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        tokens = sum(entry["tokens"] for entry in entries.values())
+        task = progress.add_task("", total=len(shards), completed=len(entries), tokens=tokens / 1e6)
+        for entry in _in_processes(data, folder=folder, dtype=dtype, todo=todo, processes=processes):
+            entries[entry["name"]] = entry
+            tokens += entry["tokens"]
+            progress.update(task, advance=1, tokens=tokens / 1e6)
+    manifest = {
+        "version": VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "documents": sum(entry["documents"] for entry in entries.values()),
+        "tokens": tokens,
+        "skipped": documents.skipped + sum(entry["skipped"] for entry in entries.values()),
+        "job": job,
+        "shards": [entries[name] for name, _ in shards],
+    }
+    unfinished = folder / f"{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps(manifest), encoding="utf-8")
+    unfinished.rename(folder / MANIFEST)
+    tokenizer.save(folder)
+    for name, _ in shards:
+        (folder / f"{name}.json").unlink(missing_ok=True)
+    (folder / JOB).unlink()
+    return manifest
+
+
+def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int | None = None) -> CorpusReport:
+    """Count a corpus and pack it in the order of its files; reading tokenized folders verifies their checksums.
+
+    Args:
+        data: where it is, the tokenizer, and the packing buffer.
+        sequence_length: T of the rows.
+        limit_tokens: stop after so many; None = all.
+
+    Raises:
+        ValueError: bad data.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    documents = open_documents(data, tokenizer=tokenizer, split="train")
+    widths = tokenizer.token_bytes()
+    lengths: list[int] = []
+    total_bytes = 0
+
+    def pieces() -> Iterator[Piece]:
+        nonlocal total_bytes
+        tokens = 0
+        for piece in in_order(documents, on_corrupt=data.on_corrupt):
+            if limit_tokens is not None and tokens >= limit_tokens:
+                return
+            lengths.append(len(piece.tokens))
+            tokens += len(piece.tokens)
+            total_bytes += int(widths[piece.tokens].sum())
+            yield piece
+
+    source = pieces()
+    packer = Packer(lambda: next(source, None), length=sequence_length + 1, bos_id=tokenizer.bos_id, buffer=data.buffer_documents)
+    rows, cut, separators, behind = 0, set(), 0, 0
+    while (row := packer.row()) is not None:
+        rows += row.filled == len(row.tokens)
+        separators += int((row.tokens[: row.filled] == tokenizer.bos_id).sum())
+        starts = np.flatnonzero(row.tokens[: row.filled] == tokenizer.bos_id).tolist() + [row.filled]
+        for i, (group, document, offset) in enumerate(row.origin):
+            if offset:
+                cut.add((group, document))
+                behind += starts[i + 1] - starts[i] - 1
+    tokens = sum(lengths)
+    if not tokens:
+        raise ValueError(f"data.train = {data.train!r} is an empty corpus (no tokens): give files with text")
+    quantiles = tuple(int(q) for q in np.quantile(lengths, (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)))
+    return CorpusReport(
+        len(lengths),
+        tokens,
+        total_bytes,
+        documents.skipped,
+        quantiles,
+        rows,
+        separators / (tokens + separators),
+        len(cut) / len(lengths),
+        behind / tokens,
+    )
+
+
+# ------------------------------------------------------------------ pieces of the above
+
+
+def _text_documents(data: DataConfig) -> TextDocuments:
+    if split_files(data, split="train")[0].suffix == ".bin":
+        raise ValueError(f"data.train = {data.train!r} is tokenized already: give text or parquet files")
+    documents = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train")
+    assert isinstance(documents, TextDocuments)
+    return documents
+
+
+def _texts(documents: TextDocuments, *, limit_bytes: int | None, on_corrupt: str) -> Iterator[str]:
+    seen = 0
+    for group in range(len(documents.sizes)):
+        try:
+            texts = documents.texts(group)
+        except CorruptShard:
+            if on_corrupt == "stop":
+                raise
+            continue
+        for text in texts:
+            if limit_bytes is not None and seen >= limit_bytes:
+                return
+            seen += len(text.encode("utf-8", "replace"))
+            yield text
+
+
+def _shard_groups(documents: Documents, shard_documents: int) -> list[tuple[str, list[int]]]:
+    """Runs of groups that become one shard each."""
+    runs: list[list[int]] = [[]]
+    count = 0
+    for group, size in enumerate(documents.sizes.tolist()):
+        if count >= shard_documents:
+            runs.append([])
+            count = 0
+        runs[-1].append(group)
+        count += size
+    return [(f"shard_{number:05d}", run) for number, run in enumerate(runs)]
+
+
+def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if the folder already holds all of this job; refuses a folder that holds another one."""
+    for file, read in ((folder / MANIFEST, lambda content: content.get("job")), (folder / JOB, lambda content: content)):
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if read(content) != job:
+                raise ValueError(
+                    f"--output {folder} holds another corpus, tokenizer or shard size: choose an empty folder, or delete this one"
+                )
+            if file.name == MANIFEST:
+                return content
+    return None
+
+
+def _in_processes(
+    data: DataConfig, *, folder: Path, dtype: str, todo: list[tuple[str, list[int]]], processes: int
+) -> Iterator[dict[str, Any]]:
+    if processes <= 1:
+        _open_in_process(data)
+        for name, groups in todo:
+            yield _write_one(folder, name, groups, dtype, data.on_corrupt)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_open_in_process, initargs=(data,)) as pool:
+        futures = [pool.submit(_write_one, folder, name, groups, dtype, data.on_corrupt) for name, groups in todo]
+        for future in as_completed(futures):
+            yield future.result()
+
+
+_opened: dict[str, Documents] = {}  # of this worker process
+
+
+def _open_in_process(data: DataConfig) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _opened["documents"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train")
+
+
+def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:
+    documents = _opened["documents"]
+    skipped = 0
+
+    def tokens() -> Iterator[np.ndarray]:
+        nonlocal skipped
+        for group in groups:
+            size = int(documents.sizes[group])
+            try:
+                for begin in range(0, size, 256):
+                    yield from documents.read(group, range(begin, min(size, begin + 256)))
+            except CorruptShard:
+                if on_corrupt == "stop":
+                    raise
+                skipped += size
+
+    entry = write_shard(folder, name, documents=tokens(), dtype=dtype) | {"skipped": skipped}
+    unfinished = folder / f"{name}.json.tmp"
+    unfinished.write_text(json.dumps(entry), encoding="utf-8")
+    unfinished.rename(folder / f"{name}.json")
+    return entry

@@ -1,0 +1,302 @@
+"""Files, folders, globs, datasets of the hub and tokenized folders: what is read, and how each failure reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lrt.config import DataConfig
+from lrt.data import CorruptShard, build_loader, load_tokenizer
+from lrt.data.prepare import inspect_corpus, tokenize_corpus
+from lrt.data.sources import open_documents, split_files
+from lrt.data.stream import in_order
+
+BYTES = load_tokenizer("bytes")
+
+
+def write_parquet(path: Path, texts, *, column="text", row_group_size=4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    for i in range(3):
+        write_parquet(folder / f"part_{i}.parquet", [f"shard {i} document {j} " * 3 for j in range(10)])
+    return folder
+
+
+def texts_of(data: DataConfig, split="train") -> list[str]:
+    documents = open_documents(data, tokenizer=BYTES, split=split)
+    return [BYTES.decode(piece.tokens) for piece in in_order(documents, on_corrupt=data.on_corrupt)]
+
+
+def first_batch(data: DataConfig, **more):
+    return next(iter(build_loader(data, tokenizer=BYTES, sequence_length=16, rows=2, **more)))
+
+
+def test_a_folder_a_glob_and_a_file_give_their_documents(shards):
+    everything = texts_of(DataConfig(train=str(shards), validation="demo"))
+    assert len(everything) == 30 and everything[0].startswith("shard 0 document 0")
+    assert texts_of(DataConfig(train=str(shards / "part_*.parquet"), validation="demo")) == everything
+    assert texts_of(DataConfig(train=str(shards / "part_1.parquet"))) == everything[10:20]
+
+
+def test_the_last_shard_is_held_out(shards):
+    data = DataConfig(train=str(shards))
+    assert all(text.startswith("shard 2") for text in texts_of(data, "validation"))
+    assert {text[:7] for text in texts_of(data)} == {"shard 0", "shard 1"}
+
+
+def test_a_validation_file_inside_the_folder_is_not_trained_on(shards):
+    data = DataConfig(train=str(shards), validation=str(shards / "part_0.parquet"))
+    assert {text[:7] for text in texts_of(data)} == {"shard 1", "shard 2"}
+    with pytest.raises(ValueError, match=r"data.validation = .* holds every file of data.train: give other files"):
+        split_files(DataConfig(train=str(shards), validation=str(shards)), split="train")
+
+
+def test_text_files_are_split_at_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\n\n \n\nthree\n  four\n\n\n", encoding="utf-8")
+    assert texts_of(DataConfig(train=str(path))) == ["one\ntwo", "three\n  four"]
+
+
+def test_empty_and_missing_texts_are_left_out(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["first text", None, "", "second text"])
+    assert texts_of(DataConfig(train=str(tmp_path / "a.parquet"))) == ["first text", "second text"]
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_missing_files_and_foreign_endings(tmp_path):
+    for split, key, data in (
+        ("train", "data.train", DataConfig(train=str(tmp_path / "none"))),
+        ("validation", "data.validation", DataConfig(validation=str(tmp_path / "no*.parquet"))),
+        ("train", "data.train", DataConfig(train=str(tmp_path))),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'{key} = .*no such file, or no .parquet or .txt file in it; use "demo", a .parquet or .txt file'
+        ):
+            first_batch(data, split=split)
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"data.train = .*a.csv is neither .parquet nor .txt"):
+        first_batch(DataConfig(train=str(tmp_path / "a.csv")))
+
+
+def test_an_empty_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n \n")
+    with pytest.raises(ValueError, match=r"data.train = .* is an empty corpus \(1 files, no documents\): give files with text"):
+        first_batch(DataConfig(train=str(tmp_path / "a.txt")))
+    write_parquet(tmp_path / "b.parquet", ["", ""])
+    with pytest.raises(ValueError, match=r"data.train has only 0 tokens: sequence longer than the corpus"):
+        first_batch(DataConfig(train=str(tmp_path / "b.parquet")))
+
+
+def test_a_missing_text_column_names_the_columns(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["x"], column="content")
+    with pytest.raises(
+        ValueError, match=r'data.text_column = "text" is not in .*a.parquet of data.train: its columns are id, content; choose one'
+    ):
+        first_batch(DataConfig(train=str(path)))
+    with pytest.raises(ValueError, match=r'data.text_column = "id" of .*a.parquet holds int64, not text: choose a text column'):
+        first_batch(DataConfig(train=str(path), text_column="id"))
+
+
+def test_one_file_cannot_be_split_by_itself(shards):
+    data = DataConfig(train=str(shards / "part_0.parquet"))
+    with pytest.raises(
+        ValueError, match=r'data.validation = "auto" holds out the last shard of data.train, but .* has only one: give data.validation'
+    ):
+        first_batch(data, split="validation")
+
+
+def test_a_truncated_shard_is_named_or_skipped_and_counted(shards):
+    broken = shards / "part_1.parquet"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    with pytest.raises(CorruptShard, match=r'part_1.parquet cannot be read \(.*\): replace the file, or set data.on_corrupt = "skip"'):
+        first_batch(DataConfig(train=str(shards), validation="demo"))
+    skipping = DataConfig(train=str(shards), validation="demo", on_corrupt="skip")
+    assert {text[:7] for text in texts_of(skipping)} == {"shard 0", "shard 2"}
+    assert build_loader(skipping, tokenizer=BYTES, sequence_length=16, rows=2).skipped == 1
+
+
+def test_damage_inside_a_shard_is_found_when_it_is_read(shards):
+    broken = shards / "part_0.parquet"
+    content = bytearray(broken.read_bytes())
+    content[4:300] = bytes(296)  # the footer stays whole
+    broken.write_bytes(content)
+    with pytest.raises(CorruptShard, match=r"part_0.parquet cannot be read"):
+        texts_of(DataConfig(train=str(shards), validation="demo"))
+    kept = texts_of(DataConfig(train=str(shards), validation="demo", on_corrupt="skip"))
+    assert 20 <= len(kept) < 30
+
+
+# ------------------------------------------------------------------ the hub
+
+
+def test_a_dataset_of_the_hub_is_fetched_and_split(shards, monkeypatch):
+    asked = {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        return str(shards.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    data = DataConfig(train="hf://datasets/owner/name@v2/shards")
+    assert {text[:7] for text in texts_of(data)} == {"shard 0", "shard 1"}
+    assert asked == {"name": "owner/name", "repo_type": "dataset", "revision": "v2", "allow_patterns": ["shards/*.parquet"]}
+    assert len(texts_of(DataConfig(train="hf://datasets/owner/name/shards/part_2.parquet"))) == 10
+    assert asked["allow_patterns"] == ["shards/part_2.parquet"] and asked["revision"] is None
+    assert len(texts_of(DataConfig(train="hf://datasets/owner/name/shards/*_0.parquet"))) == 10
+
+
+def test_what_cannot_be_fetched_says_why(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(
+        ValueError, match=r"data.train = 'hf://datasets/a/b' could not be fetched \(no route\): check the name and the connection"
+    ):
+        first_batch(DataConfig(train="hf://datasets/a/b"))
+    with pytest.raises(ValueError, match=r"data.train = 'hf://datasets/a': write hf://datasets/OWNER/NAME"):
+        first_batch(DataConfig(train="hf://datasets/a"))
+
+
+# ------------------------------------------------------------------ tokenized folders
+
+
+def tokenized(shards, output, **more) -> dict:
+    return tokenize_corpus(
+        DataConfig(train=str(shards), validation="demo", tokenizer="bytes"), output=output, processes=1, shard_documents=8, **more
+    )
+
+
+def test_a_tokenized_folder_gives_the_same_documents(shards, tmp_path):
+    out = tmp_path / "tokens"
+    manifest = tokenized(shards, out)
+    assert len(manifest["shards"]) == 4 and manifest["documents"] == 30 and manifest["dtype"] == "uint16" and manifest["skipped"] == 0
+    assert sorted(p.suffix for p in out.iterdir()) == sorted([".bin", ".idx"] * 4 + [".json"] * 3)
+    data = DataConfig(train=str(out), validation="demo")
+    assert texts_of(data) == texts_of(DataConfig(train=str(shards), validation="demo"))
+    held_out = texts_of(DataConfig(train=str(out)), "validation")
+    assert held_out == texts_of(data)[-len(held_out) :] and 0 < len(held_out) < 30
+    assert first_batch(data).source[0].startswith(str(out / "shard_0000"))
+    assert load_tokenizer(out).fingerprint == BYTES.fingerprint
+
+
+def test_tokenizing_goes_on_where_it_stopped(shards, tmp_path, monkeypatch):
+    out, whole = tmp_path / "tokens", tmp_path / "whole"
+    tokenized(shards, whole)
+    import lrt.data.prepare as prepare
+
+    written = []
+    real = prepare.write_shard
+
+    def stopping(folder, name, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        return real(folder, name, **options)
+
+    monkeypatch.setattr(prepare, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        tokenized(shards, out)
+    assert not (out / "manifest.json").exists()
+    written.clear()
+    tokenized(shards, out)
+    assert written == ["shard_00002", "shard_00003"]
+    written.clear()
+    tokenized(shards, out)  # finished already
+    assert written == []
+    for file in whole.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    with pytest.raises(ValueError, match=r"--output .* holds another corpus, tokenizer or shard size: choose an empty folder"):
+        tokenized(shards / "part_0.parquet", out)
+
+
+def test_several_processes_write_the_same(shards, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    tokenized(shards, one)
+    tokenize_corpus(DataConfig(train=str(shards), validation="demo"), output=two, processes=2, shard_documents=8)
+    assert all((two / file.name).read_bytes() == file.read_bytes() for file in one.iterdir())
+
+
+def test_another_tokenizer_is_refused(shards, tmp_path):
+    out = tmp_path / "tokens"
+    tokenized(shards, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0123456789abcdef"}))
+    message = (
+        r"data.train = .* was tokenized with another tokenizer \(hash 0123456789ab, data.tokenizer has [0-9a-f]{12}\): set data.tokenizer"
+    )
+    with pytest.raises(ValueError, match=message):
+        first_batch(DataConfig(train=str(out)))
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest.json is not a manifest of version 1: write the folder again"):
+        first_batch(DataConfig(train=str(out)))
+
+
+def test_damaged_token_files_are_named_or_skipped(shards, tmp_path):
+    out = tmp_path / "tokens"
+    kept = 30 - tokenized(shards, out)["shards"][1]["documents"]
+    data, skipping = DataConfig(train=str(out), validation="demo"), DataConfig(train=str(out), validation="demo", on_corrupt="skip")
+    content = np.fromfile(out / "shard_00001.bin", dtype="<u2")
+    content[5] += 1
+    content.tofile(out / "shard_00001.bin")
+    with pytest.raises(CorruptShard, match=r"shard_00001.bin does not have the checksum of its manifest in documents 0\.\."):
+        texts_of(data)
+    assert len(texts_of(skipping)) == kept
+    content[:-1].tofile(out / "shard_00001.bin")
+    with pytest.raises(CorruptShard, match=r"shard_00001.bin has \d+ bytes, the manifest says \d+: copy or tokenize it again"):
+        texts_of(data)
+    assert len(texts_of(skipping)) == kept
+    with pytest.raises(ValueError, match=r"is tokenized already: give text or parquet files"):
+        tokenize_corpus(data, output=tmp_path / "again", processes=1)
+
+
+# ------------------------------------------------------------------ the tool
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("prepare_data", Path(__file__).parent.parent / "tools" / "prepare_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tool_trains_tokenizes_and_inspects(tool, shards, tmp_path, capsys):
+    tok, out = str(tmp_path / "tok"), str(tmp_path / "tokens")
+    assert tool.main(["train-tokenizer", "--train", str(shards), "--vocab-size", "262", "--output", tok]) == 0
+    assert "262 tokens, separator 0" in capsys.readouterr().out
+    assert np.load(tmp_path / "tok" / "token_bytes.npy").sum() > 256
+    assert tool.main(["tokenize", "--train", str(shards), "--tokenizer", tok, "--output", out, "--processes", "1"]) == 0
+    assert "30 documents" in capsys.readouterr().out
+    assert tool.main(["inspect", "--train", out, "--tokenizer", tok, "--sequence-length", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert "documents        30\n" in shown and "bytes            1,710" in shown
+    assert tool.main(["inspect", "--train", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data.train = ") and error.count("\n") == 1
+    assert tool.main(["train-tokenizer", "--train", str(shards), "--vocab-size", "100", "--output", tok]) == 2
+    assert "--vocab-size 100 is too small: 256 bytes and the separator need 257 or more" in capsys.readouterr().err
+
+
+def test_inspect_counts_what_packing_costs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(["a" * 9] * 4 + ["b" * 29]))
+    report = inspect_corpus(DataConfig(train=str(path)), sequence_length=19)
+    # Rows of 20: two documents of 10 with separator, twice; then 30 alone: 19 letters, and 10 behind a cut.
+    assert (report.documents, report.tokens, report.bytes) == (5, 65, 65)
+    assert report.rows == 3 and report.cut_documents == 1 / 5 and report.cut_tokens == 10 / 65
+    assert report.separator_share == 6 / 71
