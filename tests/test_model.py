@@ -1,0 +1,267 @@
+"""The model as a user meets it: parts, defaults, sizes, folders, errors, and the layout of the package."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import VOCABULARY, models, rows
+
+import lrt
+from lrt.accounting import count_parameters, forward_flops, kv_bytes, mean_keys, mfu, training_flops
+from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.eval import evaluate_bpb
+from lrt.model import build_model
+from lrt.types import MemoryInput, Projection
+
+TINY = ModelConfig(n_layers=3, width=16, n_heads=2, vocab_size=VOCABULARY, sequence_length=16)
+
+
+def tiny(**recurrence):
+    model = build_model(TINY, RecurrenceConfig(**recurrence))
+    model.init_weights(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+# ------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("layers", [20, 24])
+def test_shared_memory_adds_at_most_three_per_mille(layers):
+    config = ModelConfig(n_layers=layers, gate_channels=32)
+    twin = count_parameters(build_model(config, None, device="meta"))
+    parts = {s: count_parameters(build_model(config, RecurrenceConfig(sharing=s, gate_channels=32), device="meta")) for s in ("shared", "layerwise")}
+    assert twin.memory == 0 and twin.total == parts["shared"].total - parts["shared"].memory
+    assert 0 < parts["shared"].memory <= 0.003 * twin.total
+    assert 0.03 * twin.total < parts["layerwise"].memory < 0.06 * twin.total
+    assert parts["shared"].scaling == twin.scaling  # twins see equal tokens
+
+
+@settings(max_examples=15)
+@given(model=models())
+def test_parts_sum_to_the_model(model):
+    parts = count_parameters(model)
+    assert parts.total == sum(p.numel() for p in model.parameters())
+    assert parts.memory == sum(p.numel() for p in model.memory_parameters().values())
+
+
+def test_flops_count_every_pass():
+    model, plain = build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta"), build_model(ModelConfig(), None, device="meta")
+    base = training_flops(plain, lrt.baseline(), 2048)
+    ratio = {name: training_flops(model, s, 2048) / base for name, s in {"r1": lrt.refine(1), "i2": lrt.interleaved(2), "i4x2": lrt.interleaved(4, sweeps=2)}.items()}
+    assert 2.0 < ratio["r1"] < 2.03 and ratio["i2"] == pytest.approx(ratio["r1"]) and 3.0 < ratio["i4x2"] < 3.05
+    assert 1.5 < training_flops(model, lrt.refine(1, weights=(0, 1)), 2048) / base < 1.6  # stopped at block 8 of 12, no head
+    flops = forward_flops(plain, 2048)
+    assert flops.head == 2 * 768 * 32768 and flops.memory == 0
+    assert flops.blocks == 2 * sum(p.numel() for b in plain.blocks for p in b.parameters())
+    for length, window in [(7, None), (7, 3), (7, 0), (5, 9)]:
+        pairs = sum(1 for t in range(length) for s in range(t + 1) if window is None or t - s <= window)
+        assert mean_keys(length, window) == pytest.approx(pairs / length)
+    assert kv_bytes(model, 2048) - kv_bytes(plain, 2048) == 2 * 768  # the memory vector
+    assert mfu(98.9e12, "NVIDIA H100 80GB HBM3") == pytest.approx(0.1) and mfu(1e12, "Quadro") is None
+
+
+# ------------------------------------------------------------------ defaults
+
+
+def test_schedule_of_a_call_that_names_none():
+    model, tokens = tiny(), torch.randint(0, VOCABULARY, (2, 8))
+    model.train()
+    assert model.train_schedule == lrt.interleaved(2)
+    assert torch.equal(model(tokens).logits, model(tokens, schedule=lrt.interleaved(2)).logits)
+    model.eval()
+    torch.testing.assert_close(model(tokens).logits, model(tokens, schedule=lrt.sequential()).logits)
+    plain = build_model(TINY, None)
+    plain.init_weights()
+    assert plain.train_schedule == lrt.baseline() and plain(tokens).memory is None
+    with pytest.raises(ValueError, match="needs memory, but this model has no recurrence"):
+        plain(tokens, schedule=lrt.refine(1))
+
+
+def test_output_fields():
+    model, tokens = tiny(), torch.randint(0, VOCABULARY, (2, 8))
+    out = model(tokens, targets=tokens, schedule=lrt.interleaved(3, sweeps=2))
+    assert out.logits is None and len(out.groups) == 3 and out.memory.shape == (2, 8, 16)
+    assert out.loss.ndim == 0 and not any(g.requires_grad for g in out.groups)
+    assert model(tokens, targets=tokens, return_logits=True).logits.shape == (2, 8, VOCABULARY)
+    assert model(tokens).loss is None
+
+
+def test_initialization_is_the_table_of_the_method():
+    model = build_model(ModelConfig(n_layers=2, width=256, n_heads=2, vocab_size=4000), RecurrenceConfig(sharing="layerwise"))
+    model.init_weights(generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(False)
+    bound = (3 / 256) ** 0.5
+    block = model.blocks[0]
+    for weight in (block.block.query.weight, block.block.mlp_in.weight, block.projection.key.weight, model.backbone.value_embeddings["0"].weight):
+        assert weight.abs().max() <= bound and weight.std() == pytest.approx(256**-0.5, rel=0.05)
+    assert not block.block.output.weight.any() and not block.block.mlp_out.weight.any() and not block.gate.weight.any()
+    assert model.backbone.embedding.weight.std() == pytest.approx(1, rel=0.02)
+    assert model.backbone.head.weight.std() == pytest.approx(0.001, rel=0.02)
+    assert (model.backbone.residual_scales == 1).all() and (model.backbone.embedding_scales == 0.1).all() and (model.injection.gains == 0.1).all()
+
+
+def test_meta_device_then_init_equals_direct_build():
+    recipe = lrt.load_recipe("lrt_tiny.toml")
+    direct, late = lrt.build(recipe), lrt.build(recipe, device="meta")
+    late.to_empty(device="cpu")
+    late.init_weights(generator=torch.Generator().manual_seed(recipe.run.seed))
+    assert all(torch.equal(a, b) for a, b in zip(direct.state_dict().values(), late.state_dict().values()))
+
+
+# ------------------------------------------------------------------ the parts on a block of one's own
+
+
+class OwnBlock(torch.nn.Module):
+    """A decoder block that a user might bring: one head, no MLP, no positions."""
+
+    window = None
+
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def enter(self, hidden, context):
+        return hidden
+
+    def project(self, hidden, context):
+        return Projection(hidden, self.q(hidden)[:, :, None], self.k(hidden)[:, :, None], self.v(hidden)[:, :, None])
+
+    def attend(self, hidden, projection, context, kv):
+        q, k, v = (x.transpose(1, 2) for x in projection[1:])
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return hidden + out.transpose(1, 2).flatten(2), projection.key, projection.value
+
+
+def test_parts_wrap_a_single_block():
+    width, tokens = 8, torch.randn(2, 5, 8)
+    block, projection, injection = OwnBlock(width), lrt.KVProjection(width, 1, width), lrt.ResidualInjection()
+    recurrent = lrt.RecurrentBlock(block, gate=lrt.Gate(width, 2), projection=projection)
+    projection.init_weights(init="paper")
+    injection.init_weights(init="paper")
+    plain, _, _ = recurrent(tokens, None, (), None)
+    memory = MemoryInput(torch.randn(2, 5, 8), gain=injection()[0])
+    fed, key, value = recurrent(tokens, memory, (), None)
+    assert torch.equal(plain, block.attend(tokens, block.project(tokens, ()), (), None)[0])  # gates are exactly 1 at the start
+    assert (fed - plain).abs().max() > 1e-3 and key.shape == value.shape == (2, 5, 1, 8)
+
+
+# ------------------------------------------------------------------ bits per byte
+
+
+class Rows:
+    def __init__(self, input_ids, targets):
+        self.input_ids, self.targets = input_ids, targets
+
+
+@settings(max_examples=8)
+@given(model=models(), row=rows(batch=st.just(2), length=st.integers(4, 8)))
+def test_bits_per_byte_by_hand(model, row):
+    tokens, targets = row
+    sizes = torch.tensor([0, *range(1, VOCABULARY)])
+    report = evaluate_bpb(model, [Rows(tokens[:1], targets[:1]), Rows(tokens[1:], targets[1:])], token_bytes=sizes, schedule=lrt.interleaved(2), buckets=2)
+    kept = (targets != -100) & (sizes[targets.clamp_min(0)] > 0)
+    for mode, schedule in {"zero": lrt.baseline(), "parallel": lrt.interleaved(2), "decode": lrt.sequential()}.items():
+        logits = model(tokens, schedule=schedule, return_logits=True).logits
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)[kept].sum()
+        size = int(sizes[targets.clamp_min(0)][kept].sum())
+        assert report[mode].bytes == size and report[mode].tokens == int(kept.sum())
+        if size:
+            assert report[mode].value == pytest.approx(float(nats.detach()) / size / 0.6931471805599453, rel=1e-6)
+    assert len(report["parallel"].groups) == 2 and len(report["zero"].buckets) == 2
+    assert model.training
+    with pytest.raises(ValueError, match=r"evaluation.modes: \['exact'\] unknown; use zero, parallel, decode"):
+        evaluate_bpb(model, [], token_bytes=sizes, modes=("exact",))
+
+
+# ------------------------------------------------------------------ folders
+
+
+@settings(max_examples=6)
+@given(model=models(), row=rows())
+def test_save_and_load(model, row, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    lrt.save(model, folder)
+    again = lrt.load(folder)
+    assert again.recurrence == model.recurrence and again.train_schedule == model.train_schedule
+    assert torch.equal(again(row[0], schedule=lrt.refine(1)).logits, model(row[0], schedule=lrt.refine(1)).logits)
+    assert next(lrt.load(folder, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    model, folder = tiny(), tmp_path / "model"
+    lrt.save(model, folder)
+    with pytest.raises(ValueError, match="already exists: choose a new folder"):
+        lrt.save(model, folder)
+    weights, config = (folder / "model.safetensors").read_bytes(), json.loads((folder / "config.json").read_text())
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        lrt.load(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps({**config, "model": {**config["model"], "n_layers": 4}}))
+    with pytest.raises(ValueError, match="tensors do not fit"):
+        lrt.load(folder)
+    with pytest.raises(ValueError, match=r"holds no config.json"):
+        lrt.load(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_bad_tokens():
+    model = tiny()
+    with pytest.raises(ValueError, match=rf"token id 99, but the vocabulary has {VOCABULARY} entries"):
+        model(torch.tensor([[1, 99]]))
+    with pytest.raises(ValueError, match=r"input_ids has shape \(3,\): expected \(batch, tokens\)"):
+        model(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="recurrence.gate_channels = 99 is more than the width 16"):
+        tiny(gate_channels=99)
+
+
+# ------------------------------------------------------------------ the layout
+
+TIERS = [
+    ["config", "types"],
+    ["attention", "kernels", "accounting", "shards", "data"],
+    ["recurrence"],
+    ["loss", "schedules"],
+    ["backbone", "families", "passes"],
+    ["model"],
+    ["serialization", "adaptation"],
+    ["state", "decoding", "prefill", "generation", "sampling", "prefix_cache", "conversion", "hf"],
+    ["eval"],
+    ["train"],
+    ["titan"],
+]
+
+
+def test_a_file_imports_only_from_tiers_above_it_or_beside_it():
+    root = Path(lrt.__file__).parent
+    tier = {name: level for level, names in enumerate(TIERS) for name in names}
+    problems = []
+    for path in sorted(root.rglob("*.py")):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        if own in ("__init__", "recipes"):
+            continue
+        if own not in tier:
+            problems.append(f"{path.name}: not in the tier table of this test")
+            continue
+        for node in ast.parse(path.read_text()).body:  # imports inside functions are lazy on purpose
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                parts = (name or "").split(".")
+                if parts[0] == "lrt" and len(parts) > 1 and tier.get(parts[1], 99) > tier[own]:
+                    problems.append(f"{path.relative_to(root)} imports {name}")
+    assert not problems, problems
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    root = Path(lrt.__file__).parent
+    modules = {p.stem for p in root.glob("*.py")} | {p.name for p in root.iterdir() if p.is_dir()}
+    functions = {name for name in lrt.__all__ if callable(getattr(lrt, name))}
+    assert not modules & functions

@@ -1,0 +1,88 @@
+"""Schedules as plain data: what they cover, what they cost, what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lrt
+from lrt.config import ScheduleConfig
+from lrt.schedules import from_config
+
+
+def positions(step):
+    return list(range(step.start, step.stop, step.step))
+
+
+@given(S=st.integers(1, 12), sweeps=st.integers(1, 3), length=st.integers(1, 12), order=st.sampled_from(["ascending", "rotated", "random"]), seed=st.integers(0, 99))
+def test_every_sweep_visits_every_position_once(S, sweeps, length, order, seed):
+    schedule = lrt.interleaved(S, sweeps=sweeps, order=order if S > 1 else "ascending")
+    plan = schedule.plan(length, generator=torch.Generator().manual_seed(seed))
+    assert positions(plan[0]) == list(range(length)) and plan[0].memory == "zero"
+    for group in range(1, sweeps + 1):
+        members = [step for step in plan if step.group == group]
+        assert len(members) == min(S, length)
+        assert sorted(t for step in members for t in positions(step)) == list(range(length))
+        assert all({t % min(S, length) for t in positions(step)} == {step.start} for step in members)
+    if order == "ascending":
+        starts = [step.start for step in plan[1:]]
+        assert starts == list(range(min(S, length))) * sweeps
+    assert len(schedule.group_weights(length)) == 1 + sweeps
+
+
+@given(chunk=st.integers(1, 9), length=st.integers(1, 12))
+def test_chunks_tile_the_row_from_left_to_right(chunk, length):
+    plan = lrt.chunked(chunk).plan(length)
+    assert [t for step in plan for t in positions(step)] == list(range(length))
+    assert [step.memory for step in plan] == ["zero"] + ["first"] * (len(plan) - 1)
+
+
+def test_orders_are_drawn_from_the_generator():
+    draw = lambda order, seed: [s.start for s in lrt.interleaved(8, order=order).plan(64, generator=torch.Generator().manual_seed(seed))[1:]]  # noqa: E731
+    for order in ("rotated", "random"):
+        assert draw(order, 3) == draw(order, 3)
+        assert len({tuple(draw(order, seed)) for seed in range(20)}) > 3
+    assert all(sorted(draw("rotated", s)) == list(range(8)) and (draw("rotated", s)[1] - draw("rotated", s)[0]) % 8 == 1 for s in range(20))
+
+
+def test_paper_weights_and_token_compute():
+    assert lrt.interleaved(2, sweeps=3).group_weights(64) == (1.0, 2.0, 2.0, 2.0)
+    assert lrt.interleaved(8).group_weights(4) == (1.0, 4.0)
+    assert lrt.refine(2).group_weights(64) == (1.0, 1.0, 1.0)
+    assert lrt.refine(2, weights=(0.1, 0.3, 0.6)).group_weights(64) == (0.1, 0.3, 0.6)
+    costs = [s.token_compute for s in (lrt.baseline(), lrt.chunked(3), lrt.sequential(), lrt.refine(3), lrt.interleaved(4, sweeps=2))]
+    assert costs == [1, 1, 1, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: lrt.interleaved(0), r"schedule.subsets = 0: use a whole number of 1 or more"),
+        (lambda: lrt.interleaved(2, sweeps=0), r"schedule.sweeps = 0"),
+        (lambda: lrt.refine(0), r"schedule.passes = 0"),
+        (lambda: lrt.chunked(-1), r"schedule.chunks = -1"),
+        (lambda: lrt.interleaved(2.5), r"schedule.subsets = 2.5: use a whole number"),
+        (lambda: lrt.interleaved(2, order="up"), r"schedule.order = 'up': use ascending, rotated or random"),
+        (lambda: lrt.interleaved(1, order="random"), r"has no effect with one subset"),
+        (lambda: lrt.interleaved(1, kv_refresh=True), r"schedule.kv_refresh has no effect with subsets = 1"),
+        (lambda: lrt.interleaved(2, sweeps=2, kv_refresh=True), r"schedule.kv_refresh has no effect with subsets = 2, sweeps = 2"),
+        (lambda: lrt.interleaved(8, kv_refresh=True).plan(8), r"schedule.kv_refresh has no effect with 8 subsets of a row of 8 tokens"),
+        (lambda: lrt.refine(2, weights=(1, 1)), r"schedule.weights has 2 values, but there are 3 groups"),
+        (lambda: lrt.refine(1, weights=(0, 0)), r"at least one must be above 0"),
+        (lambda: lrt.refine(1, weights=(-1, 2)), r"use finite weights of 0 or more"),
+        (lambda: lrt.refine(1, weights="mean"), r'use "paper" or a list of 2 numbers'),
+    ],
+)
+def test_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_from_config_is_the_constructor():
+    assert from_config(ScheduleConfig()) == lrt.interleaved(2)
+    assert from_config(ScheduleConfig(kind="refine", passes=2, weights=(1.0, 2.0, 3.0))) == lrt.refine(2, weights=(1, 2, 3))
+    assert from_config(ScheduleConfig(kind="baseline")) == lrt.baseline()
+    assert from_config(ScheduleConfig(kind="chunked", chunks=7)) == lrt.chunked(7)
+    assert from_config(ScheduleConfig(kind="sequential")) == lrt.sequential()
