@@ -7,8 +7,9 @@ A folder holds ``model.safetensors``, or ``model-00001-of-00003.safetensors`` an
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,7 +60,8 @@ def open_folder(folder: str | Path) -> dict[str, LazyTensor]:
             raise ValueError(f"{index} names {file!r}: shards lie beside their index, so this folder was changed")
         tensors |= open_file(Path(folder) / file)
     if tensors.keys() != files.keys():
-        raise ValueError(f"{index} and its shards hold different tensors ({sorted(tensors.keys() ^ files.keys())[:4]}): the folder is not whole")
+        different = sorted(tensors.keys() ^ files.keys())[:4]
+        raise ValueError(f"{index} and its shards hold different tensors ({different}): the folder is not whole")
     return tensors
 
 
@@ -95,10 +97,12 @@ def check_shapes(where: str, found: Mapping[str, LazyTensor], expected: Mapping[
     """
     problems = [f"{n} is missing (expected {expected[n]})" for n in sorted(expected.keys() - found.keys())]
     problems += [f"{n} is unexpected" for n in sorted(found.keys() - expected.keys())]
-    problems += [f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in sorted(expected) if n in found and found[n].shape != expected[n]]
+    both = sorted(expected.keys() & found.keys())
+    problems += [f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in both if found[n].shape != expected[n]]
     if problems:
         more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ValueError(f"{where}: {len(problems)} tensors do not fit its config: {'; '.join(problems[:6])}{more}. It is not whole, or was changed")
+        shown = "; ".join(problems[:6]) + more
+        raise ValueError(f"{where}: {len(problems)} tensors do not fit its config: {shown}. It is not whole, or was changed")
 
 
 def write_folder(

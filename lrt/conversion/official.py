@@ -6,7 +6,8 @@ G key/value heads, D width, c channels that the gates read.
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.conversion.lazy import rows, stacked
@@ -15,7 +16,9 @@ from lrt.schedules import from_config
 from lrt.serialization import model_from_config, native_config, schedule_to_table
 from lrt.shards import LazyTensor, check_shapes
 
-LINEARS = {"attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
+LINEARS = {
+    "attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out",
+}  # fmt: skip
 NANOCHAT_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 # What the official code computes whatever its config says.
 FIXED = {"mlp_ratio": 4.0, "qk_norm": True, "softcap": 15.0, "rope_base": 10000.0, "attention_reset": None}
@@ -26,7 +29,8 @@ FIXED = {"mlp_ratio": 4.0, "qk_norm": True, "softcap": 15.0, "rope_base": 10000.
 
 def name_table(config: ModelConfig, *, recurrent: bool) -> dict[str, tuple[str, ...]]:
     """Official name -> our names; several of ours stand one below the other in one official tensor."""
-    table: dict[str, tuple[str, ...]] = {"transformer.wte.weight": ("backbone.embedding.weight",), "lm_head.weight": ("backbone.head.weight",)}
+    table: dict[str, tuple[str, ...]] = {}
+    table |= {"transformer.wte.weight": ("backbone.embedding.weight",), "lm_head.weight": ("backbone.head.weight",)}
     if config.residual_scales:
         table["resid_lambdas"] = ("backbone.residual_scales",)
     if config.embedding_residual:
@@ -144,10 +148,12 @@ def config_of(model: ModelConfig, recurrence: RecurrenceConfig | None, schedule:
 def schedule_from_official(meta: Mapping[str, Any]) -> ScheduleConfig:
     """The training schedule that an official config describes."""
     if meta.get("use_multi_refine"):
-        passes = meta.get("multi_refine_num_passes", 1)
         weights = meta.get("multi_refine_loss_weights")
         return ScheduleConfig(
-            kind="refine", passes=passes, weights=tuple(weights) if weights else "paper", cut_gradient=bool(meta.get("multi_refine_detach", False))
+            kind="refine",
+            passes=meta.get("multi_refine_num_passes", 1),
+            weights=tuple(weights) if weights else "paper",
+            cut_gradient=bool(meta.get("multi_refine_detach", False)),
         )
     subsets = meta.get("interleaved_num_passes", 2)
     return ScheduleConfig(kind="interleaved", subsets=subsets, kv_refresh=bool(meta.get("interleaved_kv_refresh", False)) and subsets > 1)
@@ -182,7 +188,7 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
         raise ValueError(f"the {kind} layout cannot express this model: {'; '.join(reasons)}. Convert to lrt or hf instead")
     notes = []
     if model.rope_dtype != "bfloat16":
-        notes.append('the official code rounds its rotary tables to bfloat16, this model has model.rope_dtype = "float32": logits change by about 1e-2')
+        notes.append("the official code rounds its rotary tables to bfloat16, this model does not (model.rope_dtype): logits move by about 1e-2")
     out: dict[str, Any] = {
         "sequence_len": model.sequence_length, "vocab_size": model.vocab_size, "n_layer": model.n_layers, "n_head": model.heads,
         "n_kv_head": model.kv_heads, "n_embd": model.d_model, "window_pattern": model.window_pattern,
@@ -219,7 +225,8 @@ def _recurrence_reasons(model: ModelConfig, recurrence: Mapping[str, Any] | None
     if model.value_embeddings != "all":
         reasons.append(f"model.value_embeddings = {model.value_embeddings!r} (its recurrent models have them at every block)")
     if (parsed.gate_channels or model.d_model) != (model.gate_channels or model.d_model):
-        reasons.append(f"recurrence.gate_channels = {parsed.gate_channels}, model.gate_channels = {model.gate_channels} (its three gates read the same channels)")
+        both = f"recurrence.gate_channels = {parsed.gate_channels}, model.gate_channels = {model.gate_channels}"
+        reasons.append(f"{both} (its three gates read the same channels)")
     return reasons
 
 
@@ -236,4 +243,5 @@ def _official_schedule(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
         plain = {"interleaved_num_passes": schedule.subsets, "interleaved_kv_refresh": schedule.kv_refresh}
     back = schedule_to_table(from_config(schedule_from_official(plain)))
     same = back == schedule_to_table(from_config(schedule))
-    return plain, [] if same else [f"the training schedule {dict(table)} has no official name: written as interleaved S = {plain['interleaved_num_passes']}"]
+    written = f"written as interleaved S = {plain['interleaved_num_passes']}"
+    return plain, [] if same else [f"the training schedule {dict(table)} has no official name: {written}"]

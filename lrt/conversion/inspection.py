@@ -1,0 +1,105 @@
+"""What a checkpoint is, said without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lrt.conversion.checkpoints import Checkpoint
+from lrt.conversion.pipeline import KINDS
+from lrt.data.tokenizer import MARKER
+
+MEMORY = ("memory_projection.", "injection.")
+
+
+class Inspection(NamedTuple):
+    """A checkpoint in words."""
+
+    kind: str
+    whole: bool
+    problem: str | None  # why it is not whole
+    checkpoint: Checkpoint | None
+    parts: Mapping[str, int]  # parameters by part
+    dtypes: Mapping[str, int]  # parameters by dtype
+
+
+def kind_of(path: Path) -> str:
+    """The kind of checkpoint that lies at ``path``.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    if (path / "config.json").is_file():
+        return "hf" if (path / "generation_config.json").is_file() else "lrt"
+    if any((path / name).exists() for name in ("complete.json", "checkpoints")) or any(path.glob("step_*")):
+        return "dcp"
+    if path.suffix == ".pt" or any(path.glob("model_*.pt")) or any(path.glob("base_checkpoints/*/model_*.pt")):
+        return "official"
+    known = ", ".join(KINDS)
+    raise ValueError(f"{path}: no checkpoint of a known kind ({known}): give a folder with config.json, a run, or a nanochat folder")
+
+
+def inspect_checkpoint(path: str | Path, *, step: int | None = None) -> Inspection:
+    """Say what a checkpoint is: kind, config, parameters by part, step, recipe, dtype, and whether it is whole.
+
+    Args:
+        path: any checkpoint that ``convert`` reads.
+        step: which one of a run; None = the newest.
+
+    Raises:
+        ValueError: nothing known lies there. A checkpoint that is known but not whole is reported, not raised.
+    """
+    kind = kind_of(Path(path))
+    try:
+        found = KINDS[kind].read(Path(path), step=step)
+        for tensor in found.tensors.values():  # the ends of every file, so that a truncated one is noticed
+            tensor.read().flatten()[-1:].clone()
+    except ValueError as error:
+        return Inspection(kind, False, str(error), None, {}, {})
+    if kind == "official" and found.config["recurrence"] is None:
+        kind = "nanochat or official baseline"
+    parts: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    for name, tensor in found.tensors.items():
+        count, dtype = torch.Size(tensor.shape).numel(), str(tensor.dtype).removeprefix("torch.")
+        parts[part_of(name)] = parts.get(part_of(name), 0) + count
+        dtypes[dtype] = dtypes.get(dtype, 0) + count
+    return Inspection(kind, True, None, found, parts, dtypes)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    if name.startswith(MEMORY) or (name.startswith("blocks.") and name.split(".")[2] in ("gate", "projection")):
+        return "memory"
+    if "value_embeddings" in name:
+        return "value embeddings"
+    if name.startswith("blocks."):
+        return "blocks"
+    return "head" if ".head." in name else "token embedding" if ".embedding." in name else "other"
+
+
+def describe(found: Inspection, path: str | Path) -> list[str]:
+    """Lines for the user."""
+    if found.checkpoint is None:
+        return [f"{path}: {found.kind}, NOT WHOLE", f"  {found.problem}"]
+    checkpoint = found.checkpoint
+    lines = [f"{path}: {found.kind}, whole ({checkpoint.where})"]
+    lines.append(f"  step        {checkpoint.step if checkpoint.step is not None else 'not recorded'}")
+    if "recipe" in checkpoint.about:
+        about = checkpoint.about
+        lines.append(f"  recipe      {about['recipe']} (recipe.toml in the checkpoint), written by {about['ranks that wrote it']} ranks")
+    lines.append(f"  dtype       {', '.join(f'{name} ({count:,})' for name, count in found.dtypes.items())}")
+    lines.append(f"  parameters  {sum(found.parts.values()):,}")
+    lines += [f"    {part:17s} {count:,}" for part, count in sorted(found.parts.items())]
+    for section in ("model", "recurrence", "schedule"):
+        lines.append(f"  {section:11s} {_plain(checkpoint.config[section]) if checkpoint.config.get(section) else 'none'}")
+    if checkpoint.tokenizer:
+        lines.append(f"  tokenizer   {', '.join(sorted(n for n in checkpoint.tokenizer if n != MARKER))}")
+    return lines + [f"  note        {note}" for note in checkpoint.notes]
+
+
+def _plain(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in section.items() if value is not None)

@@ -1,0 +1,138 @@
+"""``convert``: read, write beside the output, read again, compare, and only then rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from lrt.conversion.checkpoints import Checkpoint, read_dcp, read_hf, read_lrt, read_official
+from lrt.conversion.lazy import cast, common_dtype
+from lrt.conversion.tokenizers import read_files, read_nanochat
+from lrt.conversion.verification import Verification, verify
+from lrt.conversion.writing import write_hf, write_lrt, write_official
+from lrt.serialization import new_folder
+
+SHARD_SIZE = 5 * 10**9
+
+
+class Kind(NamedTuple):
+    """A kind of checkpoint: how it is read and written, and what it can hold."""
+
+    read: Callable[..., Checkpoint]
+    write: Callable[..., list[str]] | None
+    holds: str
+    lossless: str
+
+
+KINDS = {
+    "lrt": Kind(read_lrt, write_lrt, "our folder: safetensors, config.json, tokenizer", "everything"),
+    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and config, not the optimizer"),
+    "official": Kind(
+        read_official, write_official, "base folder or checkpoint of the official LRT code, plain models included",
+        "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
+    ),
+    "nanochat": Kind(
+        partial(read_official, kind="nanochat"), partial(write_official, nanochat=True), "base folder or checkpoint of nanochat",
+        "plain models with alternating value embeddings and gates from 32 channels; others are refused",
+    ),
+    "hf": Kind(read_hf, write_hf, "Hugging Face folder for AutoModelForCausalLM (after import lrt)", "everything"),
+}  # fmt: skip
+
+
+class Converted(NamedTuple):
+    """What ``convert`` did."""
+
+    output: Path
+    source: Checkpoint
+    verification: Verification | None
+    notes: tuple[str, ...]
+
+
+def convert(
+    path: str | Path,
+    output: str | Path,
+    *,
+    source: str,
+    target: str,
+    dtype: torch.dtype | None = None,
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    compare: Callable[..., Verification] | None = verify,
+    shard_size: int | None = SHARD_SIZE,
+    report: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Converted:
+    """Convert a checkpoint; the output appears whole and compared with its source, or not at all.
+
+    Args:
+        path: the checkpoint.
+        output: a folder that does not exist yet.
+        source, target: names of ``KINDS``.
+        dtype: of the written tensors; None = the narrowest that holds the source exactly.
+        step: which checkpoint of a run; None = the newest.
+        tokenizer: folder (or tokenizer.json) whose tokenizer travels; None = the one found beside the checkpoint.
+        compare: proves the output against the source; None writes without proof.
+        shard_size: bytes of the largest safetensors file.
+        report: receives lines for the user.
+        progress: called with (bytes done, bytes in all) while tensors are written.
+
+    Raises:
+        ValueError: the input cannot be read or expressed in the target, the output exists, there is no space, or the
+            comparison fails. The source is never changed, and nothing is left at the output.
+    """
+    for name, role in ((source, "--from"), (target, "--to")):
+        if name not in KINDS:
+            raise ValueError(f"{role} {name}: unknown kind; use one of {', '.join(KINDS)}")
+    write = KINDS[target].write
+    if write is None:
+        raise ValueError(f"--to {target}: {KINDS[target].holds} is only read; use one of {', '.join(k for k, v in KINDS.items() if v.write)}")
+    if not Path(path).exists():
+        raise ValueError(f"--input {path}: there is nothing")
+    opened: Checkpoint = KINDS[source].read(Path(path), step=step)
+    if tokenizer is not None:
+        opened = dataclasses.replace(opened, tokenizer=_given_tokenizer(Path(tokenizer)), notes=())
+    kept = dtype or common_dtype(opened.tensors)
+    rounded = dataclasses.replace(opened, tensors={n: cast(t, kept) if t.dtype != kept else t for n, t in opened.tensors.items()})
+    total = sum(t.nbytes for t in rounded.tensors.values())
+    _check_space(Path(output), total)
+    done = 0
+
+    def advance(written: int) -> None:
+        nonlocal done
+        done += written
+        progress(done, total)
+
+    verification = None
+    try:
+        with new_folder(output) as place:
+            notes = (*opened.notes, *write(place, rounded, shard_size=shard_size, progress=advance))
+            for note in notes:
+                report(f"note: {note}")
+            if compare is not None:
+                verification = compare(opened, KINDS[target].read(place), report=report)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{output} could not be written ({error}): nothing is left there") from None
+    return Converted(Path(output), opened, verification, notes)
+
+
+def _given_tokenizer(path: Path) -> dict[str, bytes]:
+    folder = path if path.is_dir() else path.parent
+    files: dict[str, Any] = read_nanochat(folder) if path.is_dir() else read_files(folder)
+    if not files:
+        raise ValueError(f"--tokenizer {path}: no tokenizer.json or tokenizer.pkl there")
+    return files
+
+
+def _check_space(output: Path, needed: int) -> None:
+    """Refuse before the first byte when the disk cannot hold the output."""
+    parent = next(p for p in [output.absolute().parent, *output.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(f"--output {output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there: choose another place")
