@@ -86,6 +86,7 @@ class Place(NamedTuple):
     epoch: int
     turn: int
     document: int
+    skipped: int  # documents left out until here, because their file cannot be read
 
 
 class Stream:
@@ -116,10 +117,11 @@ class Stream:
     ) -> None:
         state = state or fresh_state(plan)
         self._documents, self._plan, self._number, self._on_corrupt = documents, plan, number, on_corrupt
-        self._place = Place(state["epoch"], state["turn"], state["document"])
-        self._skipped = state["skipped"]
+        pieces = self._read_waiting(state["pieces"])
+        lost = len(state["pieces"]) - len(pieces)
+        self._place = Place(state["epoch"], state["turn"], state["document"], state["skipped"] + lost)
         self._walk_from_place = self._walk(self._place)
-        self._packer = Packer(self._next_piece, length=length, bos_id=bos_id, buffer=buffer, pieces=self._read_waiting(state["pieces"]))
+        self._packer = Packer(self._next_piece, length=length, bos_id=bos_id, buffer=buffer, pieces=pieces)
 
     def row(self) -> Row:
         """The next row; it is always full."""
@@ -129,14 +131,14 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as plain numbers; valid between two rows."""
-        return {**self._place._asdict(), "pieces": self._packer.waiting(), "skipped": self._skipped}
+        return {**self._place._asdict(), "pieces": self._packer.waiting()}
 
     def _next_piece(self) -> Piece:
         self._place, piece = next(self._walk_from_place)
         return piece
 
     def _walk(self, place: Place) -> Iterator[tuple[Place, Piece]]:
-        epoch, first_turn, start = place
+        epoch, first_turn, start, skipped = place
         idle = 0
         while True:
             spans = self._plan.spans(epoch=epoch, stream=self._number)
@@ -145,11 +147,14 @@ class Stream:
                 order = self._plan.order(spans[turn], epoch=epoch)
                 for begin in range(start, len(order), READ_AHEAD):
                     chosen = order[begin : begin + READ_AHEAD]
-                    for i, (document, tokens) in enumerate(zip(chosen, self._read(spans[turn].group, chosen))):
+                    tokens_of = self._read(spans[turn].group, chosen)
+                    skipped += 0 if tokens_of else len(chosen)
+                    for i, (document, tokens) in enumerate(zip(chosen, tokens_of)):
                         offset = spans[turn].offset if document == spans[turn].first else 0
                         if len(tokens) > offset:
                             found = True
-                            yield Place(epoch, turn, begin + i + 1), Piece(spans[turn].group, document, offset, tokens[offset:])
+                            piece = Piece(spans[turn].group, document, offset, tokens[offset:])
+                            yield Place(epoch, turn, begin + i + 1, skipped), piece
                 start = 0
             idle = 0 if found else idle + 1
             if idle > 2:
@@ -159,11 +164,7 @@ class Stream:
             first_turn, epoch = 0, epoch + 1
 
     def _read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
-        tokens = _read_or_skip(self._documents, group, documents, on_corrupt=self._on_corrupt)
-        if tokens is None:
-            self._skipped += len(documents)
-            return [np.empty(0, dtype=np.int64)] * len(documents)
-        return tokens
+        return _read_or_skip(self._documents, group, documents, on_corrupt=self._on_corrupt)
 
     def _read_waiting(self, waiting: Sequence[Sequence[int]]) -> list[Piece]:
         by_group: dict[int, list[int]] = {}
@@ -172,8 +173,7 @@ class Stream:
         tokens: dict[tuple[int, int], np.ndarray] = {}
         for group, documents in by_group.items():
             tokens.update(zip(((group, d) for d in documents), self._read(group, documents)))
-        pieces = [Piece(g, d, offset, tokens[g, d][offset:]) for g, d, offset in waiting]
-        return [piece for piece in pieces if len(piece.tokens)]
+        return [Piece(g, d, offset, tokens[g, d][offset:]) for g, d, offset in waiting if (g, d) in tokens]
 
 
 def in_order(documents: Documents, *, on_corrupt: str) -> Iterator[Piece]:
@@ -181,19 +181,19 @@ def in_order(documents: Documents, *, on_corrupt: str) -> Iterator[Piece]:
     for group, size in enumerate(documents.sizes.tolist()):
         for begin in range(0, size, READ_AHEAD):
             chosen = range(begin, min(size, begin + READ_AHEAD))
-            for document, tokens in zip(chosen, _read_or_skip(documents, group, chosen, on_corrupt=on_corrupt) or ()):
+            for document, tokens in zip(chosen, _read_or_skip(documents, group, chosen, on_corrupt=on_corrupt)):
                 if len(tokens):
                     yield Piece(group, document, 0, tokens)
 
 
-def _read_or_skip(documents: Documents, group: int, chosen: Sequence[int], *, on_corrupt: str) -> list[np.ndarray] | None:
-    """Token ids of some documents; None if the file cannot be read and on_corrupt is "skip"."""
+def _read_or_skip(documents: Documents, group: int, chosen: Sequence[int], *, on_corrupt: str) -> list[np.ndarray]:
+    """Token ids of some documents; none at all if the file cannot be read and on_corrupt is "skip"."""
     try:
         return documents.read(group, chosen)
     except CorruptShard:
         if on_corrupt == "stop":
             raise
-        return None
+        return []
 
 
 def fresh_state(plan: Plan) -> dict[str, Any]:
