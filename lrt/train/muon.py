@@ -196,5 +196,5 @@ def _on_owners(
     pieces = torch.cat([part.flatten() for part in update.split(row_counts, dim=1)])
     dist.all_to_all_single(back, pieces, output_split_sizes=here, input_split_sizes=there, group=layout.group)
     gathered = new_moments.new_empty(share * layout.world, *new_moments.shape[1:])
-    dist.all_gather_into_tensor(gathered, new_moments.contiguous(), group=layout.group)
-    return back.view(-1, mine, columns)[:count], gathered[:count]
+    dist.all_gather(list(gathered.chunk(layout.world)), new_moments.contiguous(), group=layout.group)
+    return back.view(share * layout.world, mine, columns)[:count], gathered[:count]

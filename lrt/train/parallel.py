@@ -7,6 +7,7 @@ the step's end: one gather a parameter and step, however many passes the schedul
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from lrt.config import ParallelConfig
 from lrt.train.distributed import World
+
+# The memory projection returns views (unflatten); nothing here writes into them, which is what FSDP warns of.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPKVProjection\) returned a view tensor")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRAPHS = 64  # compiled variants of a block: windows x with or without memory x kinds of store x dtypes

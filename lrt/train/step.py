@@ -39,7 +39,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     schedule: Schedule,
-    generator: torch.Generator,
+    seed: int,
     clip_norm: float | None,
     world: World,
     stop: bool = False,
@@ -51,7 +51,7 @@ def train_step(
         optimizer: with the rates of this step.
         batches: this rank's micro-batches, on the device.
         schedule: passes of every forward.
-        generator: for schedules that draw; the same on every rank.
+        seed: for schedules that draw: one order a step, the same on every rank and in every micro-batch.
         clip_norm: global gradient norm; None = no clipping.
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.
@@ -63,6 +63,7 @@ def train_step(
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
     scores: Tensor | None = None
     for batch in batches:
+        generator = torch.Generator().manual_seed(seed)
         out = model(batch.input_ids, targets=batch.targets, schedule=schedule, valid_targets=valid, generator=generator)
         out.loss.backward()
         part = torch.stack([out.loss.detach(), *out.groups])

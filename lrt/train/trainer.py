@@ -185,7 +185,7 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
 
 def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     recipe, state, total = run.recipe, run.state, run.horizon.steps
-    late, clock, generator = LateReader(), Clock(), torch.Generator()
+    late, clock = LateReader(), Clock()
     speeds: list[float] = []
     stop = False
     with _profiler(recipe, run.folder, run.world) as profile:
@@ -195,13 +195,12 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
             run.optimizer.set_rates(rates)
-            generator.manual_seed(recipe.run.seed * 1_000_003 + state.step)  # the order of subsets is a function of the step
             numbers = train_step(
                 run.model,
                 run.optimizer,
                 [_to_device(batch, run.world.device) for batch in batches],
                 schedule=run.model.train_schedule,
-                generator=generator,
+                seed=recipe.run.seed * 1_000_003 + state.step,
                 clip_norm=recipe.training.clip_norm,
                 world=run.world,
                 stop=signals.received is not None,

@@ -1,0 +1,328 @@
+"""Two processes (torchrun, gloo) and one give the same numbers: gradients under every schedule, optimizer, checkpoints.
+
+One launch does all checks, since a launch costs seconds; every test below reads one of its results.
+Run ``torchrun --nproc_per_node=2 tests/test_dist_training.py FOLDER`` to see the launch itself.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrt
+from lrt.config import CheckpointConfig, parse_recipe
+from lrt.data import Batch
+from lrt.train import parallel
+from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
+from lrt.train.distributed import World, open_world
+from lrt.train.optimizers import MuonAdamW, gradient_norm, parameter_groups
+from lrt.train.parallel import free_gathered, named_parameters
+from lrt.train.rates import rates_at
+from lrt.train.step import train_step
+from lrt.train.trainer import _tensors
+from lrt.train.weights import build_parallel, export, gather
+
+pytestmark = pytest.mark.dist
+SCHEDULES = {
+    "baseline": lrt.baseline(),
+    "interleaved": lrt.interleaved(2),
+    "interleaved uneven twice": lrt.interleaved(3, sweeps=2, weights=(0.2, 0.3, 0.5)),
+    "interleaved refreshed": lrt.interleaved(4, kv_refresh=True),
+    "interleaved random": lrt.interleaved(4, order="random"),
+    "refine": lrt.refine(2, weights=(0.0, 0.3, 0.7)),
+    "chunked": lrt.chunked(4),
+    "sequential": lrt.sequential(),
+}
+PLANS = {
+    "after_step": {},
+    "after_forward": {"parallel.reshard": "after_forward"},
+    "layerwise": {"recurrence.sharing": "layerwise"},
+    "AC block": {"parallel.activation_checkpointing": "block"},
+    "AC selective": {"parallel.activation_checkpointing": "selective", "parallel.reshard": "after_forward"},
+}
+ONE = World(0, 1, torch.device("cpu"), sharded=False)
+T = 10
+
+
+def recipe_of(**overrides):
+    sets = {
+        "model.n_layers": 3, "model.width": 12, "model.n_heads": 3, "model.n_kv_heads": 1, "model.vocab_size": 37, "model.vocab_multiple": 1,
+        "model.sequence_length": T, "model.gate_channels": 4, "recurrence.gate_channels": 4, "recurrence.separator": 0,
+        "parallel.param_dtype": "float32", "parallel.compile": "false", "training.batch_tokens": 4 * T, "training.steps": 10,
+        "parallel.timeout_minutes": 0.3, **overrides,
+    }  # fmt: skip
+    return parse_recipe("", overrides=[f"{k}={v}" for k, v in sets.items()])
+
+
+def rows(count=4):
+    ids = torch.randint(0, 37, (count, T + 1), generator=torch.Generator().manual_seed(3))
+    targets = ids[:, 1:].clone()
+    targets[0, :7] = -100  # uneven numbers of valid targets: a mean of means would show
+    targets[2] = -100
+    return Batch(ids[:, :-1], targets, tuple(f"row {i}" for i in range(count)))
+
+
+def micro_batches(world, size=1):
+    batch = rows()
+    here = range(world.rank, 4, world.size)
+    return [Batch(batch.input_ids[list(i)], batch.targets[list(i)], ()) for i in zip(*[iter(here)] * size)]
+
+
+def awake(model):
+    """Zero-initialized projections would hide most gradients."""
+    generator = torch.Generator().manual_seed(5)
+    from lrt.train.weights import fill
+
+    fill(model, {n: torch.randn(p.shape, generator=generator) * 0.3 for n, p in named_parameters(model)})
+    return model
+
+
+def gradients(recipe, world, batches, schedule):
+    """Loss and whole gradients, by the training step itself with an optimizer that only looks."""
+    model = awake(build_parallel(recipe, world)).train()
+    seen = {}
+
+    class Look:
+        def step(self, finite):
+            assert finite
+            for name, p in named_parameters(model):
+                if p.grad is not None:
+                    seen[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+
+        def zero_grad(self, set_to_none):
+            pass
+
+    return train_step(model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world), seen
+
+
+@contextlib.contextmanager
+def float64():
+    """Double precision throughout, so that equal means equal and not nearly so."""
+    torch.set_default_dtype(torch.float64)
+    parallel.DTYPES["float32"] = torch.float64
+    yield
+    torch.set_default_dtype(torch.float32)
+    parallel.DTYPES["float32"] = torch.float32
+
+
+def check_gradients(world, folder, plan, schedule):
+    recipe, alone = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if "sharing" in k})
+    with float64():
+        numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
+        expected, plain = gradients(alone, ONE, [rows()], SCHEDULES[schedule])
+    assert seen.keys() == plain.keys() and len(plain) > 10
+    torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+    for name, gradient in plain.items():
+        assert gradient.dtype == torch.float64
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def one_step(model, optimizer, batches, world, seed=0, stop=False):
+    return train_step(model, optimizer, batches, schedule=lrt.interleaved(2), seed=seed, clip_norm=1.0, world=world, stop=stop)
+
+
+def steps(recipe, world, batches, count=4):
+    model = awake(build_parallel(recipe, world)).train()
+    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
+    numbers = []
+    for step in range(count):
+        optimizer.set_rates(rates_at(step, total=10, training=recipe.training, optimizer=recipe.optimizer))
+        numbers.append(one_step(model, optimizer, batches, world, seed=step))
+    return model, optimizer, torch.stack(numbers)
+
+
+def check_optimizer(world, folder):
+    """Same start, same data: after four steps of Muon and AdamW on 2 ranks the weights are those of one process."""
+    recipe = recipe_of()
+    model, _, numbers = steps(recipe, world, micro_batches(world))
+    plain, _, expected = steps(recipe, ONE, [rows()])
+    torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-5)
+    whole = gather(model, world)
+    if world.main:
+        start = dict(awake(build_parallel(recipe, ONE)).named_parameters())
+        for name, value in plain.named_parameters():
+            moved = (value - start[name]).norm()
+            assert moved > 0, name
+            assert (whole[name] - value).norm() < 2e-3 * moved, (name, float((whole[name] - value).norm() / moved))
+
+
+def check_muon_exact(world, folder):
+    """Given the same gradients, sharded Muon is unsharded Muon bit for bit, for every shape and an uneven share of the stack."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world.size,))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (6, 4), "b": (6, 4), "c": (6, 4), "d": (3, 5), "e": (1, 4), "f": (7, 7)}
+    start = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+
+    def optimizer_of(parameters):
+        group = {"name": "m", "kind": "muon", "params": list(parameters.items()), "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-10}
+        return MuonAdamW([{**group, "weight_decay": 0.1}])
+
+    plain = {n: torch.nn.Parameter(t.clone()) for n, t in start.items()}
+    shard = {n: torch.nn.Parameter(distribute_tensor(t.clone(), mesh, [Shard(0)])) for n, t in start.items()}
+    ours, theirs = optimizer_of(shard), optimizer_of(plain)
+    for _ in range(3):
+        for n in shapes:
+            gradient = torch.randn(shapes[n], generator=generator)
+            plain[n].grad, shard[n].grad = gradient, distribute_tensor(gradient.clone(), mesh, [Shard(0)])
+        torch.testing.assert_close(gradient_norm(shard.values()), gradient_norm(plain.values()))
+        ours.step()
+        theirs.step()
+    for n in shapes:
+        assert torch.equal(shard[n].full_tensor(), plain[n]), n
+        assert torch.equal(ours.state[shard[n]]["second_moment"], theirs.state[plain[n]]["second_moment"]), n
+
+
+def poisoned_gradient(module, args, output):
+    output.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def check_skipped(world, folder):
+    """A bad number on one rank skips the step on all, and nothing but the counter shows it."""
+    recipe = recipe_of()
+    model, optimizer, numbers = steps(recipe, world, micro_batches(world), count=2)
+    before = {n: t.clone() for n, t in _tensors(model, optimizer).items()}
+    handle = model.backbone.embedding.register_forward_hook(poisoned_gradient) if world.rank == 1 else None
+    bad = one_step(model, optimizer, micro_batches(world), world)
+    assert bad[2] == 0 and numbers[:, 2].eq(1).all()
+    for name, tensor in _tensors(model, optimizer).items():
+        same = tensor.to_local().equal(before[name].to_local()) if hasattr(tensor, "to_local") else tensor.equal(before[name])
+        assert same, name
+    if handle is not None:
+        handle.remove()
+    good = one_step(model, optimizer, micro_batches(world), world, stop=True)
+    assert good[2] == 1 and good[3] == world.size
+
+
+def check_saved(world, folder):
+    """What two ranks save, one process reads (see the test), and two ranks read what one process saved."""
+    recipe = recipe_of()
+    model, optimizer, _ = steps(recipe, world, micro_batches(world))
+    manager = CheckpointManager(
+        folder / "two", config=CheckpointConfig(), recipe=recipe, rank=world.rank, world_size=2, process_group=world.checkpoint_group
+    )
+    manager.save(4, tensors=_tensors(model, optimizer), rank_state={"rank": world.rank}, meta={})
+    assert manager.wait()
+    whole = gather(model, world)
+    if world.main:
+        torch.save(whole, folder / "two.pt")
+    read = _tensors(model, optimizer)
+    read_tensors(folder / "one" / "step_00000003", read, process_group=world.checkpoint_group)
+    saved = torch.load(folder / "parent.pt", weights_only=True)
+    assert saved.keys() == read.keys()
+    for name, tensor in read.items():
+        assert torch.equal(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, saved[name]), name
+
+
+def check_export(world, folder):
+    recipe = recipe_of()
+    model = awake(build_parallel(recipe, world))
+    plain = export(model, recipe, folder / "export", world)
+    batch = rows()
+    world.barrier()
+    loaded = lrt.load(folder / "export").eval()
+    assert (plain is not None) == world.main
+    expected = awake(build_parallel(recipe, ONE)).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(batch.input_ids).logits, expected(batch.input_ids).logits)
+        scores = model.score(batch.input_ids, batch.targets, lrt.sequential())  # an entry beside forward
+    free_gathered(model)
+    torch.testing.assert_close(scores, expected.score(batch.input_ids, batch.targets, lrt.sequential()), rtol=1e-4, atol=1e-5)
+
+
+def check_mesh(world, folder):
+    replicated = recipe_of(**{"parallel.replicate": 2})
+    numbers, seen = gradients(replicated, world, micro_batches(world, size=2), lrt.interleaved(2))
+    expected, plain = gradients(recipe_of(), ONE, [rows()], lrt.interleaved(2))
+    torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"parallel.replicate = 3 x parallel.shard = -1 does not make 2 processes: .*divides 2"):
+        build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
+
+
+def check_bfloat16(world, folder):
+    """Masters stay float32; the computation in bfloat16 is near the one in float32."""
+    recipe = recipe_of(**{"parallel.param_dtype": "bfloat16"})
+    numbers, seen = gradients(recipe, world, micro_batches(world), lrt.interleaved(2))
+    expected, plain = gradients(recipe_of(), ONE, [rows()], lrt.interleaved(2))
+    assert all(g.dtype == torch.float32 for g in seen.values())
+    assert abs(float(numbers[0] - expected[0])) < 0.05 * float(expected[0])
+    assert numbers[0] != expected[0]
+
+
+GRADIENTS = [(plan, schedule) for plan in PLANS for schedule in SCHEDULES if plan == "after_step" or schedule in ("interleaved", "refine")]
+CHECKS = {
+    **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
+    "optimizer": check_optimizer,
+    "muon exact": check_muon_exact,
+    "skipped": check_skipped,
+    "saved": check_saved,
+    "export": check_export,
+    "mesh": check_mesh,
+    "bfloat16": check_bfloat16,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results = {}
+    with open_world(recipe_of()) as world:
+        for name, check in CHECKS.items():
+            results[name] = "ok"
+            try:
+                check(world, folder)
+            except Exception as error:
+                results[name] = traceback.format_exc()
+                if "Timed out" in str(error) or "closed" in str(error):
+                    break  # the ranks have lost each other
+        (folder / f"results{world.rank}.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    recipe = recipe_of()
+    model, optimizer, _ = steps(recipe, ONE, [rows()], count=3)
+    torch.save({n: t.clone() for n, t in _tensors(model, optimizer).items()}, folder / "parent.pt")
+    manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
+    manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
+    assert manager.wait()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    found = {}
+    for rank in range(2):
+        with contextlib.suppress(FileNotFoundError):
+            found[rank] = json.loads((folder / f"results{rank}.json").read_text())
+    assert len(found) == 2, result.stderr[-5000:]
+    return folder, found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks_equal_one(launched, name):
+    for rank, results in launched[1].items():
+        assert results.get(name) == "ok", f"rank {rank}: {results.get(name, 'not reached')}"
+
+
+def test_one_process_reads_what_two_saved(launched):
+    folder = launched[0]
+    newest = latest(folder / "two")
+    recipe = recipe_of()
+    model, optimizer, _ = steps(recipe, ONE, [rows()], count=1)
+    read_tensors(newest, _tensors(model, optimizer))
+    saved = torch.load(folder / "two.pt", weights_only=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+    assert [state["rank"] for state in read_rest(newest).rank_states] == [0, 1]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
