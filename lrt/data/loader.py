@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +20,6 @@ from .stream import Plan, Span, Stream, deal_again, fresh_state, in_order
 from .tokenizer import Tokenizer
 
 PREFETCH = 4  # batches that each worker prepares ahead
-
-
-class Loader(Protocol):
-    """Batches of one rank, and the place reached."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def build_loader(
