@@ -1,10 +1,13 @@
 """lrt: Latent Recurrent Transformers (arXiv 2605.26797) in PyTorch."""
 
 from lrt import prefill
+from lrt.adaptation import adapt, release
 from lrt.config import RecipeError, RecurrenceConfig, load_recipe
+from lrt.families import Family
 from lrt.generation import generate
 from lrt.model import LatentRecurrentModel, build
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection
+from lrt.registration import register_lazily
 from lrt.schedules import baseline, chunked, interleaved, refine, sequential
 from lrt.serialization import load, save
 from lrt.state import DecodeState
@@ -12,6 +15,8 @@ from lrt.types import Output
 
 __version__ = "0.1.0"
 __all__ = [
-    "DecodeState", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection",
-    "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "save", "sequential",
+    "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection",
+    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "release", "save", "sequential",
 ]  # fmt: skip
+
+register_lazily()

@@ -37,7 +37,12 @@ class LatentRecurrentModel(nn.Module):
         self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, *, train_schedule: Schedule | None = None
     ) -> None:
         super().__init__()
+        self._assemble(backbone, blocks, recurrence, train_schedule)
+
+    def _assemble(self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, train_schedule: Schedule | None) -> None:
+        """Register the parts; separate, because the Hugging Face face has another base class to initialize before."""
         self.backbone: Any = backbone
+        self.original: tuple[nn.Module, ...] | None = None  # what lrt.adapt was given; in a tuple, so that it is not registered
         self.recurrence = recurrence
         self.memory_projection: KVProjection | None = None
         self.injection: ResidualInjection | None = None

@@ -1,0 +1,161 @@
+"""``adapt``: any decoder becomes recurrent, unchanged at step 0. ``release`` gives it back."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from lrt.config import RecurrenceConfig
+from lrt.families import dismantle, recognise
+from lrt.families.description import Family, part
+from lrt.model import LatentRecurrentModel
+from lrt.schedules import baseline
+from lrt.types import Schedule
+
+PROBE = 8  # tokens on which the adapted model is compared with the original
+_adapted: WeakKeyDictionary[nn.Module, ReferenceType[LatentRecurrentModel]] = WeakKeyDictionary()
+
+
+def adapt(
+    model: nn.Module, config: RecurrenceConfig | None = None, *, family: Family | None = None, train_schedule: Schedule | None = None
+) -> LatentRecurrentModel:
+    """Make a decoder recurrent; its logits under ``baseline()`` stay bit for bit what they were.
+
+    The decoder's modules are shared, none is edited. A few tokens are run through both to make sure.
+
+    Args:
+        model: a Hugging Face causal language model (PEFT-wrapped or not), a native model without recurrence, or any
+            stack of decoder blocks that ``family`` describes.
+        config: how memory enters; None = shared projections that start at zero.
+        family: where the decoder's parts are; None = recognised by its structure.
+        train_schedule: schedule of training mode; None = interleaved(2).
+
+    Returns:
+        The recurrent model; for a Hugging Face decoder it is a PreTrainedModel too.
+
+    Raises:
+        ValueError: a model that cannot be adapted, with what was found and what to do.
+    """
+    config = config or RecurrenceConfig(init="identity")
+    if isinstance(model, LatentRecurrentModel):
+        return _adapt_native(model, config, train_schedule)
+    _refuse(model)
+    decoder = unwrapped(model)
+    backbone, blocks = dismantle(decoder, family or recognise(decoder))
+    known: Any = getattr(decoder, "config", None)
+    if known is not None and hasattr(decoder, "generation_config"):
+        from lrt.hf import LRTForCausalLM
+
+        adapted: LatentRecurrentModel = LRTForCausalLM.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
+    else:
+        adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
+    adapted.original = (model,)
+    adapted.train(model.training)
+    for module in decoder.modules():  # blocks may be in a mode of their own; adapting changes none
+        module.training = module.training
+    if next(decoder.parameters()).device.type != "meta":
+        adapted.init_memory()
+        _compare(adapted, decoder)
+    _adapted[decoder] = ref(adapted)
+    return adapted
+
+
+def release(model: LatentRecurrentModel) -> Any:
+    """The decoder that ``adapt`` was given, without memory; its own parameters are as they are now.
+
+    Args:
+        model: from ``adapt``; do not use it afterwards.
+
+    Raises:
+        ValueError: not an adapted model.
+    """
+    original = getattr(model, "original", None)
+    if not isinstance(model, LatentRecurrentModel) or original is None:
+        raise ValueError(f"lrt.release got a {type(model).__name__} that lrt.adapt did not make: there is no decoder to give back")
+    decoder = original[0]
+    inside = unwrapped(decoder)
+    _adapted.pop(inside, None)
+    modes = {module: module.training for module in model.modules()}
+    decoder.train(model.training)
+    for module in decoder.modules():
+        module.training = modes.get(module, module.training)
+    return decoder
+
+
+def _adapt_native(model: LatentRecurrentModel, config: RecurrenceConfig, train_schedule: Schedule | None) -> LatentRecurrentModel:
+    if model.recurrence is not None:
+        raise ValueError("this model is recurrent already: train it as it is, or lrt.release(model) first")
+    _refuse_adapted(model)
+    adapted = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], config, train_schedule=train_schedule)
+    adapted.original = (model,)
+    adapted.train(model.training)
+    if next(model.parameters()).device.type != "meta":
+        adapted.init_memory()
+    _adapted[model] = ref(adapted)
+    return adapted
+
+
+def unwrapped(model: Any) -> Any:
+    """The decoder inside a PEFT model; the model itself otherwise."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _refuse(model: Any) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"lrt.adapt got {model!r} of type {kind}: pass a model, such as AutoModelForCausalLM.from_pretrained(...)")
+    if kind == "OptimizedModule" or model._compiled_call_impl is not None:
+        raise ValueError("this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and compile the adapted one's blocks")
+    if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel") or kind.startswith("FSDP"):
+        raise ValueError(f"this model is wrapped in {kind}: adapt the plain model first, then wrap the adapted one")
+    peft = getattr(model, "peft_config", None)
+    for name, adapter in (peft if isinstance(peft, dict) else {}).items():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(f"PEFT adapter {name!r} learns a prompt through past keys and values, which the memory replaces: use LoRA, or unload it")
+    decoder = unwrapped(model)
+    _refuse_adapted(decoder)
+    if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        raise ValueError(
+            "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing of the memory. Call "
+            "model.gradient_checkpointing_disable(), adapt, and then checkpoint the adapted model's blocks (docs/adapt.md; in a recipe "
+            'parallel.activation_checkpointing = "block")'
+        )
+
+
+def _refuse_adapted(decoder: nn.Module) -> None:
+    known = _adapted.get(decoder)
+    if known is not None and known() is not None:
+        raise ValueError("this decoder is adapted already: use the model that lrt.adapt returned, or lrt.release it first")
+
+
+@torch.no_grad()
+def _compare(adapted: LatentRecurrentModel, decoder: Any) -> None:
+    """Raise unless both give the same logits; what looks like a known family may compute something else."""
+    modes = {module: module.training for model in (adapted, decoder) for module in model.modules()}
+    tokens = (torch.arange(PROBE, device=adapted.backbone.embedding.weight.device) * 7 % adapted.vocab_size)[None]
+    try:
+        adapted.eval()
+        decoder.eval()
+        theirs, ours = _logits_of(decoder(tokens)), adapted(tokens, schedule=baseline()).logits
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if theirs.shape != ours.shape:
+        raise ValueError(f"the decoder's logits have shape {tuple(theirs.shape)}, those of the adapted model {tuple(ours.shape)}: describe it with family=")
+    scale = theirs.abs().max().clamp_min(1e-6)
+    error = float((theirs - ours.to(theirs.device)).abs().max() / scale)
+    if not error <= 64 * torch.finfo(theirs.dtype).eps:
+        family = adapted.backbone.family
+        raise ValueError(
+            f"this {type(decoder).__name__} has the structure of {family.name!r}, but computes something else (logits differ by {error:.1e} of their "
+            "size): describe what it does with lrt.adapt(model, family=lrt.Family(...)); docs/adapt.md"
+        )
+
+
+def _logits_of(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]

@@ -1,0 +1,148 @@
+"""A foreign decoder's block in two halves, between which the memory enters; nothing of it is edited.
+
+The block's own modules are called in the order of its own forward, so that without memory every number
+is the one it computes itself. Legend: B batch, P positions of the pass, D width, H query heads,
+G key/value heads, K head width, R rotated width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrt.attention import causal_attention, rotate
+from lrt.families.description import Family, Geometry, part
+from lrt.types import KV, KVStore, Projection
+
+
+class Context(NamedTuple):
+    """What one block needs beside the hidden state; dimension 1 is positions, or 1 to broadcast."""
+
+    cos: Tensor | None  # (1 or B, P, R)
+    sin: Tensor | None
+    mask: Any  # (1 or B, 1, T, T), a BlockMask, or None: what the decoder's own attention wants in a pass over all positions
+
+
+class FamilyBlock(nn.Module):
+    """One block of a foreign decoder.
+
+    Args:
+        family: where its parts are.
+        layer: the decoder's own block.
+        geometry: heads of its attention.
+    """
+
+    def __init__(self, family: Family, layer: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self.layer = layer
+        attention = part(layer, family.attention)
+        home = sys.modules[type(attention).__module__]
+        keys = family.window(attention)
+        self.family = family
+        self.geometry = geometry
+        self.window = None if keys is None else keys - 1
+        self.scale = family.scale(attention) if family.scale else getattr(attention, "scaling", geometry.head_dim**-0.5)
+        self.softcap = None if family.softcap is None else getattr(attention, family.softcap)
+        self.parallel = family.parallel is not None and family.parallel(layer)
+        self.rotate: Callable[..., tuple[Tensor, Tensor]] = family.rotate or _rotation(home)
+        self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
+        norms = {name: None if path is None else part(layer, path) for name, path in (("query", family.query_norm), ("key", family.key_norm))}
+        self.norm_whole = {name: norm is not None and norm.weight.shape[-1] != geometry.head_dim for name, norm in norms.items()}
+
+    def enter(self, hidden: Tensor, context: Context) -> Tensor:
+        return hidden
+
+    def project(self, hidden: Tensor, context: Context) -> Projection:
+        normed = self._through(self.family.attention_in, hidden)
+        if self.family.fused is not None:
+            assert self.family.split is not None
+            return Projection(normed, *self.family.split(part(self.layer, self.family.fused)(normed), self.geometry))
+        heads = (-1, self.geometry.head_dim)
+        names = (self.family.query, self.family.key, self.family.value)
+        query, key, value = (part(self.layer, name)(normed).unflatten(-1, heads) for name in names)
+        return Projection(normed, query, key, value)
+
+    def finish_kv(self, projection: Projection, context: Context) -> KV:
+        key = self._norm("key", self.family.key_norm, projection.key)
+        return KV(key if context.cos is None else self.rotate(key, key, context.cos, context.sin)[1], projection.value)
+
+    def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+        query = self._norm("query", self.family.query_norm, projection.query)
+        key = self._norm("key", self.family.key_norm, projection.key)
+        if context.cos is not None:
+            query, key = self.rotate(query, key, context.cos, context.sin)
+        value = projection.value
+        if kv is None:
+            mixed = self._attention(query, key, value, context.mask)
+        else:
+            mixed = kv.attend(query, key, value, window=self.window, scale=self.scale, softcap=self._softcap())
+        update = self._through(self.family.attention_out, part(self.layer, self.family.output)(mixed.flatten(-2)))
+        mlp = part(self.layer, self.family.mlp)
+        if self.parallel:
+            hidden = self._through(self.family.mlp_out, mlp(self._through(self.family.mlp_in, hidden))) + update + hidden
+        else:
+            hidden = hidden + update
+            hidden = hidden + self._through(self.family.mlp_out, mlp(self._through(self.family.mlp_in, hidden)))
+        return hidden, key, value
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        """The decoder's own attention over all positions of the pass."""
+        if self.own_attention is None:
+            return causal_attention(query, key, value, window=self.window, scale=self.scale, softcap=self.softcap)
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        attention = part(self.layer, self.family.attention)
+        chosen = attention.config._attn_implementation
+        function = self.own_attention if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
+        more = {} if self.window is None else {"sliding_window": self.window + 1}
+        if self.softcap is not None:
+            more["softcap"] = self.softcap
+        rate = self.family.dropout(attention) if self.family.dropout else getattr(attention, "attention_dropout", 0.0)
+        dropout = rate if attention.training else 0.0
+        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        return function(attention, *heads_first, mask, dropout=dropout, scaling=self.scale, **more)[0]
+
+    def _softcap(self) -> float | None:
+        """The cap on scores, which transformers leaves out under sdpa."""
+        config = getattr(part(self.layer, self.family.attention), "config", None)
+        return None if getattr(config, "_attn_implementation", None) == "sdpa" else self.softcap
+
+    def _norm(self, name: str, path: str | None, x: Tensor) -> Tensor:
+        if path is None:
+            return x
+        norm = part(self.layer, path)
+        return norm(x.flatten(-2)).unflatten(-1, x.shape[-2:]) if self.norm_whole[name] else norm(x)
+
+    def _through(self, paths: tuple[str, ...], x: Tensor) -> Tensor:
+        for path in paths:
+            x = part(self.layer, path)(x)
+        return x
+
+
+def _rotation(home: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The decoder's own rotation of queries and keys, heads after positions; or ours, over the whole head."""
+    own = getattr(home, "apply_rotary_pos_emb", None)
+    if own is not None and "unsqueeze_dim" in inspect.signature(own).parameters:
+        return partial(own, unsqueeze_dim=2)
+    return _rotate_both
+
+
+def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    half = cos.shape[-1] // 2
+    tables = cos[..., None, :half], sin[..., None, :half]
+    return rotate(query, *tables).to(query.dtype), rotate(key, *tables).to(key.dtype)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Tensors of nested tuples on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        moved = [on_device(v, device) for v in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value

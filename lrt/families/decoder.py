@@ -1,0 +1,113 @@
+"""A foreign decoder without its blocks: embeddings in, logits and losses out.
+
+Legend: B batch, P positions of the pass, T row length, D width, V vocabulary, R rotated width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lrt.families.blocks import Context, FamilyBlock
+from lrt.families.description import Family, part
+
+
+class FamilyDecoder(nn.Module):
+    """Embeddings, final norm and head of a foreign decoder, which it shares with it.
+
+    Args:
+        family: where its parts are.
+        decoder: the model; not registered here, so every parameter has one name.
+        blocks: its blocks, whose windows and rotations the contexts serve.
+    """
+
+    def __init__(self, family: Family, decoder: nn.Module, blocks: list[FamilyBlock]) -> None:
+        super().__init__()
+        self.family = family
+        self.config = getattr(decoder, "config", None)
+        self.windows = tuple(block.window for block in blocks)
+        self.kv_heads, self.head_dim = blocks[0].geometry.kv_heads, blocks[0].geometry.head_dim
+        self.embedding = part(decoder, family.embedding)
+        self.position_embedding = _optional(decoder, family.position_embedding)
+        self.embedding_out = nn.ModuleList([part(decoder, path) for path in family.embedding_out])
+        self.rotary = _optional(decoder, family.rotary)
+        self.local_rotary = _optional(decoder, family.local_rotary)
+        self.norm = _optional(decoder, family.final_norm)
+        self.head = part(decoder, family.head)
+        self.width = self.embedding.weight.shape[1]
+        self.vocab_size = self.embedding.weight.shape[0]
+        self.softcap = None if family.logit_softcap is None else getattr(self.config, family.logit_softcap)
+        self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
+        """Hidden state (B, P, D) and one context a block.
+
+        Args:
+            tokens: (B, P) ids.
+            positions: (P,) or (B, P).
+        """
+        device = self.embedding.weight.device
+        tokens, positions = tokens.to(device), (positions[None] if positions.ndim == 1 else positions).to(device)
+        hidden = self.embedding(tokens)
+        if self.family.embedding_scale is not None:
+            hidden = self.family.embedding_scale(self.embedding, hidden)
+        if self.position_embedding is not None:
+            hidden = hidden + self.position_embedding(positions)
+        for module in self.embedding_out:
+            hidden = module(hidden)
+        tables = {window: self._tables(hidden, positions, window) for window in set(self.windows)}
+        masks = {window: self._mask(hidden, window) for window in set(self.windows)}
+        return hidden, tuple(Context(*tables[window], masks[window]) for window in self.windows)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, P, V) of the last block's output, in the dtype of the head."""
+        logits = self.head(self.final_norm(hidden))
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of nats, and the nats of every position (B, P), in float32 as transformers does it."""
+        flat, goals = hidden.flatten(0, 1), targets.to(hidden.device).flatten()
+        size = self.loss_chunk or max(1, len(goals))
+        if size >= len(goals):
+            total, each = self._nats(flat, goals)
+        else:
+            parts = [checkpoint(self._nats, h, t, use_reentrant=False) for h, t in zip(flat.split(size), goals.split(size))]
+            total, each = torch.stack([p[0] for p in parts]).sum(), torch.cat([p[1] for p in parts])
+        return total, each.detach().view(targets.shape)
+
+    def _nats(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        scores = F.log_softmax(self.logits(hidden[None])[0].float(), dim=1)
+        return F.nll_loss(scores, targets, reduction="sum"), F.nll_loss(scores.detach(), targets, reduction="none")
+
+    def _tables(self, hidden: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
+        if self.rotary is None:
+            return None, None
+        if window is not None and self.local_rotary is not None:
+            return self.local_rotary(hidden, positions)
+        if "layer_type" in inspect.signature(self.rotary.forward).parameters:
+            return self.rotary(hidden, positions, "full_attention" if window is None else "sliding_attention")
+        return self.rotary(hidden, positions)
+
+    def _mask(self, hidden: Tensor, window: int | None) -> Any:
+        """The mask that the decoder's own attention takes in a pass over all positions."""
+        if getattr(self.config, "_attn_implementation", None) is None:
+            return None
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        given = {"config": self.config, "inputs_embeds": hidden, "input_embeds": hidden, "cache_position": places}
+        accepted = inspect.signature(create).parameters
+        return create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
+
+
+def _optional(decoder: nn.Module, path: str | None) -> nn.Module | None:
+    return None if path is None else part(decoder, path)
