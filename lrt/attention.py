@@ -1,4 +1,4 @@
-"""RoPE, masks by position, and attention over the three kinds of key/value store.
+"""RoPE, masks by position, and attention over the kinds of key/value store.
 
 Layout of queries, keys and values: (B, P, heads, K). Legend: B batch, P positions of the pass,
 N keys, H query heads, G key/value heads, K head width.
@@ -6,11 +6,17 @@ N keys, H query heads, G key/value heads, K head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from lrt.kernels import flex_groups, merged_attention, usable
+
+Mask = Tensor | BlockMask | None
 
 # ------------------------------------------------------------------ rotary positions
 
@@ -69,7 +75,9 @@ def causal_mask(queries: Tensor, keys: Tensor, *, window: int | None = None, que
 # ------------------------------------------------------------------ attention
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None) -> Tensor:
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+) -> Tensor:
     """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
@@ -86,15 +94,38 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return (weights @ v).transpose(1, 2)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None
+) -> Tensor:
     """Plain causal attention of a pass over its own, contiguous positions."""
     length = query.shape[1]
-    if softcap is None and (window is None or window >= length - 1):
+    if window is not None and window >= length - 1:
+        window = None
+    if softcap is None and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
+        return merged_attention(query, (key,), (value,), residue=0, window=window, scale=scale)
+    if softcap is None and window is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
     places = torch.arange(length, device=query.device)
     return masked_attention(query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap)
+
+
+def grouped_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, residue: int, window: int | None, scale: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S; see ``lrt.kernels``."""
+    if len(keys) == 1:
+        return causal_attention(query, keys[0], values[0], window=window, scale=scale, softcap=softcap)
+    if softcap is None and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
+        if window is not None and window >= sum(key.shape[1] for key in keys) - 1:
+            window = None
+        return merged_attention(query, keys, values, residue=residue, window=window, scale=scale)
+    at_query = torch.arange(query.shape[1], device=query.device) * len(keys) + residue
+    at_key = torch.cat([torch.arange(key.shape[1], device=query.device) * len(keys) + g for g, key in enumerate(keys)])
+    mask = causal_mask(at_query, at_key, window=window)
+    return masked_attention(query, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask, scale=scale, softcap=softcap)
 
 
 # ------------------------------------------------------------------ key/value stores
@@ -103,19 +134,24 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int |
 class Buffer(NamedTuple):
     """Training store: keys and values of other positions, in groups; nothing is written in place.
 
-    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once a
-    pass and window, over the groups' concatenation.
+    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once a pass and
+    window: a boolean one over the groups' concatenation; a block mask over the positions' natural order, where
+    group g holds the positions g, g + S, ...; None for the same groups where the kernel needs no mask.
     """
 
     keys: tuple[Tensor, ...]  # (B, n_g, G, K) each
     values: tuple[Tensor, ...]
     slot: int
-    mask: Tensor | None  # bool (1 or B, 1, P, N)
+    mask: Mask  # boolean: (1 or B, 1, P, N)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
-        keys = torch.cat([*self.keys[: self.slot], key, *self.keys[self.slot + 1 :]], dim=1)
-        values = torch.cat([*self.values[: self.slot], value, *self.values[self.slot + 1 :]], dim=1)
-        return masked_attention(query, keys, values, self.mask, scale=scale, softcap=softcap)
+        keys = (*self.keys[: self.slot], key, *self.keys[self.slot + 1 :])
+        values = (*self.values[: self.slot], value, *self.values[self.slot + 1 :])
+        if self.mask is None:
+            return grouped_attention(query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap)
+        if isinstance(self.mask, BlockMask):
+            return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
+        return masked_attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), self.mask, scale=scale, softcap=softcap)
 
 
 class Cache(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrt.attention import causal_attention, rope_tables, rotate
 from lrt.config import ModelConfig
-from lrt.loss import capped_logits, chunked_cross_entropy
+from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.recurrence import Gate
 from lrt.types import KV, KVStore, Projection
 
@@ -122,6 +122,7 @@ class Head(nn.Linear):
     def __init__(self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
         self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
+        self.scorer = Scorer()  # what computes a chunk of the loss; the trainer's plan puts compiled functions here
 
     def forward(self, normed: Tensor) -> Tensor:
         """(B, P, D) -> logits (B, P, V), in float32 at least."""
@@ -129,7 +130,8 @@ class Head(nn.Linear):
 
     def loss(self, normed: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of nats and nats of every position, as ``chunked_cross_entropy``."""
-        return chunked_cross_entropy(normed, self.weight[: self.vocab_size], targets, softcap=self.softcap, chunk=self.loss_chunk)
+        weight = self.weight[: self.vocab_size]
+        return chunked_cross_entropy(normed, weight, targets, softcap=self.softcap, chunk=self.loss_chunk, scorer=self.scorer)
 
 
 class Decoder(nn.Module):
@@ -148,8 +150,9 @@ class Decoder(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)
+        kv_width = self.kv_heads * self.head_dim
         self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.padded_vocab, self.kv_heads * self.head_dim, **factory) for i in layers if config.has_value_embedding(i)}
+            {str(i): nn.Embedding(config.padded_vocab, kv_width, **factory) for i in layers if config.has_value_embedding(i)}
         )
         self.residual_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.residual_scales else None
         self.embedding_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None

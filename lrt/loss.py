@@ -5,7 +5,8 @@ Legend: B batch, P positions, N = B P, D width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +20,59 @@ IGNORE = -100
 def capped_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
     """Logits in float32 at least: c tanh(h W^T / c), or plain where softcap is None. Shape (..., V)."""
     logits = at_least_float32(F.linear(hidden, weight))
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    # tanh by way of the sigmoid: the same number to float32's accuracy, at a third of the instructions on a GPU.
+    return logits if softcap is None else softcap * (2 * torch.sigmoid(logits * (2 / softcap)) - 1)
 
 
-def _chunk_nats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats (n,) of one chunk, its capped logits (n, V) and their log-sum-exp (n,)."""
+def _log_sum_exp(logits: Tensor, softcap: float | None) -> Tensor:
+    if softcap is None or softcap > 40:
+        return torch.logsumexp(logits, dim=-1)
+    return torch.log(torch.exp(logits).sum(dim=-1))  # a cap bounds the logits, so no maximum is needed: one reading less
+
+
+def chunk_nats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    """Nats (n,) of hidden (n, D) under the head's weight (V, D); 0 where the target (n,) is -100."""
     logits = capped_logits(hidden, weight, softcap)
-    lse = torch.logsumexp(logits, dim=-1)
     picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    return torch.where(targets == IGNORE, 0.0, lse - picked), logits, lse
+    return torch.where(targets == IGNORE, 0.0, _log_sum_exp(logits, softcap) - picked)
 
 
-def _chunk_grads(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Nats (n,), and the gradients of their sum with respect to hidden (n, D) and weight (V, D)."""
-    nats, logits, lse = _chunk_nats(hidden, weight, targets, softcap)
-    grad = torch.exp(logits - lse[:, None])
+def chunk_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats (n,), and the gradients of their sum with respect to the hidden state (n, D) and the weight (V, D)."""
+    logits = capped_logits(hidden, weight, softcap)
+    lse = _log_sum_exp(logits, softcap)
+    picked = logits.gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    nats = torch.where(targets == IGNORE, 0.0, lse - picked)
     columns = torch.arange(weight.shape[0], device=weight.device)
-    grad = grad - (columns[None, :] == targets[:, None]).to(grad.dtype)
+    grad = torch.exp(logits - lse[:, None]) - (columns[None, :] == targets[:, None]).to(logits.dtype)
     if softcap is not None:
         grad = grad * (1 - (logits / softcap).square())
     grad = torch.where((targets == IGNORE)[:, None], 0.0, grad).to(hidden.dtype)
     return nats, grad @ weight, grad.t() @ hidden
 
 
+class Scorer(NamedTuple):
+    """The two functions that a chunk of the loss needs; a trainer passes them compiled."""
+
+    nats: Callable[..., Tensor] = chunk_nats
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_gradients
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of nats; gradients are made chunk by chunk in the forward, so that no logits are kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int, scorer: Scorer
+    ) -> tuple[Tensor, Tensor]:
         nats, grad_hidden = [], []
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        grad_weight: Tensor | None = None
         for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-            n, gh, gw = _chunk_grads(h, weight, t, softcap)
+            n, gh, gw = scorer.gradients(h, weight, t, softcap)
             nats.append(n)
             grad_hidden.append(gh)
-            grad_weight += gw
+            grad_weight = at_least_float32(gw) if grad_weight is None else grad_weight.add_(gw)
+        assert grad_weight is not None
         ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype))
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)
@@ -62,10 +81,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_weight * grads[0]).to(grad_weight.dtype), None, None, None
+        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_weight * grads[0]).to(grad_weight.dtype), None, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None, chunk: int = 8192, scorer: Scorer = Scorer()
+) -> tuple[Tensor, Tensor]:
     """Cross entropy that never holds more than ``chunk`` x V logits.
 
     Args:
@@ -74,6 +95,7 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, so
         targets: (B, P) token ids; -100 is ignored.
         softcap: c of c tanh(z / c); None = none.
         chunk: tokens whose logits are held at once; 0 = all.
+        scorer: what computes one chunk.
 
     Returns:
         The sum of nats over valid targets (differentiable) and the nats of every position (B, P), detached.
@@ -83,9 +105,9 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, so
     if flat.shape[0] == 0:
         return flat.sum(), targets.new_zeros(targets.shape, dtype=torch.float32)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total, each = _ChunkedCrossEntropy.apply(flat, weight, goals, softcap, size)
+        total, each = _ChunkedCrossEntropy.apply(flat, weight, goals, softcap, size, scorer)
     else:
-        each = torch.cat([_chunk_nats(h, weight, t, softcap)[0] for h, t in zip(flat.split(size), goals.split(size))])
+        each = torch.cat([scorer.nats(h, weight, t, softcap) for h, t in zip(flat.split(size), goals.split(size))])
         total = each.sum()
     return total, each.detach().view(targets.shape)
 

@@ -9,13 +9,15 @@ Legend: B batch, T row length, P positions of the pass, L blocks, D width, G key
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt.attention import Buffer, Cache, causal_mask
+from lrt.attention import Buffer, Cache, Mask, causal_mask
+from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
 
@@ -98,8 +100,21 @@ def take(context: Any, positions: slice) -> Any:
     return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
 
 
+def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Positions (dimension 1) by residue: entry g holds g, g + S, ...; views, and in the backward one stack where S divides T."""
+    if x.shape[1] % groups == 0:
+        return x.unflatten(1, (-1, groups)).unbind(2)
+    return tuple(x[:, g::groups] for g in range(groups))
+
+
+def split_context(context: Any, groups: int) -> list[Any]:
+    """One context a residue; what broadcasts over positions is shared."""
+    parts = [(x,) * groups if x is None or x.shape[1] == 1 else split(x, groups) for x in context]
+    return [type(context)(*fields) for fields in zip(*parts)]
+
+
 def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
-    """One mask a block, built once for each distinct window.
+    """One boolean mask a block, built once for each distinct window.
 
     Args:
         queries, keys: (P,) and (N,) indices into the row.
@@ -110,6 +125,25 @@ def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row
     windows = {block.window for block in model.blocks}
     masks = {window: causal_mask(queries, keys, window=window, **documents) for window in windows}
     return [masks[block.window] for block in model.blocks]
+
+
+def residue_masks(model: RecurrentDecoder, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
+    """One mask a block for the positions t = residue (mod S) over keys grouped by residue; None: the kernel needs none.
+
+    Block masks are for compiled blocks alone: eager FlexAttention would hold all scores.
+    """
+    length, device = row.hidden.shape[1], row.hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else row.hidden.dtype
+    fast = usable(device=device, dtype=dtype, head_dim=model.backbone.head_dim)
+    if fast and all(block._compiled_call_impl is not None for block in model.blocks):
+        windows = {w: None if w is None or w >= length - 1 else w for w in {block.window for block in model.blocks}}
+        place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "documents": row.documents, "device": device}
+        masks = {w: block_mask(window=seen, **place) for w, seen in windows.items()}
+        return [masks[block.window] for block in model.blocks]
+    if row.documents is None and (fast or groups == 1):
+        return [None] * len(model.blocks)
+    everywhere = torch.arange(length, device=device)
+    return build_masks(model, everywhere[residue::groups], torch.cat([everywhere[g::groups] for g in range(groups)]), row)
 
 
 # ------------------------------------------------------------------ the loop
@@ -142,7 +176,7 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
     """Passes over all positions: plain causal attention, no buffer."""
     length = row.hidden.shape[1]
     weights = schedule.group_weights(length)
-    stores = _own_documents(model, row)
+    stores = _whole_row(model, row)
     results: list[PassResult] = []
     received = None
     for step in plan:
@@ -157,39 +191,37 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
 
 def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues; the buffer holds one entry a residue."""
-    subsets, length = plan[1].step, row.hidden.shape[1]
-    everywhere = torch.arange(length, device=row.hidden.device)
-    groups = [slice(g, None, subsets) for g in range(subsets)]
-    order = torch.cat([everywhere[g] for g in groups])
-    first = run_blocks(model, row.hidden, row.contexts, None, stores=_own_documents(model, row), keep_inputs=schedule.kv_refresh)
+    subsets = plan[1].step
+    first = run_blocks(model, row.hidden, row.contexts, None, stores=_whole_row(model, row), keep_inputs=schedule.kv_refresh)
     assert first.memory is not None
     results = [PassResult(plan[0], first.hidden, first.memory)]
-    memory = [_cut(first.memory, schedule)[:, g] for g in groups]
-    keys = [[_cut(kv.key, schedule)[:, g] for g in groups] for kv in first.kv]
-    values = [[_cut(kv.value, schedule)[:, g] for g in groups] for kv in first.kv]
+    hidden, starts = split(row.hidden, subsets), None if row.starts is None else split(row.starts, subsets)
+    contexts = list(zip(*(split_context(context, subsets) for context in row.contexts)))  # by residue, then by block
+    inputs = [split(x, subsets) for x in first.inputs]
+    memory = list(split(_cut(first.memory, schedule), subsets))
+    keys = [list(split(_cut(kv.key, schedule), subsets)) for kv in first.kv]
+    values = [list(split(_cut(kv.value, schedule), subsets)) for kv in first.kv]
     visited: set[int] = set()
 
     def received(residue: int) -> Tensor:
         count = memory[residue].shape[1]
         before = memory[residue - 1] if residue else F.pad(memory[-1], (0, 0, 1, 0))
-        return reset_memory(before[:, :count], None if row.starts is None else row.starts[:, groups[residue]])
+        return reset_memory(before[:, :count], None if starts is None else starts[residue])
 
     def refresh() -> None:
         for residue in set(range(subsets)) - visited:
             newest = memory_inputs(model, received(residue))
             for layer in model.receivers:
-                block, where = model.blocks[layer], groups[residue]
-                fresh = block.refresh(first.inputs[layer][:, where], newest[layer], take(row.contexts[layer], where))
+                fresh = model.blocks[layer].refresh(inputs[layer][residue], newest[layer], contexts[residue][layer])
                 keys[layer][residue], values[layer][residue] = fresh
 
     for step in plan[1:]:
         residue = step.start
         if schedule.kv_refresh:
             refresh()
-        masks = build_masks(model, everywhere[groups[residue]], order, row)
+        masks = residue_masks(model, row, groups=subsets, residue=residue)
         stores = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
-        where = groups[residue]
-        out = run_blocks(model, row.hidden[:, where], [take(c, where) for c in row.contexts], received(residue), stores=stores)
+        out = run_blocks(model, hidden[residue], contexts[residue], received(residue), stores=stores)
         assert out.memory is not None
         results.append(PassResult(step, out.hidden, out.memory))
         visited.add(residue)
@@ -242,12 +274,9 @@ def _run_chunk(model: RecurrentDecoder, row: Row, step: Pass, results: list[Pass
     return run_blocks(model, row.hidden[:, step.positions], [take(c, step.positions) for c in row.contexts], received, stores=stores)
 
 
-def _own_documents(model: RecurrentDecoder, row: Row) -> list[Buffer] | None:
-    """Stores for a pass over all positions: none, unless attention is cut between documents."""
-    if row.documents is None:
-        return None
-    everywhere = torch.arange(row.hidden.shape[1], device=row.hidden.device)
-    return [Buffer((), (), 0, mask) for mask in build_masks(model, everywhere, everywhere, row)]
+def _whole_row(model: RecurrentDecoder, row: Row) -> list[Buffer | None]:
+    """Stores for a pass over all positions: none, unless the block's kernel wants a mask."""
+    return [None if mask is None else Buffer((), (), 0, mask) for mask in residue_masks(model, row, groups=1, residue=0)]
 
 
 def _cut(x: Tensor, schedule: Schedule) -> Tensor:

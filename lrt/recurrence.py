@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
+from lrt.types import KV, Block, KVStore, MemoryInput, Projection
 
 
 class Gate(nn.Module):
@@ -159,7 +159,8 @@ class RecurrentBlock(nn.Module):
 
 def rms_memory(hidden: Tensor) -> Tensor:
     """m[t] = RMSNorm(h[t]) without parameters, computed in float32 at least, in the dtype of ``hidden``."""
-    return F.rms_norm(at_least_float32(hidden), (hidden.shape[-1],)).to(hidden.dtype)
+    # rms_norm computes in float32 inside; only its eps would follow the dtype.
+    return F.rms_norm(hidden, (hidden.shape[-1],), eps=torch.finfo(torch.promote_types(hidden.dtype, torch.float32)).eps)
 
 
 def shift_right(memory: Tensor) -> Tensor:
