@@ -176,7 +176,8 @@ class Decoder(nn.Module):
         layers = range(self.config.n_layers)
         scales = _per_block(self.residual_scales, self.config.n_layers)
         embedding_scales = _per_block(self.embedding_scales, self.config.n_layers)
-        x0 = hidden if self.embedding_scales is not None else None
+        # Another tensor object: a compiled block that receives one tensor twice would be a graph of its own.
+        x0 = hidden.view_as(hidden) if self.embedding_scales is not None else None
         token_values = [self.value_embeddings[str(i)](tokens) if str(i) in self.value_embeddings else None for i in layers]
         return hidden, tuple(Context(cos, sin, x0, token_values[i], scales[i], embedding_scales[i]) for i in layers)
 

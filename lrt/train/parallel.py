@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from lrt.backbone import Head
 from lrt.config import ParallelConfig
+from lrt.loss import Scorer
 from lrt.train.distributed import World
 
 # The memory projection returns views (unflatten); nothing here writes into them, which is what FSDP warns of.
@@ -46,8 +48,10 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> None:
             model.blocks[index] = checkpointed(block, selective=config.activation_checkpointing == "selective")
     if config.compile:
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        for block in model.blocks:  # dynamic=False: a second pass length is a second graph, not one graph for any length
+            block.compile(fullgraph=True, dynamic=False)
+        if isinstance(getattr(model.backbone, "head", None), Head):
+            model.backbone.head.scorer = Scorer(*(torch.compile(function, dynamic=False) for function in Scorer()))
     if not world.sharded:
         return
     mesh = make_mesh(config, world)
@@ -107,6 +111,8 @@ EXPENSIVE = {
     _aten.addmm.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._flash_attention_forward.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 }
