@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lrt.config import parse_recipe
 from lrt.conversion.official import native_from_official, native_tensors
-from lrt.conversion.reading import Logits, OfficialReading
-from lrt.conversion.running import float32_model, native_logits
+from lrt.conversion.reading import Logits, OfficialReading, Precision
+from lrt.conversion.running import filled_model, native_logits
 from lrt.conversion.tokenizers import Files, read_files, read_nanochat, without_hub_files
 from lrt.data.tokenizer import load_tokenizer
 from lrt.model import build
@@ -38,7 +39,7 @@ class Checkpoint:
         config: our config.json.
         tensors: our names; read when needed.
         tokenizer: our tokenizer files, or those of the Hugging Face folder.
-        reading: (rounding dtype or None, keep) -> logits of its own reading of the layout; see ``OfficialReading``.
+        reading: its own reading of the layout: precision -> a function from tokens and memory mode to logits.
         step: optimizer steps, where it is known.
         about: more for ``inspect_checkpoint``.
         notes: what the user should know.
@@ -48,21 +49,20 @@ class Checkpoint:
     where: Path
     config: dict[str, Any]
     tensors: dict[str, LazyTensor]
-    reading: Callable[[torch.dtype | None, bool], Logits]
+    reading: Callable[[Precision], Logits]
     tokenizer: Files = field(default_factory=dict)
     step: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-def native_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[torch.dtype | None, bool], Logits]:
+def native_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
     """Logits by our own model."""
 
-    def prepare(dtype: torch.dtype | None, keep: bool) -> Logits:
-        model = float32_model(model_from_config(config, device="meta"), tensors, dtype=dtype, keep=keep)
-        return lambda tokens, mode: native_logits(model, tokens, mode)
+    def reading(precision: Precision) -> Logits:
+        return partial(native_logits, filled_model(model_from_config(config, device="meta"), tensors, precision))
 
-    return prepare
+    return reading
 
 
 # ------------------------------------------------------------------ lrt
@@ -186,8 +186,8 @@ def read_official(path: Path, *, step: int | None = None, kind: str = "official"
         raise ValueError(f"{file} is a recurrent model: use --from official")
     tensors = native_tensors(config, official, where=str(file))
 
-    def reading(dtype: torch.dtype | None, keep: bool) -> Logits:
-        return OfficialReading(model_config, official, dtype=dtype, keep=keep).logits
+    def reading(precision: Precision) -> Logits:
+        return OfficialReading(model_config, official, precision).logits
 
     folders = [file.parent / "tokenizer", file.parent.parent.parent / "tokenizer"]
     files = next((found for found in map(read_nanochat, folders) if found), {})

@@ -78,7 +78,7 @@ def part_of(name: str) -> str:
         return "value embeddings"
     if name.startswith("blocks."):
         return "blocks"
-    return "head" if ".head." in name else "token embedding" if ".embedding." in name else "other"
+    return "head" if ".head." in name else "scales" if name.endswith("_scales") else "token embedding"
 
 
 def describe(found: Inspection, path: str | Path) -> list[str]:

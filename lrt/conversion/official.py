@@ -7,6 +7,7 @@ G key/value heads, D width, c channels that the gates read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
@@ -182,8 +183,10 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
         reasons.append(f"model.vocab_multiple = {model.vocab_multiple} (it pads to 64)")
     reasons += _recurrence_reasons(model, recurrence, nanochat=nanochat)
     if nanochat and recurrence is None:
-        nano = {"value_embeddings": "alternating", "gate_channels": 32, "residual_scales": True, "embedding_residual": True}
-        reasons += [f"model.{k} = {getattr(model, k)!r} (it has {v!r})" for k, v in nano.items() if getattr(model, k) != v]
+        theirs = replace(model, value_embeddings="alternating", gate_channels=min(32, model.d_model), residual_scales=True, embedding_residual=True)
+        same = {"value_embeddings": _embedded(theirs) == _embedded(model), "gate_channels": _channels(theirs) == _channels(model)}
+        same |= {key: getattr(model, key) for key in ("residual_scales", "embedding_residual")}
+        reasons += [f"model.{k} = {getattr(model, k)!r} (it has {getattr(theirs, k)!r})" for k, equal in same.items() if not equal]
     if reasons:
         raise ValueError(f"the {kind} layout cannot express this model: {'; '.join(reasons)}. Convert to lrt or hf instead")
     notes = []
@@ -224,19 +227,27 @@ def _recurrence_reasons(model: ModelConfig, recurrence: Mapping[str, Any] | None
         reasons.append(f"recurrence.blocks = {recurrence['blocks']} (all its blocks receive memory)")
     if model.value_embeddings != "all":
         reasons.append(f"model.value_embeddings = {model.value_embeddings!r} (its recurrent models have them at every block)")
-    if (parsed.gate_channels or model.d_model) != (model.gate_channels or model.d_model):
+    if (parsed.gate_channels or model.d_model) != _channels(model):
         both = f"recurrence.gate_channels = {parsed.gate_channels}, model.gate_channels = {model.gate_channels}"
         reasons.append(f"{both} (its three gates read the same channels)")
     return reasons
 
 
+def _channels(model: ModelConfig) -> int:
+    return model.gate_channels or model.d_model
+
+
+def _embedded(model: ModelConfig) -> list[bool]:
+    return [model.has_value_embedding(i) for i in range(model.n_layers)]
+
+
 def _official_schedule(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The schedule's official keys, and what of it they cannot say."""
     schedule = ScheduleConfig(**table)
-    plain = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
+    plain: dict[str, Any] = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
     if schedule.kind == "refine":
         weights = None if schedule.weights == "paper" else list(schedule.weights)
-        refine = {"use_interleaved": False, "use_multi_refine": True, "multi_refine_num_passes": schedule.passes}
+        refine: dict[str, Any] = {"use_interleaved": False, "use_multi_refine": True, "multi_refine_num_passes": schedule.passes}
         refine |= {"multi_refine_detach": schedule.cut_gradient, "multi_refine_loss_weights": weights}
         return plain | refine, ["use_multi_refine is known to the official code from commit a133a67 on"]
     if schedule.kind == "interleaved":

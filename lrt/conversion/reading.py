@@ -8,7 +8,7 @@ Legend: B batch, P positions of a forward, D width, H query heads, G key/value h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +17,38 @@ from torch import Tensor
 from lrt.shards import LazyTensor
 
 Mode = Literal["zero", "decode"]
+Logits = Callable[[Tensor, Mode], Tensor]  # tokens (B, T) -> logits (B, T, V)
+
+
+class Precision(NamedTuple):
+    """How a checkpoint is run for a comparison."""
+
+    compute: torch.dtype = torch.float32
+    rounded: torch.dtype | None = None  # the weights are rounded to it first; None = as stored
+    keep: bool = True  # hold every matrix in memory once it is read
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.rounded or tensor.dtype).to(self.compute)
+
+
 Cache = dict[int, tuple[Tensor, Tensor]]  # block -> keys and values (B, N, G, K)
 
 
 class OfficialReading:
-    """An official checkpoint that can be run on a few tokens, in float32 and with one matrix in memory.
+    """An official checkpoint that can be run on a few tokens, with one matrix in memory where ``precision`` says so.
 
     Args:
         config: ``model_config`` of the official meta file.
         tensors: official names.
-        dtype: the weights are rounded to it first; None = as stored.
-        keep: keep every matrix in memory once it is read.
+        precision: how to compute.
     """
 
-    def __init__(
-        self, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype | None = None, keep: bool = False
-    ) -> None:
-        self.tensors, self.dtype = tensors, dtype
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], precision: Precision) -> None:
+        self.tensors, self.precision = tensors, precision
         self.layers, self.heads, self.kv_heads = config["n_layer"], config["n_head"], config["n_kv_head"]
         self.width, self.length, self.vocab_size = config["n_embd"], config["sequence_len"], config["vocab_size"]
         self.pattern = config.get("window_pattern", "L")
-        self.kept: dict[str, Tensor] | None = {} if keep else None
+        self.kept: dict[str, Tensor] = {}
 
     def logits(self, tokens: Tensor, mode: Mode) -> Tensor:
         """Logits (B, T, V) of tokens (B, T), with zero memory or by true recurrence."""
@@ -51,18 +62,15 @@ class OfficialReading:
         return torch.cat(steps, dim=1)
 
     def _matrix(self, name: str) -> Tensor:
-        if self.kept is not None and name in self.kept:
+        if name in self.kept:
             return self.kept[name]
-        read = self._float(self.tensors[name].read())
-        if self.kept is not None:
+        read = self.precision(self.tensors[name].read())
+        if self.precision.keep:
             self.kept[name] = read
         return read
 
-    def _float(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype or tensor.dtype).float()
-
     def _rows(self, name: str, tokens: Tensor) -> Tensor:
-        return self._float(self.tensors[name].read()[tokens])
+        return self.precision(self.tensors[name].read()[tokens])
 
     def _scale(self, name: str, block: int) -> float | None:
         return self._matrix(name)[block].item() if name in self.tensors else None
@@ -123,9 +131,6 @@ def _rotate(x: Tensor, places: Tensor) -> Tensor:
     """Rotary positions as the official code has them: halves, minus the usual angle, tables rounded to bfloat16."""
     half = x.shape[-1] // 2
     angles = torch.outer(places.float(), 1.0 / (10000 ** (torch.arange(0, x.shape[-1], 2).float() / x.shape[-1])))
-    cos, sin = (f(angles).bfloat16().float()[None, :, None, :] for f in (torch.cos, torch.sin))
+    cos, sin = (f(angles).bfloat16().to(x.dtype)[None, :, None, :] for f in (torch.cos, torch.sin))
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
-
-
-Logits = Callable[[Tensor, Mode], Tensor]

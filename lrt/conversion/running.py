@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrt.conversion.reading import Mode
+from lrt.conversion.reading import Mode, Precision
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline, sequential
 from lrt.shards import LazyTensor
@@ -16,29 +16,25 @@ from lrt.shards import LazyTensor
 SMALL = 1 << 22  # elements up to which a tensor is simply loaded
 
 
-def float32_model(
-    model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype | None = None, keep: bool = False
-) -> LatentRecurrentModel:
-    """Give a model on the meta device the tensors of a checkpoint, in float32.
+def filled_model(model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor], precision: Precision) -> LatentRecurrentModel:
+    """Give a model on the meta device the tensors of a checkpoint.
 
     Args:
         model: shapes only.
         tensors: its tensors by name.
-        dtype: the weights are rounded to it first; None = as stored.
-        keep: load everything now; else large matrices are read when their module runs.
+        precision: how to compute; unless everything is kept, large matrices are read when their module runs.
     """
 
     def read(name: str) -> Tensor:
-        tensor = tensors[name].read()
-        return tensor.to(dtype or tensor.dtype).float()
+        return precision(tensors[name].read())
 
     for path, module in model.named_modules():
         names = {key: f"{path}.{key}" if path else key for key in module._parameters if module._parameters[key] is not None}
-        large = {key: name for key, name in names.items() if not keep and tensors[name].nbytes > SMALL * tensors[name].dtype.itemsize}
+        large = {key: name for key, name in names.items() if not precision.keep and tensors[name].nbytes > SMALL * tensors[name].dtype.itemsize}
         for key in names.keys() - large.keys():
             module._parameters[key] = nn.Parameter(read(names[key]), requires_grad=False)
         if large and isinstance(module, nn.Embedding):
-            module.forward = _Rows(tensors[large["weight"]], dtype)  # type: ignore[method-assign]
+            module.forward = _Rows(tensors[large["weight"]], precision)  # type: ignore[method-assign,assignment]
         elif large:
             module.register_forward_pre_hook(_Fill(large, read))
             module.register_forward_hook(_Drop(list(large)))
@@ -54,11 +50,11 @@ def native_logits(model: LatentRecurrentModel, tokens: Tensor, mode: Mode) -> Te
 class _Rows:
     """Only the rows of a table that are asked for."""
 
-    def __init__(self, tensor: LazyTensor, dtype: torch.dtype | None) -> None:
-        self.tensor, self.dtype = tensor, dtype or tensor.dtype
+    def __init__(self, tensor: LazyTensor, precision: Precision) -> None:
+        self.tensor, self.precision = tensor, precision
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return self.tensor.read()[tokens].to(self.dtype).float()
+        return self.precision(self.tensor.read()[tokens])
 
 
 class _Fill:

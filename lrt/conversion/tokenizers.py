@@ -119,10 +119,10 @@ def read_encoding(path: Path) -> dict[str, Any]:
     state = getattr(found, "state", None)
     if isinstance(state, str):
         raise ValueError(f"{path}: names the public tiktoken encoding {state!r} and holds no ranks: {HELP}")
-    plain = isinstance(state, dict) and {"pat_str", "mergeable_ranks", "special_tokens"} <= state.keys()
-    if not plain or not all(isinstance(k, bytes) and isinstance(v, int) for k, v in state["mergeable_ranks"].items()):
-        raise ValueError(f"{path}: refused, not the pickle of a plain tiktoken encoding: {HELP}")
-    return state
+    if isinstance(state, dict) and {"pat_str", "mergeable_ranks", "special_tokens"} <= state.keys():
+        if all(isinstance(token, bytes) and isinstance(rank, int) for token, rank in state["mergeable_ranks"].items()):
+            return state
+    raise ValueError(f"{path}: refused, not the pickle of a plain tiktoken encoding: {HELP}")
 
 
 def _pickle_encoding(state: dict[str, Any]) -> bytes:
