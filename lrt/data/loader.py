@@ -170,7 +170,13 @@ class TrainLoader:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata 0.11 calls what torch 2.13 has deprecated
             self._engine = StatefulDataLoader(
-                dataset, batch_size=None, num_workers=workers, collate_fn=_as_is, pin_memory=torch.cuda.is_available(), **options
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_is,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # its base seed would otherwise come from the process's random numbers
+                **options,
             )
         self._order = order
         self._batches = iter(self._engine)
