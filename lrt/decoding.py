@@ -44,6 +44,7 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
     Returns:
         (B, D) output of the last block.
     """
+    model = getattr(model, "one_token", model)
     positions = state.lengths[:, None]
     cut = attention_cut_of(model)
     if cut is not None:
@@ -53,17 +54,19 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    out = run_blocks(model, hidden, contexts, received, stores=_stores(state))
+    stores = model.stores(state) if hasattr(model, "stores") else masked_caches(state)
+    out = run_blocks(model, hidden, contexts, received, stores=stores)
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
-        state.memory.copy_(torch.where(active[:, None], out.memory[:, 0], state.memory))
+        torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
         keep_memory(state)
     return out.hidden[:, 0]
 
 
 def decode_one_token(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
     """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``absorb``."""
-    return model.backbone.logits(absorb(model, state, tokens, active)[:, None])[:, 0]
+    hidden = absorb(model, state, tokens, active)
+    return getattr(model, "one_token", model).backbone.logits(hidden[:, None])[:, 0]
 
 
 def keep_memory(state: DecodeState) -> None:
@@ -73,7 +76,8 @@ def keep_memory(state: DecodeState) -> None:
         state.kept.copy_(torch.where(here, state.memory[:, None], state.kept))
 
 
-def _stores(state: DecodeState) -> list[Cache]:
+def masked_caches(state: DecodeState) -> list[Cache]:
+    """The stores of one token a row: where its key goes, and which slots it sees."""
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     for key in state.keys:
         slots = key.shape[1]
