@@ -110,7 +110,7 @@ class LatentRecurrentModel(nn.Module):
         if attention_mask is not None:
             forth, real, back = _alignment(attention_mask)
             input_ids = input_ids.gather(1, forth)
-            targets = None if targets is None else _align_targets(targets, forth, real)
+            targets = None if targets is None else _align_targets(targets, attention_mask, forth, real)
             document_ids = None if document_ids is None else document_ids.gather(1, forth)
             position_ids = None if position_ids is None else position_ids.gather(1, forth)
         chosen = schedule if schedule is not None else self.default_schedule()
@@ -291,9 +291,10 @@ def _alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth, inside, (places - shift).clamp_min(0)
 
 
-def _align_targets(targets: Tensor, forth: Tensor, real: Tensor) -> Tensor:
-    following = torch.cat([real[:, 1:], real.new_ones(real.shape[0], 1)], dim=1)
-    return targets.gather(1, forth).masked_fill(~(real & following), IGNORE)
+def _align_targets(targets: Tensor, attention_mask: Tensor, forth: Tensor, real: Tensor) -> Tensor:
+    """Targets in aligned order, -100 at padding and where the token that follows is padding."""
+    following = torch.cat([attention_mask[:, 1:].bool(), attention_mask.new_ones(attention_mask.shape[0], 1).bool()], dim=1)
+    return targets.gather(1, forth).masked_fill(~(real & following.gather(1, forth)), IGNORE)
 
 
 def _restore(values: Tensor, back: Tensor | None) -> Tensor:

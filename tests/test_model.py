@@ -233,7 +233,7 @@ TIERS = [
     ["backbone", "families", "passes"],
     ["model"],
     ["serialization", "adaptation"],
-    ["state", "decoding", "prefill", "generation", "sampling", "prefix_cache", "conversion", "hf"],
+    ["state", "spans", "decoding", "prefill", "generation", "sampling", "prefix_cache", "conversion", "hf"],
     ["eval"],
     ["train"],
     ["titan"],
