@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lrt.generation import generate
 from lrt.train.evaluation import evaluate_run
 from lrt.train.faults import Heartbeat
 from lrt.train.metrics import plot_curves, read_records
@@ -38,10 +39,6 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
 
 def decode_sample(model: Any, run: Run) -> str | None:
     """Text that the model writes after the recipe's prompt, one token after the other, drawn with the run's seed."""
-    try:
-        from lrt.generation import generate
-    except ImportError:
-        return None
     config = run.recipe.evaluation
     if not config.sample_tokens:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
-from lrt.data import Batch, build_loader, check_vocabulary, load_tokenizer
+from lrt.data import Batch, Tokenizer, build_loader, check_vocabulary, load_tokenizer
 from lrt.model import build
 from lrt.train.checkpoint import CheckpointManager, check_same_model, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
@@ -63,12 +63,14 @@ def train(recipe: Recipe) -> RunResult:
 def assemble(recipe: Recipe, world: World) -> Run:
     """All parts of a run, at the step of its newest checkpoint."""
     torch.set_float32_matmul_precision("high")
+    torch.manual_seed(recipe.run.seed)
     shapes = build(recipe, device="meta")
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
     flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(tokenizer, recipe.model.vocab_size)
+    _check_separator(recipe, tokenizer)
     loader = build_loader(
         recipe.data,
         tokenizer=tokenizer,
@@ -113,6 +115,16 @@ def assemble(recipe: Recipe, world: World) -> Run:
         recipe, world, folder, horizon, parameters, flops, model, optimizer, tokenizer, loader, validation,
         manager, Recorder(sinks), guard, say, state,
     )  # fmt: skip
+
+
+def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """A separator that the data never hold would silently carry memory from one document into the next."""
+    settings = {"model.attention_reset": recipe.model.attention_reset}
+    if recipe.recurrence is not None:
+        settings["recurrence.separator"] = recipe.recurrence.separator
+    for key, value in settings.items():
+        if value is not None and value != tokenizer.bos_id:
+            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
 def _newest(recipe: Recipe, folder: Path, world: World) -> Path | None:
