@@ -7,9 +7,7 @@ G key/value heads, K head width, R rotated width.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -49,7 +47,7 @@ class FamilyBlock(nn.Module):
         self.scale = family.scale(attention) if family.scale else getattr(attention, "scaling", geometry.head_dim**-0.5)
         self.softcap = None if family.softcap is None else getattr(attention, family.softcap)
         self.parallel = family.parallel is not None and family.parallel(layer)
-        self.rotate: Callable[..., tuple[Tensor, Tensor]] = family.rotate or _rotation(home)
+        self.rotate: Callable[..., tuple[Tensor, Tensor]] = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
         self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
         norms = {name: None if path is None else part(layer, path) for name, path in (("query", family.query_norm), ("key", family.key_norm))}
         self.norm_whole = {name: norm is not None and norm.weight.shape[-1] != geometry.head_dim for name, norm in norms.items()}
@@ -69,18 +67,18 @@ class FamilyBlock(nn.Module):
 
     def finish_kv(self, projection: Projection, context: Context) -> KV:
         key = self._norm("key", self.family.key_norm, projection.key)
-        return KV(key if context.cos is None else self.rotate(key, key, context.cos, context.sin)[1], projection.value)
+        return KV(self._rotate(key, key, context)[1].transpose(1, 2), projection.value)
 
     def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
         query = self._norm("query", self.family.query_norm, projection.query)
         key = self._norm("key", self.family.key_norm, projection.key)
-        if context.cos is not None:
-            query, key = self.rotate(query, key, context.cos, context.sin)
+        query, key = self._rotate(query, key, context)  # heads first, as the decoder's own attention has them
         value = projection.value
         if kv is None:
-            mixed = self._attention(query, key, value, context.mask)
+            mixed = self._attention(query, key, value.transpose(1, 2), context.mask)
         else:
-            mixed = kv.attend(query, key, value, window=self.window, scale=self.scale, softcap=self._softcap())
+            query, fresh = query.transpose(1, 2), key.transpose(1, 2)
+            mixed = kv.attend(query, fresh, value, window=self.window, scale=self.scale, softcap=self._softcap())
         update = self._through(self.family.attention_out, part(self.layer, self.family.output)(mixed.flatten(-2)))
         mlp = part(self.layer, self.family.mlp)
         if self.parallel:
@@ -88,24 +86,33 @@ class FamilyBlock(nn.Module):
         else:
             hidden = hidden + update
             hidden = hidden + self._through(self.family.mlp_out, mlp(self._through(self.family.mlp_in, hidden)))
-        return hidden, key, value
+        return hidden, key.transpose(1, 2), value
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         """The decoder's own attention over all positions of the pass."""
         if self.own_attention is None:
-            return causal_attention(query, key, value, window=self.window, scale=self.scale, softcap=self.softcap)
+            rows = (x.transpose(1, 2) for x in (query, key, value))
+            return causal_attention(*rows, window=self.window, scale=self.scale, softcap=self.softcap)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = part(self.layer, self.family.attention)
         chosen = attention.config._attn_implementation
         function = self.own_attention if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
-        more = {} if self.window is None else {"sliding_window": self.window + 1}
-        if self.softcap is not None:
-            more["softcap"] = self.softcap
+        # Only what the decoder passes itself: a scale that is left out may be rounded in another way.
+        known = {
+            "scaling": getattr(attention, "scaling", None),
+            "sliding_window": None if self.window is None else self.window + 1,
+            "softcap": self.softcap,
+        }
+        more = {name: value for name, value in known.items() if value is not None}
         rate = self.family.dropout(attention) if self.family.dropout else getattr(attention, "attention_dropout", 0.0)
         dropout = rate if attention.training else 0.0
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        return function(attention, *heads_first, mask, dropout=dropout, scaling=self.scale, **more)[0]
+        return function(attention, query, key, value, mask, dropout=dropout, **more)[0]
+
+    def _rotate(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, heads, P, K) after RoPE."""
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        return (query, key) if context.cos is None else self.rotate(query, key, context.cos, context.sin)
 
     def _softcap(self) -> float | None:
         """The cap on scores, which transformers leaves out under sdpa."""
@@ -124,17 +131,10 @@ class FamilyBlock(nn.Module):
         return x
 
 
-def _rotation(home: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The decoder's own rotation of queries and keys, heads after positions; or ours, over the whole head."""
-    own = getattr(home, "apply_rotary_pos_emb", None)
-    if own is not None and "unsqueeze_dim" in inspect.signature(own).parameters:
-        return partial(own, unsqueeze_dim=2)
-    return _rotate_both
-
-
-def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """RoPE over the whole head, by halves; for decoders that bring no rotation of their own."""
     half = cos.shape[-1] // 2
-    tables = cos[..., None, :half], sin[..., None, :half]
+    tables = cos[:, None, :, :half], sin[:, None, :, :half]
     return rotate(query, *tables).to(query.dtype), rotate(key, *tables).to(key.dtype)
 
 

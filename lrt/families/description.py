@@ -54,7 +54,7 @@ class Family:
         split: (output, Geometry) -> query, key, value, each (B, P, heads, K).
         output: projection back to the width.
         query_norm, key_norm: norms of queries and keys before RoPE, over a head or over the whole projection.
-        rotate: (query, key, cos, sin), each (B, P, heads, K) and (B, P, 1, R) -> query, key; None = the decoder's own.
+        rotate: (query, key, cos, sin), each (B, heads, P, K) and (B, P, R) -> query, key; None = the decoder's own.
         window: attention -> keys that it sees, itself included.
         scale: attention -> factor of the scores; None = its ``scaling``, or head width ** -0.5.
         softcap: attribute of the attention: c of c tanh(score / c).

@@ -9,6 +9,13 @@ def dropout_rate(attention: Any) -> float:
     return attention.attn_dropout.p
 
 
+def score_scale(attention: Any) -> float:
+    """Head width ** -0.5, or what the config asks for (before transformers 5 the attention does not hold it)."""
+    config = attention.config
+    scale = attention.head_dim**-0.5 if config.scale_attn_weights else 1.0
+    return scale / (attention.layer_idx + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
 GPT2 = Family(
     name="gpt2",
     embedding="transformer.wte",
@@ -23,5 +30,6 @@ GPT2 = Family(
     fused="attn.c_attn",
     split=split_in_order,
     output="attn.c_proj",
+    scale=score_scale,
     dropout=dropout_rate,
 )
