@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from strategies import model_configs, randomized, recurrence_configs
@@ -20,6 +20,7 @@ from lrt.schedules import from_config
 from lrt.serialization import native_config
 
 NANOCHAT = Path(__file__).parent / "golden" / "nanochat"
+QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example writes many files: shrinking would take minutes
 WRITTEN = ("lrt", "official", "nanochat", "hf")
 OFFICIAL = {"rope_dtype": "bfloat16", "mlp_ratio": 4.0, "qk_norm": True, "softcap": 15.0, "vocab_multiple": 64}
 SCHEDULES = st.sampled_from(
@@ -75,7 +76,7 @@ def logits(model):
 
 @pytest.mark.parametrize("first", WRITTEN)
 @pytest.mark.parametrize("second", WRITTEN)
-@settings(max_examples=4)
+@settings(max_examples=4, phases=QUICK)
 @given(data=st.data())
 def test_every_pair_there_and_back(tmp_path_factory, first, second, data):
     model, place = data.draw(models_for((first, second))), tmp_path_factory.mktemp("pair")
@@ -89,7 +90,7 @@ def test_every_pair_there_and_back(tmp_path_factory, first, second, data):
     assert back.train_schedule == model.train_schedule
 
 
-@settings(max_examples=10)
+@settings(max_examples=8, phases=QUICK)
 @given(model=any_models(), dtype=st.sampled_from([torch.bfloat16, torch.float16]))
 def test_a_narrower_dtype_rounds_every_tensor_once(tmp_path_factory, model, dtype):
     place = tmp_path_factory.mktemp("dtype")
@@ -100,7 +101,7 @@ def test_a_narrower_dtype_rounds_every_tensor_once(tmp_path_factory, model, dtyp
     assert [c.mode for c in done.verification.rounding] == ["zero", "decode"] and any("rounding to" in line for line in lines)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8, phases=QUICK)
 @given(model=any_models())
 def test_what_the_official_code_cannot_say_is_refused_or_converted_exactly(tmp_path_factory, model):
     """No third outcome: a random model either arrives with the same logits, or is refused with every reason."""

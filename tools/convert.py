@@ -34,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _Bar(sys.stderr) as bar:
             done = convert(
-                options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype), step=options.step,
-                tokenizer=options.tokenizer, compare=verify if options.verify else None, shard_size=options.shard_size, progress=bar,
+                options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
+                step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
+                shard_size=options.shard_size, progress=bar,
             )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written tensors (default: the narrowest that holds the source exactly)")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
+    parser.add_argument("--base", help="with --from adapter: the decoder that it belongs to")
     parser.add_argument("--tokenizer", help="a folder or tokenizer.json (default: the one found beside the checkpoint)")
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the output with its source (default: yes)")

@@ -2,7 +2,8 @@
 
 from lrt.conversion.checkpoints import Checkpoint
 from lrt.conversion.inspection import inspect_checkpoint
-from lrt.conversion.pipeline import KINDS, Converted, convert
+from lrt.conversion.kinds import KINDS
+from lrt.conversion.pipeline import Converted, convert
 from lrt.conversion.verification import Verification, verify
 
 __all__ = ["KINDS", "Checkpoint", "Converted", "Verification", "convert", "inspect_checkpoint", "verify"]

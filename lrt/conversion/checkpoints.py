@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,17 @@ from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lrt.config import parse_recipe
+from lrt.adaptation import adapt
+from lrt.adapted_folder import load_whole, without_ties
+from lrt.config import Recipe, ScheduleConfig, parse_recipe
 from lrt.conversion.official import native_from_official, native_tensors
 from lrt.conversion.reading import Logits, OfficialReading, Precision
 from lrt.conversion.running import filled_model, native_logits
 from lrt.conversion.tokenizers import Files, read_files, read_nanochat, without_hub_files
 from lrt.data.tokenizer import load_tokenizer
 from lrt.model import build
-from lrt.serialization import model_from_config, native_config, read_config
+from lrt.schedules import from_config
+from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.shards import LazyTensor, check_shapes, in_memory, open_folder
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
@@ -56,13 +58,31 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def native_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
-    """Logits by our own model."""
+    @property
+    def context(self) -> int:
+        """Tokens of a training row."""
+        native = self.config.get("model")
+        return native["sequence_length"] if native else self.config.get("max_position_embeddings") or 2048
+
+
+def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
+    """Logits by our own model; an adapted decoder is held whole."""
 
     def reading(precision: Precision) -> Logits:
-        return partial(native_logits, filled_model(model_from_config(config, device="meta"), tensors, precision))
+        if "adapted" not in config:
+            return partial(native_logits, filled_model(model_from_config(config, device="meta"), tensors, precision))
+        rounded = {n: t._replace(read=lambda t=t: precision(t.read()), dtype=precision.compute) for n, t in tensors.items()}  # type: ignore[misc]
+        schedule = from_config(ScheduleConfig(**config["schedule"]))
+        return partial(native_logits, load_whole("", config, rounded, train_schedule=schedule, dtype=precision.compute, device=None))
 
     return reading
+
+
+def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Our names and shapes of the model that a config.json describes; a tied parameter is named once."""
+    with torch.device("meta"):
+        model = model_from_config(config, device="meta")
+    return {name: tuple(t.shape) for name, t in without_ties(model, model.state_dict()).items()}
 
 
 # ------------------------------------------------------------------ lrt
@@ -76,10 +96,12 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     """
     _no_step(step, "lrt")
     config, tensors = read_config(path), open_folder(path)
-    shapes = {name: tuple(t.shape) for name, t in model_from_config(config, device="meta").state_dict().items()}
+    if config.get("adapter_only"):
+        raise ValueError(f"{path} holds only memory parameters: use --from adapter, and name its decoder with --base")
+    shapes = expected_shapes(config)
     check_shapes(str(path), tensors, shapes)
     tensors = {name: tensors[name] for name in shapes}
-    return Checkpoint("lrt", path, config, tensors, native_reading(config, tensors), read_files(path), config.get("step"))
+    return Checkpoint("lrt", path, config, tensors, model_reading(config, tensors), read_files(path), config.get("step"))
 
 
 def _no_step(step: int | None, kind: str) -> None:
@@ -110,15 +132,24 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     folder = find_checkpoint(path)
     recipe = parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"))
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    model = build(recipe, device="meta")
+    config = _config_of_recipe(recipe)
     tensors = {name.removeprefix("model."): t for name, t in _sharded(folder).items() if name.startswith("model.")}
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shapes = expected_shapes(config)
     check_shapes(str(folder), tensors, shapes)
-    config = native_config(model)
     files, notes = _recipe_tokenizer(recipe.data.tokenizer, folder)
     about = {"recipe": recipe.run.name, "ranks that wrote it": meta.get("world_size"), "meta": meta}
     tensors = {name: tensors[name] for name in shapes}
-    return Checkpoint("dcp", folder, config, tensors, native_reading(config, tensors), files, meta.get("step"), about, notes)
+    return Checkpoint("dcp", folder, config, tensors, model_reading(config, tensors), files, meta.get("step"), about, notes)
+
+
+def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    if recipe.run.backbone == "native":
+        return native_config(build(recipe, device="meta"))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.run.backbone))
+        return config_of(adapt(decoder, recipe.recurrence, train_schedule=from_config(recipe.schedule)))
 
 
 def _sharded(folder: Path) -> dict[str, LazyTensor]:
@@ -235,6 +266,75 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_hf(path: Path, *, step: int | None = None) -> Checkpoint:
-    """A Hugging Face folder of type "lrt": one of ours, with the tokenizer as transformers wants it."""
+    """A Hugging Face folder of type "lrt": one of ours, with the tokenizer as transformers wants it.
+
+    Where it fits into memory it is run through AutoModelForCausalLM, as its users will.
+    """
     found = read_lrt(path, step=step)
-    return dataclasses.replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer))
+
+    def reading(precision: Precision) -> Logits:
+        if precision.rounded is not None or not precision.keep:
+            return found.reading(precision)
+        from transformers import AutoModelForCausalLM
+
+        return partial(native_logits, AutoModelForCausalLM.from_pretrained(path, dtype=precision.compute).eval())
+
+    return replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer), reading=reading)
+
+
+# ------------------------------------------------------------------ adapter
+
+
+def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Checkpoint:
+    """The memory parameters of one folder around the decoder of another.
+
+    Args:
+        path: a folder of ``lrt.save(model, folder, adapter_only=True)``, or of kind adapter.
+        base: the decoder; a memory of its own is left out.
+
+    Raises:
+        ValueError: it was made for another decoder, or is not whole.
+    """
+    _no_step(step, "adapter")
+    alone = read_memory(path)
+    config, memory = alone.config, alone.tensors
+    for key in ("model", "adapted"):
+        theirs, ours = base.config.get(key), config.get(key)
+        different = theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
+        if different:
+            raise ValueError(f"{path} was made for another decoder than {base.where}: name the one that it was trained on with --base")
+    tensors = {name: t for name, t in base.tensors.items() if not is_memory(name)} | memory
+    shapes = expected_shapes(config)
+    check_shapes(f"{path} on {base.where}", tensors, shapes)
+    tensors = {name: tensors[name] for name in shapes}
+    return replace(alone, tensors=tensors, reading=model_reading(config, tensors), tokenizer=alone.tokenizer or base.tokenizer)
+
+
+def read_memory(path: Path) -> Checkpoint:
+    """The memory parameters of an adapter folder alone; they cannot be run.
+
+    Raises:
+        ValueError: a folder of another kind, or not whole.
+    """
+    config, memory = read_config(path), open_folder(path)
+    if not config.pop("adapter_only", False):
+        raise ValueError(f"{path} holds a whole model: use --from lrt or hf")
+    check_shapes(str(path), memory, {name: shape for name, shape in expected_shapes(config).items() if is_memory(name)})
+    return Checkpoint("adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step"))
+
+
+def read_decoder(path: Path) -> Checkpoint:
+    """A plain Hugging Face decoder (the base of an adapter), as a model that has no memory yet."""
+    from transformers import AutoModelForCausalLM
+
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model = adapt(decoder)
+    tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
+    config = config_of(model)
+    return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))
+
+
+def is_memory(name: str) -> bool:
+    """Whether a parameter belongs to the recurrence rather than to the decoder."""
+    parts = name.split(".")
+    return parts[0] in ("memory_projection", "injection") or (parts[0] == "blocks" and parts[2] in ("gate", "projection"))

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lrt.conversion.checkpoints import Checkpoint
-from lrt.conversion.pipeline import KINDS
+from lrt.conversion.checkpoints import Checkpoint, is_memory, read_memory
+from lrt.conversion.kinds import KINDS, kind_of
 from lrt.data.tokenizer import MARKER
-
-MEMORY = ("memory_projection.", "injection.")
 
 
 class Inspection(NamedTuple):
@@ -24,22 +22,6 @@ class Inspection(NamedTuple):
     checkpoint: Checkpoint | None
     parts: Mapping[str, int]  # parameters by part
     dtypes: Mapping[str, int]  # parameters by dtype
-
-
-def kind_of(path: Path) -> str:
-    """The kind of checkpoint that lies at ``path``.
-
-    Raises:
-        ValueError: none that is known.
-    """
-    if (path / "config.json").is_file():
-        return "hf" if (path / "generation_config.json").is_file() else "lrt"
-    if any((path / name).exists() for name in ("complete.json", "checkpoints")) or any(path.glob("step_*")):
-        return "dcp"
-    if path.suffix == ".pt" or any(path.glob("model_*.pt")) or any(path.glob("base_checkpoints/*/model_*.pt")):
-        return "official"
-    known = ", ".join(KINDS)
-    raise ValueError(f"{path}: no checkpoint of a known kind ({known}): give a folder with config.json, a run, or a nanochat folder")
 
 
 def inspect_checkpoint(path: str | Path, *, step: int | None = None) -> Inspection:
@@ -54,7 +36,7 @@ def inspect_checkpoint(path: str | Path, *, step: int | None = None) -> Inspecti
     """
     kind = kind_of(Path(path))
     try:
-        found = KINDS[kind].read(Path(path), step=step)
+        found = read_memory(Path(path)) if kind == "adapter" else KINDS[kind].read(Path(path), step=step)
         for tensor in found.tensors.values():  # the ends of every file, so that a truncated one is noticed
             tensor.read().flatten()[-1:].clone()
     except ValueError as error:
@@ -72,7 +54,7 @@ def inspect_checkpoint(path: str | Path, *, step: int | None = None) -> Inspecti
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to."""
-    if name.startswith(MEMORY) or (name.startswith("blocks.") and name.split(".")[2] in ("gate", "projection")):
+    if is_memory(name):
         return "memory"
     if "value_embeddings" in name:
         return "value embeddings"
@@ -94,6 +76,8 @@ def describe(found: Inspection, path: str | Path) -> list[str]:
     lines.append(f"  dtype       {', '.join(f'{name} ({count:,})' for name, count in found.dtypes.items())}")
     lines.append(f"  parameters  {sum(found.parts.values()):,}")
     lines += [f"    {part:17s} {count:,}" for part, count in sorted(found.parts.items())]
+    if "adapted" in checkpoint.config:
+        lines.append(f"  adapts      {checkpoint.config['adapted']['architecture']} {checkpoint.config['adapted'].get('name') or ''}")
     for section in ("model", "recurrence", "schedule"):
         lines.append(f"  {section:11s} {_plain(checkpoint.config[section]) if checkpoint.config.get(section) else 'none'}")
     if checkpoint.tokenizer:

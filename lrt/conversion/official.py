@@ -176,6 +176,8 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
     Raises:
         ValueError: the official code cannot express this model; every reason is named.
     """
+    if "model" not in config:
+        raise ValueError(f"this model adapts a {config['adapted']['architecture']}, which the official layout cannot express: use hf or adapter")
     model, recurrence = ModelConfig(**config["model"]), config["recurrence"]
     kind = "nanochat" if nanochat else "official"
     reasons = [f"model.{k} = {config['model'][k]!r} (it has {v!r})" for k, v in FIXED.items() if config["model"][k] != v]

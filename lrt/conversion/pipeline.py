@@ -5,45 +5,20 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
-from lrt.conversion.checkpoints import Checkpoint, read_dcp, read_hf, read_lrt, read_official
+from lrt.conversion.checkpoints import Checkpoint
+from lrt.conversion.kinds import KINDS, read_base
 from lrt.conversion.lazy import cast, common_dtype
 from lrt.conversion.tokenizers import read_files, read_nanochat
 from lrt.conversion.verification import Verification, verify
-from lrt.conversion.writing import write_hf, write_lrt, write_official
 from lrt.serialization import new_folder
 
 SHARD_SIZE = 5 * 10**9
-
-
-class Kind(NamedTuple):
-    """A kind of checkpoint: how it is read and written, and what it can hold."""
-
-    read: Callable[..., Checkpoint]
-    write: Callable[..., list[str]] | None
-    holds: str
-    lossless: str
-
-
-KINDS = {
-    "lrt": Kind(read_lrt, write_lrt, "our folder: safetensors, config.json, tokenizer", "everything"),
-    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and config, not the optimizer"),
-    "official": Kind(
-        read_official, write_official, "base folder or checkpoint of the official LRT code, plain models included",
-        "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
-    ),
-    "nanochat": Kind(
-        partial(read_official, kind="nanochat"), partial(write_official, nanochat=True), "base folder or checkpoint of nanochat",
-        "plain models with alternating value embeddings and gates from 32 channels; others are refused",
-    ),
-    "hf": Kind(read_hf, write_hf, "Hugging Face folder for AutoModelForCausalLM (after import lrt)", "everything"),
-}  # fmt: skip
 
 
 class Converted(NamedTuple):
@@ -64,6 +39,7 @@ def convert(
     dtype: torch.dtype | None = None,
     step: int | None = None,
     tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
     compare: Callable[..., Verification] | None = verify,
     shard_size: int | None = SHARD_SIZE,
     report: Callable[[str], None] = print,
@@ -78,6 +54,7 @@ def convert(
         dtype: of the written tensors; None = the narrowest that holds the source exactly.
         step: which checkpoint of a run; None = the newest.
         tokenizer: folder (or tokenizer.json) whose tokenizer travels; None = the one found beside the checkpoint.
+        base: for source "adapter": the decoder that it belongs to, a folder of any kind or a plain Hugging Face decoder.
         compare: proves the output against the source; None writes without proof.
         shard_size: bytes of the largest safetensors file.
         report: receives lines for the user.
@@ -95,7 +72,10 @@ def convert(
         raise ValueError(f"--to {target}: {KINDS[target].holds} is only read; use one of {', '.join(k for k, v in KINDS.items() if v.write)}")
     if not Path(path).exists():
         raise ValueError(f"--input {path}: there is nothing")
-    opened: Checkpoint = KINDS[source].read(Path(path), step=step)
+    if (base is not None) != (source == "adapter"):
+        raise ValueError("--base names the decoder of an adapter: give it with --from adapter, and only there")
+    more = {} if base is None else {"base": read_base(Path(base))}
+    opened: Checkpoint = KINDS[source].read(Path(path), step=step, **more)
     if tokenizer is not None:
         opened = dataclasses.replace(opened, tokenizer=_given_tokenizer(Path(tokenizer)), notes=())
     kept = dtype or common_dtype(opened.tensors)
@@ -116,7 +96,8 @@ def convert(
             for note in notes:
                 report(f"note: {note}")
             if compare is not None:
-                verification = compare(opened, KINDS[target].read(place), report=report)
+                around = {"base": rounded} if target == "adapter" else {}
+                verification = compare(opened, KINDS[target].read(place, **around), report=report)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{output} could not be written ({error}): nothing is left there") from None
     return Converted(Path(output), opened, verification, notes)

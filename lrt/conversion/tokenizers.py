@@ -18,10 +18,10 @@ from lrt.data.tokenizer import BOS, MARKER, byte_characters, load_tokenizer, tok
 
 Files = Mapping[str, bytes]  # name -> content
 
-# What a tokenizer may consist of in our folders and in Hugging Face ones; copied as they are.
+# Files beside a model, in our folders and in Hugging Face ones, that travel as they are: mostly the tokenizer.
 NAMES = (
     "tokenizer.json", MARKER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json", "generation_config.json",
 )  # fmt: skip
 HELP = "write its tokenizer.json and give it with --tokenizer (for tiktoken: docs/convert.md, Tokenizers)"
 
@@ -77,7 +77,7 @@ def write_nanochat(folder: Path, files: Files, *, vocab_size: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     state = _encoding_state(json.loads(files["tokenizer.json"]))
     if state is None:
-        write_files(folder, files)
+        write_files(folder, {name: content for name, content in files.items() if name != "generation_config.json"})
         return ["the tokenizer is no byte-level BPE with a split pattern, so nanochat's tokenizer.pkl cannot say it: tokenizer.json was copied"]
     (folder / "tokenizer.pkl").write_bytes(_pickle_encoding(state))
     if "token_bytes.json" in files:

@@ -62,8 +62,7 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
     rounded = dtype if any(torch.promote_types(t.dtype, dtype) != dtype for t in source.tensors.values()) else None
     count = sum(torch.Size(t.shape).numel() for t in source.tensors.values())
     keep = 4 * count <= KEEP_BYTES
-    context = source.config["model"]["sequence_length"]
-    lengths: dict[Mode, int] = {"zero": int(min(context, max(32, WORK / count))), "decode": min(context, 24 if keep else 12)}
+    lengths: dict[Mode, int] = {"zero": int(min(source.context, max(32, WORK / count))), "decode": min(source.context, 24 if keep else 12)}
     tokens = torch.randint(0, source.config["vocab_size"], (1, lengths["zero"]), generator=torch.Generator().manual_seed(0))
     comparisons, rounding = [], []
     for mode, length in lengths.items():

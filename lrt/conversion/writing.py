@@ -6,13 +6,14 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrt.config import RecurrenceConfig
-from lrt.conversion.checkpoints import Checkpoint
+from lrt.adapted_folder import model_card
+from lrt.conversion.checkpoints import Checkpoint, is_memory
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer
@@ -26,15 +27,28 @@ def write_lrt(folder: Path, source: Checkpoint, *, shard_size: int | None, progr
     write_folder(folder, source.tensors, shard_size=shard_size, progress=progress)
     dtype = next(iter(source.tensors.values())).dtype
     step = {} if source.step is None else {"step": source.step}
-    _write_json(folder / "config.json", {**source.config, "torch_dtype": str(dtype).removeprefix("torch."), **step})
+    config = {**source.config, "torch_dtype": str(dtype).removeprefix("torch."), **step}
+    _write_json(folder / "config.json", config)
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
     write_files(folder, source.tokenizer)
     return []
+
+
+def write_adapter(folder: Path, source: Checkpoint, *, shard_size: int | None, progress: Progress) -> list[str]:
+    """Only the memory parameters, for ``lrt.load(folder, base=decoder)`` or --from adapter --base."""
+    if source.config["recurrence"] is None:
+        raise ValueError(f"{source.where} has no recurrence, so there is nothing to put into an adapter")
+    memory = {name: t for name, t in source.tensors.items() if is_memory(name)}
+    config = {**source.config, "adapter_only": True}
+    return write_lrt(folder, replace(source, tensors=memory, config=config), shard_size=shard_size, progress=progress)
 
 
 def write_hf(folder: Path, source: Checkpoint, *, shard_size: int | None, progress: Progress) -> list[str]:
     """Our folder and what transformers and the Hub expect beside it."""
     write_lrt(folder, source, shard_size=shard_size, progress=progress)
-    write_files(folder, hub_files(source.tokenizer, context=source.config["model"]["sequence_length"]))
+    write_files(folder, hub_files(source.tokenizer, context=source.context))
+    if "generation_config.json" in source.tokenizer:
+        return []
     generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
     if "tokenizer.json" in source.tokenizer:
         tokenizer = load_tokenizer(folder)
@@ -42,7 +56,6 @@ def write_hf(folder: Path, source: Checkpoint, *, shard_size: int | None, progre
         generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id}
         generation |= {"pad_token_id": generation["eos_token_id"]}
     _write_json(folder / "generation_config.json", generation)
-    (folder / "README.md").write_text(model_card(source), encoding="utf-8")
     return []
 
 
@@ -58,7 +71,7 @@ def write_official(folder: Path, source: Checkpoint, *, shard_size: int | None, 
     _write_pt(place / f"model_{step:06d}.pt", official_tensors(source.config, source.tensors), progress)
     recorded = source.about.get("meta", {}) if source.kind in ("official", "nanochat") else {}
     _write_json(place / f"meta_{step:06d}.json", {**recorded, "step": step, "model_config": model_config})
-    if source.tokenizer:
+    if "tokenizer.json" in source.tokenizer:
         notes += write_nanochat(folder / "tokenizer", source.tokenizer, vocab_size=model_config["vocab_size"])
     return notes
 
@@ -79,40 +92,3 @@ def _write_pt(path: Path, tensors: Mapping[str, LazyTensor], progress: Progress)
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def model_card(source: Checkpoint) -> str:
-    """README.md of a Hugging Face folder: what it is, how to load it, what a score of it means."""
-    model, recurrence = source.config["model"], source.config["recurrence"]
-    count = sum(torch.Size(t.shape).numel() for t in source.tensors.values())
-    memory = "none (plain decoder)"
-    if recurrence is not None:
-        source_block = RecurrenceConfig(**recurrence).source_index(model["n_layers"])
-        memory = f"{recurrence['sharing']} projections, source block {source_block} of {model['n_layers']}"
-    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if "tokenizer.json" in source.tokenizer else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lrt, latent-recurrent-transformer]
----
-# Latent Recurrent Transformer
-
-A decoder whose every position also receives the latent state of the position before it (arXiv 2605.26797).
-
-| | |
-|---|---|
-| parameters | {count:,} |
-| blocks, context | {model["n_layers"]}, {model["sequence_length"]} |
-| memory | {memory} |
-| training step | {source.step if source.step is not None else "not recorded"} |
-
-```python
-import lrt  # registers the architecture: pip install "lrt[hf]"
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(folder)
-{tokenizer}```
-
-Every document starts with the separator token, in training and in prompts. Decoding carries a recurrent state of one vector a sequence beside
-the key/value cache: a score of this model should say whether it was computed with that state (`decode`) or without it (`zero`).
-"""
