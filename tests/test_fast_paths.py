@@ -1,0 +1,219 @@
+"""The fast attention paths compute what the plain masked one computes: on the CPU their arithmetic, on a GPU the kernels.
+
+GPU tolerance: a fast path may be at most ``WORSE`` times as far from a float32 reference as the plain path in the same
+half precision is, on fresh random inputs; merging rounds each part once more than one kernel would.
+"""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
+
+import lrt
+from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
+from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.kernels import _visible, block_mask, flex_groups, merged_attention, natural_order
+from lrt.model import build_model
+from lrt.passes import split
+
+WORSE = 2.0
+
+
+class Plain:
+    """A kernel in plain torch with the face of ``kernels.Flash``."""
+
+    @staticmethod
+    def weights(query, key, seen, scale, lse=None):
+        key = key.repeat_interleave(query.shape[2] // key.shape[2], 2)
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+        back = torch.arange(query.shape[1])[:, None] - torch.arange(key.shape[1])[None] - seen.shift
+        mask = (back >= 0) if seen.left is None else (back >= 0) & (back <= seen.left)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        lse = torch.logsumexp(scores, -1) if lse is None else lse
+        return torch.exp(scores - torch.where(lse.isinf(), 0.0, lse)[..., None]), lse
+
+    @staticmethod
+    def forward(query, key, value, seen, scale):
+        weights, lse = Plain.weights(query, key, seen, scale)
+        return torch.einsum("bhij,bjhd->bihd", weights, value.repeat_interleave(query.shape[2] // value.shape[2], 2)), lse
+
+    @staticmethod
+    def backward(grad, query, key, value, out, lse, seen, scale):
+        share = query.shape[2] // key.shape[2]
+        weights, _ = Plain.weights(query, key, seen, scale, lse)
+        d_weights = torch.einsum("bihd,bjhd->bhij", grad, value.repeat_interleave(share, 2))
+        d_scores = weights * (d_weights - (grad * out).sum(-1).transpose(1, 2)[..., None]) * scale
+
+        def fold(x):
+            return x.unflatten(2, (x.shape[2] // share, share)).sum(3)
+
+        d_query = torch.einsum("bhij,bjhd->bihd", d_scores, key.repeat_interleave(share, 2))
+        return d_query, fold(torch.einsum("bhij,bihd->bjhd", d_scores, query)), fold(torch.einsum("bhij,bihd->bjhd", weights, grad))
+
+
+@st.composite
+def settings_of_a_pass(draw, longest=12):
+    groups = draw(st.integers(1, 4))
+    length = draw(st.integers(groups, longest))
+    return length, groups, draw(st.integers(0, groups - 1)), draw(st.one_of(st.none(), st.integers(0, length)))
+
+
+def inputs(length, groups, residue, *, heads=(2, 2), width=8, batch=2, dtype=torch.float64, device="cpu"):
+    """Query, keys and values by group, in that dtype, as leaves."""
+    sizes = [len(range(g, length, groups)) for g in range(groups)]
+    shapes = [(batch, sizes[residue], heads[0], width)] + [(batch, n, heads[1], width) for n in sizes * 2]
+    leaves = [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in shapes]
+    return leaves[0], leaves[1 : 1 + groups], leaves[1 + groups :]
+
+
+def reference(query, keys, values, *, residue, window, scale=0.3, softcap=None, documents=None):
+    """Masked attention over keys in their natural order."""
+    groups, length = len(keys), sum(k.shape[1] for k in keys)
+    places = torch.arange(length, device=query.device)
+    cut = {} if documents is None else {"query_documents": documents[:, residue::groups], "key_documents": documents}
+    mask = causal_mask(places[residue::groups], places, window=window, **cut)
+    return masked_attention(query, natural_order(keys), natural_order(values), mask, scale=scale, softcap=softcap)
+
+
+def with_gradients(function, leaves, grad):
+    out = function()
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+# ------------------------------------------------------------------ arithmetic, in float64
+
+
+@settings(max_examples=60)
+@given(case=settings_of_a_pass(), heads=st.sampled_from([(2, 2), (4, 2)]), seed=st.integers(0, 99))
+def test_merged_groups_are_one_attention(case, heads, seed):
+    length, groups, residue, window = case
+    torch.manual_seed(seed)
+    query, keys, values = inputs(length, groups, residue, heads=heads)
+    grad = torch.randn_like(query)
+    leaves = [query, *keys, *values]
+    merged = with_gradients(lambda: merged_attention(query, keys, values, residue=residue, window=window, scale=0.3, kernel=Plain), leaves, grad)
+    plain = with_gradients(lambda: reference(query, keys, values, residue=residue, window=window), leaves, grad)
+    for got, want in zip(merged, plain):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # parts are joined in float32
+
+
+@given(case=settings_of_a_pass(), softcap=st.sampled_from([None, 2.0]), seed=st.integers(0, 99))
+def test_a_buffer_without_mask_sees_the_right_keys(case, softcap, seed):
+    length, groups, residue, window = case
+    torch.manual_seed(seed)
+    query, keys, values = inputs(length, groups, residue)
+    stale = [torch.full_like(k, float("nan")) if g == residue else k for g, k in enumerate(keys)]  # the fresh ones take their place
+    buffer = Buffer(tuple(stale), tuple(values), residue, None)
+    got = buffer.attend(query, keys[residue], values[residue], window=window, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(got, reference(query, keys, values, residue=residue, window=window, softcap=softcap))
+
+
+@given(case=settings_of_a_pass(), seed=st.integers(0, 99))
+def test_block_masks_are_causal_masks(case, seed):
+    length, groups, residue, window = case
+    documents = torch.randint(0, 2, (2, length), generator=torch.Generator().manual_seed(seed)).cumsum(1)
+    places = torch.arange(length)
+    queries = places[residue::groups]
+    for cut in (None, documents):
+        seen = _visible(groups=groups, residue=torch.tensor(residue), window=window, documents=cut)
+        got = create_mask(seen, 2, 1, len(queries), length, device="cpu")
+        both = {} if cut is None else {"query_documents": cut[:, queries], "key_documents": cut}
+        assert torch.equal(got, causal_mask(queries, places, window=window, **both).expand_as(got))
+
+
+@given(length=st.integers(1, 12), groups=st.integers(1, 5))
+def test_split_and_natural_order_are_inverse(length, groups):
+    x = torch.randn(2, length, 3)
+    parts = split(x, min(groups, length))
+    assert all(torch.equal(part, x[:, g :: min(groups, length)]) for g, part in enumerate(parts))
+    assert torch.equal(natural_order(parts), x)
+
+
+# ------------------------------------------------------------------ kernels, on a GPU
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def gpu_test(function):
+    for mark in gpu:
+        function = mark(function)
+    return function
+
+
+def assert_no_worse(fast, plain, exact, name):
+    """Each tensor of ``fast`` is nearly as close to ``exact`` as ``plain`` is."""
+    for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
+        scale = c.double().norm()
+        far, near = ((x.double() - c.double()).norm() / scale for x in (a, b))
+        assert far <= WORSE * near + 1e-3, f"{name}: tensor {index}: relative error {far:.2e}, plain path {near:.2e}"
+
+
+def three_ways(fast, leaves, groups, **call):
+    """Outputs and gradients of a fast path, of the plain path, and of the plain path in float32."""
+    grad = torch.randn_like(leaves[0])
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    parts = [(x[0], x[1 : 1 + groups], x[1 + groups :]) for x in (leaves, wide)]
+    plain, exact = (with_gradients(lambda x=x: reference(*x, **call), y, grad) for x, y in zip(parts, (leaves, wide)))
+    return with_gradients(lambda: fast(*parts[0]), leaves, grad), plain, exact
+
+
+@gpu_test
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("window", [None, 100, 7])
+@pytest.mark.parametrize("length, groups", [(256, 1), (256, 2), (255, 2), (250, 3), (512, 4)])
+def test_kernels_against_float32(length, groups, window, heads):
+    for residue in range(groups):
+        query, keys, values = inputs(length, groups, residue, heads=heads, width=128, dtype=torch.bfloat16, device="cuda")
+        call = {"residue": residue, "window": window, "scale": 0.1, "softcap": None}
+        errors = three_ways(functools.partial(grouped_attention, **call), [query, *keys, *values], groups, **call)
+        assert_no_worse(*errors, f"T {length}, S {groups}, residue {residue}, window {window}, heads {heads}")
+
+
+@gpu_test
+@pytest.mark.parametrize("cut", [False, True])
+def test_flex_against_float32(cut):
+    length, groups, window, softcap = 512, 2, 100, 5.0
+    compiled = torch.compile(flex_groups, fullgraph=True, dynamic=False)
+    documents = (torch.rand(2, length, device="cuda") < 0.02).cumsum(1) if cut else None
+    for residue in range(groups):
+        query, keys, values = inputs(length, groups, residue, heads=(4, 2), width=128, dtype=torch.bfloat16, device="cuda")
+        mask = block_mask(length=length, groups=groups, residue=residue, window=window, documents=documents, device=query.device)
+        call = {"residue": residue, "window": window, "scale": 0.1, "softcap": softcap, "documents": documents}
+        fast = functools.partial(compiled, mask=mask, scale=0.1, softcap=softcap)
+        assert_no_worse(*three_ways(fast, [query, *keys, *values], groups, **call), f"flex, residue {residue}, documents {cut}")
+
+
+def losses_and_gradients(model, tokens, schedule, **options):
+    model.zero_grad(set_to_none=True)
+    out = model(tokens[:, :-1], targets=tokens[:, 1:], schedule=schedule, **options)
+    out.loss.backward()
+    return [torch.stack([out.loss.detach(), *out.groups]), *[p.grad for p in model.parameters()]]
+
+
+@gpu_test
+@pytest.mark.parametrize("pattern, documents", [("L", False), ("SL", False), ("SL", True)])
+def test_compiled_steps_against_float32(pattern, documents):
+    """Whole steps: the compiled half-precision model against an eager float32 one, and the eager half one as the yardstick."""
+    from lrt.loss import Scorer
+
+    config = ModelConfig(n_layers=2, width=256, vocab_size=512, sequence_length=256, window_pattern=pattern)
+    wide = build_model(config, RecurrenceConfig(separator=3), device="cuda")
+    wide.init_weights()
+    for parameter in wide.parameters():  # the initial output projections are zero and would hide everything
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    half, fast = (build_model(config, RecurrenceConfig(separator=3), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for model in (half, fast):
+        model.load_state_dict(wide.state_dict())
+    wide.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
+    for block in fast.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    fast.backbone.head.scorer = Scorer(*(torch.compile(f, dynamic=False) for f in Scorer()))
+    tokens = torch.randint(0, 512, (2, 257), device="cuda")
+    options = {"document_ids": (tokens[:, :-1] == 3).cumsum(1)} if documents else {}
+    for schedule in (lrt.refine(1), lrt.interleaved(2)) if not documents else (lrt.interleaved(2),):
+        exact, plain, got = (losses_and_gradients(model, tokens, schedule, **options) for model in (wide, half, fast))
+        assert_no_worse(got, plain, exact, f"{schedule}, windows {pattern}")

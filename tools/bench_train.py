@@ -1,0 +1,446 @@
+"""Time training steps: variants x shapes in one process, interleaved in time; docs/benchmarks.md is made from it.
+
+python tools/bench_train.py --suites d12 d12-sssl d20                       # one GPU: forward + backward, whole steps
+python tools/bench_train.py --suites d12 --reference ../official            # also the official code, from your checkout
+torchrun --nproc_per_node=2 tools/bench_train.py --suites d20 --against one.json   # FSDP2; throughput against one GPU's run
+python tools/bench_train.py --suites tiny                                   # CPU: does it run, are the graph counts as expected
+
+The last line printed is one JSON object. Milliseconds are medians of single steps between device events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+
+import lrt
+from lrt.accounting import mfu, peak_flops, training_flops
+from lrt.config import DataConfig, ModelConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
+from lrt.model import build
+from lrt.train.distributed import World, open_world
+from lrt.train.parallel import free_gathered, named_parameters
+from lrt.train.weights import build_parallel
+
+SEPARATOR = 7  # any token: tokens are random
+
+
+class Suite(NamedTuple):
+    """One shape: a model, rows a GPU, and the attention windows."""
+
+    layers: int
+    rows: int
+    length: int = 2048
+    vocabulary: int = 32768
+    pattern: str = "L"
+    separator: int | None = None
+    width: int | None = None
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            n_layers=self.layers, width=self.width, vocab_size=self.vocabulary, sequence_length=self.length, window_pattern=self.pattern
+        )
+
+
+SUITES = {
+    "d12": Suite(12, 16),
+    "d12-sssl": Suite(12, 16, pattern="SSSL", separator=SEPARATOR),
+    "d20": Suite(20, 8),
+    "d20-sssl": Suite(20, 8, pattern="SSSL", separator=SEPARATOR),
+    "tiny": Suite(4, 2, length=64, vocabulary=320, pattern="SL", separator=SEPARATOR, width=64),
+}
+
+
+class Variant(NamedTuple):
+    """What is trained: how memory projections are shared (None: the plain twin), and the passes."""
+
+    sharing: str | None
+    schedule: Any
+    graphs: int  # compiled graphs a window that it adds to those before it, first for its kind of model
+
+
+VARIANTS = {
+    "baseline": Variant(None, lrt.baseline(), 1),
+    "refine(1)": Variant("shared", lrt.refine(1), 2),
+    "refine(1), source 8/12, weights (0, 1)": Variant("shared", lrt.refine(1, weights=(0.0, 1.0)), 0),
+    "interleaved(2)": Variant("shared", lrt.interleaved(2), 2),
+    "interleaved(4)": Variant("shared", lrt.interleaved(4), 4),
+    "layerwise interleaved(2)": Variant("layerwise", lrt.interleaved(2), 2),
+}
+OFFICIAL, OFFICIAL_LRT = "official baseline, compiled", "official LRT S=2, as shipped"
+
+
+def recipe_of(suite: Suite, sharing: str | None, parallel: ParallelConfig) -> Recipe:
+    recurrence = None if sharing is None else RecurrenceConfig(sharing=sharing, separator=suite.separator)
+    return Recipe(
+        run=RunConfig(name="bench"),
+        model=suite.model(),
+        recurrence=recurrence,
+        schedule=ScheduleConfig(kind="baseline") if sharing is None else ScheduleConfig(),
+        data=DataConfig(train="demo", tokenizer="bytes"),
+        training=TrainingConfig(steps=1, batch_tokens=suite.rows * suite.length, micro_batch=suite.rows, clip_norm=1.0),
+        parallel=parallel,
+    )
+
+
+# ------------------------------------------------------------------ things that can be stepped
+
+
+class Subject:
+    """A name and a function that does one forward and backward."""
+
+    def __init__(self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int) -> None:
+        self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = name, step, own_bytes, flops, world, tokens
+        self.times: list[float] = []
+        self.peak_gib = self.compile_s = float("nan")
+        self.graphs = self.recompiles = 0
+        self.syncs: str = ""
+
+    def warm_up(self, steps: int = 3) -> None:
+        """Compile, then see what the steady state costs: graphs, recompiles, host syncs, peak memory."""
+        before, began = graph_count(), time.perf_counter()
+        self.step()
+        self.step()
+        synchronize(self.world)
+        self.compile_s, self.graphs = time.perf_counter() - began, graph_count() - before
+        cuda = self.world.device.type == "cuda"
+        held = 0
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                self.step()
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        synchronize(self.world)
+        where = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+        self.syncs = f"{len(where) / steps:.1f} a step, at {', '.join(sorted(set(where)))}" if where else ""
+        self.recompiles = graph_count() - before - self.graphs
+        if cuda:
+            self.peak_gib = (torch.cuda.max_memory_allocated() - held + self.own_bytes) / 2**30
+
+    def measure(self, steps: int) -> None:
+        self.step()  # the clocks and caches of the subject before are not this one's
+        marks = [mark(self.world)]
+        for _ in range(steps):
+            self.step()
+            marks.append(mark(self.world))
+        synchronize(self.world)
+        self.times += [span(a, b) for a, b in zip(marks, marks[1:])]
+
+    def row(self) -> dict[str, Any]:
+        ms = statistics.median(self.times)
+        row = {"variant": self.name, "ms": ms, "spread_ms": max(self.times) - min(self.times), "peak_gib": self.peak_gib}
+        row |= {"compile_s": self.compile_s, "graphs": self.graphs, "recompiles": self.recompiles, "host_syncs": self.syncs or "none"}
+        row["tokens_per_second"] = self.tokens * self.world.size / ms * 1e3
+        if self.flops is not None:
+            row["mfu"] = mfu(self.flops * self.tokens / ms * 1e3, device_name(self.world))
+        return row
+
+
+def graph_count() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def synchronize(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def mark(world: World) -> Any:
+    if world.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def span(start: Any, end: Any) -> float:
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(0, suite.vocabulary, (suite.rows, suite.length + 1), device=world.device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def forward_backward(model: Any, schedule: Any, suite: Suite, world: World) -> Callable[[], None]:
+    tokens, targets = random_rows(suite, world)
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        out = model(tokens, targets=targets, schedule=schedule)
+        out.loss.backward()
+        free_gathered(model)
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def whole_step(model: Any, schedule: Any, recipe: Recipe, world: World, optimizer: Any) -> Callable[[], None]:
+    """Data, forward, backward, norm, clipping and the optimizer, as the trainer does them."""
+    from lrt.data import Batch, build_loader, load_tokenizer
+    from lrt.train.step import train_step
+
+    rows = recipe.training.micro_batch
+    options = {"sequence_length": recipe.model.sequence_length, "rows": rows, "rank": world.rank, "world_size": world.size, "seed": 1}
+    loader = iter(build_loader(recipe.data, tokenizer=load_tokenizer(recipe.data.tokenizer), **options))
+
+    def step() -> None:
+        batch = next(loader)
+        batch = Batch(batch.input_ids.to(world.device, non_blocking=True), batch.targets.to(world.device, non_blocking=True), batch.source)
+        train_step(model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world)
+
+    return step
+
+
+def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> tuple[Callable[[], None], int]:
+    """The official code from a checkout: its baseline with value embeddings everywhere, or its recurrent step."""
+    sys.path.insert(0, path)
+    from nanochat.gpt import GPT, GPTConfig
+
+    config = suite.model()
+    with torch.device("meta"):
+        model = GPT(
+            GPTConfig(
+                sequence_len=suite.length, vocab_size=suite.vocabulary, n_layer=suite.layers, n_head=config.heads, n_kv_head=config.heads,
+                n_embd=config.d_model, window_pattern=suite.pattern, ve_every_layer=True, use_interleaved=recurrent,
+            )
+        )  # fmt: skip
+    model.to_empty(device=world.device)
+    model.init_weights()
+    compiled = torch.compile(model, dynamic=False)
+    tokens, targets = random_rows(suite, world)
+
+    def step() -> None:
+        with torch.autocast(world.device.type, torch.bfloat16):
+            if recurrent:
+                loss = model.forward_interleaved_train(tokens, targets, use_compiled_model=compiled)["loss"]
+            else:
+                loss = compiled(tokens, targets)
+                loss = loss[0] if isinstance(loss, tuple) else loss
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+# ------------------------------------------------------------------ a suite
+
+
+def parameter_bytes(model: Any) -> int:
+    tensors = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def build_model(recipe: Recipe, world: World, options: argparse.Namespace) -> Any:
+    if options.precision == "masters":
+        model = build_parallel(recipe, world)
+    else:  # no float32 masters: what the same model would cost if nothing had to be cast or gathered
+        from lrt.train.parallel import parallelize
+
+        model = build(recipe, device=world.device).to(getattr(torch, options.precision))
+        parallelize(model, recipe.parallel, dataclasses.replace(world, sharded=False))
+    if options.backend is not None:
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=options.backend)
+    return model.train()
+
+
+def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
+    """Build every model of a shape, warm up, then take turns."""
+    suite = SUITES[name]
+    suite = suite._replace(rows=options.rows or suite.rows)
+    parallel = ParallelConfig(
+        compile=options.backend is None, loss_chunk=options.loss_chunk, activation_checkpointing=options.checkpointing,
+        param_dtype="bfloat16" if world.device.type == "cuda" else "float32",
+    )  # fmt: skip
+    chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
+    models: dict[str | None, Any] = {}
+    subjects: list[Subject] = []
+    tokens = suite.rows * suite.length
+    expected = 0
+    windows = len(set(suite.model().windows()))
+    for key, variant in chosen.items():
+        recipe = recipe_of(suite, variant.sharing, parallel)
+        if variant.sharing not in models:
+            models[variant.sharing] = build_model(recipe, world, options)
+        model = models[variant.sharing]
+        flops = training_flops(build(recipe, device="meta"), variant.schedule, suite.length)
+        step = forward_backward(model, variant.schedule, suite, world)
+        subjects.append(Subject(key, step, own_bytes=parameter_bytes(model), flops=flops, world=world, tokens=tokens))
+        expected += variant.graphs * windows
+    for recurrent in (False, True) if options.reference else ():
+        if not recurrent or options.reference_lrt:
+            step, own = official_step(options.reference, suite, world, recurrent=recurrent)
+            title = OFFICIAL_LRT if recurrent else OFFICIAL
+            subjects.append(Subject(title, step, own_bytes=own, flops=None, world=world, tokens=tokens))
+    for subject in subjects:
+        torch.compiler.set_stance("force_eager" if subject.name == OFFICIAL_LRT else "default")
+        subject.warm_up()
+        say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
+    ours = graph_count()
+    for _ in range(options.turns):
+        for subject in subjects:
+            subject.measure(options.steps)
+    rows = [subject.row() for subject in subjects]
+    shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
+    result: dict[str, Any] = {"suite": name, **shape, "rows": rows, "recompiles_while_timing": graph_count() - ours}
+    if options.backend is not None:
+        result |= {"graphs": sum(s.graphs for s in subjects), "graphs_expected": expected}
+    fastest = min((r["ms"] for r in rows if r["variant"] in ("baseline", OFFICIAL)), default=None)
+    own = next((r["peak_gib"] for r in rows if r["variant"] == "baseline"), None)
+    for row in rows:
+        row["ratio"] = None if fastest is None else row["ms"] / fastest
+        row["memory_ratio"] = None if own is None else row["peak_gib"] / own
+    if options.profile:
+        result["profiles"] = {s.name: profiled(s) for s in subjects if s.name in options.profile}
+    if options.whole_step:
+        result["whole_steps"] = [whole_steps(key, chosen[key], models, suite, parallel, world, options) for key in options.whole_step]
+    subjects.clear()
+    models.clear()
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+def whole_steps(
+    key: str, variant: Variant, models: dict[str | None, Any], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Whole steps and bare forward + backward of one variant, taking turns."""
+    from lrt.train.muon import direction
+    from lrt.train.optimizers import MuonAdamW, parameter_groups
+
+    recipe, model = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
+    compiled = torch.compile(direction, fullgraph=True, dynamic=False) if options.backend is None else direction
+    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), direction=compiled)
+    options_of = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
+    bare = Subject(key, forward_backward(model, variant.schedule, suite, world), **options_of)
+    whole = Subject(key, whole_step(model, variant.schedule, recipe, world, optimizer), **options_of)
+    whole.warm_up()
+    for _ in range(options.turns):
+        bare.measure(options.steps)
+        whole.measure(options.steps)
+    ms, bare_ms = whole.row()["ms"], bare.row()["ms"]
+    accumulation = max(1, round(524288 / (suite.rows * suite.length * world.size)))  # the recipes' batch
+    outside = ms - bare_ms
+    return {
+        "variant": key, "ms": ms, "forward_backward_ms": bare_ms, "outside_share": outside / ms, "host_syncs": whole.syncs or "none",
+        "outside_share_at_524288_tokens": outside / (bare_ms * accumulation + outside), "recompiles": whole.recompiles,
+    }  # fmt: skip
+
+
+def profiled(subject: Subject, steps: int = 2) -> list[tuple[str, int, float]]:
+    """Device time of every kernel a step: name, calls, milliseconds."""
+    if subject.world.device.type != "cuda":
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as log:
+        for _ in range(steps):
+            subject.step()
+        torch.cuda.synchronize()
+    rows = [(e.key[:110], e.count // steps, e.self_device_time_total / steps / 1e3) for e in log.key_averages()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+# ------------------------------------------------------------------ the report
+
+
+def say(world: World, text: str) -> None:
+    if world.main:
+        print(text, flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{result['suite']}: {result['batch']} x {result['length']} a GPU, window pattern {result['pattern']}"]
+    head = f"{'':42s}{'ms':>9s}{'ratio':>7s}{'GiB':>7s}{'x':>6s}{'tok/s':>10s}{'MFU':>7s}"
+    lines.append(f"{head}{'compile s':>11s}{'graphs':>8s}{'again':>7s}  host syncs")
+    for r in result["rows"]:
+        share, ratio, memory = r.get("mfu"), r["ratio"], r["memory_ratio"]
+        lines.append(
+            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib']:7.1f}{0 if memory is None else memory:6.2f}"
+            f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
+            f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
+        )
+    for w in result.get("whole_steps", ()):
+        lines.append(
+            f"whole step, {w['variant']}: {w['ms']:.2f} ms, forward + backward {w['forward_backward_ms']:.2f}; "
+            f"outside {100 * w['outside_share']:.1f} % ({100 * w['outside_share_at_524288_tokens']:.2f} % at 524288 tokens); "
+            f"host syncs: {w['host_syncs']}"
+        )
+    for name, kernels in result.get("profiles", {}).items():
+        lines.append(f"kernels of {name}: {sum(k[2] for k in kernels):.2f} ms")
+        lines += [f"  {ms:8.3f} ms x{calls:<5d} {kernel}" for kernel, calls, ms in kernels[:30]]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--suites", nargs="+", default=["d12"], choices=sorted(SUITES))
+    parser.add_argument("--variants", nargs="*", default=[v for v in VARIANTS if v != "interleaved(4)"], choices=list(VARIANTS))
+    parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
+    parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
+    parser.add_argument("--precision", default="masters", choices=["masters", "bfloat16"], help="float32 masters as the trainer has, or none")
+    parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
+    parser.add_argument("--loss-chunk", type=int, default=ParallelConfig().loss_chunk)
+    parser.add_argument("--backend", help="of torch.compile, instead of the trainer's; CPU default: aot_eager")
+    parser.add_argument("--reference", metavar="PATH", help="checkout of the official code, timed too")
+    parser.add_argument("--reference-lrt", action="store_true", help="also its recurrent step")
+    parser.add_argument("--whole-step", nargs="*", default=[], choices=list(VARIANTS), help="time whole training steps of these")
+    parser.add_argument("--profile", nargs="*", default=[], help="list the kernels of these variants")
+    parser.add_argument("--against", metavar="JSON", help="result of the same suites on one GPU: prints the scaling")
+    parser.add_argument("--out", help="write the JSON there too")
+    options = parser.parse_args(arguments)
+    torch.set_float32_matmul_precision("high")
+    cuda = torch.cuda.is_available()
+    if not cuda and options.backend is None:
+        options.backend = "aot_eager"
+    plain = Recipe(parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32"))
+    with open_world(plain) as world:
+        torch.manual_seed(world.rank)
+        torch._dynamo.config.recompile_limit = 128
+        results = [run_suite(name, world, options) for name in options.suites]
+        summary = {
+            "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
+            "precision": options.precision, "suites": results,
+        }  # fmt: skip
+        if options.against:
+            one = {(s["suite"], r["variant"]): r for s in json.loads(Path(options.against).read_text())["suites"] for r in s["rows"]}
+            for result in results:
+                for row in result["rows"]:
+                    row["scaling"] = row["tokens_per_second"] / one[result["suite"], row["variant"]]["tokens_per_second"]
+                    say(world, f"{result['suite']}, {row['variant']}: {row['scaling']:.3f}x the tokens/s of one GPU")
+        if options.out and world.main:
+            Path(options.out).write_text(json.dumps(summary))
+        for result in results:
+            say(world, table(result))
+            for kernels in result.get("profiles", {}).values():
+                del kernels[40:]
+        say(world, json.dumps(summary))
+    return int(any(r.get("graphs") != r.get("graphs_expected") for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
