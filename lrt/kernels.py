@@ -130,17 +130,18 @@ def usable(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernels of this file run on such tensors; elsewhere attention takes a dense mask."""
     if device.type != "cuda" or dtype not in HALF or head_dim % 8 or head_dim > 256:
         return False
-    return _compute_capability(device.index) >= (8, 0)
+    return _generation(device.index) >= 8
 
 
 def _kernel(query: Tensor, window: int | None) -> Any:
-    hopper = _compute_capability(query.device.index)[0] == 9
+    hopper = _generation(query.device.index) == 9
     return CuDNN if hopper and window is None and query.shape[-1] <= 128 else Flash
 
 
 @torch.compiler.assume_constant_result
-def _compute_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _generation(index: int) -> int:
+    """Major compute capability: 8 Ampere, 9 Hopper; a number, because dynamo (torch 2.11) cannot compare tuples."""
+    return torch.cuda.get_device_capability(index)[0]
 
 
 # ------------------------------------------------------------------ groups, merged

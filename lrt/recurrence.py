@@ -151,7 +151,7 @@ class RecurrentBlock(nn.Module):
         if memory is not None:
             memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
             key, value = key + remote * memory_key, value + remote * memory_value
-        return hidden, projection._replace(key=key, value=value)
+        return hidden, Projection(projection.normed, projection.query, key, value)
 
 
 # ------------------------------------------------------------------ memory as a sequence

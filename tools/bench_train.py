@@ -296,9 +296,16 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
             step, own = official_step(options.reference, suite, world, recurrent=recurrent)
             title = OFFICIAL_LRT if recurrent else OFFICIAL
             subjects.append(Subject(title, step, own_bytes=own, flops=None, world=world, tokens=tokens))
-    for subject in subjects:
+    failed: list[str] = []
+    for subject in list(subjects):
         torch.compiler.set_stance("force_eager" if subject.name == OFFICIAL_LRT else "default")
-        subject.warm_up()
+        try:
+            subject.warm_up()
+        except Exception as error:  # the others are still worth timing; the row is missing from the table
+            say(world, f"{name}: {subject.name}: FAILED: {type(error).__name__}: {str(error)[:3000]}")
+            subjects = [other for other in subjects if other is not subject]
+            failed.append(subject.name)
+            continue
         say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
     ours = graph_count()
     for _ in range(options.turns):
@@ -306,7 +313,7 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
             subject.measure(options.steps)
     rows = [subject.row() for subject in subjects]
     shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
-    result: dict[str, Any] = {"suite": name, **shape, "rows": rows, "recompiles_while_timing": graph_count() - ours}
+    result: dict[str, Any] = {"suite": name, **shape, "rows": rows, "failed": failed, "recompiles_while_timing": graph_count() - ours}
     if options.backend is not None:
         result |= {"graphs": sum(s.graphs for s in subjects), "graphs_expected": expected}
     fastest = min((r["ms"] for r in rows if r["variant"] in ("baseline", OFFICIAL)), default=None)
@@ -439,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
             for kernels in result.get("profiles", {}).values():
                 del kernels[40:]
         say(world, json.dumps(summary))
-    return int(any(r.get("graphs") != r.get("graphs_expected") for r in results))
+    return int(any(r["failed"] or r.get("graphs") != r.get("graphs_expected") for r in results))
 
 
 if __name__ == "__main__":
