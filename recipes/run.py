@@ -31,7 +31,7 @@ def main() -> int:
 
             print(dry_run(recipe, world_size=int(os.environ.get("WORLD_SIZE", 8))))
             return 0
-        from lrt.train.faults import NonFiniteError
+        from lrt.train.faults import HangError, NonFiniteError
         from lrt.train.trainer import train
 
         try:
@@ -39,6 +39,9 @@ def main() -> int:
         except NonFiniteError as error:
             print(f"stopped: {error}", file=sys.stderr)
             return 1
+        except HangError as error:
+            print(f"stopped: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # threads that wait for the lost rank would keep the process alive
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

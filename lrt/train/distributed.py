@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrt.config import Recipe
+from lrt.train.faults import HangError
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,27 @@ def open_world(recipe: Recipe) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
-    if size > 1:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    store = _store(timeout) if size > 1 else dist.HashStore()
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device if device.type == "cuda" else None
+    )
     try:
         yield World(rank, size, device, sharded, dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30))))
-    finally:
-        with contextlib.suppress(Exception):  # a rank that is gone cannot be waited for, and hides the error that matters
-            dist.destroy_process_group()
+    except HangError:
+        raise  # leaving the group would wait for the rank that is gone
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where the ranks find each other, apart for every restart.
+
+    torchrun keeps one store over its restarts, and the addresses of ranks that are gone would be found in it
+    (pytorch issue 135712); TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it start a fresh one instead.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
+        return store
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -18,6 +18,10 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class HangError(RuntimeError):
+    """A collective did not end: another rank has died or hangs, so nothing more can be done together."""
+
+
 class StopSignal:
     """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a clean end; a second Ctrl-C ends at once.
 

@@ -22,7 +22,7 @@ from lrt.model import build
 from lrt.train.checkpoint import CheckpointManager, check_same_model, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate_run, validation_loader
-from lrt.train.faults import FiniteGuard, Heartbeat, StopSignal, hang_message
+from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message
 from lrt.train.horizon import plan_horizon
 from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
 from lrt.train.muon import direction
@@ -47,7 +47,7 @@ def train(recipe: Recipe) -> RunResult:
     Raises:
         ValueError: the recipe, the data or a checkpoint cannot be used.
         NonFiniteError: too many steps in a row were not finite.
-        RuntimeError: a rank died or hangs; the message names the step.
+        HangError: a rank died or hangs; the message names the step.
     """
     with open_world(recipe) as world, StopSignal() as signals:
         timeout = 60 * recipe.parallel.timeout_minutes
@@ -55,8 +55,10 @@ def train(recipe: Recipe) -> RunResult:
             run = assemble(recipe, world)
             try:
                 return _loop(run, signals, heart)
-            finally:
+            except NonFiniteError:
                 run.manager.wait()
+                raise
+            finally:
                 run.recorder.close()
 
 
@@ -185,11 +187,11 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except torch.distributed.DistError as error:
-        raise RuntimeError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
     except RuntimeError as error:
-        if "gloo" not in str(error).lower():
+        if "gloo" not in str(error).lower() and "timeout" not in str(error).lower():
             raise
-        raise RuntimeError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
 
 
 # ------------------------------------------------------------------ the loop

@@ -1,0 +1,81 @@
+"""Runs of two ranks that lose one: killed and restarted by torchrun, hung, and resumed on another number of ranks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrt.train.checkpoint import latest, read_rest, step_of
+from lrt.train.metrics import read_records
+from test_train_run import ROOT, TINY
+
+pytestmark = pytest.mark.dist
+
+
+def launch(folder, *sets, ranks=2, options=()):
+    (folder / "r.toml").write_text(TINY)
+    pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(process, step):
+    while True:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        if re.match(rf" +{step} ", line):
+            return
+
+
+def workers(process):
+    """Process ids of the ranks, in order."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(item[5:]) for item in environment if item.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path):
+    first = launch(tmp_path, "training.steps=24", "checkpoint.every=4", options=("--max-restarts=1",))
+    wait_for_step(first, 9)
+    os.kill(workers(first)[1], signal.SIGKILL)
+    output, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    assert re.search(r"resumed from .*step_\d+", output)
+    folder = tmp_path / "tiny"
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 25))
+    assert step_of(latest(folder / "checkpoints")) == 24
+
+    second = launch(tmp_path, "training.steps=30", "checkpoint.every=4", ranks=1)
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert "resumed from" in output and [r.meta["world_size"] for r in map(read_rest, [latest(folder / "checkpoints")])] == [1]
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 31))
+
+
+def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
+    process = launch(tmp_path, "training.steps=100000", "parallel.timeout_minutes=0.1")
+    wait_for_step(process, 5)
+    stopped = workers(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if line.startswith("stopped: step"):  # how the waiting rank ends
+            break
+    os.kill(stopped, signal.SIGKILL)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode != 0
+    named = r"step \d+: no progress for about 0.1 minutes \(parallel.timeout_minutes\): a rank has died or hangs"
+    assert re.search(f"rank 0: {named}", seen), seen + rest  # said before the process group gives up
+    assert re.search(f"stopped: {named}", seen), seen + rest
