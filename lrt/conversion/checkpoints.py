@@ -125,8 +125,9 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     from lrt.train.checkpoint import find_checkpoint, step_of
 
     if step is not None:
-        folders = [p for p in (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path) if step_of(p) == step]
-        if not folders or not folders[0].is_dir():
+        places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)
+        folders = [place for place in places if step_of(place) == step and place.is_dir()]
+        if not folders:
             raise ValueError(f"{path} holds no checkpoint of step {step}: leave --step out for the newest, or look at the folder names")
         path = folders[0]
     folder = find_checkpoint(path)

@@ -78,8 +78,11 @@ def write_official(folder: Path, source: Checkpoint, *, shard_size: int | None, 
 
 def _write_pt(path: Path, tensors: Mapping[str, LazyTensor], progress: Progress) -> None:
     """torch.save of a state dict that is never in memory: the file is laid out first, then filled through a map of it."""
-    with torch.serialization.skip_data():
-        torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, path)
+    try:
+        with torch.serialization.skip_data():
+            torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, path)
+    except RuntimeError as error:  # torch's writer has no OSError of its own
+        raise OSError(f"{path.name} cannot be laid out: {error}") from None
     if hasattr(os, "posix_fallocate"):  # a full disk must be an error here, not a crash while the map is written
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
