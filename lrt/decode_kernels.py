@@ -119,11 +119,11 @@ def _rotated(left, right, cos, sin, eps, W: tl.constexpr, QK_NORM: tl.constexpr,
 
 @triton.jit
 def attention_kernel(
-    projected, cos, sin, memory_key, memory_value, table, tokens,
+    projected, frequencies, memory_key, memory_value, table, tokens,
     cache_key, cache_value, lengths, starts, partial, summary,
     projected_stride, memory_stride, eps, softmax_scale,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
-    GATED: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, QK_NORM: tl.constexpr, PER_ROW: tl.constexpr,
+    GATED: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, QK_NORM: tl.constexpr, ROUND: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Fresh key and value into the cache, and one split of the attention of one head over the slots in use."""
@@ -134,9 +134,10 @@ def attention_kernel(
     half, whole = tl.arange(0, HALF), tl.arange(0, W)
     position = tl.load(lengths + b)
     begin = tl.load(starts + b)
-    angle = b * HALF if PER_ROW else b * 0
-    c = tl.load(cos + angle + half).to(tl.float32)
-    s = tl.load(sin + angle + half).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(frequencies + half)
+    c, s = tl.cos(angle), tl.sin(angle)
+    if ROUND:
+        c, s = c.to(tl.bfloat16).to(tl.float32), s.to(tl.bfloat16).to(tl.float32)
     own = projected + b * projected_stride
     q = own + h * W
     q_left, q_right = _rotated(tl.load(q + half), tl.load(q + HALF + half), c, s, eps, W, QK_NORM, dtype)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.attention import rope_tables
 from lrt.backbone import Decoder, rms_norm
 from lrt.state import DecodeState
 from lrt.types import MemoryInput
@@ -33,8 +32,8 @@ class Token(NamedTuple):
     """What one block needs of the token beside the hidden state."""
 
     tokens: Tensor  # (B, 1)
-    cos: Tensor  # (1 or B, 1, 1, W/2)
-    sin: Tensor
+    frequencies: Tensor  # (W/2,) RoPE angle of one position, float32
+    round_angles: bool  # the cosines and sines are bfloat16
     embedding: Tensor  # (B, 1, D)
     table: Tensor | None  # (V, G W) E_v
     scale: Tensor | None
@@ -56,18 +55,18 @@ def can_fuse(model: Any) -> bool:
 
 def fuse(model: Any) -> Any:
     """The model as a RecurrentDecoder for single tokens; same parameters, other kernels."""
-    backbone = model.backbone
+    backbone, config = model.backbone, model.backbone.config
+    channels = torch.arange(0, backbone.head_dim, 2, dtype=torch.float32, device=backbone.head.weight.device)
+    frequencies = 1.0 / (config.rope_base ** (channels / backbone.head_dim))
+    rounded = config.rope_dtype == "bfloat16"
 
     def embed(tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Token, ...]]:
-        config = backbone.config
         hidden = rms_norm(backbone.embedding(tokens))
-        dtype = torch.bfloat16 if config.rope_dtype == "bfloat16" else torch.float32
-        cos, sin = rope_tables(positions, backbone.head_dim, base=config.rope_base, dtype=dtype)
         contexts = []
         for i in range(len(model.blocks)):
             table = backbone.value_embeddings[str(i)].weight if str(i) in backbone.value_embeddings else None
             scales = [None if s is None else s[i : i + 1] for s in (backbone.residual_scales, backbone.embedding_scales)]
-            contexts.append(Token(tokens, cos, sin, hidden, table, *scales))
+            contexts.append(Token(tokens, frequencies, rounded, hidden, table, *scales))
         return hidden, tuple(contexts)
 
     def logits(hidden: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def fuse(model: Any) -> Any:
         return [Slots(k, v, state.lengths, state.document_starts) for k, v in zip(state.keys, state.values)]
 
     return SimpleNamespace(
-        backbone=SimpleNamespace(embed=embed, logits=logits, config=backbone.config, vocab_size=backbone.vocab_size),
+        backbone=SimpleNamespace(embed=embed, logits=logits, config=config, vocab_size=backbone.vocab_size),
         blocks=[FusedBlock(block) for block in model.blocks],
         memory_projection=None if model.memory_projection is None else project,
         injection=model.injection,
@@ -187,11 +186,11 @@ def attend(
     partial = x.new_empty(rows, heads, splits, width, dtype=torch.float32)
     summary = x.new_empty(rows, heads, splits, 2, dtype=torch.float32)
     kernels.attention_kernel[(rows, heads, splits)](
-        projected, context.cos, context.sin, key, value, _or(context.table, x), context.tokens,
+        projected, context.frequencies, key, value, _or(context.table, x), context.tokens,
         kv.key, kv.value, kv.lengths, kv.starts, partial, summary,
         projected.shape[1], stride, torch.finfo(x.dtype).eps, width**-0.5,
         heads, groups, width, slots, splits,
-        gated, memory and gated, block.value_gate is not None and context.table is not None, block.qk_norm, context.cos.shape[0] > 1,
+        gated, memory and gated, block.value_gate is not None and context.table is not None, block.qk_norm, context.round_angles,
         min(64, max(16, 8192 // width)), num_warps=4,
     )  # fmt: skip
     weight = block.output.weight

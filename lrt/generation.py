@@ -1,4 +1,4 @@
-"""Generation: rows that decode together, ``generate`` and scoring in ``decode`` semantics.
+"""Generation: rows that decode together, ``generate`` and ``complete``.
 
 A prompt's last token is not prefilled: it is the first token that the rows consume, so every new token
 comes out of the same step. The host looks at the rows once in ``every`` steps.
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lrt import decoding
 from lrt import prefill as prefills
-from lrt.loss import IGNORE
 from lrt.prefill import Prefill, Report
 from lrt.prefix_cache import PrefixCache
 from lrt.sampling import Sampling, check_stops, choose, row_seeds
@@ -99,7 +98,7 @@ class Session:
         self.seeds = (row_seeds(batch, None, device) if seeds is None else seeds.to(device)).clone()
         self.remaining = torch.full((batch,), max_new_tokens, dtype=torch.int64, device=device)
         self.active = self.remaining > 0
-        self.history = torch.full((batch, state.capacity + 2), pad_id, dtype=torch.int64, device=device)
+        self.history = torch.full((batch, state.capacity + 2), pad_id, dtype=torch.int64, device=device) if sampling.processors else None
         self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
         self.new_tokens = torch.zeros(batch, every, dtype=torch.int64, device=device)
         self.new_logprobs = torch.zeros(batch, every, dtype=torch.float32, device=device)
@@ -110,20 +109,24 @@ class Session:
         for row in range(batch):
             self._remember(row, None if history is None else history[row])
         self._runner = runner
+        self._emit = getattr(model, "compiled", _same)(self._choose)
         self._run: decoding.Action | None = None
 
     # -------------------------------------------------------------- the step
 
     def _step(self) -> None:
         logits = decoding.decode_one_token(self.model, self.state, self.pending, self.active)
-        lengths = self.state.lengths
+        self._emit(logits, self.state.lengths)
+
+    def _choose(self, logits: Tensor, lengths: Tensor) -> None:
         token, logprob = choose(logits, self.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen)
         token = torch.where(self.active, token, self.pad_id)
         self.new_tokens.index_copy_(1, self.column, token[:, None])
         self.new_logprobs.index_copy_(1, self.column, logprob.to(torch.float32)[:, None])
         self.emitted.index_copy_(1, self.column, self.active[:, None])
-        old = self.history.gather(1, lengths[:, None])
-        self.history.scatter_(1, lengths[:, None], torch.where(self.active[:, None], token[:, None], old))
+        if self.history is not None:
+            old = self.history.gather(1, lengths[:, None])
+            self.history.scatter_(1, lengths[:, None], torch.where(self.active[:, None], token[:, None], old))
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], self.active[:, None] | self.seen.gather(1, token[:, None]))
         self.remaining.sub_(self.active.to(torch.int64))
@@ -214,14 +217,19 @@ class Session:
     def _remember(self, row: int, prompt: Tensor | None) -> None:
         length = int(self.state.lengths[row]) + 1
         told = self.pending[row : row + 1] if prompt is None else prompt[:length]
-        self.history[row] = self.pad_id
-        self.history[row, length - len(told) : length] = told
+        if self.history is not None:
+            self.history[row] = self.pad_id
+            self.history[row, length - len(told) : length] = told
         if self.seen is not None:
             self.seen[row] = False
             self.seen[row, told] = True
 
 
 # ------------------------------------------------------------------ functions
+
+
+def _same(function: Any) -> Any:
+    return function
 
 
 def generate(
@@ -295,7 +303,7 @@ def start(
     device = next(model.parameters()).device
     settings.get("sampling", Sampling()).check(model.backbone.vocab_size)  # before the prefill is paid for
     check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
-    tokens, lengths = align(prompt_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+    tokens, lengths = prefills.align(prompt_ids.to(device), None if attention_mask is None else attention_mask.to(device))
     counts = prefills.check_prompt(model, tokens, lengths)
     capacity = tokens.shape[1] + max_new_tokens
     state, report = _before_last(model, tokens, counts, capacity, keep_at, prefill, prefix_cache, runner)
@@ -315,80 +323,6 @@ def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = Non
     padded = [row + [session.pad_id] * (width - len(row)) for row in session.rows]
     new = torch.tensor(padded, dtype=prompt_ids.dtype, device=prompt_ids.device).view(len(padded), width)
     return Generated(torch.cat([prompt_ids, new], dim=1), session.rows, logprobs, report, session.state)
-
-
-@torch.no_grad()
-def score(
-    model: Any, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
-) -> tuple[Tensor, Report]:  # fmt: skip
-    """Nats of given targets in ``decode`` semantics, batched.
-
-    Args:
-        model: with or without recurrence.
-        input_ids, targets: (B, T), targets already shifted; -100 is not scored.
-        attention_mask: (B, T), 0 marks padding on the left or on the right; nothing there is scored.
-        prefill: exact (None) is true recurrence; any other one must be named with the score.
-        runner: how the steps of ``exact`` run.
-
-    Returns:
-        Nats (B, T), 0 where nothing is scored, and the report.
-    """
-    if targets.shape != input_ids.shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
-    tokens, lengths = align(input_ids, attention_mask)
-    done = prefills.run(model, tokens, lengths=lengths, method=prefill, everywhere=True, runner=runner)
-    if attention_mask is None:
-        return model.backbone.loss(done.hidden, targets)[1], done.report
-    real = attention_mask.bool()
-    index = real.cumsum(1).sub(1).clamp_min(0)
-    hidden = done.hidden.gather(1, index[:, :, None].expand_as(done.hidden))
-    return model.backbone.loss(hidden, targets.masked_fill(~real, IGNORE))[1], done.report
-
-
-def score_continuations(
-    model: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
-) -> list[list[float]]:  # fmt: skip
-    """Log-probability of every token of given continuations, in ``decode`` semantics, all rows in one batch.
-
-    Args:
-        model: with or without recurrence.
-        prompts, continuations: token ids of each row; a prompt has at least one token.
-
-    Raises:
-        ValueError: not one continuation a prompt, or an empty prompt.
-    """
-    if len(prompts) != len(continuations) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one continuation a prompt, and at least one")
-    if not all(prompts):
-        raise ValueError("the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in every row")
-    rows = [[*p, *c] for p, c in zip(prompts, continuations)]
-    width = max(2, max(map(len, rows)))
-    device = next(model.parameters()).device
-    whole = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    nats, _ = score(model, whole[:, :-1], whole[:, 1:], mask[:, :-1], prefill=prefill, runner=runner)
-    return [(-nats[i, len(p) - 1 : len(p) - 1 + len(c)]).tolist() for i, (p, c) in enumerate(zip(prompts, continuations))]
-
-
-def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows (B, T) that begin at column 0, and their lengths (B,).
-
-    Raises:
-        ValueError: the mask does not fit, or has holes.
-    """
-    if attention_mask is None:
-        return tokens, None
-    if attention_mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but the prompt {tuple(tokens.shape)}: they must match")
-    real = attention_mask.bool()
-    lengths, first = real.sum(1), (real.cumsum(1) == 0).sum(1)
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    inside = (places >= first[:, None]) & (places < (first + lengths)[:, None])
-    if not torch.equal(inside, real):
-        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
-    return tokens.gather(1, (places + first[:, None]).clamp_max(tokens.shape[1] - 1)), lengths
 
 
 def _before_last(

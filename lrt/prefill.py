@@ -331,6 +331,25 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     return counts
 
 
+def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows (B, T) that begin at column 0, and their lengths (B,).
+
+    Raises:
+        ValueError: the mask does not fit, or has holes.
+    """
+    if attention_mask is None:
+        return tokens, None
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but the prompt {tuple(tokens.shape)}: they must match")
+    real = attention_mask.bool()
+    lengths, first = real.sum(1), (real.cumsum(1) == 0).sum(1)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    inside = (places >= first[:, None]) & (places < (first + lengths)[:, None])
+    if not torch.equal(inside, real):
+        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
+    return tokens.gather(1, (places + first[:, None]).clamp_max(tokens.shape[1] - 1)), lengths
+
+
 def _check_fit(state: DecodeState, counts: Tensor) -> None:
     most = int((state.lengths + counts).max())
     if most > state.capacity:

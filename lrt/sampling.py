@@ -61,14 +61,14 @@ def row_seeds(rows: int, generator: torch.Generator | None, device: torch.device
     return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, device=where, dtype=torch.int64).to(device)
 
 
-def choose(logits: Tensor, sampling: Sampling, *, seeds: Tensor, history: Tensor, lengths: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, sampling: Sampling, *, seeds: Tensor, history: Tensor | None, lengths: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """The next token of every row.
 
     Args:
         logits: (B, V) in float32 at least.
         sampling: how.
         seeds: (B,) from ``row_seeds``.
-        history: (B, N) token ids of each row, for the processors.
+        history: (B, N) token ids of each row, for the processors; None without any.
         lengths: (B,) tokens of each row so far, which is the position of the draw.
         seen: bool (B, V) tokens that occurred; None without a repetition penalty.
 
@@ -77,6 +77,7 @@ def choose(logits: Tensor, sampling: Sampling, *, seeds: Tensor, history: Tensor
     """
     scores = logits
     for processor in sampling.processors:
+        assert history is not None
         scores = processor(scores, history, lengths)
     if seen is not None:
         penalty = sampling.repetition_penalty

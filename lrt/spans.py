@@ -101,8 +101,10 @@ class Span:
         stores = []
         for block, past, work in zip(self.model.blocks, self.past, self.work):
             stores.append(Cache(*work, past.key.shape[1] + self.places[where], self.mask(where, past.key.shape[1], block.window)))
-        contexts = [take(context, where) for context in self.contexts[:source]]
-        out = run_blocks(self.model, self.hidden[:, where], contexts, self.received(where), stores=stores, stop=source)
+        # Contiguous, so that compiled blocks see the same strides as in a pass over all positions.
+        contexts = [_contiguous(take(context, where)) for context in self.contexts[:source]]
+        hidden, received = self.hidden[:, where].contiguous(), self.received(where).contiguous()
+        out = run_blocks(self.model, hidden, contexts, received, stores=stores, stop=source)
         assert out.memory is not None
         after = slice(where.start + 1, where.stop + 1, where.step)
         residual = self._residual(out.memory, self.memory[:, after], where)
@@ -229,3 +231,7 @@ class Span:
         certain = before + torch.tensor(list(exact), device=counts.device)
         state.approximate_from.copy_(torch.where(certain < before + counts, torch.minimum(state.approximate_from, certain), state.approximate_from))
         state.lengths.copy_(before + counts)
+
+
+def _contiguous(context: Any) -> Any:
+    return type(context)(*(x if x is None else x.contiguous() for x in context))

@@ -81,7 +81,7 @@ class DecodeState:
         device = next(model.parameters()).device
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         hidden, contexts = model.backbone.embed(token, token)
-        probe = run_blocks(model, hidden, contexts, None)
+        probe = run_blocks(getattr(model, "plain", model), hidden, contexts, None)
         windows = tuple(block.window for block in model.blocks)
 
         def blank(like: Tensor, window: int | None) -> Tensor:
