@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrt.config import RecurrenceConfig
 from lrt.families import dismantle, recognise
-from lrt.families.description import Family, part
+from lrt.families.description import Family
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline
 from lrt.types import Schedule
@@ -108,7 +108,9 @@ def _refuse(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"lrt.adapt got {model!r} of type {kind}: pass a model, such as AutoModelForCausalLM.from_pretrained(...)")
     if kind == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise ValueError("this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and compile the adapted one's blocks")
+        raise ValueError(
+            "this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and compile the adapted one's blocks"
+        )
     if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel") or kind.startswith("FSDP"):
         raise ValueError(f"this model is wrapped in {kind}: adapt the plain model first, then wrap the adapted one")
     peft = getattr(model, "peft_config", None)
@@ -144,7 +146,9 @@ def _compare(adapted: LatentRecurrentModel, decoder: Any) -> None:
         for module, mode in modes.items():
             module.training = mode
     if theirs.shape != ours.shape:
-        raise ValueError(f"the decoder's logits have shape {tuple(theirs.shape)}, those of the adapted model {tuple(ours.shape)}: describe it with family=")
+        raise ValueError(
+            f"the decoder's logits have shape {tuple(theirs.shape)}, those of the adapted model {tuple(ours.shape)}: describe it with family="
+        )
     scale = theirs.abs().max().clamp_min(1e-6)
     error = float((theirs - ours.to(theirs.device)).abs().max() / scale)
     if not error <= 64 * torch.finfo(theirs.dtype).eps:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,12 @@ def describe_decoder(decoder: Any) -> dict[str, Any]:
     if config is None:
         return {"adapted": {"architecture": type(decoder).__name__}}
     table = json.loads(config.to_json_string(use_diff=False))
-    about = {"architecture": type(decoder).__name__, "name": getattr(config, "name_or_path", ""), "config": table}
+    about = {
+        "architecture": type(decoder).__name__,
+        "name": getattr(config, "name_or_path", ""),
+        "attention": getattr(config, "_attn_implementation", None),
+        "config": table,
+    }
     shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
     return {"adapted": about} | {key: getattr(config, key) for key in shared if hasattr(config, key)}
 
@@ -89,7 +95,11 @@ def load_whole(
     theirs = {id(t): name for name, t in reversed(list(foreign.state_dict(keep_vars=True).items()))}
     ours = {name: theirs[id(t)] for name, t in shape.state_dict(keep_vars=True).items() if id(t) in theirs}
     state = {ours[name]: t.read() for name, t in tensors.items() if name in ours}
-    decoder = type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=dtype or getattr(torch, config["torch_dtype"]))
+    # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
+    backend = config["adapted"].get("attention")
+    more = {"attn_implementation": backend} if backend in ("eager", "sdpa", "flex_attention") else {}
+    kind = dtype or getattr(torch, config["torch_dtype"])
+    decoder = type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
     model = adapt(decoder.to(device), RecurrenceConfig(**config["recurrence"]), train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:

@@ -6,9 +6,10 @@ Imported only where transformers is. Legend: B batch, T row length, P new tokens
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +258,9 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         seen = past_key_values.get_seq_length() if isinstance(past_key_values, RecurrentCache) else 0
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": True}
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
@@ -280,13 +283,25 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         backend = kwargs.pop("attn_implementation", None)
         hub = {k: v for k in ("revision", "token", "cache_dir", "local_files_only") if (v := kwargs.pop(k, None)) is not None}
         hub.pop("token", None) if hub.get("token") is False else None
-        harmless = ("trust_remote_code", "_from_auto", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "use_safetensors", "output_loading_info")
+        harmless = (
+            "trust_remote_code",
+            "_from_auto",
+            "adapter_kwargs",
+            "code_revision",
+            "low_cpu_mem_usage",
+            "use_safetensors",
+            "output_loading_info",
+        )
         unknown = [k for k, v in kwargs.items() if k not in harmless and v is not None]
         if unknown or args:
-            raise ValueError(f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: lrt.load, then change the model")
+            raise ValueError(
+                f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: lrt.load, then change the model"
+            )
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         if isinstance(device_map, dict) and set(device_map) != {""} or device in ("auto", "balanced", "sequential"):
-            raise ValueError(f"device_map = {device_map!r}: give one device; for several, load the decoder with it and lrt.load(folder, base=decoder)")
+            raise ValueError(
+                f"device_map = {device_map!r}: give one device; for several, load the decoder with it and lrt.load(folder, base=decoder)"
+            )
         folder = Path(str(pretrained_model_name_or_path))
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
@@ -300,7 +315,9 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:  # type: ignore[override]
         """Write the model as a folder for ``lrt.load`` and ``from_pretrained``; files of the same names are replaced.
 
         Args:

@@ -11,14 +11,23 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from lrt.adapted_folder import (
-    decoder_of, describe_decoder, is_foreign, load_adapter, load_whole, model_card, refuse_whole, skeleton, without_ties,
+    decoder_of,
+    describe_decoder,
+    is_foreign,
+    load_adapter,
+    load_whole,
+    model_card,
+    refuse_whole,
+    skeleton,
+    without_ties,
 )  # fmt: skip
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model

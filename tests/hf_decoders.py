@@ -15,7 +15,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", ROPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", ROPE | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2", ROPE | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0}),
-    "gemma3": ("Gemma3Text", ROPE | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (
+        "Gemma3Text",
+        ROPE | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "olmo2": ("Olmo2", ROPE),
     "phi3": ("Phi3", ROPE | {"pad_token_id": 0, "sliding_window": 6}),
     "gpt2": ("GPT2", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61}),

@@ -68,7 +68,9 @@ def dismantle(decoder: nn.Module, family: Family) -> tuple[FamilyDecoder, list[F
     mine = {id(p) for module in (backbone, *blocks) for p in module.parameters()}
     left = [name for name, p in decoder.named_parameters() if id(p) not in mine]
     if left:
-        raise ValueError(f"family {family.name!r} leaves out parameters of this {type(decoder).__name__}: {', '.join(left[:4])}: describe where they belong")
+        raise ValueError(
+            f"family {family.name!r} leaves out parameters of this {type(decoder).__name__}: {', '.join(left[:4])}: describe where they belong"
+        )
     return backbone, blocks
 
 
@@ -87,7 +89,11 @@ def _refuse_other_kinds(decoder: nn.Module) -> None:
     if other:
         raise ValueError(f"{kind} has blocks of type {', '.join(sorted(other))}: lrt.adapt takes full and sliding-window attention")
     bidirectional = [n for n, m in decoder.named_modules() if getattr(m, "is_causal", None) is False or hasattr(m, "cross_attention")]
-    if bidirectional or getattr(config, "use_bidirectional_attention", False) or (config is not None and getattr(config, "is_decoder", None) is False and _is_encoder(decoder)):
+    if (
+        bidirectional
+        or getattr(config, "use_bidirectional_attention", False)
+        or (config is not None and getattr(config, "is_decoder", None) is False and _is_encoder(decoder))
+    ):
         raise ValueError(f"{kind} is an encoder, or not causal: lrt.adapt takes decoder-only language models, such as those of AutoModelForCausalLM")
 
 

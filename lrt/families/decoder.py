@@ -6,7 +6,8 @@ Legend: B batch, P positions of the pass, T row length, D width, V vocabulary, R
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F

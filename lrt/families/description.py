@@ -6,8 +6,9 @@ the block. A tuple of paths is applied in order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -117,7 +118,9 @@ class Family:
         config = getattr(decoder, "config", None)
         heads = self.heads or getattr(config, "num_attention_heads", None)
         if heads is None:
-            raise ValueError(f"family {self.name!r} does not say how many heads, and {type(decoder).__name__} has no config: pass heads= to lrt.Family")
+            raise ValueError(
+                f"family {self.name!r} does not say how many heads, and {type(decoder).__name__} has no config: pass heads= to lrt.Family"
+            )
         width = part(decoder, self.embedding).weight.shape[1]
         kv_heads = self.kv_heads or getattr(config, "num_key_value_heads", None) or heads
         return Geometry(heads, kv_heads, self.head_dim or getattr(config, "head_dim", None) or width // heads)

