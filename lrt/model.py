@@ -44,8 +44,8 @@ class LatentRecurrentModel(nn.Module):
         self.backbone: Any = backbone
         self.original: tuple[nn.Module, ...] | None = None  # what lrt.adapt was given; in a tuple, so that it is not registered
         self.recurrence = recurrence
-        self.memory_projection: KVProjection | None = None
-        self.injection: ResidualInjection | None = None
+        self.memory_projection: Any = None
+        self.injection: Any = None
         self.receivers: tuple[int, ...] = ()
         self.source = 0
         gates: dict[int, Gate] = {}
@@ -67,7 +67,7 @@ class LatentRecurrentModel(nn.Module):
             if recurrence.residual:
                 self.injection = ResidualInjection(len(self.receivers), **places[0])
         wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
-        self.blocks = nn.ModuleList(wrapped)
+        self.blocks: Any = nn.ModuleList(wrapped)
         self.train_schedule: Schedule = train_schedule or (baseline() if recurrence is None else interleaved(2))
 
     # -------------------------------------------------------------- the call
@@ -122,7 +122,8 @@ class LatentRecurrentModel(nn.Module):
         if return_logits or (return_logits is None and targets is None):
             logits = _restore(in_order(self.backbone.logits(final), places), back)
         memory = _last_memory(results, len(weights) - 1)
-        loss, losses = None, ()
+        loss: Tensor | None = None
+        losses: tuple[Tensor, ...] = ()
         if targets is not None:
             count = (targets != IGNORE).sum() if valid_targets is None else valid_targets
             sums = [self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(()) for (h, p), w in zip(groups, weights)]
@@ -169,8 +170,7 @@ class LatentRecurrentModel(nn.Module):
         Returns:
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
-        targets = self._check(input_ids, targets, None)
-        assert targets is not None
+        self._check(input_ids, targets, None)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
         groups = by_group(self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1])))

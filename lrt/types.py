@@ -112,9 +112,9 @@ class RecurrentDecoder(Protocol):
     """What a pass needs of a model: the decoder's parts and the recurrence around them."""
 
     backbone: Any  # a Backbone
-    blocks: nn.ModuleList  # of RecurrentBlock
-    memory_projection: nn.Module | None  # U_k, U_v when shared
-    injection: nn.Module | None  # g
+    blocks: Any  # ModuleList of RecurrentBlock
+    memory_projection: Any  # KVProjection when shared, else None
+    injection: Any  # ResidualInjection or None
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
 
@@ -144,8 +144,11 @@ class Pass(NamedTuple):
 class Schedule(Protocol):
     """Which positions are computed, in which order, and how their losses are weighted."""
 
-    cut_gradient: bool
-    kv_refresh: bool
+    @property
+    def cut_gradient(self) -> bool: ...
+
+    @property
+    def kv_refresh(self) -> bool: ...
 
     @property
     def token_compute(self) -> int:
