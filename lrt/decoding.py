@@ -32,6 +32,7 @@ def attention_cut_of(model: Any) -> int | None:
     return getattr(getattr(model.backbone, "config", None), "attention_reset", None)
 
 
+@torch.no_grad()
 def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
     """Let every active row of ``state`` consume one token, in place.
 
@@ -63,6 +64,7 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
     return out.hidden[:, 0]
 
 
+@torch.no_grad()
 def decode_one_token(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
     """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``absorb``."""
     hidden = absorb(model, state, tokens, active)

@@ -96,8 +96,7 @@ class Span:
         """Pass over some positions up to the source block, fed by the newest memory; residual of every row (B,)."""
         assert self.memory is not None and self.source_hidden is not None
         source = self.model.source
-        if not self.work:
-            self.work = [KV(*(torch.cat(pair, dim=1) for pair in zip(past, own))) for past, own in zip(self.past, self.own)]
+        self._open()
         stores = []
         for block, past, work in zip(self.model.blocks, self.past, self.work):
             stores.append(Cache(*work, past.key.shape[1] + self.places[where], self.mask(where, past.key.shape[1], block.window)))
@@ -111,6 +110,11 @@ class Span:
         self.memory[:, after] = out.memory
         self.source_hidden[:, where] = out.hidden
         return residual
+
+    def _open(self) -> None:
+        """Put earlier and own keys into one tensor a block, which sweeps write in place."""
+        if not self.work:
+            self.work = [KV(*(torch.cat(pair, dim=1) for pair in zip(past, own))) for past, own in zip(self.past, self.own)]
 
     def whole(self, received: Tensor | None, *, start: int = 0, stop: int | None = None) -> PassOutput:
         """Pass over all positions through some blocks, in plain causal attention after the state's keys."""
@@ -172,6 +176,7 @@ class Span:
 
     def select(self, rows: Sequence[int]) -> Span:
         """The working tensors of some rows."""
+        self._open()
         index = torch.tensor(rows, device=self.counts.device)
 
         def pick(x: Any) -> Any:
