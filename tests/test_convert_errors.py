@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert_kinds import small_model
+from test_convert_kinds import SMALL, save_step, small_model
 from test_convert_roundtrip import NANOCHAT, quiet
 
 import lrt
+from lrt.config import parse_recipe
 from lrt.conversion import convert, inspect_checkpoint, pipeline
 from lrt.conversion import official as layout
 from lrt.serialization import native_config
@@ -23,6 +24,7 @@ from lrt.serialization import native_config
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import convert as tool  # noqa: E402
+import inspect_checkpoint as inspect_tool  # noqa: E402
 
 
 class Payload:
@@ -314,3 +316,15 @@ def test_without_verification_it_is_said(place, capsys):
 def test_nothing_known_to_inspect(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of a known kind"):
         inspect_checkpoint(tmp_path)
+
+
+def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    save_step(tmp_path / "runs" / "tiny" / "checkpoints", 20, small_model(), recipe=parse_recipe(SMALL))
+    text = (ROOT / "docs" / "convert.md").read_text().split("## Each direction")[1].split("\n## ")[0]
+    commands = [line.split() for line in text.splitlines() if line.startswith("    python tools/")]
+    assert {("--from", kind) for kind in pipeline.KINDS} <= {pair for words in commands for pair in zip(words, words[1:])}
+    for words in commands:
+        main = {"tools/convert.py": tool.main, "tools/inspect_checkpoint.py": inspect_tool.main}[words[1]]
+        assert main(words[2:]) == 0, (words, capsys.readouterr())

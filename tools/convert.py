@@ -10,11 +10,13 @@ import argparse
 import re
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrt.conversion import KINDS, convert, verify
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from lrt.conversion import KINDS, convert, verify  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from lrt.conversion.inspection import describe, inspect_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from lrt.conversion.inspection import describe, inspect_checkpoint  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
