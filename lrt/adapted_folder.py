@@ -112,7 +112,8 @@ def load_adapter(
 ) -> LatentRecurrentModel:
     """Adapt ``base`` and fill in the memory that was trained on it."""
     if base is None:
-        raise ValueError(f"{folder} holds only the memory of a {config['adapted']['architecture']}: pass base=, the decoder it was trained on")
+        architecture = config.get("adapted", {}).get("architecture", "native decoder")
+        raise ValueError(f"{folder} holds only the memory of a {architecture}: pass base=, the decoder it was trained on")
     model = adapt(base, RecurrenceConfig(**config["recurrence"]), family=family, train_schedule=train_schedule)
     parameters = model.memory_parameters()
     try:

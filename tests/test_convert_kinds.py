@@ -159,6 +159,16 @@ def test_an_adapter_of_a_native_model(tmp_path):
     assert found.kind == "adapter" and found.whole and found.parts.keys() == {"memory"}
 
 
+def test_an_adapter_of_a_native_model_in_python(tmp_path):
+    model, plain = small_model(), replace_recurrence(small_model())
+    lrt.save(model, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "adapter", source="lrt", target="adapter", report=quiet)
+    with pytest.raises(ValueError, match="only the memory of a native decoder: pass base="):
+        lrt.load(tmp_path / "adapter")
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if n not in model.memory_parameters()})
+    assert all(torch.equal(a, b) for a, b in zip(logits(lrt.load(tmp_path / "adapter", base=plain)), logits(model)))
+
+
 def test_an_adapter_refuses_another_decoder(tmp_path):
     lrt.save(small_model(), tmp_path / "model")
     lrt.save(small_model(SMALL.replace("n_heads = 2", "n_heads = 4")), tmp_path / "other")

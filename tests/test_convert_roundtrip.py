@@ -171,3 +171,46 @@ def test_a_schedule_with_an_official_name_keeps_it(schedule):
 def test_a_schedule_without_one_is_said():
     _, notes = official_config(lrt.interleaved(2, sweeps=2))
     assert any("has no official name" in note for note in notes)
+
+
+def official_variant(place, tag, *, config=lambda c: c, state=lambda s: s, drop=()):
+    """A copy of an official checkpoint as another commit, or another script of it, would have written it."""
+    source = NANOCHAT / "base_checkpoints" / tag
+    meta = json.loads((source / "meta_000100.json").read_text())
+    place.mkdir()
+    kept = {k: v for k, v in meta.items() if k not in drop}
+    (place / "meta_000100.json").write_text(json.dumps(kept | {"model_config": config(meta["model_config"])}))
+    torch.save(state(torch.load(source / "model_000100.pt", weights_only=True)), place / "model_000100.pt")
+    return place
+
+
+SEVEN = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+VARIANTS = {
+    "sft": ("d2_lrt", {"config": lambda c: {k: c[k] for k in SEVEN}}),
+    "rl": ("d2_lrt", {"drop": ("step", "user_config")}),
+    "compiled": ("d2_lrt", {"state": lambda s: {f"_orig_mod.{n}": t for n, t in s.items()}}),
+    "old_file_format": ("d2_lrt", {}),
+    "no_residual_scales": ("d2_lrt", {"state": lambda s: {n: t for n, t in s.items() if n not in ("resid_lambdas", "x0_lambdas")}}),
+    "old_nanochat": (
+        "d2_baseline",
+        {
+            "config": lambda c: {k: c[k] for k in SEVEN[:-1]},
+            "state": lambda s: {n: t for n, t in s.items() if n.startswith(("transformer", "lm_head")) and "ve_gate" not in n},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpoints_of_other_times_and_scripts(tmp_path, name):
+    tag, change = VARIANTS[name]
+    source = official_variant(tmp_path / "source", tag, **change)
+    if name == "old_file_format":
+        path = source / "model_000100.pt"
+        torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    done = convert(source, tmp_path / "out", source="official", target="lrt", report=quiet)
+    model = lrt.load(tmp_path / "out")
+    assert done.verification.comparisons and done.source.step == 100
+    assert (model.recurrence is not None) == (tag == "d2_lrt")
+    if name == "old_nanochat":
+        assert model.backbone.config.window_pattern == "L" and model.backbone.config.value_embeddings == "none"
