@@ -8,7 +8,8 @@ Legend: B batch, N slots, L blocks, D width, G key/value heads, K head width, V 
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,22 @@ def masked_caches(state: DecodeState) -> list[Cache]:
             held = slot_positions(state.lengths, slots)
             shared[slots] = state.lengths.remainder(slots)[:, None], (held >= state.document_starts[:, None])[:, None, None]
     return [Cache(key, value, *shared[key.shape[1]]) for key, value in zip(state.keys, state.values)]
+
+
+class WithoutMemory:
+    """A model whose memory is never received: memory mode ``zero``, to see what the memory changes.
+
+    Args:
+        model: a LatentRecurrentModel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.plain = self
+        self._model = model
+        self.recurrence, self.source, self.receivers, self.memory_projection, self.injection = None, 0, (), None, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
 
 
 # ------------------------------------------------------------------ how a step runs

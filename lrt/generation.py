@@ -8,8 +8,9 @@ Legend: B batch, T prompt tokens, V vocabulary, N tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -223,6 +224,25 @@ class Session:
         if self.seen is not None:
             self.seen[row] = False
             self.seen[row, told] = True
+
+
+def stop_at(decode: Callable[[Sequence[int]], str], strings: Sequence[str]) -> StopWhen:
+    """End a row where its text holds one of ``strings``; the tokens up to the string's end are kept.
+
+    Args:
+        decode: token ids to text.
+        strings: none of them empty.
+    """
+    if not strings or not all(strings):
+        raise ValueError(f"stop strings {list(strings)}: give at least one, and none empty")
+
+    def stop(tokens: Sequence[int]) -> int | None:
+        def held(count: int) -> bool:
+            return any(string in decode(tokens[:count]) for string in strings)
+
+        return next((n for n in range(1, len(tokens) + 1) if held(n)), None) if held(len(tokens)) else None
+
+    return stop
 
 
 # ------------------------------------------------------------------ functions

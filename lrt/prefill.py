@@ -10,8 +10,9 @@ Legend: B batch, T prompt tokens, P positions of a chunk, S groups, D width.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -353,7 +354,9 @@ def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
 def _check_fit(state: DecodeState, counts: Tensor) -> None:
     most = int((state.lengths + counts).max())
     if most > state.capacity:
-        raise ValueError(f"the prompt needs room for {most} tokens, but the state's capacity is {state.capacity}: make it with capacity = {most} or more")
+        raise ValueError(
+            f"the prompt needs room for {most} tokens, but the state's capacity is {state.capacity}: make it with capacity = {most} or more"
+        )
 
 
 def _check_chunk(chunk: int | None) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from lrt.prefill import Exact, Prefill
 from lrt.state import DecodeState, fingerprint
@@ -39,7 +40,8 @@ class PrefixCache:
             ValueError: more than one row, or another number of tokens.
         """
         if state.batch != 1 or int(state.lengths[0]) != len(tokens):
-            raise ValueError(f"a state of {state.batch} rows and lengths {state.lengths.tolist()} for {len(tokens)} tokens: give one row that consumed them")
+            lengths = state.lengths.tolist()
+            raise ValueError(f"a state of {state.batch} rows and lengths {lengths} for {len(tokens)} tokens: give one row that consumed them")
         label = "exact" if bool(state.exact[0]) else str(method)
         key = (tuple(tokens), label)
         self._states[key] = state.shrink(max(1, len(tokens)))

@@ -9,8 +9,8 @@ Legend: B batch, V vocabulary, N tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class Sampling:
         errors = []
         if not 0 <= self.temperature < float("inf"):
             errors.append(f"temperature = {self.temperature}: use 0 (greedy) or more")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or not 1 <= self.top_k <= vocab_size):
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        if self.top_k is not None and not (whole and 1 <= self.top_k <= vocab_size):
             errors.append(f"top_k = {self.top_k}: use 1..{vocab_size}, the size of the vocabulary, or leave it out")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and not 0 < value <= 1:
@@ -61,7 +62,9 @@ def row_seeds(rows: int, generator: torch.Generator | None, device: torch.device
     return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, device=where, dtype=torch.int64).to(device)
 
 
-def choose(logits: Tensor, sampling: Sampling, *, seeds: Tensor, history: Tensor | None, lengths: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits: Tensor, sampling: Sampling, *, seeds: Tensor, history: Tensor | None, lengths: Tensor, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The next token of every row.
 
     Args:
@@ -136,5 +139,7 @@ def check_stops(stop_ids: Sequence[int], pad_id: int, vocab_size: int) -> tuple[
     """Raises ValueError for a stop or pad token outside the vocabulary."""
     wrong = [t for t in (*stop_ids, pad_id) if not 0 <= int(t) < vocab_size]
     if wrong:
-        raise ValueError(f"stop_ids = {list(stop_ids)}, pad_id = {pad_id}: {wrong} not in the vocabulary of {vocab_size} tokens (0..{vocab_size - 1})")
+        raise ValueError(
+            f"stop_ids = {list(stop_ids)}, pad_id = {pad_id}: {wrong} not in the vocabulary of {vocab_size} tokens (0..{vocab_size - 1})"
+        )
     return tuple(int(t) for t in stop_ids)

@@ -9,7 +9,8 @@ Legend: B batch, P positions of the stretch, M earlier keys in view, N slots, D 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F

@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -214,8 +215,8 @@ class DecodeState:
             rings = [x.shape[1] for x, w in zip(self.keys, self.windows) if w is not None]
             if n and any(have >= ring for ring in rings):
                 raise ValueError(
-                    f"truncate({n}): row {row} has consumed {have} tokens, and a sliding window of {min(rings) - 1} tokens has overwritten older keys: "
-                    "fork the state before decoding on, or prefill again"
+                    f"truncate({n}): row {row} has consumed {have} tokens, and a sliding window of {min(rings) - 1} tokens "
+                    "has overwritten older keys: fork the state before decoding on, or prefill again"
                 )
             if memory is not None and n:
                 if n not in self.kept_at:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_a_training_checkpoint_of_one_rank(tmp_path):
         convert(tmp_path / "run", tmp_path / "none", source="dcp", target="lrt", step=6)
     text = "\n".join(describe(inspect_checkpoint(tmp_path / "run"), "run"))
     assert "dcp, whole" in text and "mine" in text and "step        9" in text
+
+
+def test_a_training_checkpoint_of_an_adapted_decoder(tmp_path, transformers):
+    """Its recipe names the decoder; tensors have our names, a tied head is stored once."""
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = lrt.adapt(llama(tie_word_embeddings=True))
+    for parameter in model.memory_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    recipe = parse_recipe(f'[run]\nbackbone = "{tmp_path / "base"}"\n[recurrence]\ninit = "identity"\n')
+    tensors = dict(model.named_parameters())
+    save_step(tmp_path / "run", 4, SimpleNamespace(state_dict=lambda: tensors), recipe=recipe)
+    convert(tmp_path / "run", tmp_path / "out", source="dcp", target="hf", report=quiet)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(logits(read), logits(model.eval())))
 
 
 @pytest.mark.dist

@@ -426,3 +426,34 @@ def test_the_guard_counts_only_steps_in_a_row(tmp_path):
     guard.see(5, skipped=True, loss=1.0, norm=float("inf"), sources=["b"])
     with pytest.raises(NonFiniteError, match="step 6: loss 1.0, gradient norm inf: 2 steps in a row"):
         guard.see(6, skipped=True, loss=1.0, norm=float("inf"), sources=["c"])
+
+
+# ------------------------------------------------------------------ the recipes that ship
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+
+
+def test_every_recipe_loads_and_says_what_it_is():
+    assert {f"{kind}_{size}" for kind in ("lrt", "baseline") for size in ("tiny", "12l", "20l", "24l")} <= set(RECIPES)
+    for name in RECIPES:
+        assert load_recipe(name).run.name == name
+        assert (ROOT / "recipes" / f"{name}.toml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith("baseline_")])
+def test_twins_differ_in_the_recurrence_alone_and_see_the_same_tokens(name):
+    import dataclasses
+
+    from lrt.accounting import count_parameters
+    from lrt.train.horizon import plan_horizon
+
+    twin, recipe = load_recipe(name), load_recipe(name.replace("baseline", "lrt"))
+    assert twin.recurrence is None and recipe.recurrence is not None
+    same = {"run", "recurrence", "schedule"}
+    assert all(getattr(twin, f.name) == getattr(recipe, f.name) for f in dataclasses.fields(twin) if f.name not in same)
+    counts = [count_parameters(lrt.build(r, device="meta")) for r in (twin, recipe)]
+    assert counts[0].total + counts[1].memory == counts[1].total
+    horizons = [plan_horizon(r, c, world_size=1) for r, c in zip((twin, recipe), counts)]
+    assert horizons[0] == horizons[1]
+    if recipe.model.n_layers >= 20:  # spec: at most 0.3 % over the twin
+        assert counts[1].memory <= 0.003 * counts[0].total

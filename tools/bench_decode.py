@@ -36,7 +36,11 @@ VARIANTS = {
     "shared": RecurrenceConfig(sharing="shared", gate_channels=32, separator=SEPARATOR),
     "layerwise": RecurrenceConfig(sharing="layerwise", gate_channels=32, separator=SEPARATOR),
 }
-SIZES = {"d12": ModelConfig(n_layers=12), "d20": ModelConfig(n_layers=20), "tiny": ModelConfig(n_layers=2, width=64, vocab_size=256, sequence_length=32)}
+SIZES = {
+    "d12": ModelConfig(n_layers=12),
+    "d20": ModelConfig(n_layers=20),
+    "tiny": ModelConfig(n_layers=2, width=64, vocab_size=256, sequence_length=32),
+}
 
 
 def main() -> None:
@@ -55,6 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny:
         args.sizes, args.batches, args.contexts, args.rounds, args.steps, args.prompt = ["tiny"], [1, 2], [16], 2, 2, 24
+        args.ordinary = True
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     if device.type == "cpu" and not args.tiny:
         sys.exit("no CUDA device here: use --tiny for a check on the CPU")

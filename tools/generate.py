@@ -1,0 +1,147 @@
+"""Continue text with a saved model by true recurrence.
+
+    python tools/generate.py runs/lrt_tiny/model --prompt "The "
+    python tools/generate.py runs/lrt_tiny/model --file prompt.txt --temperature 0 --stop "\\n\\n"
+    python tools/generate.py runs/lrt_tiny/model                     # interactive: one prompt a line
+    python tools/generate.py runs/lrt_tiny/model --prompt "The " --compare zero
+
+The prompt is prefilled by fixed_point with the measured default tolerance; --prefill exact runs it token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import lrt
+from lrt import decoding, prefill, scoring
+from lrt.acceleration import accelerate
+from lrt.data.tokenizer import check_vocabulary, load_tokenizer
+from lrt.generation import start, stop_at
+from lrt.sampling import Sampling
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder that lrt.save wrote")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--prompt", help="text; empty = only the separator")
+    where.add_argument("--file", help="a text file with the prompt")
+    parser.add_argument("--tokenizer", help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL (default: %(default)s, measured tol)")
+    parser.add_argument("--compare", choices=["zero"], help="also continue without memory")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print()
+
+
+def run(args: argparse.Namespace) -> None:
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    model = lrt.load(args.model, dtype=dtype, device=args.device)
+    tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(args.model))
+    check_vocabulary(tokenizer, model.vocab_size)
+    if args.file and not Path(args.file).is_file():
+        raise ValueError(f"--file {args.file}: no such file")
+    modes = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
+    if args.compare:
+        modes["zero"] = decoding.WithoutMemory(model)
+    if args.prompt is None and not args.file:
+        while (line := read_line()) is not None:
+            continue_text(args, modes, tokenizer, line)
+        return
+    continue_text(args, modes, tokenizer, args.prompt if args.prompt is not None else Path(args.file).read_text(encoding="utf-8"))
+
+
+def continue_text(args: argparse.Namespace, modes: dict[str, Any], tokenizer: Any, text: str) -> None:
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+    texts: dict[str, list[int]] = {}
+    for mode, model in modes.items():
+        if len(modes) > 1:
+            print(f"--- memory mode {mode}")
+        texts[mode] = stream(args, model, tokenizer, prompt, text)
+    if len(modes) > 1:
+        for name, new in texts.items():
+            scores = [scoring.score_continuations(model, [prompt], [new])[0] for model in modes.values()]
+            means = [sum(score) / max(1, len(score)) for score in scores]
+            shown = ", ".join(f"{mode} {mean:.3f}" for mode, mean in zip(modes, means))
+            print(f"mean log-probability of the text made in mode {name}: {shown}", file=sys.stderr)
+
+
+def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], text: str) -> list[int]:
+    """Print the continuation as it comes; the report goes to stderr."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    session, report = start(
+        model, torch.tensor([prompt]), max_new_tokens=args.max_new_tokens, sampling=sampling, stop_ids=(*stops, tokenizer.bos_id),
+        stop_when=stop_at(tokenizer.decode, args.stop) if args.stop else None, generator=torch.Generator().manual_seed(args.seed),
+        prefill=parse_prefill(args.prefill),
+    )  # fmt: skip
+    print(text, end="", flush=True)
+    shown, began, first = "", None, 0
+    for _ in session:
+        if began is None:  # the first burst pays for capturing or compiling
+            began, first = time.perf_counter(), len(session.rows[0])
+        whole = tokenizer.decode(session.rows[0])
+        whole = whole.rstrip("\ufffd") if session.live[0] else whole  # half a character: wait for the rest
+        print(whole[len(shown) :], end="", flush=True)
+        shown = whole
+    print()
+    seconds, count = time.perf_counter() - (began or time.perf_counter()), len(session.rows[0]) - first
+    speed = f"{count / seconds:.1f} tokens/s" if count else "too short to time"
+    mode = "decode" if session.state.memory is not None else "zero"
+    print(f"[memory mode {mode}; {len(session.rows[0])} tokens, {speed}; prefill {report or 'none'}]", file=sys.stderr)
+    return session.rows[0]
+
+
+def parse_prefill(text: str) -> prefill.Prefill:
+    name, *rest = text.split(":")
+    try:
+        if name == "exact" and not rest:
+            return prefill.exact()
+        if name == "refine" and len(rest) == 1:
+            return prefill.refine(int(rest[0]))
+        if name == "fixed_point" and len(rest) <= 2:
+            return prefill.fixed_point(*(kind(value) for kind, value in zip((int, float), rest)))
+    except ValueError as error:
+        raise ValueError(f"--prefill {text}: {error}") from None
+    raise ValueError(f"--prefill {text}: use exact, refine:K, fixed_point, or fixed_point:GROUPS:TOL")
+
+
+def find_tokenizer(folder: str) -> str:
+    for place in (Path(folder), Path(folder) / "tokenizer", Path(folder).parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return str(place)
+    raise ValueError(f"{folder} holds no tokenizer.json: name one with --tokenizer (the recipe's data.tokenizer; \"bytes\" for bytes)")
+
+
+def read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
