@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
                 step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
                 shard_size=options.shard_size, progress=bar,
             )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

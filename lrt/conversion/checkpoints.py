@@ -276,8 +276,10 @@ def read_hf(path: Path, *, step: int | None = None) -> Checkpoint:
     def reading(precision: Precision) -> Logits:
         if precision.rounded is not None or not precision.keep:
             return found.reading(precision)
-        from transformers import AutoModelForCausalLM
-
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise ValueError('comparing a Hugging Face folder needs transformers: pip install "lrt[hf]", or --no-verify') from None
         return partial(native_logits, AutoModelForCausalLM.from_pretrained(path, dtype=precision.compute).eval())
 
     return replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer), reading=reading)

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -104,9 +104,12 @@ def convert(
 
 
 def _given_tokenizer(path: Path) -> dict[str, bytes]:
-    folder = path if path.is_dir() else path.parent
-    files: dict[str, Any] = read_nanochat(folder) if path.is_dir() else read_files(folder)
-    if not files:
+    if path.is_file():
+        files = read_files(path.parent) | {"tokenizer.json": path.read_bytes()}
+    else:
+        files = read_nanochat(path)
+    files.pop("generation_config.json", None)  # of the model that lies there
+    if "tokenizer.json" not in files:
         raise ValueError(f"--tokenizer {path}: no tokenizer.json or tokenizer.pkl there")
     return files
 
