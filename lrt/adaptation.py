@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lrt.config import RecurrenceConfig
 from lrt.families import dismantle, recognise
+from lrt.families.blocks import on_device
 from lrt.families.description import Family
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline
@@ -53,9 +55,10 @@ def adapt(
     else:
         adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
     adapted.original = (model,)
-    adapted.train(model.training)
-    for module in decoder.modules():  # blocks may be in a mode of their own; adapting changes none
-        module.training = module.training
+    modes = {module: module.training for module in decoder.modules()}
+    for module in adapted.modules():
+        module.training = modes.get(module, model.training)
+    _spread(adapted)
     if next(decoder.parameters()).device.type != "meta":
         adapted.init_memory()
         _compare(adapted, decoder)
@@ -98,6 +101,25 @@ def _adapt_native(model: LatentRecurrentModel, config: RecurrenceConfig, train_s
     return adapted
 
 
+def _spread(model: LatentRecurrentModel) -> None:
+    """Let the blocks of a decoder on several devices fetch what they are handed; outside, all is on the embedding's."""
+    devices = [next(block.block.parameters()).device for block in model.blocks]
+    home = model.backbone.embedding.weight.device
+    if {*devices, home} == {home}:
+        return
+    for block, device in zip(model.blocks, devices):
+        block.register_forward_pre_hook(lambda module, args, device=device: on_device(args, device))
+        block.refresh = partial(_refresh_on, block.refresh, device)
+    if model.memory_projection is not None:
+        model.memory_projection.register_forward_pre_hook(lambda module, args: on_device(args, module.key.weight.device))
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: (out[0].to(home), *out[1:]))
+
+
+def _refresh_on(refresh: Any, device: torch.device, *args: Any) -> Any:
+    return refresh(*on_device(args, device))
+
+
 def unwrapped(model: Any) -> Any:
     """The decoder inside a PEFT model; the model itself otherwise."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
@@ -119,6 +141,8 @@ def _refuse(model: Any) -> None:
             raise ValueError(f"PEFT adapter {name!r} learns a prompt through past keys and values, which the memory replaces: use LoRA, or unload it")
     decoder = unwrapped(model)
     _refuse_adapted(decoder)
+    if len({p.device.type == "meta" for p in decoder.parameters()}) == 2:
+        raise ValueError("some weights are offloaded (on the meta device): load the decoder with a device_map of real devices only")
     if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
             "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing of the memory. Call "

@@ -227,7 +227,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         else:
             if labels is not None or targets is not None or schedule is not None or document_ids is not None:
                 raise ValueError("with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply")
-            result = self._decode(input_ids, attention_mask, past_key_values or RecurrentCache(), logits_to_keep)
+            result = self._decode(input_ids, attention_mask, RecurrentCache() if past_key_values is None else past_key_values, logits_to_keep)
         return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
@@ -352,6 +352,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             'off and checkpoint the blocks (docs/adapt.md; in a recipe parallel.activation_checkpointing = "block")'
         )
 
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name since transformers 5
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("resize the decoder's embeddings before lrt.adapt: lrt.release(model), resize, and adapt again")
 
@@ -366,7 +368,5 @@ def face_of(out: Output) -> LRTOutput:
     return LRTOutput(loss=out.loss, logits=out.logits, memory=out.memory, groups=out.groups or None)
 
 
-def register() -> None:
-    """Make the Auto classes of transformers know config type "lrt"; registering again changes nothing."""
-    AutoConfig.register("lrt", LRTConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)
+AutoConfig.register("lrt", LRTConfig, exist_ok=True)
+AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)

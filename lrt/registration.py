@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
@@ -40,9 +41,7 @@ class _Finder(MetaPathFinder):
 
 
 def _register() -> None:
-    from lrt import hf
-
-    hf.register()
+    importlib.import_module("lrt.hf")  # which registers at its end, also when it is what imported the Auto classes
 
 
 def register_lazily() -> None:

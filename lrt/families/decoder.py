@@ -58,6 +58,7 @@ class FamilyDecoder(nn.Module):
         if self.family.embedding_scale is not None:
             hidden = self.family.embedding_scale(self.embedding, hidden)
         if self.position_embedding is not None:
+            _check_positions(positions, self.position_embedding.weight.shape[0])
             hidden = hidden + self.position_embedding(positions)
         for module in self.embedding_out:
             hidden = module(hidden)
@@ -66,11 +67,11 @@ class FamilyDecoder(nn.Module):
         return hidden, tuple(Context(*tables[window], masks[window]) for window in self.windows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return hidden if self.norm is None else self.norm(hidden)
+        return hidden if self.norm is None else self.norm(hidden.to(self.norm.weight.device)).to(hidden.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) of the last block's output, in the dtype of the head."""
-        logits = self.head(self.final_norm(hidden))
+        logits = self.head(self.final_norm(hidden).to(self.head.weight.device)).to(hidden.device)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +109,12 @@ class FamilyDecoder(nn.Module):
         given = {"config": self.config, "inputs_embeds": hidden, "input_embeds": hidden, "cache_position": places}
         accepted = inspect.signature(create).parameters
         return create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
+
+
+def _check_positions(positions: Tensor, known: int) -> None:
+    """Learned positions end somewhere; read on the CPU only, where that waits for nothing."""
+    if positions.shape[1] > known or positions.device.type == "cpu" and positions.numel() and int(positions.max()) >= known:
+        raise ValueError(f"position {int(positions.max())}, but this decoder's learned positions end at {known}: use shorter rows")
 
 
 def _optional(decoder: nn.Module, path: str | None) -> nn.Module | None:
