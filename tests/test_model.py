@@ -226,17 +226,16 @@ def test_bad_tokens():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "types"],
-    ["attention", "kernels", "accounting", "shards", "data"],
+    ["config", "recipe_file", "types", "registration"],
+    ["attention", "kernels", "decode_kernels", "accounting", "shards", "data"],
     ["recurrence"],
     ["loss", "schedules"],
     ["backbone", "families", "passes"],
     ["model"],
-    ["serialization", "adaptation"],
-    ["state", "spans", "decoding", "prefill", "generation", "sampling", "prefix_cache", "conversion", "hf"],
+    ["serialization", "adapted_folder", "adaptation"],
+    ["state", "spans", "sampling", "fused", "acceleration", "decoding", "scoring", "prefill", "prefix_cache", "generation", "conversion", "hf"],
     ["eval"],
     ["train"],
-    ["titan"],
 ]
 
 
