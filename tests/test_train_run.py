@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -89,10 +86,13 @@ def files_equal(a, b):
     assert torch.equal(left.rank_states[0]["random"]["cpu"], right.rank_states[0]["random"]["cpu"])
 
 
+FINISHED = {"metrics.plot": "true", "metrics.tensorboard": "true", "evaluation.every": 4}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return train(tiny(folder, **{"metrics.plot": "true", "metrics.tensorboard": "true", "evaluation.every": 4}))
+    return train(tiny(folder, **FINISHED))
 
 
 def test_a_run_writes_everything(finished):
@@ -101,7 +101,7 @@ def test_a_run_writes_everything(finished):
     assert finished.sample.startswith("The ")
     written = {p.name for p in finished.folder.iterdir()}
     assert {"recipe.toml", "metrics.jsonl", "curves.png", "checkpoints", "export", "tensorboard"} <= written
-    assert load_recipe(finished.folder / "recipe.toml") == tiny(finished.folder.parent, **{"metrics.plot": "true", "metrics.tensorboard": "true", "evaluation.every": 4})  # fmt: skip
+    assert load_recipe(finished.folder / "recipe.toml") == tiny(finished.folder.parent, **FINISHED)
     assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert step_of(latest(finished.folder / "checkpoints")) == 8
 
@@ -261,61 +261,7 @@ def test_a_step_reads_nothing_from_the_device():
     assert all("_check" in stack for stack in reads.places[:checks])  # token ids are looked at on the CPU only
 
 
-# ------------------------------------------------------------------ processes
-
-
-def command(folder, *sets):
-    recipe = folder / "recipe_in.toml"
-    recipe.write_text(TINY)
-    pairs = [f"run.output={folder}", "run.name=tiny", *sets]
-    return [sys.executable, str(ROOT / "recipes" / "run.py"), "--recipe", str(recipe), *(x for pair in pairs for x in ("--set", pair))]
-
-
-def run_py(*arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "recipes" / "run.py"), *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
-
-
-def test_signals_save_and_exit_0_and_the_same_command_goes_on(tmp_path):
-    line = command(tmp_path, "training.steps=100000", "checkpoint.every=0", "evaluation.sample_tokens=0")
-    reached = 0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        rows = 0
-        while rows < 3:  # past the header and into the steps
-            text = process.stdout.readline()
-            assert text, process.stderr.read()
-            rows += bool(re.match(r" +\d+ ", text))
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        assert f"stopped by {signal.Signals(number).name} at step" in output and "the same command goes on" in output
-        step = step_of(latest(tmp_path / "tiny" / "checkpoints"))
-        assert step > reached
-        reached = step
-    assert [r["step"] for r in train_records(tmp_path / "tiny")] == list(range(1, reached + 1))
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_instants_the_end_is_the_same_bit_for_bit(tmp_path, kills):
-    sets = {"training.steps": 15 * kills, "checkpoint.every": 3, "checkpoint.keep_last": 1, "evaluation.sample_tokens": 0}
-    reference = train(tiny(tmp_path / "whole", **sets))
-    line = command(tmp_path, *(f"{k}={v}" for k, v in sets.items()))
-    drawn, killed = random.Random(kills), 0
-    while killed < kills:
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while not re.match(r" +\d+ ", process.stdout.readline() or pytest.fail("the run ended by itself")):
-            pass
-        time.sleep(drawn.uniform(0.0, 0.4))
-        process.kill()
-        process.communicate()
-        killed += 1
-    finished = subprocess.run(line, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    newest = latest(tmp_path / "tiny" / "checkpoints")
-    files_equal(newest, latest(reference.folder / "checkpoints"))
-    assert train_records(tmp_path / "tiny") == train_records(reference.folder)
-
+# ------------------------------------------------------------------ bad input
 
 BAD = {
     "training.stepz=1": "unknown key 'training.stepz'; did you mean 'training.steps'",
@@ -334,15 +280,6 @@ def test_bad_input_is_one_line(tmp_path, sets):
     with pytest.raises(ValueError, match=re.escape(BAD[sets])) as caught:
         train(parse_recipe(TINY, overrides=[f"run.output={tmp_path}", *sets.split()]))
     assert len(str(caught.value).splitlines()) <= 2
-
-
-def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
-    (tmp_path / "r.toml").write_text(TINY)
-    result = run_py("--recipe", "r.toml", "--set", "training.batch_tokens=100", cwd=tmp_path)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
-    listed = run_py("--list", cwd=tmp_path)
-    assert listed.returncode == 0 and "lrt_tiny" in listed.stdout and "lrt_24l" in listed.stdout
 
 
 def test_a_foreign_run_folder_is_refused(finished):
@@ -374,7 +311,7 @@ def test_dry_run_answers_without_data(name):
     start = time.perf_counter()
     text = dry_run(load_recipe(name), world_size=8)
     assert time.perf_counter() - start < 15
-    for words in ("tokens_per_parameter", "memory projections", "FLOPs a token", "FLOPs a step", "expected memory of one GPU", "fits", "at an assumed MFU of 40 %"):
+    for words in ("tokens_per_parameter", "memory projections", "FLOPs a token", "FLOPs a step", "expected memory of one GPU", "fits", "assumed MFU"):
         assert words in text
 
 

@@ -34,26 +34,22 @@ def validation_loader(recipe: Recipe, tokenizer: Tokenizer, world: World) -> Val
 
 
 def evaluate(model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World) -> dict[str, BitsPerByte]:
-    """Bits per byte in every mode of the recipe, over all ranks.
-
-    Blocks run eagerly: the shapes of the modes would each compile anew.
-    """
+    """Bits per byte in every mode of the recipe, over all ranks."""
     token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
     known = torch.from_numpy(tokenizer.token_bytes())
     token_bytes[: len(known)] = known
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
     try:
-        with torch.compiler.set_stance("force_eager"):
-            return evaluate_bpb(
-                model,
-                rows,
-                token_bytes=token_bytes,
-                modes=recipe.evaluation.modes,
-                buckets=recipe.evaluation.buckets,
-                device=world.device,
-                reduce=world.total,
-            )
+        return evaluate_bpb(
+            model,
+            rows,
+            token_bytes=token_bytes,
+            modes=recipe.evaluation.modes,
+            buckets=recipe.evaluation.buckets,
+            device=world.device,
+            reduce=world.total,
+        )
     finally:
         free_gathered(model)
         _reshard_after_forward(model, keep)

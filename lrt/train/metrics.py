@@ -130,12 +130,19 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, record: Record) -> None:
-        # JSON has no NaN: a number that is none becomes null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[Record]:
@@ -186,7 +193,7 @@ class Console:
         if self._rows % 40 == 0:
             self.say(self.HEADER)
         self._rows += 1
-        groups = " ".join(f"{g:.3f}" for g in record["groups"])
+        groups = " ".join(f"{group:.3f}" for group in record["groups"])
         mfu = f"{100 * record['mfu']:.1f}%" if "mfu" in record else "-"
         skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
         self.say(

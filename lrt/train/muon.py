@@ -9,7 +9,8 @@ arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,12 @@ def layout_of(parameter: Tensor) -> Layout | None:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a parameter, gradient or state (a view)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """This rank's part of a gradient that is there."""
+    assert parameter.grad is not None
+    return local(parameter.grad)
 
 
 # ------------------------------------------------------------------ the mathematics, on whole matrices
@@ -148,7 +155,7 @@ def muon_step(
     """
     layout = layout_of(params[0])
     rows, columns = params[0].shape
-    gradient = torch.stack([local(p.grad) for p in params])
+    gradient = torch.stack([gradient_of(p) for p in params])
     gradient = torch.where(finite.bool(), gradient, 0.0)  # NaN * 0 is NaN, so rates of 0 alone would not do
     average = torch.stack([local(m) for m in momenta])
     average.lerp_(gradient, (1.0 - momentum) * finite)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lrt.config import OptimizerConfig, Recipe
-from lrt.train.muon import Direction, direction, layout_of, local, muon_step, second_moment_like
+from lrt.train.muon import Direction, direction, gradient_of, layout_of, local, muon_step, second_moment_like
 from lrt.train.rates import Rates
 
 # ------------------------------------------------------------------ the table of parameter groups
@@ -97,9 +98,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
 def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, batch: float) -> list[dict[str, Any]]:
     memory_lr = config.adamw_lr if config.adamw_memory_lr is None else config.adamw_memory_lr
     common = {"kind": "adamw", "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
-    sides = (("backbone", config.adamw_lr, False), ("memory", memory_lr, True))
-    groups = [{"name": side, "params": [(n, p) for n, p in trained if is_memory(n) is which], "lr": lr * batch, **common} for side, lr, which in sides]
-    return [group for group in groups if group["params"]]
+    backbone = [(name, p) for name, p in trained if not is_memory(name)]
+    memory = [(name, p) for name, p in trained if is_memory(name)]
+    sides = (("backbone", backbone, config.adamw_lr), ("memory", memory, memory_lr))
+    return [{"name": name, "params": params, "lr": lr * batch, **common} for name, params, lr in sides if params]
 
 
 # ------------------------------------------------------------------ the optimizer
@@ -169,7 +171,7 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             [local(p) for p in params],
-            [local(p.grad) for p in params],
+            [gradient_of(p) for p in params],
             [local(s["exp_avg"]) for s in states],
             [local(s["exp_avg_sq"]) for s in states],
             [],
@@ -213,7 +215,7 @@ def _fresh_state(parameter: Tensor, *, kind: str) -> dict[str, Tensor]:
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Global 2-norm of all gradients as a 0-D tensor, equal on every rank, with no host sync."""
     parameters = [p for p in parameters if p.grad is not None]
-    square = sum(norm.float().square() for norm in torch._foreach_norm([local(p.grad) for p in parameters]))
+    square = torch.stack(torch._foreach_norm([gradient_of(p) for p in parameters])).float().square().sum()
     layout = layout_of(parameters[0])
     if layout is not None:
         dist.all_reduce(square, group=layout.group)
@@ -223,5 +225,5 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], *, norm: Tensor, clip_norm: float) -> None:
     """Scale all gradients so that their global norm is at most ``clip_norm``."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [gradient_of(p) for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -32,7 +32,7 @@ GRAPHS = 64  # compiled variants of a block: windows x with or without memory x 
 WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
 
 
-def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> None:
+def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
     """Turn a model into its parallel form, in place; parameters may be on the meta device.
 
     Args:
@@ -51,7 +51,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> None:
         for block in model.blocks:  # dynamic=False: a second pass length is a second graph, not one graph for any length
             block.compile(fullgraph=True, dynamic=False)
         if isinstance(getattr(model.backbone, "head", None), Head):
-            model.backbone.head.scorer = Scorer(*(torch.compile(function, dynamic=False) for function in Scorer()))
+            compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
+            model.backbone.head.scorer = Scorer(*compiled)
     if not world.sharded:
         return
     mesh = make_mesh(config, world)

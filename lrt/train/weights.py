@@ -76,9 +76,9 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, under plain names; empty on other ranks."""
     whole = {}
     for name, tensor in [*named_parameters(model), *model.named_buffers()]:
-        full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.main:
-            whole[name] = full.cpu()
+            whole[name] = full.detach().cpu()
     return whole
 
 

@@ -1,0 +1,77 @@
+"""A run as a process: signals, kills at any instant, the command line."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_train_run import ROOT, TINY, files_equal, tiny, train_records
+
+from lrt.train.checkpoint import latest, step_of
+from lrt.train.trainer import train
+
+
+def command(folder, *sets):
+    recipe = folder / "recipe_in.toml"
+    recipe.write_text(TINY)
+    pairs = [f"run.output={folder}", "run.name=tiny", *sets]
+    return [sys.executable, str(ROOT / "recipes" / "run.py"), "--recipe", str(recipe), *(x for pair in pairs for x in ("--set", pair))]
+
+
+def run_py(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(ROOT / "recipes" / "run.py"), *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_signals_save_and_exit_0_and_the_same_command_goes_on(tmp_path):
+    line = command(tmp_path, "training.steps=100000", "checkpoint.every=0", "evaluation.sample_tokens=0")
+    reached = 0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        rows = 0
+        while rows < 3:  # past the header and into the steps
+            text = process.stdout.readline()
+            assert text, process.stderr.read()
+            rows += bool(re.match(r" +\d+ ", text))
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert f"stopped by {signal.Signals(number).name} at step" in output and "the same command goes on" in output
+        step = step_of(latest(tmp_path / "tiny" / "checkpoints"))
+        assert step > reached
+        reached = step
+    assert [r["step"] for r in train_records(tmp_path / "tiny")] == list(range(1, reached + 1))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_instants_the_end_is_the_same_bit_for_bit(tmp_path, kills):
+    sets = {"training.steps": 15 * kills, "checkpoint.every": 3, "checkpoint.keep_last": 1, "evaluation.sample_tokens": 0}
+    reference = train(tiny(tmp_path / "whole", **sets))
+    line = command(tmp_path, *(f"{k}={v}" for k, v in sets.items()))
+    drawn, killed = random.Random(kills), 0
+    while killed < kills:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not re.match(r" +\d+ ", process.stdout.readline() or pytest.fail("the run ended by itself")):
+            pass
+        time.sleep(drawn.uniform(0.0, 0.4))
+        process.kill()
+        process.communicate()
+        killed += 1
+    finished = subprocess.run(line, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    newest = latest(tmp_path / "tiny" / "checkpoints")
+    files_equal(newest, latest(reference.folder / "checkpoints"))
+    assert train_records(tmp_path / "tiny") == train_records(reference.folder)
+
+
+def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
+    (tmp_path / "r.toml").write_text(TINY)
+    result = run_py("--recipe", "r.toml", "--set", "training.batch_tokens=100", cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+    listed = run_py("--list", cwd=tmp_path)
+    assert listed.returncode == 0 and "lrt_tiny" in listed.stdout and "lrt_24l" in listed.stdout
