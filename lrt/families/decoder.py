@@ -42,6 +42,7 @@ class FamilyDecoder(nn.Module):
         self.head = part(decoder, family.head)
         self.width = self.embedding.weight.shape[1]
         self.vocab_size = self.embedding.weight.shape[0]
+        self.value_embeddings = nn.ModuleDict()  # none; the native decoder has some, and plans ask for them
         self.softcap = None if family.logit_softcap is None else getattr(self.config, family.logit_softcap)
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
 
