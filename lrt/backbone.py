@@ -70,10 +70,15 @@ class DecoderBlock(nn.Module):
 
     def project(self, hidden: Tensor, context: Context) -> Projection:
         normed = rms_norm(hidden)
-        heads = (-1, self.head_dim)
-        return Projection(
-            normed, self.query(normed).unflatten(-1, heads), self.key(normed).unflatten(-1, heads), self.value(normed).unflatten(-1, heads)
-        )
+        linears = (self.query, self.key, self.value)
+        if normed.shape[1] > 1 and all(type(linear) is nn.Linear for linear in linears):
+            # One product: the input is read once, and its gradient is one product too. Not for single tokens, where copying weights costs.
+            joint = F.linear(normed, torch.cat([linear.weight for linear in linears]))
+            parts = joint.split([linear.out_features for linear in linears], dim=-1)
+        else:
+            parts = tuple(linear(normed) for linear in linears)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return Projection(normed, query, key, value)
 
     def finish_kv(self, projection: Projection, context: Context) -> KV:
         value = projection.value
@@ -108,6 +113,26 @@ class DecoderBlock(nn.Module):
             nn.init.zeros_(linear.weight)
         if self.value_gate is not None:
             self.value_gate.init_weights()
+
+
+def lookup(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table (V, D) in another dtype."""
+    return F.embedding(tokens, weight).to(dtype)
+
+
+class TokenTable(nn.Embedding):
+    """An embedding whose rows may come in another dtype than the table's.
+
+    A table in float32 costs no copy in half precision, and its gradient is summed in float32 where it stays.
+    """
+
+    def __init__(self, rows: int, width: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(rows, width, device=device, dtype=dtype)
+        self.output_dtype: torch.dtype | None = None  # None: the table's
+        self.lookup = lookup  # the trainer's plan puts a compiled one here
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lookup(tokens, self.weight, self.output_dtype or self.weight.dtype)
 
 
 class Head(nn.Linear):
@@ -148,11 +173,11 @@ class Decoder(nn.Module):
         self.config = config
         self.width, self.kv_heads, self.head_dim, self.vocab_size = config.d_model, config.kv_heads, config.head_dim, config.vocab_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.embedding = nn.Embedding(config.padded_vocab, self.width, **factory)
+        self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)
         kv_width = self.kv_heads * self.head_dim
         self.value_embeddings = nn.ModuleDict(
-            {str(i): nn.Embedding(config.padded_vocab, kv_width, **factory) for i in layers if config.has_value_embedding(i)}
+            {str(i): TokenTable(config.padded_vocab, kv_width, **factory) for i in layers if config.has_value_embedding(i)}
         )
         self.residual_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.residual_scales else None
         self.embedding_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None

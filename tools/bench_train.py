@@ -5,13 +5,13 @@ python tools/bench_train.py --suites d12 --reference ../official            # al
 torchrun --nproc_per_node=2 tools/bench_train.py --suites d20 --against one.json   # FSDP2; throughput against one GPU's run
 python tools/bench_train.py --suites tiny                                   # CPU: does it run, are the graph counts as expected
 
-The last line printed is one JSON object. Milliseconds are medians of single steps between device events.
+The last line printed is one JSON object. Milliseconds are medians of single steps between device events; peak memory is
+that of the warm-up, because a replayed CUDA graph asks for none.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import statistics
@@ -32,6 +32,7 @@ from lrt.config import DataConfig, ModelConfig, ParallelConfig, Recipe, Recurren
 from lrt.model import build
 from lrt.train.distributed import World, open_world
 from lrt.train.parallel import free_gathered, named_parameters
+from lrt.train.single import Single, forward_backward
 from lrt.train.weights import build_parallel
 
 SEPARATOR = 7  # any token: tokens are random
@@ -109,18 +110,19 @@ class Subject:
         self.syncs: str = ""
 
     def warm_up(self, steps: int = 3) -> None:
-        """Compile, then see what the steady state costs: graphs, recompiles, host syncs, peak memory."""
-        before, began = graph_count(), time.perf_counter()
-        self.step()
-        self.step()
-        synchronize(self.world)
-        self.compile_s, self.graphs = time.perf_counter() - began, graph_count() - before
+        """Compile, then see what the steady state costs: graphs, recompiles, host syncs; peak memory from the first pass on."""
         cuda = self.world.device.type == "cuda"
         held = 0
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
+        before, began = graph_count(), time.perf_counter()
+        self.step()
+        self.step()
+        synchronize(self.world)
+        self.compile_s, self.graphs = time.perf_counter() - began, graph_count() - before
+        if cuda:
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -184,21 +186,25 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def forward_backward(model: Any, schedule: Any, suite: Suite, world: World) -> Callable[[], None]:
+def bare_step(built: Built, schedule: Any, suite: Suite, world: World) -> Callable[[], None]:
+    """Forward and backward as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
-    parameters = list(model.parameters())
+    parameters = list(built.model.parameters())
+    options = {"schedule": schedule, "seed": 1, "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device)}
 
     def step() -> None:
-        out = model(tokens, targets=targets, schedule=schedule)
-        out.loss.backward()
-        free_gathered(model)
+        if built.single is not None:
+            built.single.forward_backward(tokens, targets, **options)
+        else:
+            forward_backward(built.model, tokens, targets, **options)
+            free_gathered(built.model)
         for parameter in parameters:
             parameter.grad = None
 
     return step
 
 
-def whole_step(model: Any, schedule: Any, recipe: Recipe, world: World, optimizer: Any) -> Callable[[], None]:
+def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any) -> Callable[[], None]:
     """Data, forward, backward, norm, clipping and the optimizer, as the trainer does them."""
     from lrt.data import Batch, build_loader, load_tokenizer
     from lrt.train.step import train_step
@@ -210,7 +216,7 @@ def whole_step(model: Any, schedule: Any, recipe: Recipe, world: World, optimize
     def step() -> None:
         batch = next(loader)
         batch = Batch(batch.input_ids.to(world.device, non_blocking=True), batch.targets.to(world.device, non_blocking=True), batch.source)
-        train_step(model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world)
+        train_step(built.model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world, single=built.single)
 
     return step
 
@@ -249,23 +255,35 @@ def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> 
 # ------------------------------------------------------------------ a suite
 
 
-def parameter_bytes(model: Any) -> int:
-    tensors = [getattr(p, "_local_tensor", p) for p in model.parameters()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+class Built(NamedTuple):
+    """A model ready to step, and what holds its working copy on one GPU."""
+
+    model: Any
+    single: Single | None
+
+    @property
+    def bytes(self) -> int:
+        modules = [self.model] if self.single is None else [self.model, self.single.compute]
+        tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def build_model(recipe: Recipe, world: World, options: argparse.Namespace) -> Any:
-    if options.precision == "masters":
-        model = build_parallel(recipe, world)
-    else:  # no float32 masters: what the same model would cost if nothing had to be cast or gathered
-        from lrt.train.parallel import parallelize
-
-        model = build(recipe, device=world.device).to(getattr(torch, options.precision))
-        parallelize(model, recipe.parallel, dataclasses.replace(world, sharded=False))
+def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
+    """The model in the form that the options name."""
+    if options.plan == "fsdp":
+        built = Built(build_parallel(recipe, world).train(), None)
+    else:
+        model = build(recipe, device=world.device).train()
+        single = Single(model, recipe.parallel, world)
+        if options.plan == "eager-launches":
+            single._captures = False
+        elif pool is not None:
+            single._pool = pool  # graphs that take turns may share their memory
+        built = Built(model, single)
     if options.backend is not None:
-        for block in model.blocks:
+        for block in (built.model if built.single is None else built.single.compute).blocks:
             block.compile(fullgraph=True, dynamic=False, backend=options.backend)
-    return model.train()
+    return built
 
 
 def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
@@ -277,7 +295,8 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
         param_dtype="bfloat16" if world.device.type == "cuda" else "float32",
     )  # fmt: skip
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
-    models: dict[str | None, Any] = {}
+    models: dict[str | None, Built] = {}
+    pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
     subjects: list[Subject] = []
     tokens = suite.rows * suite.length
     expected = 0
@@ -285,11 +304,11 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     for key, variant in chosen.items():
         recipe = recipe_of(suite, variant.sharing, parallel)
         if variant.sharing not in models:
-            models[variant.sharing] = build_model(recipe, world, options)
-        model = models[variant.sharing]
+            models[variant.sharing] = build_for(recipe, world, options, pool)
+        built = models[variant.sharing]
         flops = training_flops(build(recipe, device="meta"), variant.schedule, suite.length)
-        step = forward_backward(model, variant.schedule, suite, world)
-        subjects.append(Subject(key, step, own_bytes=parameter_bytes(model), flops=flops, world=world, tokens=tokens))
+        step = bare_step(built, variant.schedule, suite, world)
+        subjects.append(Subject(key, step, own_bytes=built.bytes, flops=flops, world=world, tokens=tokens))
         expected += variant.graphs * windows
     for recurrent in (False, True) if options.reference else ():
         if not recurrent or options.reference_lrt:
@@ -334,18 +353,18 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
 
 
 def whole_steps(
-    key: str, variant: Variant, models: dict[str | None, Any], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
+    key: str, variant: Variant, models: dict[str | None, Built], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Whole steps and bare forward + backward of one variant, taking turns."""
     from lrt.train.muon import direction
     from lrt.train.optimizers import MuonAdamW, parameter_groups
 
-    recipe, model = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
+    recipe, built = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
     compiled = torch.compile(direction, fullgraph=True, dynamic=False) if options.backend is None else direction
-    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), direction=compiled)
+    optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), direction=compiled)
     options_of = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
-    bare = Subject(key, forward_backward(model, variant.schedule, suite, world), **options_of)
-    whole = Subject(key, whole_step(model, variant.schedule, recipe, world, optimizer), **options_of)
+    bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
+    whole = Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer), **options_of)
     whole.warm_up()
     for _ in range(options.turns):
         bare.measure(options.steps)
@@ -409,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
     parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
-    parser.add_argument("--precision", default="masters", choices=["masters", "bfloat16"], help="float32 masters as the trainer has, or none")
+    parser.add_argument("--plan", choices=["single", "eager-launches", "fsdp"], help="default: single on one process, fsdp on several")
     parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
     parser.add_argument("--loss-chunk", type=int, default=ParallelConfig().loss_chunk)
     parser.add_argument("--backend", help="of torch.compile, instead of the trainer's; CPU default: aot_eager")
@@ -426,12 +445,16 @@ def main(arguments: list[str] | None = None) -> int:
         options.backend = "aot_eager"
     plain = Recipe(parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32"))
     with open_world(plain) as world:
+        options.plan = options.plan or ("single" if world.size == 1 else "fsdp")
         torch.manual_seed(world.rank)
         torch._dynamo.config.recompile_limit = 128
-        results = [run_suite(name, world, options) for name in options.suites]
+        results = []
+        for name in options.suites:
+            results.append(run_suite(name, world, options))
+            say(world, table(results[-1]))
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "precision": options.precision, "suites": results,
+            "plan": options.plan, "suites": results,
         }  # fmt: skip
         if options.against:
             one = {(s["suite"], r["variant"]): r for s in json.loads(Path(options.against).read_text())["suites"] for r in s["rows"]}
@@ -442,7 +465,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out and world.main:
             Path(options.out).write_text(json.dumps(summary))
         for result in results:
-            say(world, table(result))
             for kernels in result.get("profiles", {}).values():
                 del kernels[40:]
         say(world, json.dumps(summary))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lrt.train.distributed import World
 from lrt.train.metrics import Late
 from lrt.train.optimizers import MuonAdamW, gradient_norm, scale_gradients
 from lrt.train.parallel import free_gathered
+from lrt.train.single import Single, forward_backward
 from lrt.types import Schedule
 
 
@@ -43,6 +44,7 @@ def train_step(
     clip_norm: float | None,
     world: World,
     stop: bool = False,
+    single: Single | None = None,
 ) -> Tensor:
     """Forward and backward over all micro-batches, then one update.
 
@@ -55,6 +57,7 @@ def train_step(
         clip_norm: global gradient norm; None = no clipping.
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.
+        single: runs forward and backward of ``model`` on one GPU; None = the model itself runs them.
 
     Returns:
         1-D tensor on the device for ``StepNumbers.of``; nothing here waits for the device.
@@ -63,10 +66,11 @@ def train_step(
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
     scores: Tensor | None = None
     for batch in batches:
-        generator = torch.Generator().manual_seed(seed)
-        out = model(batch.input_ids, targets=batch.targets, schedule=schedule, valid_targets=valid, generator=generator)
-        out.loss.backward()
-        part = torch.stack([out.loss.detach(), *out.groups])
+        options: dict[str, Any] = {"schedule": schedule, "seed": seed, "valid_targets": valid}
+        if single is not None:
+            part = single.forward_backward(batch.input_ids, batch.targets, **options)
+        else:
+            part = forward_backward(model, batch.input_ids, batch.targets, **options)
         scores = part if scores is None else scores + part
     free_gathered(model)
     assert scores is not None

@@ -1,0 +1,171 @@
+"""One GPU: float32 masters, a working copy in half precision, and forward and backward as one CUDA graph.
+
+A step of a small model is some thousand kernels of a few microseconds; launched one by one, the processor is slower
+than the GPU. A graph launches them at once. It is captured for each shape and plan of passes, after the compiler has
+run, and replayed on copies of the inputs. With several GPUs, or without CUDA, FSDP is the plan (``lrt.train.parallel``).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrt.backbone import TokenTable, lookup
+from lrt.config import ParallelConfig
+from lrt.train.distributed import World
+from lrt.train.parallel import DTYPES, named_parameters, parallelize
+from lrt.types import Pass, Schedule
+
+
+def forward_backward(model: nn.Module, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor) -> Tensor:
+    """Add the gradients of one micro-batch; returns the loss, then the loss of every group (1-D, detached)."""
+    generator = torch.Generator().manual_seed(seed)
+    out = model(input_ids, targets=targets, schedule=schedule, valid_targets=valid_targets, generator=generator)
+    out.loss.backward()
+    return torch.stack([out.loss.detach(), *out.groups])
+
+
+WARM_UP = 3  # passes before a capture: the compiler, cuBLAS and cuDNN choose and allocate
+
+
+class Captured(NamedTuple):
+    """A graph, what it reads and what it writes."""
+
+    graph: Any
+    input_ids: Tensor
+    targets: Tensor
+    valid: Tensor
+    scores: Tensor
+    gradients: tuple[Tensor | None, ...]  # float32, one a master
+
+
+class Single:
+    """Forward and backward of a model on one device.
+
+    Args:
+        model: float32 masters, which the optimizer updates and a checkpoint holds.
+        config: section ``parallel`` of the recipe.
+        world: this process.
+
+    Attributes:
+        model: the masters.
+        compute: the working copy, to evaluate with after ``refresh``; its token tables are the masters' own.
+    """
+
+    def __init__(self, model: nn.Module, config: ParallelConfig, world: World) -> None:
+        self.model = model
+        self.compute = working_copy(model, dtype=DTYPES[config.param_dtype])
+        parallelize(self.compute, config, dataclasses.replace(world, sharded=False))
+        if config.compile:
+            compiled = torch.compile(lookup, dynamic=False)
+            for table in _tables(self.compute):
+                table.lookup = compiled
+        self._captures = config.compile and world.device.type == "cuda"
+        self._masters = [p for _, p in named_parameters(model)]
+        self._working = [p for _, p in named_parameters(self.compute)]
+        self._graphs: dict[Any, Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the working copy up to date."""
+        pairs = [(w, m) for w, m in zip(self._working, self._masters) if w is not m]
+        if pairs:
+            torch._foreach_copy_([w for w, _ in pairs], [m for _, m in pairs])
+
+    def forward_backward(self, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor) -> Tensor:
+        """Add the gradients of one micro-batch to the masters'.
+
+        Args:
+            input_ids, targets: (B, T).
+            schedule: passes of the forward.
+            seed: for schedules that draw their order.
+            valid_targets: number of targets that normalises the loss.
+
+        Returns:
+            1-D: the loss, then the loss of every group.
+        """
+        if not self._captures:
+            scores = self._run(input_ids, targets, schedule, seed, valid_targets)
+            self._hand_over(self._take_gradients())
+            return scores
+        plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
+        key = (tuple(input_ids.shape), schedule, plan)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(input_ids, targets, schedule, seed, valid_targets)
+        captured = self._graphs[key]
+        for master, gradient in zip(self._masters, captured.gradients):
+            if master.grad is not None and master.grad is gradient:  # the replay will overwrite it
+                master.grad = gradient.clone()
+        captured.input_ids.copy_(input_ids, non_blocking=True)
+        captured.targets.copy_(targets, non_blocking=True)
+        captured.valid.copy_(valid_targets, non_blocking=True)
+        captured.graph.replay()
+        self._hand_over(captured.gradients)
+        return captured.scores.clone()
+
+    def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor) -> Tensor:
+        self.refresh()
+        return forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+
+    def _take_gradients(self) -> tuple[Tensor | None, ...]:
+        """The working copy's gradients in the masters' dtype; none are left behind."""
+        taken = []
+        for working, master in zip(self._working, self._masters):
+            taken.append(None if working.grad is None else working.grad.to(master.dtype))
+            working.grad = None
+        return tuple(taken)
+
+    @torch.no_grad()
+    def _hand_over(self, gradients: tuple[Tensor | None, ...]) -> None:
+        more: list[tuple[Tensor, Tensor]] = []
+        for master, gradient in zip(self._masters, gradients):
+            if gradient is not None and master.grad is None:
+                master.grad = gradient
+            elif gradient is not None:
+                more.append((master.grad, gradient))
+        if more:
+            torch._foreach_add_([old for old, _ in more], [new for _, new in more])
+
+    def _capture(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor) -> Captured:
+        kept = [p.grad for p in self._masters]  # token tables are shared, so the passes below would add to them
+        for master in self._masters:
+            master.grad = None
+        inputs = input_ids.clone(), targets.clone(), torch.as_tensor(valid, device=input_ids.device).clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._run(*inputs[:2], schedule, seed, inputs[2])
+                self._take_gradients()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph's own pool will hold what the passes above took
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            scores = self._run(*inputs[:2], schedule, seed, inputs[2])
+            gradients = self._take_gradients()
+        for master, gradient in zip(self._masters, kept):
+            master.grad = gradient
+        return Captured(graph, *inputs, scores, gradients)
+
+
+def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
+    """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
+    tables = [table.weight for table in _tables(model)]
+    work: Any = copy.deepcopy(model, {id(weight): weight for weight in tables})  # the memo: what is not copied
+    for module in work.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not any(parameter is weight for weight in tables):
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+    for table in _tables(work):
+        table.output_dtype = dtype
+    return work
+
+
+def _tables(model: nn.Module) -> list[TokenTable]:
+    return [module for module in model.modules() if isinstance(module, TokenTable)]
