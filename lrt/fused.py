@@ -105,7 +105,7 @@ class FusedBlock:
         wrapper, block = self.wrapper, self.wrapper.block
         x = hidden[:, 0]
         kv_width = kv.key.shape[2] * kv.key.shape[3]
-        weights = [block.query.weight, block.key.weight, block.value.weight, None, None, None, None]
+        weights: list[Tensor | None] = [block.query.weight, block.key.weight, block.value.weight, None, None, None, None]
         if wrapper.gate is not None:
             weights[3] = wrapper.gate.weight
         if block.value_gate is not None:
@@ -153,7 +153,7 @@ def linear(
     kernels.linear_kernel[grid](
         x, _or(embedding, x), _or(memory, x), mixed, _or(scale, x), _or(embedding_scale, x), _or(gain, x),
         *(_or(w, x) for w in sections), _or(residual, x), out, rows, torch.finfo(x.dtype).eps, cap or 1.0, total,
-        *sizes, width, *(sections[i].shape[1] if sections[i] is not None else width for i in (3, 4)),
+        *sizes, width, *(width if w is None else w.shape[1] for w in sections[3:5]),
         scale is not None, embedding_scale is not None, gain is not None, norm, relu2, residual is not None, cap is not None,
         block_m, block_n, block_k, num_warps=warps,
     )  # fmt: skip

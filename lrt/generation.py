@@ -19,6 +19,7 @@ from lrt import decoding
 from lrt import prefill as prefills
 from lrt.prefill import Prefill, Report
 from lrt.prefix_cache import PrefixCache
+from lrt.prompts import align, check_prompt
 from lrt.sampling import Sampling, check_stops, choose, row_seeds
 from lrt.state import DecodeState
 
@@ -198,7 +199,7 @@ class Session:
             The prefill's report, or None when nothing was prefilled.
         """
         tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=self.state.lengths.device)
-        counts = prefills.check_prompt(self.model, tokens, None)
+        counts = check_prompt(self.model, tokens, None)
         if len(prompt) - 1 + max_new_tokens > self.state.capacity:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the session's capacity {self.state.capacity}: "
@@ -323,8 +324,8 @@ def start(
     device = next(model.parameters()).device
     settings.get("sampling", Sampling()).check(model.backbone.vocab_size)  # before the prefill is paid for
     check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
-    tokens, lengths = prefills.align(prompt_ids.to(device), None if attention_mask is None else attention_mask.to(device))
-    counts = prefills.check_prompt(model, tokens, lengths)
+    tokens, lengths = align(prompt_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+    counts = check_prompt(model, tokens, lengths)
     capacity = tokens.shape[1] + max_new_tokens
     state, report = _before_last(model, tokens, counts, capacity, keep_at, prefill, prefix_cache, runner)
     pending = tokens.gather(1, counts[:, None] - 1)[:, 0]
@@ -341,8 +342,8 @@ def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = Non
             logprobs[row] += new
     width = max(map(len, session.rows))
     padded = [row + [session.pad_id] * (width - len(row)) for row in session.rows]
-    new = torch.tensor(padded, dtype=prompt_ids.dtype, device=prompt_ids.device).view(len(padded), width)
-    return Generated(torch.cat([prompt_ids, new], dim=1), session.rows, logprobs, report, session.state)
+    more = torch.tensor(padded, dtype=prompt_ids.dtype, device=prompt_ids.device).view(len(padded), width)
+    return Generated(torch.cat([prompt_ids, more], dim=1), session.rows, logprobs, report, session.state)
 
 
 def _before_last(

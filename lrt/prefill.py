@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lrt import accounting, decoding
+from lrt.prompts import check_prompt
 from lrt.spans import Settled, Span
 from lrt.state import DecodeState
 
@@ -306,49 +307,6 @@ def consume(
     assert hidden is not None
     report = _report(model, method, state, parts)  # its numbers wait for the device
     return Prefilled(state, hidden, replace(report, seconds=time.perf_counter() - began))
-
-
-def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """The real tokens (B,) of each row.
-
-    Raises:
-        ValueError: a row without a token, or a token that the model does not know.
-    """
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
-    counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
-    if lengths is not None:
-        counts = lengths.to(device=tokens.device, dtype=torch.int64)
-    if counts.numel() == 0 or int(counts.min()) < 1:
-        raise ValueError("the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in every row")
-    real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
-    known = torch.where(real, tokens, tokens[:, :1])
-    low, high = int(known.min()), int(known.max())
-    if low < 0 or high >= model.backbone.vocab_size:
-        raise ValueError(
-            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has {model.backbone.vocab_size} entries "
-            f"(0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
-        )
-    return counts
-
-
-def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows (B, T) that begin at column 0, and their lengths (B,).
-
-    Raises:
-        ValueError: the mask does not fit, or has holes.
-    """
-    if attention_mask is None:
-        return tokens, None
-    if attention_mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but the prompt {tuple(tokens.shape)}: they must match")
-    real = attention_mask.bool()
-    lengths, first = real.sum(1), (real.cumsum(1) == 0).sum(1)
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    inside = (places >= first[:, None]) & (places < (first + lengths)[:, None])
-    if not torch.equal(inside, real):
-        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
-    return tokens.gather(1, (places + first[:, None]).clamp_max(tokens.shape[1] - 1)), lengths
 
 
 def _check_fit(state: DecodeState, counts: Tensor) -> None:

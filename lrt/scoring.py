@@ -15,6 +15,7 @@ from lrt import decoding
 from lrt import prefill as prefills
 from lrt.loss import IGNORE
 from lrt.prefill import Prefill, Report
+from lrt.prompts import align
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def score(
     """
     if targets.shape != input_ids.shape:
         raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
-    tokens, lengths = prefills.align(input_ids, attention_mask)
+    tokens, lengths = align(input_ids, attention_mask)
     done = prefills.run(model, tokens, lengths=lengths, method=prefill, everywhere=True, runner=runner)
     if attention_mask is None:
         return model.backbone.loss(done.hidden, targets)[1], done.report

@@ -272,8 +272,12 @@ class DecodeState:
             kept_at=tuple(about["kept_at"]),
             capacity=about["capacity"],
             fingerprint=about["fingerprint"],
-            **{name: tensors.get(name) for name in _SMALL},
-        )  # type: ignore[arg-type]
+            memory=tensors.get("memory"),
+            lengths=tensors["lengths"],
+            document_starts=tensors["document_starts"],
+            approximate_from=tensors["approximate_from"],
+            kept=tensors.get("kept"),
+        )
         state.check_model(model)
         return state
 

@@ -102,7 +102,7 @@ def small(seed=3, dtype=torch.float64, recurrence=None, **settings):
     from lrt.config import ModelConfig, RecurrenceConfig
 
     config = ModelConfig(
-        **{"n_layers": 3, "width": 16, "n_heads": 2, "vocab_size": VOCABULARY, "vocab_multiple": 1, "sequence_length": 8, "window_pattern": "SL", **settings}
+        **{"n_layers": 3, "width": 16, "n_heads": 2, "vocab_size": VOCABULARY, "sequence_length": 8, "window_pattern": "SL", **settings}
     )
     return randomized(build_model(config, recurrence or RecurrenceConfig(separator=SEPARATOR), dtype=dtype), seed, 0.3).eval()
 

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL (default: %(default)s, measured tol)")
+    parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
     parser.add_argument("--compare", choices=["zero"], help="also continue without memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")

@@ -59,7 +59,8 @@ def main() -> None:
     known = torch.from_numpy(tokenizer.token_bytes())
     sizes[: len(known)] = known
     sizes = torch.where(targets == IGNORE, 0, sizes.to(device)[targets.clamp_min(0)])
-    result: dict = {"model": args.model, "device": device, "rows": len(tokens), "tokens_a_row": tokens.shape[1], "by_sweep": [], "by_tol": [], "default": {}}
+    result: dict = {"model": args.model, "device": device, "rows": len(tokens), "tokens_a_row": tokens.shape[1]}
+    result |= {"by_sweep": [], "by_tol": [], "default": {}}
     for name in args.dtypes:
         model = lrt.load(args.model, dtype=getattr(torch, name), device=device)
         exact = measure(model, tokens, targets, sizes, prefill.exact(), None)
@@ -103,8 +104,8 @@ def measure(model, tokens, targets, sizes, method, exact) -> dict:
 
 def report(dtype: str, groups: int, setting: dict, row: dict) -> dict:
     done = row["report"]
-    found = {"dtype": dtype, "groups": groups, **setting, "gap_bpb": row["gap"], "largest_error": row["largest_error"], "mean_error": row["mean_error"]}
-    found |= {"residual": max(done.residual), "mean_residual": sum(done.residual) / len(done.residual), "most_sweeps": max(done.sweeps)}
+    found = {"dtype": dtype, "groups": groups, **setting, "gap_bpb": row["gap"]}
+    found |= {"largest_error": row["largest_error"], "mean_error": row["mean_error"], "residual": max(done.residual), "mean_residual": sum(done.residual) / len(done.residual), "most_sweeps": max(done.sweeps)}
     found |= {"mean_sweeps": sum(done.sweeps) / len(done.sweeps), "unconverged": done.converged.count(False), "seconds": row["seconds"]}
     print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in found.items()))
     return found
