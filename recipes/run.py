@@ -29,7 +29,8 @@ def main() -> int:
         if args.dry_run:
             from lrt.train.dry_run import dry_run
 
-            print(dry_run(recipe, world_size=int(os.environ.get("WORLD_SIZE", 8))))
+            world_size = os.environ.get("WORLD_SIZE")
+            print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
             return 0
         from lrt.train.faults import HangError, NonFiniteError
         from lrt.train.trainer import train

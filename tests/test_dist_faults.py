@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_train_run import ROOT, TINY
 
 from lrt.train.checkpoint import latest, read_rest, step_of
 from lrt.train.metrics import read_records
-from test_train_run import ROOT, TINY
 
 pytestmark = pytest.mark.dist
 

@@ -47,6 +47,13 @@ PLANS = {
     "AC selective": {"parallel.activation_checkpointing": "selective", "parallel.reshard": "after_forward"},
 }
 ONE = World(0, 1, torch.device("cpu"), sharded=False)
+
+
+def alone(world):
+    """The same device without the other ranks: a plain module."""
+    return World(0, 1, world.device, sharded=False)
+
+
 T = 10
 
 
@@ -60,16 +67,16 @@ def recipe_of(**overrides):
     return parse_recipe("", overrides=[f"{k}={v}" for k, v in sets.items()])
 
 
-def rows(count=4):
+def rows(world, count=4):
     ids = torch.randint(0, 37, (count, T + 1), generator=torch.Generator().manual_seed(3))
     targets = ids[:, 1:].clone()
     targets[0, :7] = -100  # uneven numbers of valid targets: a mean of means would show
     targets[2] = -100
-    return Batch(ids[:, :-1], targets, tuple(f"row {i}" for i in range(count)))
+    return Batch(ids[:, :-1].to(world.device), targets.to(world.device), tuple(f"row {i}" for i in range(count)))
 
 
 def micro_batches(world, size=1):
-    batch = rows()
+    batch = rows(world)
     here = range(world.rank, 4, world.size)
     return [Batch(batch.input_ids[list(i)], batch.targets[list(i)], ()) for i in zip(*[iter(here)] * size)]
 
@@ -112,10 +119,10 @@ def float64():
 
 
 def check_gradients(world, folder, plan, schedule):
-    recipe, alone = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if "sharing" in k})
+    recipe, plain_recipe = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if "sharing" in k})
     with float64():
         numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
-        expected, plain = gradients(alone, ONE, [rows()], SCHEDULES[schedule])
+        expected, plain = gradients(plain_recipe, alone(world), [rows(world)], SCHEDULES[schedule])
     assert seen.keys() == plain.keys() and len(plain) > 10
     torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
     for name, gradient in plain.items():
@@ -141,10 +148,11 @@ def check_optimizer(world, folder):
     """Same start, same data: after four steps of Muon and AdamW on 2 ranks the weights are those of one process."""
     recipe = recipe_of()
     model, _, numbers = steps(recipe, world, micro_batches(world))
-    plain, _, expected = steps(recipe, ONE, [rows()])
+    plain, _, expected = steps(recipe, alone(world), [rows(world)])
     torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-5)
     whole = gather(model, world)
     if world.main:
+        plain = plain.cpu()
         start = dict(awake(build_parallel(recipe, ONE)).named_parameters())
         for name, value in plain.named_parameters():
             moved = (value - start[name]).norm()
@@ -156,10 +164,10 @@ def check_muon_exact(world, folder):
     """Given the same gradients, sharded Muon is unsharded Muon bit for bit, for every shape and an uneven share of the stack."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world.size,))
+    mesh = torch.distributed.device_mesh.init_device_mesh(world.device.type, (world.size,))
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (6, 4), "b": (6, 4), "c": (6, 4), "d": (3, 5), "e": (1, 4), "f": (7, 7)}
-    start = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
+    start = {n: torch.randn(s, generator=generator).to(world.device) for n, s in shapes.items()}
 
     def optimizer_of(parameters):
         group = {"name": "m", "kind": "muon", "params": list(parameters.items()), "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-10}
@@ -170,7 +178,7 @@ def check_muon_exact(world, folder):
     ours, theirs = optimizer_of(shard), optimizer_of(plain)
     for _ in range(3):
         for n in shapes:
-            gradient = torch.randn(shapes[n], generator=generator)
+            gradient = torch.randn(shapes[n], generator=generator).to(world.device)
             plain[n].grad, shard[n].grad = gradient, distribute_tensor(gradient.clone(), mesh, [Shard(0)])
         torch.testing.assert_close(gradient_norm(shard.values()), gradient_norm(plain.values()))
         ours.step()
@@ -189,7 +197,7 @@ def check_skipped(world, folder):
     recipe = recipe_of()
     model, optimizer, numbers = steps(recipe, world, micro_batches(world), count=2)
     before = {n: t.clone() for n, t in _tensors(model, optimizer).items()}
-    handle = model.backbone.embedding.register_forward_hook(poisoned_gradient) if world.rank == 1 else None
+    handle = model.backbone.embedding.register_forward_hook(poisoned_gradient) if world.rank == world.size - 1 else None
     bad = one_step(model, optimizer, micro_batches(world), world)
     assert bad[2] == 0 and numbers[:, 2].eq(1).all()
     for name, tensor in _tensors(model, optimizer).items():
@@ -206,7 +214,7 @@ def check_saved(world, folder):
     recipe = recipe_of()
     model, optimizer, _ = steps(recipe, world, micro_batches(world))
     manager = CheckpointManager(
-        folder / "two", config=CheckpointConfig(), recipe=recipe, rank=world.rank, world_size=2, process_group=world.checkpoint_group
+        folder / "two", config=CheckpointConfig(), recipe=recipe, rank=world.rank, world_size=world.size, process_group=world.checkpoint_group
     )
     manager.save(4, tensors=_tensors(model, optimizer), rank_state={"rank": world.rank}, meta={})
     assert manager.wait()
@@ -218,18 +226,18 @@ def check_saved(world, folder):
     saved = torch.load(folder / "parent.pt", weights_only=True)
     assert saved.keys() == read.keys()
     for name, tensor in read.items():
-        assert torch.equal(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, saved[name]), name
+        assert torch.equal((tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu(), saved[name]), name
 
 
 def check_export(world, folder):
     recipe = recipe_of()
     model = awake(build_parallel(recipe, world))
     plain = export(model, recipe, folder / "export", world)
-    batch = rows()
+    batch = rows(world)
     world.barrier()
-    loaded = lrt.load(folder / "export").eval()
+    loaded = lrt.load(folder / "export", device=world.device).eval()
     assert (plain is not None) == world.main
-    expected = awake(build_parallel(recipe, ONE)).eval()
+    expected = awake(build_parallel(recipe, alone(world))).eval()
     with torch.no_grad():
         assert torch.equal(loaded(batch.input_ids).logits, expected(batch.input_ids).logits)
         scores = model.score(batch.input_ids, batch.targets, lrt.sequential())  # an entry beside forward
@@ -238,13 +246,13 @@ def check_export(world, folder):
 
 
 def check_mesh(world, folder):
-    replicated = recipe_of(**{"parallel.replicate": 2})
-    numbers, seen = gradients(replicated, world, micro_batches(world, size=2), lrt.interleaved(2))
-    expected, plain = gradients(recipe_of(), ONE, [rows()], lrt.interleaved(2))
+    replicated = recipe_of(**{"parallel.replicate": world.size})
+    numbers, seen = gradients(replicated, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
+    expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
     torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
     for name, gradient in plain.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"parallel.replicate = 3 x parallel.shard = -1 does not make 2 processes: .*divides 2"):
+    with pytest.raises(ValueError, match=rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"):
         build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
 
 
@@ -252,7 +260,7 @@ def check_bfloat16(world, folder):
     """Masters stay float32; the computation in bfloat16 is near the one in float32."""
     recipe = recipe_of(**{"parallel.param_dtype": "bfloat16"})
     numbers, seen = gradients(recipe, world, micro_batches(world), lrt.interleaved(2))
-    expected, plain = gradients(recipe_of(), ONE, [rows()], lrt.interleaved(2))
+    expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
     assert all(g.dtype == torch.float32 for g in seen.values())
     assert abs(float(numbers[0] - expected[0])) < 0.05 * float(expected[0])
     assert numbers[0] != expected[0]
@@ -281,28 +289,31 @@ def main(folder: Path) -> None:
                 check(world, folder)
             except Exception as error:
                 results[name] = traceback.format_exc()
-                if "Timed out" in str(error) or "closed" in str(error):
+                if any(word in str(error) for word in ("Timed out", "closed", "NCCL")):
                     break  # the ranks have lost each other
         (folder / f"results{world.rank}.json").write_text(json.dumps(results))
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory):
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def launched(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, ONE, [rows()], count=3)
+    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=3)
     torch.save({n: t.clone() for n, t in _tensors(model, optimizer).items()}, folder / "parent.pt")
     manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
     manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
     assert manager.wait()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(folder)]
+    ranks = 2 if request.param == "cpu" else min(2, torch.cuda.device_count())  # one GPU: FSDP on one rank against a plain module
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    if request.param == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     found = {}
-    for rank in range(2):
+    for rank in range(ranks):
         with contextlib.suppress(FileNotFoundError):
             found[rank] = json.loads((folder / f"results{rank}.json").read_text())
-    assert len(found) == 2, result.stderr[-5000:]
+    assert len(found) == ranks, result.stderr[-5000:]
     return folder, found
 
 
@@ -316,12 +327,12 @@ def test_one_process_reads_what_two_saved(launched):
     folder = launched[0]
     newest = latest(folder / "two")
     recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, ONE, [rows()], count=1)
+    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=1)
     read_tensors(newest, _tensors(model, optimizer))
     saved = torch.load(folder / "two.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]), name
-    assert [state["rank"] for state in read_rest(newest).rank_states] == [0, 1]
+    assert [state["rank"] for state in read_rest(newest).rank_states] == sorted(launched[1])
 
 
 if __name__ == "__main__":

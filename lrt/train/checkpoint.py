@@ -19,9 +19,10 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist

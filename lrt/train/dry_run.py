@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from lrt.accounting import Parameters, count_parameters, training_flops
@@ -58,18 +59,20 @@ def expected_memory(recipe: Recipe, parameters: Parameters, horizon: Horizon, *,
     )
 
 
-def dry_run(recipe: Recipe, *, world_size: int) -> str:
+def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
     """The resolved recipe and what it means, as text.
 
     Args:
         recipe: of the run.
-        world_size: GPUs to plan for.
+        world_size: GPUs to plan for; None = 8, or fewer where the batch cannot be shared by 8.
 
     Raises:
         ValueError: the recipe has no horizon, or its batch cannot be dealt to the GPUs.
     """
     model = build(recipe, device="meta")
     parameters = count_parameters(model)
+    if world_size is None:
+        world_size = math.gcd(8, recipe.training.batch_tokens // recipe.model.sequence_length)
     horizon = plan_horizon(recipe, parameters, world_size=world_size)
     a_token = training_flops(model, model.train_schedule, recipe.model.sequence_length)
     memory = expected_memory(recipe, parameters, horizon, world_size=world_size)

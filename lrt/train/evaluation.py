@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lrt.data import Tokenizer, build_loader
 from lrt.data.loader import ValidationLoader
 from lrt.eval import BitsPerByte, evaluate_bpb
 from lrt.train.distributed import World
+from lrt.train.faults import Heartbeat
 from lrt.train.parallel import free_gathered, fsdp_modules
 from lrt.train.state import Run
 
@@ -33,8 +35,10 @@ def validation_loader(recipe: Recipe, tokenizer: Tokenizer, world: World) -> Val
     )
 
 
-def evaluate(model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World) -> dict[str, BitsPerByte]:
-    """Bits per byte in every mode of the recipe, over all ranks."""
+def evaluate(
+    model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World, *, progress: Callable[[], None]
+) -> dict[str, BitsPerByte]:
+    """Bits per byte in every mode of the recipe, over all ranks; ``progress`` is called after every batch and mode."""
     token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
     known = torch.from_numpy(tokenizer.token_bytes())
     token_bytes[: len(known)] = known
@@ -49,6 +53,7 @@ def evaluate(model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Toke
             buckets=recipe.evaluation.buckets,
             device=world.device,
             reduce=world.total,
+            progress=progress,
         )
     finally:
         free_gathered(model)
@@ -60,9 +65,11 @@ def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
         module.set_reshard_after_forward(reshard, recurse=False)
 
 
-def evaluate_run(run: Run) -> dict[str, Any]:
+def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     """Score the held-out rows and record everything that is known of the model at this step; every rank must call this."""
-    scores = evaluate(run.model, run.recipe, run.validation, run.tokenizer, run.world)
+    where = f"evaluation at step {run.state.step}"
+    heart.beat(where)
+    scores = evaluate(run.model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,
@@ -72,6 +79,7 @@ def evaluate_run(run: Run) -> dict[str, Any]:
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "recurrence": recurrence_statistics(run.model),
+        "unreadable": run.loader.skipped,
     }
     run.recorder.write(record)
     return record

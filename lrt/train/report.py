@@ -17,8 +17,7 @@ from lrt.train.weights import export
 
 def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     """Evaluate, export, draw and print what a finished run is worth; every rank must call this."""
-    heart.beat(f"evaluation at step {run.state.step}")
-    record = evaluate_run(run)
+    record = evaluate_run(run, heart)
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     plain = export(run.model, run.recipe, exported, run.world)
@@ -58,6 +57,7 @@ def summary(run: Run, result: RunResult) -> str:
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
         ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
         ("skipped steps", f"{run.state.skipped}"),
+        ("unreadable texts", f"{run.loader.skipped}"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]

@@ -34,7 +34,6 @@ from lrt.train.state import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.weights import build_parallel, warm_start
 
-
 # ------------------------------------------------------------------ putting a run together
 
 
@@ -229,8 +228,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             profile(state.step)
             if due and "evaluate" in due:
                 with clock.paused():
-                    heart.beat(f"evaluation at step {state.step}")
-                    evaluate_run(run)
+                    evaluate_run(run, heart)
             if due and "save" in due and not stop:
                 _save(run)
         heart.beat(f"the end, at step {state.step}")
