@@ -252,7 +252,8 @@ def check_mesh(world, folder):
     torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
     for name, gradient in plain.items():
         torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"):
+    text = rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"
+    with pytest.raises(ValueError, match=text):
         build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
 
 

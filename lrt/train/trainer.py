@@ -63,7 +63,8 @@ def train(recipe: Recipe) -> RunResult:
 
 def assemble(recipe: Recipe, world: World) -> Run:
     """All parts of a run, at the step of its newest checkpoint."""
-    torch.set_float32_matmul_precision("high")
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(recipe.run.seed)
     shapes = build(recipe, device="meta")
     parameters = count_parameters(shapes)
