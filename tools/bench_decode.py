@@ -184,7 +184,9 @@ def decode_rows(size, models, fast, batch, context, args, copy: float) -> list[d
         rows.append(
             {
                 "size": size, "variant": name, "batch": batch, "context": context, "us_per_step": round(t * 1e6, 1),
-                "tokens_per_s": round(batch / t), "GB_per_s": round(moved / t / 1e9, 1), "share_of_copy": round(moved / t / copy, 3), "times_plain": round(statistics.median(ratios), 4),
+                "tokens_per_s": round(batch / t),
+                "GB_per_s": round(moved / t / 1e9, 1), "share_of_copy": round(moved / t / copy, 3),
+                "times_plain": round(statistics.median(ratios), 4),
                 "compile_s": round(compile_s[name], 2), "state_MB": round(base.nbytes / 1e6, 1),
             }
         )  # fmt: skip
