@@ -32,7 +32,7 @@ from lrt.config import DataConfig, ModelConfig, ParallelConfig, Recipe, Recurren
 from lrt.model import build
 from lrt.train.distributed import World, open_world
 from lrt.train.parallel import free_gathered, named_parameters
-from lrt.train.single import Single, forward_backward
+from lrt.train.replay import Runner, forward_backward, single_device
 from lrt.train.weights import build_parallel
 
 SEPARATOR = 7  # any token: tokens are random
@@ -193,8 +193,8 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World) -> Callab
     options = {"schedule": schedule, "seed": 1, "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device)}
 
     def step() -> None:
-        if built.single is not None:
-            built.single.forward_backward(tokens, targets, **options)
+        if built.runner is not None:
+            built.runner.forward_backward(tokens, targets, **options)
         else:
             forward_backward(built.model, tokens, targets, **options)
             free_gathered(built.model)
@@ -216,7 +216,7 @@ def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimi
     def step() -> None:
         batch = next(loader)
         batch = Batch(batch.input_ids.to(world.device, non_blocking=True), batch.targets.to(world.device, non_blocking=True), batch.source)
-        train_step(built.model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world, single=built.single)
+        train_step(built.model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner)
 
     return step
 
@@ -256,34 +256,34 @@ def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> 
 
 
 class Built(NamedTuple):
-    """A model ready to step, and what holds its working copy on one GPU."""
+    """A model ready to step, and what runs it."""
 
     model: Any
-    single: Single | None
+    runner: Runner | None
 
     @property
     def bytes(self) -> int:
-        modules = [self.model] if self.single is None else [self.model, self.single.compute]
+        modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
         tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
-    """The model in the form that the options name."""
-    if options.plan == "fsdp":
-        built = Built(build_parallel(recipe, world).train(), None)
+    """The model under the plan that the options name."""
+    runner = None
+    if options.plan.startswith("fsdp"):
+        model = build_parallel(recipe, world).train()
+        if options.plan == "fsdp-graph":
+            runner = Runner(model, model, graphs=True)
     else:
         model = build(recipe, device=world.device).train()
-        single = Single(model, recipe.parallel, world)
-        if options.plan == "eager-launches":
-            single._captures = False
-        elif pool is not None:
-            single._pool = pool  # graphs that take turns may share their memory
-        built = Built(model, single)
+        runner = single_device(model, recipe.parallel, world)
+    if runner is not None and pool is not None:
+        runner.pool = pool  # graphs that take turns may share their memory
     if options.backend is not None:
-        for block in (built.model if built.single is None else built.single.compute).blocks:
+        for block in (model if runner is None else runner.compute).blocks:
             block.compile(fullgraph=True, dynamic=False, backend=options.backend)
-    return built
+    return Built(model, runner)
 
 
 def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
@@ -428,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
     parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
-    parser.add_argument("--plan", choices=["single", "eager-launches", "fsdp"], help="default: single on one process, fsdp on several")
+    parser.add_argument("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp on several")
     parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
     parser.add_argument("--loss-chunk", type=int, default=ParallelConfig().loss_chunk)
     parser.add_argument("--backend", help="of torch.compile, instead of the trainer's; CPU default: aot_eager")

@@ -14,7 +14,7 @@ from lrt.train.distributed import World
 from lrt.train.metrics import Late
 from lrt.train.optimizers import MuonAdamW, gradient_norm, scale_gradients
 from lrt.train.parallel import free_gathered
-from lrt.train.single import Single, forward_backward
+from lrt.train.replay import Runner, forward_backward
 from lrt.types import Schedule
 
 
@@ -44,7 +44,7 @@ def train_step(
     clip_norm: float | None,
     world: World,
     stop: bool = False,
-    single: Single | None = None,
+    runner: Runner | None = None,
 ) -> Tensor:
     """Forward and backward over all micro-batches, then one update.
 
@@ -57,7 +57,7 @@ def train_step(
         clip_norm: global gradient norm; None = no clipping.
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.
-        single: runs forward and backward of ``model`` on one GPU; None = the model itself runs them.
+        runner: of ``model``, runs its forward and backward; None = the model itself does, eagerly.
 
     Returns:
         1-D tensor on the device for ``StepNumbers.of``; nothing here waits for the device.
@@ -67,8 +67,8 @@ def train_step(
     scores: Tensor | None = None
     for batch in batches:
         options: dict[str, Any] = {"schedule": schedule, "seed": seed, "valid_targets": valid}
-        if single is not None:
-            part = single.forward_backward(batch.input_ids, batch.targets, **options)
+        if runner is not None:
+            part = runner.forward_backward(batch.input_ids, batch.targets, **options)
         else:
             part = forward_backward(model, batch.input_ids, batch.targets, **options)
         scores = part if scores is None else scores + part

@@ -1,8 +1,9 @@
-"""One GPU: float32 masters, a working copy in half precision, and forward and backward as one CUDA graph.
+"""Forward and backward as one CUDA graph, and on one GPU a working copy in half precision.
 
 A step of a small model is some thousand kernels of a few microseconds; launched one by one, the processor is slower
 than the GPU. A graph launches them at once. It is captured for each shape and plan of passes, after the compiler has
-run, and replayed on copies of the inputs. With several GPUs, or without CUDA, FSDP is the plan (``lrt.train.parallel``).
+run, and replayed on copies of the inputs. On one GPU the masters stay in float32 beside a working copy, and nothing is
+gathered; on several, FSDP (``lrt.train.parallel``) does both.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from torch import Tensor, nn
 from lrt.backbone import TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.train.distributed import World
-from lrt.train.parallel import DTYPES, named_parameters, parallelize
+from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize
 from lrt.types import Pass, Schedule
 
+WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
-def forward_backward(model: nn.Module, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor) -> Tensor:
+
+def forward_backward(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor
+) -> Tensor:
     """Add the gradients of one micro-batch; returns the loss, then the loss of every group (1-D, detached)."""
     generator = torch.Generator().manual_seed(seed)
     out = model(input_ids, targets=targets, schedule=schedule, valid_targets=valid_targets, generator=generator)
     out.loss.backward()
     return torch.stack([out.loss.detach(), *out.groups])
-
-
-WARM_UP = 3  # passes before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
 class Captured(NamedTuple):
@@ -40,39 +42,28 @@ class Captured(NamedTuple):
     targets: Tensor
     valid: Tensor
     scores: Tensor
-    gradients: tuple[Tensor | None, ...]  # float32, one a master
+    gradients: tuple[Tensor | None, ...]  # one a master
 
 
-class Single:
-    """Forward and backward of a model on one device.
+class Runner:
+    """Runs forward and backward of a model and leaves the gradients with its float32 masters.
 
     Args:
-        model: float32 masters, which the optimizer updates and a checkpoint holds.
-        config: section ``parallel`` of the recipe.
-        world: this process.
-
-    Attributes:
-        model: the masters.
-        compute: the working copy, to evaluate with after ``refresh``; its token tables are the masters' own.
+        model: the masters, which the optimizer updates and a checkpoint holds: plain, or sharded by FSDP.
+        compute: what computes: ``model`` itself, or its ``working_copy``.
+        graphs: capture CUDA graphs; the model must be on a GPU, with compiled blocks.
     """
 
-    def __init__(self, model: nn.Module, config: ParallelConfig, world: World) -> None:
-        self.model = model
-        self.compute = working_copy(model, dtype=DTYPES[config.param_dtype])
-        parallelize(self.compute, config, dataclasses.replace(world, sharded=False))
-        if config.compile:
-            compiled = torch.compile(lookup, dynamic=False)
-            for table in _tables(self.compute):
-                table.lookup = compiled
-        self._captures = config.compile and world.device.type == "cuda"
+    def __init__(self, model: nn.Module, compute: nn.Module, *, graphs: bool) -> None:
+        self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
-        self._working = [p for _, p in named_parameters(self.compute)]
-        self._graphs: dict[Any, Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._working = [p for _, p in named_parameters(compute)]
+        self._graphs: dict[Any, Captured] | None = {} if graphs else None
+        self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Bring the working copy up to date."""
+        """Bring the working copy up to date, as ``forward_backward`` does; to be called before evaluating with it."""
         pairs = [(w, m) for w, m in zip(self._working, self._masters) if w is not m]
         if pairs:
             torch._foreach_copy_([w for w, _ in pairs], [m for _, m in pairs])
@@ -89,7 +80,7 @@ class Single:
         Returns:
             1-D: the loss, then the loss of every group.
         """
-        if not self._captures:
+        if self._graphs is None:
             scores = self._run(input_ids, targets, schedule, seed, valid_targets)
             self._hand_over(self._take_gradients())
             return scores
@@ -110,7 +101,9 @@ class Single:
 
     def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor) -> Tensor:
         self.refresh()
-        return forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+        scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+        free_gathered(self.compute)
+        return scores
 
     def _take_gradients(self) -> tuple[Tensor | None, ...]:
         """The working copy's gradients in the masters' dtype; none are left behind."""
@@ -146,12 +139,23 @@ class Single:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's own pool will hold what the passes above took
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             scores = self._run(*inputs[:2], schedule, seed, inputs[2])
             gradients = self._take_gradients()
         for master, gradient in zip(self._masters, kept):
             master.grad = gradient
         return Captured(graph, *inputs, scores, gradients)
+
+
+def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Runner:
+    """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
+    compute = working_copy(model, dtype=DTYPES[config.param_dtype])
+    parallelize(compute, config, dataclasses.replace(world, sharded=False))
+    if config.compile:
+        compiled = torch.compile(lookup, dynamic=False)
+        for table in _tables(compute):
+            table.lookup = compiled
+    return Runner(model, compute, graphs=config.compile and world.device.type == "cuda")
 
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
