@@ -221,7 +221,8 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
             refresh()
         masks = residue_masks(model, row, groups=subsets, residue=residue)
         stores = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
-        out = run_blocks(model, hidden[residue], contexts[residue], received(residue), stores=stores)
+        # Contiguous, as the inputs of the later blocks are: a compiled first block would otherwise be a graph of its own.
+        out = run_blocks(model, hidden[residue].contiguous(), contexts[residue], received(residue), stores=stores)
         assert out.memory is not None
         results.append(PassResult(step, out.hidden, out.memory))
         visited.add(residue)

@@ -24,6 +24,7 @@ class World:
         rank, size: number of this process, and of all.
         device: on which it computes.
         sharded: FSDP holds the parameters; False = a plain module on one process.
+        working_copy: the plain module holds masters, and a copy in the computation's dtype computes.
         checkpoint_group: gloo group for the thread that writes checkpoints; None for a plain module.
     """
 
@@ -32,6 +33,7 @@ class World:
     device: torch.device
     sharded: bool
     checkpoint_group: dist.ProcessGroup | None = None
+    working_copy: bool = False
 
     @property
     def main(self) -> bool:
@@ -60,18 +62,18 @@ class World:
 def open_world(recipe: Recipe) -> Iterator[World]:
     """Join the process group that torchrun describes, or be alone.
 
-    FSDP is used where there are several processes, and where the computation's dtype differs from the
-    masters' float32: its mixed precision is then the same on one device and on many. Otherwise the model
-    stays a plain module.
+    FSDP is used where there are several processes, and on a CPU where the computation's dtype differs from the
+    masters' float32. On one GPU the model stays a plain module: a working copy in the computation's dtype costs one
+    cast a step (``lrt.train.replay``), FSDP's copies for one rank several.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    sharded = size > 1 or recipe.parallel.param_dtype != "float32"
+    sharded = size > 1 or (recipe.parallel.param_dtype != "float32" and device.type == "cpu")
     if not sharded:
-        yield World(rank, size, device, sharded)
+        yield World(rank, size, device, sharded, working_copy=device.type == "cuda")
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)

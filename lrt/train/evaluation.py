@@ -69,7 +69,8 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     """Score the held-out rows and record everything that is known of the model at this step; every rank must call this."""
     where = f"evaluation at step {run.state.step}"
     heart.beat(where)
-    scores = evaluate(run.model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
+    model = run.model if run.runner is None else run.runner.refresh()
+    scores = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,

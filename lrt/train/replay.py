@@ -21,6 +21,7 @@ from lrt.train.distributed import World
 from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize
 from lrt.types import Pass, Schedule
 
+GRAPHS = 4  # graphs kept at most, each with gradients of its own: a schedule with more plans runs the others eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
@@ -62,11 +63,12 @@ class Runner:
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the working copy up to date, as ``forward_backward`` does; to be called before evaluating with it."""
+    def refresh(self) -> nn.Module:
+        """The working copy, brought up to date: to evaluate with."""
         pairs = [(w, m) for w, m in zip(self._working, self._masters) if w is not m]
         if pairs:
             torch._foreach_copy_([w for w, _ in pairs], [m for _, m in pairs])
+        return self.compute
 
     def forward_backward(self, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor) -> Tensor:
         """Add the gradients of one micro-batch to the masters'.
@@ -80,12 +82,12 @@ class Runner:
         Returns:
             1-D: the loss, then the loss of every group.
         """
-        if self._graphs is None:
+        plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
+        key = (tuple(input_ids.shape), schedule, plan)
+        if self._graphs is None or (key not in self._graphs and len(self._graphs) == GRAPHS):
             scores = self._run(input_ids, targets, schedule, seed, valid_targets)
             self._hand_over(self._take_gradients())
             return scores
-        plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
-        key = (tuple(input_ids.shape), schedule, plan)
         if key not in self._graphs:
             self._graphs[key] = self._capture(input_ids, targets, schedule, seed, valid_targets)
         captured = self._graphs[key]
@@ -147,6 +149,11 @@ class Runner:
         return Captured(graph, *inputs, scores, gradients)
 
 
+def make_runner(model: nn.Module, config: ParallelConfig, world: World) -> Runner | None:
+    """What runs a model that ``build_parallel`` made; None: the model itself."""
+    return single_device(model, config, world) if world.working_copy else None
+
+
 def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Runner:
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
@@ -160,12 +167,17 @@ def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Run
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
     """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
-    tables = [table.weight for table in _tables(model)]
-    work: Any = copy.deepcopy(model, {id(weight): weight for weight in tables})  # the memo: what is not copied
+    kept = {id(table.weight): table.weight for table in _tables(model)}
+    work: Any = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
+    cast = dict(kept)  # by identity, so that tied weights stay tied
     for module in work.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and not any(parameter is weight for weight in tables):
-                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+            if parameter is None:
+                continue
+            if id(parameter) not in cast:
+                cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+                kept[id(parameter)] = parameter  # alive, so that no other tensor takes its identity
+            module._parameters[name] = cast[id(parameter)]
     for table in _tables(work):
         table.output_dtype = dtype
     return work

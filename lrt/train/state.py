@@ -16,6 +16,7 @@ from lrt.train.faults import FiniteGuard
 from lrt.train.horizon import Horizon
 from lrt.train.metrics import Recorder
 from lrt.train.optimizers import MuonAdamW
+from lrt.train.replay import Runner
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Run:
     parameters: Parameters
     flops_a_token: float
     model: Any
+    runner: Runner | None
     optimizer: MuonAdamW
     tokenizer: Tokenizer
     loader: Any

@@ -29,6 +29,7 @@ from lrt.train.muon import direction
 from lrt.train.optimizers import MuonAdamW, parameter_groups
 from lrt.train.parallel import named_parameters
 from lrt.train.rates import Rates, rates_at
+from lrt.train.replay import make_runner
 from lrt.train.report import finish
 from lrt.train.state import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
@@ -113,8 +114,9 @@ def assemble(recipe: Recipe, world: World) -> Run:
         say(f"resumed from {resumed}")
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     validation = validation_loader(recipe, tokenizer, world)
+    runner = make_runner(model, recipe.parallel, world)
     return Run(
-        recipe, world, folder, horizon, parameters, flops, model, optimizer, tokenizer, loader, validation,
+        recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(sinks), guard, say, state,
     )  # fmt: skip
 
@@ -218,6 +220,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 clip_norm=recipe.training.clip_norm,
                 world=run.world,
                 stop=signals.received is not None,
+                runner=run.runner,
             )
             state.step += 1
             state.tokens += run.horizon.batch_tokens

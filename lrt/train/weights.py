@@ -32,7 +32,8 @@ def build_parallel(recipe: Recipe, world: World) -> LatentRecurrentModel:
             raise ValueError('training.stage = "memory", but recurrence is off: use stage = "all", or switch recurrence on')
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_memory(name))
-    parallelize(model, recipe.parallel, world)
+    if not world.working_copy:  # otherwise the plan is the copy's (lrt.train.replay)
+        parallelize(model, recipe.parallel, world)
     model.to_empty(device=world.device)
     source = build(recipe, device=world.device)
     fill(model, {**dict(source.named_parameters()), **dict(source.named_buffers())})

@@ -1,0 +1,160 @@
+"""Compiled steps: how many graphs there are, that none is compiled twice, and that a runner's gradients are the model's."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import lrt
+from lrt.backbone import TokenTable
+from lrt.config import ModelConfig, ParallelConfig, Recipe, RecurrenceConfig
+from lrt.model import build
+from lrt.train.distributed import World
+from lrt.train.replay import Runner, make_runner, single_device, working_copy
+
+ALONE = World(0, 1, torch.device("cpu"), sharded=False)
+EAGER = ParallelConfig(compile=False, param_dtype="float32")
+
+
+def small(pattern="L", **recurrence):
+    torch.manual_seed(0)
+    config = ModelConfig(n_layers=3, width=32, n_heads=2, vocab_size=64, sequence_length=16, window_pattern=pattern)
+    model = build(Recipe(model=config, recurrence=RecurrenceConfig(separator=1, **recurrence)))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch(seed=0, length=16):
+    tokens = torch.randint(0, 64, (2, length + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def graphs_of(step):
+    """Graphs that the first call compiles; three further ones must compile none."""
+    before = counters["stats"]["unique_graphs"]
+    step()
+    first = counters["stats"]["unique_graphs"]
+    for _ in range(3):
+        step()
+    assert counters["stats"]["unique_graphs"] == first, "a steady step compiled again"
+    return first - before
+
+
+# ------------------------------------------------------------------ graphs
+
+
+@pytest.mark.parametrize("pattern, windows", [("L", 1), ("SL", 2)])
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_one_graph_a_window_and_kind_of_pass(pattern, windows):
+    """All blocks of a window share the graph of a kind of pass: three blocks, and the first is no special case."""
+    torch._dynamo.reset()
+    model = small(pattern)
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, targets = batch()
+
+    def step(schedule):
+        return lambda: model(tokens, targets=targets, schedule=schedule).loss.backward()
+
+    assert graphs_of(step(lrt.baseline())) == windows
+    assert graphs_of(step(lrt.refine(1))) == windows  # the pass with memory
+    assert graphs_of(step(lrt.refine(3))) == 0
+    assert graphs_of(step(lrt.interleaved(2))) == 2  # one a residue; on the CPU the window is in the mask alone
+    assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 1  # residue 0, all of whose neighbours are fresh; residue 1 is as before
+
+
+def test_a_changed_batch_compiles_nothing():
+    torch._dynamo.reset()
+    model = small()
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    seeds = iter(range(9))
+
+    def step():
+        tokens, targets = batch(next(seeds))
+        model(tokens, targets=targets, schedule=lrt.interleaved(2)).loss.backward()
+
+    assert graphs_of(step) > 0
+
+
+# ------------------------------------------------------------------ the runner
+
+
+@pytest.mark.parametrize("schedule", [lrt.baseline(), lrt.refine(1, weights=(0.0, 1.0)), lrt.interleaved(2), lrt.interleaved(3, order="random")])
+def test_a_runner_leaves_the_gradients_of_the_model(schedule):
+    """Over accumulated micro-batches and several updates of the masters, in float32, bit for bit."""
+    model = small()
+    plain = copy.deepcopy(model)
+    runner = single_device(model, EAGER, ALONE)
+    for update in range(2):
+        for seed in (1, 2):
+            tokens, targets = batch(seed)
+            valid = torch.tensor(2 * targets.numel())
+            scores = runner.forward_backward(tokens, targets, schedule=schedule, seed=update, valid_targets=valid)
+            out = plain(tokens, targets=targets, schedule=schedule, valid_targets=valid, generator=torch.Generator().manual_seed(update))
+            out.loss.backward()
+            assert torch.equal(scores, torch.stack([out.loss.detach(), *out.groups]))
+        for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if ours.grad is not None:
+                assert torch.equal(ours.grad, theirs.grad), name
+                for parameter in (ours, theirs):
+                    parameter.data.add_(parameter.grad, alpha=0.1)
+                    parameter.grad = None
+
+
+def test_a_half_precision_copy_computes_in_half_and_leaves_float32_gradients():
+    model = small()
+    runner = single_device(model, ParallelConfig(compile=False, param_dtype="bfloat16"), ALONE)
+    tokens, targets = batch()
+    options = {"schedule": lrt.interleaved(2), "seed": 0, "valid_targets": torch.tensor(targets.numel())}
+    runner.forward_backward(tokens, targets, **options)
+    exact, half = copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16)
+    for other in (exact, half):
+        other.zero_grad(set_to_none=True)
+        other(tokens, targets=targets, schedule=lrt.interleaved(2)).loss.backward()
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
+    ours, theirs, yardstick = (torch.cat([p.grad.float().flatten() for p in m.parameters()]) for m in (model, exact, half))
+    error, expected = ((x - theirs).norm() / theirs.norm() for x in (ours, yardstick))
+    assert 1e-4 < error < 2 * expected + 1e-2  # it rounds, and not more than a model that is half precision throughout
+
+
+def test_a_working_copy_shares_token_tables_and_keeps_ties():
+    model = small()
+    model.backbone.head.extra = model.backbone.head.weight  # a tied weight
+    work = working_copy(model, dtype=torch.bfloat16)
+    pairs = list(zip(model.modules(), work.modules()))
+    assert all(b.weight is a.weight for a, b in pairs if isinstance(a, TokenTable))
+    assert work.backbone.head.extra is work.backbone.head.weight and work.backbone.head.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        model.backbone.head.weight.fill_(2.0)
+    assert (Runner(model, work, graphs=False).refresh().backbone.head.weight == 2.0).all()
+
+
+def test_only_one_gpu_needs_a_runner():
+    assert make_runner(small(), EAGER, ALONE) is None
+    assert make_runner(small(), EAGER, World(0, 1, torch.device("cpu"), sharded=False, working_copy=True)) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replayed_graphs_are_eager_steps():
+    """The same numbers from a captured graph as from the same kernels launched one by one, on changing batches."""
+    model = small().cuda()
+    config = ParallelConfig(param_dtype="bfloat16")
+    world = World(0, 1, torch.device("cuda", 0), sharded=False, working_copy=True)
+    replayed, eager = single_device(model, config, world), single_device(copy.deepcopy(model), config, world)
+    eager._graphs = None
+    for schedule in (lrt.refine(1), lrt.interleaved(2)):
+        for seed in range(3):
+            for runner in (replayed, eager):
+                for _ in range(2):  # accumulated
+                    tokens, targets = (x.cuda() for x in batch(seed))
+                    options = {"schedule": schedule, "seed": seed, "valid_targets": torch.tensor(targets.numel(), device="cuda")}
+                    runner.scores = runner.forward_backward(tokens, targets, **options)
+            torch.testing.assert_close(replayed.scores, eager.scores)
+            for a, b in zip(replayed.model.parameters(), eager.model.parameters()):
+                torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=1e-4)  # sums of atomics come in any order
+                a.grad = b.grad = None
