@@ -190,18 +190,22 @@ def test_a_copy_shares_nothing(tokens: Tensor) -> None:
 
 
 def others() -> dict[str, tuple[Any, str]]:
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61}
     t = transformers
+    bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61, "intermediate_size": 16}
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
+    mamba = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 61}
+    bloom = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 61}
+    granite = {"num_hidden_layers": 2, "residual_multiplier": 0.5, **ROPE}
     return {
-        "encoder-decoder": (lambda: t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=61)), "is an encoder-decoder"),
-        "encoder": (lambda: t.BertForMaskedLM(t.BertConfig(intermediate_size=16, **small)), "is an encoder, or not causal"),
-        "state space": (lambda: t.MambaForCausalLM(t.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=61)), "is a state-space or hybrid model"),
-        "unknown": (lambda: t.BloomForCausalLM(t.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=61)), "no family of lrt has the structure"),
-        "lookalike": (lambda: t.GraniteForCausalLM(t.GraniteConfig(num_hidden_layers=2, residual_multiplier=0.5, **ROPE)), "computes something else"),
-        "quantized": (lambda: _quantized(), "is quantized without a single floating-point parameter"),
+        "encoder-decoder": (lambda: t.T5ForConditionalGeneration(t.T5Config(**t5)), "is an encoder-decoder"),
+        "encoder": (lambda: t.BertForMaskedLM(t.BertConfig(**bert)), "is an encoder, or not causal"),
+        "state space": (lambda: t.MambaForCausalLM(t.MambaConfig(**mamba)), "is a state-space or hybrid model"),
+        "unknown": (lambda: t.BloomForCausalLM(t.BloomConfig(**bloom)), "no family of lrt has the structure"),
+        "lookalike": (lambda: t.GraniteForCausalLM(t.GraniteConfig(**granite)), "computes something else"),
+        "quantized": (_quantized, "is quantized without a single floating-point parameter"),
         "no head": (lambda: make("llama").model, "no family of lrt has the structure"),
         "not a model": (lambda: "smollm", "pass a model, such as AutoModelForCausalLM"),
-    }  # fmt: skip
+    }
 
 
 def _quantized() -> Any:
@@ -263,3 +267,40 @@ def test_learned_positions_end(tokens: Tensor) -> None:
     assert COMMON["max_position_embeddings"] == 64
     with pytest.raises(ValueError, match="learned positions end at 64"):
         model(torch.ones(1, 65, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------ CUDA
+
+
+@pytest.mark.gpu
+def test_a_decoder_on_two_devices(tokens: Tensor) -> None:
+    decoder = make("llama", dtype=torch.float32)
+    alone = stir(lrt.adapt(make("llama", dtype=torch.float32)))
+    from accelerate import dispatch_model
+
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": 0, "lm_head": 0}
+    decoder = dispatch_model(decoder, places | {"model.layers.1": 0, "model.layers.2": 0}, main_device="cpu")
+    model = stir(lrt.adapt(decoder))
+    assert len({p.device for p in model.memory_parameters().values()}) == 2
+    for schedule in (lrt.interleaved(3), lrt.interleaved(3, kv_refresh=True), lrt.refine(2), lrt.sequential()):
+        found, expected = (m(tokens, labels=tokens, schedule=schedule, return_logits=True) for m in (model, alone))
+        torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)
+        found.loss.backward()
+    greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens, **greedy).cpu(), alone.generate(tokens, **greedy))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_cuda_backends_keep_the_original(family: str, attention: str) -> None:
+    if (family, attention) == ("gemma2", "sdpa"):
+        attention = "eager"
+    decoder = make(family, attention=attention, dtype=torch.bfloat16).cuda()
+    rows = torch.randint(1, 61, (2, 32), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        theirs = decoder(rows).logits
+        model = lrt.adapt(decoder)
+        assert torch.equal(model(rows, schedule=lrt.baseline()).logits, theirs)
+    model.train()(rows, labels=rows, schedule=lrt.interleaved(2)).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
