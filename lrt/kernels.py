@@ -165,7 +165,10 @@ def merged_attention(
         (B, n_residue, H, K), differentiable in query and in every key and value.
     """
     kernel = _kernel(query, window) if kernel is None else kernel
-    return _Merged.apply(kernel, residue, window, scale, query, *keys, *values)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *keys, *values)):
+        return _Merged.apply(kernel, residue, window, scale, query, *keys, *values)
+    # Not through _Merged: dynamo (torch 2.11) loses the tensors behind * where nothing requires a gradient.
+    return _attend(kernel, residue, window, scale, query, keys, values)[0]
 
 
 class _Merged(torch.autograd.Function):
@@ -173,15 +176,8 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kernel: Any, residue: int, window: int | None, scale: float, query: Tensor, *keys_values: Tensor) -> Tensor:
-        groups, length = len(keys_values) // 2, query.shape[1]
-        keys, values = keys_values[:groups], keys_values[groups:]
-        parts = []
-        for group in range(groups):
-            seen = reach(group=group, groups=groups, residue=residue, window=window)
-            if seen is not None and length > seen.shift:
-                used = length - seen.shift
-                parts.append(kernel.forward(query, keys[group][:, :used], values[group][:, :used], seen, scale))
-        out, lse = _merge(parts)
+        groups = len(keys_values) // 2
+        out, lse = _attend(kernel, residue, window, scale, query, keys_values[:groups], keys_values[groups:])
         ctx.save_for_backward(query, *keys_values, out, lse)
         ctx.kernel, ctx.residue, ctx.window, ctx.scale = kernel, residue, window, scale
         return out
@@ -209,6 +205,20 @@ class _Merged(torch.autograd.Function):
         # One rounding, not one for each group.
         dq = d_query[0] if len(d_query) == 1 else reduce(torch.add, [part.float() for part in d_query]).to(query.dtype)
         return None, None, None, None, dq, *d_keys, *d_values
+
+
+def _attend(
+    kernel: Any, residue: int, window: int | None, scale: float, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Output (B, n, H, K) and log denominator (B, H, n) over all groups."""
+    length = query.shape[1]
+    parts = []
+    for group, (key, value) in enumerate(zip(keys, values)):
+        seen = reach(group=group, groups=len(keys), residue=residue, window=window)
+        if seen is not None and length > seen.shift:
+            used = length - seen.shift
+            parts.append(kernel.forward(query, key[:, :used], value[:, :used], seen, scale))
+    return _merge(parts)
 
 
 def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
