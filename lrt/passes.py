@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, causal_mask
+from lrt.fan import fan_out
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -54,6 +55,11 @@ def memory_inputs(model: RecurrentDecoder, received: Tensor | None) -> list[Memo
     return inputs
 
 
+def compiled(model: RecurrentDecoder) -> bool:
+    """Whether every block is compiled, so that kernels and helpers that need the compiler may be used around them."""
+    return all(block._compiled_call_impl is not None for block in model.blocks)
+
+
 def run_blocks(
     model: RecurrentDecoder,
     hidden: Tensor,
@@ -81,6 +87,8 @@ def run_blocks(
     """
     memory, kv, inputs = None, [], []
     received_by = memory_inputs(model, received)
+    if torch.is_grad_enabled() and compiled(model):
+        received_by, contexts = fan_out(received_by), fan_out(contexts)
     for index, block in enumerate(model.blocks):
         if index < start:
             continue
@@ -107,10 +115,16 @@ def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
     return tuple(x[:, g::groups] for g in range(groups))
 
 
-def split_context(context: Any, groups: int) -> list[Any]:
-    """One context a residue; what broadcasts over positions is shared."""
-    parts = [(x,) * groups if x is None or x.shape[1] == 1 else split(x, groups) for x in context]
-    return [type(context)(*fields) for fields in zip(*parts)]
+def split_contexts(contexts: Sequence[Any], groups: int) -> list[list[Any]]:
+    """Contexts by residue, then by block; what broadcasts over positions is shared, and a tensor of several blocks is split once."""
+    known: dict[int, tuple[Tensor, ...]] = {}
+    by_block = []
+    for context in contexts:
+        for x in context:
+            if x is not None and id(x) not in known:
+                known[id(x)] = (x,) * groups if x.shape[1] == 1 else split(x, groups)
+        by_block.append([type(context)(*(None if x is None else known[id(x)][g] for x in context)) for g in range(groups)])
+    return [list(residue) for residue in zip(*by_block)]
 
 
 def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
@@ -135,7 +149,7 @@ def residue_masks(model: RecurrentDecoder, row: Row, *, groups: int, residue: in
     length, device = row.hidden.shape[1], row.hidden.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else row.hidden.dtype
     fast = usable(device=device, dtype=dtype, head_dim=model.backbone.head_dim)
-    if fast and all(block._compiled_call_impl is not None for block in model.blocks):
+    if fast and compiled(model):
         windows = {w: None if w is None or w >= length - 1 else w for w in {block.window for block in model.blocks}}
         place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "documents": row.documents, "device": device}
         masks = {w: block_mask(window=seen, **place) for w, seen in windows.items()}
@@ -196,7 +210,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
     assert first.memory is not None
     results = [PassResult(plan[0], first.hidden, first.memory)]
     hidden, starts = split(row.hidden, subsets), None if row.starts is None else split(row.starts, subsets)
-    contexts = list(zip(*(split_context(context, subsets) for context in row.contexts)))  # by residue, then by block
+    contexts = split_contexts(row.contexts, subsets)
     inputs = [split(x, subsets) for x in first.inputs]
     memory = list(split(_cut(first.memory, schedule), subsets))
     keys = [list(split(_cut(kv.key, schedule), subsets)) for kv in first.kv]

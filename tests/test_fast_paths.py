@@ -15,10 +15,12 @@ from torch.nn.attention.flex_attention import create_mask
 import lrt
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.fan import fan_out
 from lrt.kernels import _visible, block_mask, flex_groups, merged_attention, natural_order
 from lrt.loss import Scorer
 from lrt.model import build_model
 from lrt.passes import split
+from lrt.types import MemoryInput
 
 WORSE = 2.0
 
@@ -228,3 +230,26 @@ def compare_steps(device, pattern, documents, schedules, *, backend, length=256)
 def test_compiled_steps_are_eager_steps():
     """The same comparison on the CPU, where only the graph capture differs from eager."""
     compare_steps("cpu", "SL", False, (lrt.interleaved(2),), backend="aot_eager", length=32)
+
+
+# ------------------------------------------------------------------ tensors that every block reads
+
+
+@given(uses=st.lists(st.integers(0, 2), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_a_fan_gives_the_gradients_of_sharing(uses, seed):
+    """Block i reads the tensor uses[i] times; aliases that nobody reads, and tensors of one block, are no special case."""
+    torch.manual_seed(seed)
+    shared, own = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    blocks = [MemoryInput(shared, own if i == 0 else None) for i in range(len(uses))]
+
+    def total(tuples):
+        terms = [(i + 1) * t.state.square() * use for i, (t, use) in enumerate(zip(tuples, uses)) if use]
+        return sum(term.sum() for term in terms) + tuples[0].key.sum()
+
+    fanned = fan_out([*blocks, None])
+    assert fanned[-1] is None and len({id(t.state) for t in fanned[:-1]}) == len(blocks)
+    for got, want in zip(torch.autograd.grad(total(fanned[:-1]), [shared, own], allow_unused=True),
+                         torch.autograd.grad(total(blocks), [shared, own], allow_unused=True)):  # fmt: skip
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want)

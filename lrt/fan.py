@@ -1,0 +1,74 @@
+"""One tensor for many blocks, with the gradients of all summed at once.
+
+A tensor that every block reads (x_0, the memory and its shared projections) gets a gradient from every block. Autograd
+adds them one by one: L - 1 additions that read two tensors and write one each. Here the sum is one kernel that reads
+each gradient once, in float32, and rounds once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.types import at_least_float32
+
+
+def add_up(parts: list[Tensor]) -> Tensor:
+    """Sum of tensors of one shape, in float32 at least, in their dtype."""
+    total = at_least_float32(parts[0])
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts[0].dtype)
+
+
+_add_up_compiled = torch.compile(add_up, dynamic=False)
+
+
+class _Fan(torch.autograd.Function):
+    """Aliases of one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # an alias that no block read adds nothing
+        return tuple(x.view_as(x) for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        parts = [grad for grad in grads if grad is not None]
+        if len(parts) < 2:
+            return (parts[0] if parts else None), None
+        flat = [part.contiguous().view(-1) for part in parts]  # tensors of one size share a compiled kernel
+        total = (_add_up_compiled if flat[0].is_cuda else add_up)(flat)
+        return total.view(parts[0].shape), None
+
+
+def fan_out(tuples: Sequence[Any]) -> list[Any]:
+    """The same named tuples of tensors, with an alias of its own for each that receives a tensor of several.
+
+    Args:
+        tuples: one a block, or None; tensors that need no gradient, and small ones, stay as they are.
+    """
+    shared = Counter(id(x) for fields in tuples if fields is not None for x in fields if x is not None and _worth(x))
+    aliases: dict[int, Any] = {}
+    fanned = []
+    for fields in tuples:
+        if fields is None:
+            fanned.append(None)
+            continue
+        mine = []
+        for x in fields:
+            if x is not None and shared[id(x)] > 1:
+                if id(x) not in aliases:
+                    aliases[id(x)] = iter(_Fan.apply(x, shared[id(x)]))
+                x = next(aliases[id(x)])
+            mine.append(x)
+        fanned.append(type(fields)(*mine))
+    return fanned
+
+
+def _worth(x: Tensor) -> bool:
+    return x.requires_grad and x.shape[1] > 1
