@@ -1,6 +1,10 @@
 """Compiled steps: how many graphs there are, that none is compiled twice, and that a runner's gradients are the model's."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,15 @@ def test_replayed_graphs_are_eager_steps():
             for a, b in zip(replayed.model.parameters(), eager.model.parameters()):
                 torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=1e-4)  # sums of atomics come in any order
                 a.grad = b.grad = None
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_a_cpu(tmp_path):
+    """tools/bench_train.py with its tiny shapes: exit code 0 means that the graph counts are as it expects."""
+    tool = Path(__file__).parent.parent / "tools" / "bench_train.py"
+    command = [sys.executable, str(tool), "--suites", "tiny", "--turns", "1", "--steps", "1", "--whole-step", "interleaved(2)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    rows = {row["variant"]: row for row in summary["suites"][0]["rows"]}
+    assert rows["baseline"]["ratio"] == 1.0 and all(row["recompiles"] == 0 and row["ms"] > 0 for row in rows.values())

@@ -106,7 +106,8 @@ class Subject:
     def __init__(self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int) -> None:
         self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = name, step, own_bytes, flops, world, tokens
         self.times: list[float] = []
-        self.peak_gib = self.compile_s = float("nan")
+        self.peak_gib: float | None = None
+        self.compile_s = 0.0
         self.graphs = self.recompiles = 0
         self.syncs: str = ""
 
@@ -340,7 +341,7 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     own = next((r["peak_gib"] for r in rows if r["variant"] == "baseline"), None)
     for row in rows:
         row["ratio"] = None if fastest is None else row["ms"] / fastest
-        row["memory_ratio"] = None if own is None else row["peak_gib"] / own
+        row["memory_ratio"] = None if own is None or row["peak_gib"] is None else row["peak_gib"] / own
     if options.profile:
         result["profiles"] = {s.name: profiled(s) for s in subjects if s.name in options.profile}
     if options.whole_step:
@@ -406,7 +407,7 @@ def table(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         share, ratio, memory = r.get("mfu"), r["ratio"], r["memory_ratio"]
         lines.append(
-            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib']:7.1f}{0 if memory is None else memory:6.2f}"
+            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
