@@ -5,8 +5,9 @@ Legend: B batch, T row length, L blocks, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -226,9 +227,9 @@ class LatentRecurrentModel(nn.Module):
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.vocab_size:
+                wrong, size = (low if low < 0 else high), self.vocab_size
                 raise ValueError(
-                    f"token id {high if high >= self.vocab_size else low}, but the vocabulary has {self.vocab_size} entries (0..{self.vocab_size - 1}): "
-                    "check the tokenizer, or set model.vocab_size"
+                    f"token id {wrong}, but the vocabulary has {size} entries (0..{size - 1}): check the tokenizer, or set model.vocab_size"
                 )
         if targets is not None and labels is not None:
             raise ValueError("both targets and labels were given: pass targets (already shifted) or labels (shifted inside), not both")

@@ -5,8 +5,9 @@ A schedule knows nothing of tensors. ``lrt.passes`` runs any object that follows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 

@@ -39,11 +39,17 @@ def recipes(draw):
             ),
         )
     )
-    model = draw(st.builds(ModelConfig, n_layers=st.integers(8, 12), width=st.just(256), softcap=st.one_of(st.none(), st.floats(1, 50)), rope_base=st.floats(1, 1e6)))
+    model = draw(
+        st.builds(
+            ModelConfig, n_layers=st.integers(8, 12), width=st.just(256), softcap=st.one_of(st.none(), st.floats(1, 50)), rope_base=st.floats(1, 1e6)
+        )
+    )
     weights = draw(st.one_of(st.just("paper"), st.just((0.1, 0.9))))
     schedule = ScheduleConfig(kind="baseline") if recurrence is None else ScheduleConfig(weights=weights)
     training = draw(st.builds(TrainingConfig, tokens=optional_int, clip_norm=st.one_of(st.none(), st.floats(0.1, 2))))
-    optimizer = draw(st.builds(OptimizerConfig, betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), adamw_memory_lr=st.one_of(st.none(), st.floats(1e-6, 1))))
+    optimizer = draw(
+        st.builds(OptimizerConfig, betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), adamw_memory_lr=st.one_of(st.none(), st.floats(1e-6, 1)))
+    )
     return Recipe(model=model, recurrence=recurrence, schedule=schedule, training=training, optimizer=optimizer)
 
 
@@ -73,7 +79,9 @@ def test_twin_without_memory():
 
 def test_all_errors_at_once_with_suggestions():
     with pytest.raises(ValueError) as caught:
-        parse_recipe('[modle]\nx = 1\n[model]\nn_layer = 3\nsoftcap = "high"\nwidth = 2.5\n[schedule]\nkind = "interlaved"\n[training]\nsteps = true\n')
+        parse_recipe(
+            '[modle]\nx = 1\n[model]\nn_layer = 3\nsoftcap = "high"\nwidth = 2.5\n[schedule]\nkind = "interlaved"\n[training]\nsteps = true\n'
+        )
     text = str(caught.value)
     for part in (
         "unknown section 'modle'; did you mean 'model'?",
@@ -90,7 +98,10 @@ def test_all_errors_at_once_with_suggestions():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[recurrence]\nsource_layer = 30\n[model]\nn_layers = 24\n", r"recurrence.source_layer = 30, but the model has 24 blocks: use 1..24, or a fraction such as 0.67"),
+        (
+            "[recurrence]\nsource_layer = 30\n[model]\nn_layers = 24\n",
+            r"recurrence.source_layer = 30, but the model has 24 blocks: use 1..24, or a fraction such as 0.67",
+        ),
         ("[recurrence]\nsource_layer = 1.5\n", r"recurrence.source_layer = 1.5: a fraction lies between 0 and 1"),
         ("[recurrence]\nblocks = [40]\n", r"recurrence.blocks = \[40\]: \[40\] not in the model, which has 12 blocks"),
         ("[recurrence]\nkv_projection = false\nresidual = false\n", r"are both false, so memory could not enter"),

@@ -25,6 +25,11 @@ def _double():
     torch.set_default_dtype(torch.float32)
 
 
+def small_model(layers):
+    config = ModelConfig(n_layers=layers, width=8, n_heads=2, vocab_size=VOCABULARY)
+    return randomized(build_model(config, RecurrenceConfig(), dtype=torch.float64), 0)
+
+
 def oracles(model, tokens, method, *args, **kwargs):
     """Logits (T, V) of every group, for every row."""
     return [getattr(Oracle(model, row), method)(*args, **kwargs) for row in tokens.tolist()]
@@ -94,7 +99,7 @@ def test_kv_refresh_is_the_oracle(model, row, subsets):
 
 
 def test_kv_refresh_changes_what_it_should():
-    model = randomized(build_model(ModelConfig(n_layers=2, width=8, n_heads=2, vocab_size=VOCABULARY), RecurrenceConfig(), dtype=torch.float64), 0)
+    model = small_model(2)
     tokens = torch.randint(0, VOCABULARY, (1, 8))
     plain, fresh = (logits_of(model, tokens, lrt.interleaved(2, kv_refresh=on)) for on in (False, True))
     torch.testing.assert_close(plain[:, :2], fresh[:, :2], **SAME)  # exact with and without
@@ -129,7 +134,14 @@ def test_positions_below_n_S_are_exact_after_n_sweeps(model, row, subsets, sweep
     torch.testing.assert_close(whole, exact, **SAME)
 
 
-@given(model=models(), row=rows(), subsets=st.integers(2, 4), sweeps=st.integers(1, 3), order=st.sampled_from(["rotated", "random"]), seed=st.integers(0, 99))
+@given(
+    model=models(),
+    row=rows(),
+    subsets=st.integers(2, 4),
+    sweeps=st.integers(1, 3),
+    order=st.sampled_from(["rotated", "random"]),
+    seed=st.integers(0, 99),
+)
 def test_any_order_is_exact_on_the_first_n_plus_1(model, row, subsets, sweeps, order, seed):
     tokens, _ = row
     exact = logits_of(model, tokens, lrt.sequential())
@@ -146,7 +158,7 @@ def test_refine_is_exact_on_positions_0_to_K(model, row, passes):
 
 
 def test_the_next_position_is_in_general_not_exact():
-    model = randomized(build_model(ModelConfig(n_layers=2, width=8, n_heads=2, vocab_size=VOCABULARY), RecurrenceConfig(), dtype=torch.float64), 0)
+    model = small_model(2)
     tokens = torch.arange(10)[None] + 1
     exact = logits_of(model, tokens, lrt.sequential())
     for schedule, known in [(lrt.interleaved(3), 3), (lrt.interleaved(3, sweeps=2), 6), (lrt.refine(2), 3), (lrt.baseline(), 1)]:
@@ -193,9 +205,14 @@ def test_rows_do_not_influence_each_other(model, row):
 
 
 @settings(max_examples=15)
-@given(model=models(), row=rows(), schedule=st.sampled_from([lrt.interleaved(2), lrt.interleaved(3), lrt.refine(2), lrt.sequential()]), left=st.integers(0, 3), right=st.integers(0, 3))
-@example(model=randomized(build_model(ModelConfig(n_layers=1, width=4, n_heads=1, vocab_size=VOCABULARY), RecurrenceConfig(), dtype=torch.float64), 0),
-         row=(torch.tensor([[3]]), torch.tensor([[2]])), schedule=lrt.interleaved(2), left=1, right=0)  # fmt: skip
+@given(
+    model=models(),
+    row=rows(),
+    schedule=st.sampled_from([lrt.interleaved(2), lrt.interleaved(3), lrt.refine(2), lrt.sequential()]),
+    left=st.integers(0, 3),
+    right=st.integers(0, 3),
+)
+@example(model=small_model(1), row=(torch.tensor([[3]]), torch.tensor([[2]])), schedule=lrt.interleaved(2), left=1, right=0)
 def test_padding_on_either_side_changes_nothing(model, row, schedule, left, right):
     tokens, targets = row
     padded, mask, goals = (torch.nn.functional.pad(x, (left, right), value=v) for x, v in ((tokens, 1), (torch.ones_like(tokens), 0), (targets, 5)))
@@ -211,7 +228,11 @@ def test_padding_on_either_side_changes_nothing(model, row, schedule, left, righ
         torch.testing.assert_close(a, b, **SAME)
 
 
-@given(model=models(recurrence={"separator": SEPARATOR}, attention_reset=SEPARATOR), lengths=st.lists(st.integers(1, 3).map(lambda n: 2 * n), min_size=1, max_size=3), seed=st.integers(0, 99))
+@given(
+    model=models(recurrence={"separator": SEPARATOR}, attention_reset=SEPARATOR),
+    lengths=st.lists(st.integers(1, 3).map(lambda n: 2 * n), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
 def test_packed_documents_are_the_documents_apart(model, lengths, seed):
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.cat([torch.tensor([SEPARATOR]), torch.randint(1, VOCABULARY, (n - 1,), generator=generator)]) for n in lengths]

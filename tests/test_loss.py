@@ -13,10 +13,15 @@ import lrt
 from lrt.loss import chunked_cross_entropy
 
 
-@given(batch=st.integers(1, 3), length=st.integers(1, 9), chunk=st.integers(0, 12), softcap=st.sampled_from([None, 2.0, 15.0]), seed=st.integers(0, 999))
+@given(
+    batch=st.integers(1, 3), length=st.integers(1, 9), chunk=st.integers(0, 12), softcap=st.sampled_from([None, 2.0, 15.0]), seed=st.integers(0, 999)
+)
 def test_chunked_is_whole(batch, length, chunk, softcap, seed):
     torch.manual_seed(seed)
-    hidden, weight = torch.randn(batch, length, 6, dtype=torch.float64, requires_grad=True), torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (
+        torch.randn(batch, length, 6, dtype=torch.float64, requires_grad=True),
+        torch.randn(11, 6, dtype=torch.float64, requires_grad=True),
+    )
     targets = torch.randint(0, 11, (batch, length))
     targets[torch.rand(batch, length) < 0.3] = -100
     logits = hidden @ weight.t()
@@ -66,7 +71,11 @@ def test_loss_is_linear_in_the_weights(model, row, weights):
 
 
 @settings(max_examples=10)
-@given(model=models(), row=rows(batch=st.just(4), length=st.integers(2, 8)), schedule=st.sampled_from([lrt.interleaved(2), lrt.refine(1), lrt.chunked(3)]))
+@given(
+    model=models(),
+    row=rows(batch=st.just(4), length=st.integers(2, 8)),
+    schedule=st.sampled_from([lrt.interleaved(2), lrt.refine(1), lrt.chunked(3)]),
+)
 def test_accumulation_is_the_large_batch(model, row, schedule):
     tokens, targets = row
     whole = model(tokens, targets=targets, schedule=schedule)
@@ -76,7 +85,9 @@ def test_accumulation_is_the_large_batch(model, row, schedule):
     if not valid:
         return
     parameters = list(model.parameters())
-    for got, want in zip(torch.autograd.grad(sum(parts), parameters, allow_unused=True), torch.autograd.grad(whole.loss, parameters, allow_unused=True)):
+    for got, want in zip(
+        torch.autograd.grad(sum(parts), parameters, allow_unused=True), torch.autograd.grad(whole.loss, parameters, allow_unused=True)
+    ):
         torch.testing.assert_close(got, want)
 
 

@@ -53,7 +53,10 @@ def test_parts_sum_to_the_model(model):
 def test_flops_count_every_pass():
     model, plain = build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta"), build_model(ModelConfig(), None, device="meta")
     base = training_flops(plain, lrt.baseline(), 2048)
-    ratio = {name: training_flops(model, s, 2048) / base for name, s in {"r1": lrt.refine(1), "i2": lrt.interleaved(2), "i4x2": lrt.interleaved(4, sweeps=2)}.items()}
+    ratio = {
+        name: training_flops(model, s, 2048) / base
+        for name, s in {"r1": lrt.refine(1), "i2": lrt.interleaved(2), "i4x2": lrt.interleaved(4, sweeps=2)}.items()
+    }
     assert 2.0 < ratio["r1"] < 2.03 and ratio["i2"] == pytest.approx(ratio["r1"]) and 3.0 < ratio["i4x2"] < 3.05
     assert 1.5 < training_flops(model, lrt.refine(1, weights=(0, 1)), 2048) / base < 1.6  # stopped at block 8 of 12, no head
     flops = forward_flops(plain, 2048)
@@ -164,7 +167,9 @@ class Rows:
 def test_bits_per_byte_by_hand(model, row):
     tokens, targets = row
     sizes = torch.tensor([0, *range(1, VOCABULARY)])
-    report = evaluate_bpb(model, [Rows(tokens[:1], targets[:1]), Rows(tokens[1:], targets[1:])], token_bytes=sizes, schedule=lrt.interleaved(2), buckets=2)
+    report = evaluate_bpb(
+        model, [Rows(tokens[:1], targets[:1]), Rows(tokens[1:], targets[1:])], token_bytes=sizes, schedule=lrt.interleaved(2), buckets=2
+    )
     kept = (targets != -100) & (sizes[targets.clamp_min(0)] > 0)
     for mode, schedule in {"zero": lrt.baseline(), "parallel": lrt.interleaved(2), "decode": lrt.sequential()}.items():
         logits = model(tokens, schedule=schedule, return_logits=True).logits
@@ -226,14 +231,29 @@ def test_bad_tokens():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "recipe_file", "types", "registration"],
+    ["settings", "config", "types", "registration"],
     ["attention", "kernels", "decode_kernels", "accounting", "shards", "data"],
     ["recurrence"],
     ["loss", "schedules"],
+    ["fan"],
     ["backbone", "families", "passes"],
     ["model"],
     ["serialization", "adapted_folder", "adaptation"],
-    ["state", "spans", "sampling", "fused", "acceleration", "decoding", "scoring", "prefill", "prefix_cache", "generation", "conversion", "hf"],
+    [
+        "state",
+        "prompts",
+        "spans",
+        "sampling",
+        "fused",
+        "acceleration",
+        "decoding",
+        "scoring",
+        "prefill",
+        "prefix_cache",
+        "generation",
+        "conversion",
+        "hf",
+    ],
     ["eval"],
     ["train"],
 ]

@@ -16,7 +16,13 @@ def positions(step):
     return list(range(step.start, step.stop, step.step))
 
 
-@given(S=st.integers(1, 12), sweeps=st.integers(1, 3), length=st.integers(1, 12), order=st.sampled_from(["ascending", "rotated", "random"]), seed=st.integers(0, 99))
+@given(
+    S=st.integers(1, 12),
+    sweeps=st.integers(1, 3),
+    length=st.integers(1, 12),
+    order=st.sampled_from(["ascending", "rotated", "random"]),
+    seed=st.integers(0, 99),
+)
 def test_every_sweep_visits_every_position_once(S, sweeps, length, order, seed):
     schedule = lrt.interleaved(S, sweeps=sweeps, order=order if S > 1 else "ascending")
     plan = schedule.plan(length, generator=torch.Generator().manual_seed(seed))

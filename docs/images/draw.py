@@ -103,7 +103,8 @@ def schedules():
         ax.text(length / 2, 1.05, "positions →", fontsize=7, color=GREY, ha="center")
         ax.axis("off")
     axes[0].text(-0.9, -3, "passes →", rotation=270, fontsize=7, color=GREY, va="center")
-    fig.text(0.5, 0.05, "grey: computed with zero memory     orange: computed with the newest memory of the position before     = : equal to true recurrence", ha="center", fontsize=9)
+    legend = ("grey: zero memory", "orange: the newest memory of the position before", "= : equal to true recurrence")
+    fig.text(0.5, 0.05, "        ".join(legend), ha="center", fontsize=9)
     fig.tight_layout(rect=(0, 0.08, 1, 1))
     fig.savefig(HERE / "schedules.png", dpi=130)
 

@@ -22,9 +22,8 @@ from pathlib import Path
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the official optimizer kernels are decorated with torch.compile
 import torch
-from safetensors.torch import load_file, save_file
-
 from official import import_official, random_parameters
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 SMALL = dict(vocab_size=100, n_embd=64)  # the vocabulary is padded to 128 rows

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from safetensors.torch import save_file
-
 from official import import_official, random_parameters
+from safetensors.torch import save_file
 
 ROOT, STEP = Path(__file__).parent / "nanochat", 100
 MERGES = ["th", "he", "in", "an", "er", " t", " a", "the", " the", "ing", " in", " and", "on", "re", " s"]
