@@ -16,7 +16,8 @@ from lrt.types import Output
 __version__ = "0.1.0"
 __all__ = [
     "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock",
-    "ResidualInjection", "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "release", "save", "sequential",
+    "ResidualInjection",
+    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "release", "save", "sequential",
 ]  # fmt: skip
 
 register_lazily()
