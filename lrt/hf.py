@@ -139,7 +139,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def around(
-        cls, decoder: Any, backbone: nn.Module, blocks: Sequence[Any], recurrence: RecurrenceConfig, *, train_schedule: Schedule | None
+        cls, decoder: Any, backbone: Any, blocks: Sequence[Any], recurrence: RecurrenceConfig, *, train_schedule: Schedule | None
     ) -> LRTForCausalLM:
         """The model that adapts ``decoder``, memory parameters not initialized."""
         model = cls._bare(LatentRecurrentModel(backbone, blocks, recurrence, train_schedule=train_schedule), decoder)
@@ -159,7 +159,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         if getattr(decoder, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(decoder.generation_config)
             model.generation_config.cache_implementation = None
-        model.train(built.training)
+            model.generation_config.use_cache = True
+        model.training = built.training
         return model
 
     def _take(self, built: LatentRecurrentModel) -> None:
@@ -249,7 +250,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
 
     # -------------------------------------------------------------- generate
 
-    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         wanted = generation_config.cache_implementation
         if wanted is not None:
             raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
@@ -258,7 +259,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = RecurrentCache()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         seen = past_key_values.get_seq_length() if isinstance(past_key_values, RecurrentCache) else 0

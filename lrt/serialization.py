@@ -78,8 +78,9 @@ def write_model(
     write_folder(place, in_memory(chosen), shard_size=shard_size)
     (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(config), encoding="utf-8")
-    if hasattr(model, "generation_config"):
-        model.generation_config.save_pretrained(place)
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is not None:
+        settings.save_pretrained(place)
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None) -> LatentRecurrentModel:

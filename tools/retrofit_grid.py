@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import lrt
+from lrt import decoding
 from lrt.config import Recipe, RecipeError
 from lrt.recurrence import RecurrentBlock
 from lrt.schedules import from_config
@@ -132,7 +133,7 @@ def batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def bits_per_byte(model: Any, recipe: Recipe, rows: Tensor, sizes: Tensor) -> dict[str, float]:
+def bits_per_byte(model: Any, recipe: Recipe, rows: Tensor, sizes: Tensor, *, runner: decoding.Runner) -> dict[str, float]:
     """Validation bits per byte in each memory mode; a plain decoder has one."""
     kept = copy.deepcopy(model).to(torch.bfloat16).eval() if rows.device.type == "cuda" else copy.deepcopy(model).eval()
     schedules = {"zero": lrt.baseline(), "parallel": from_config(recipe.schedule)}
@@ -147,7 +148,7 @@ def bits_per_byte(model: Any, recipe: Recipe, rows: Tensor, sizes: Tensor) -> di
             each = {"plain": torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)}
         else:
             each = {name: kept.score(ids, targets, schedule)[-1] for name, schedule in schedules.items()}
-            each["decode"] = score(kept, ids, targets)[0]
+            each["decode"] = score(kept, ids, targets, runner=runner)[0]
         for name, values in each.items():
             nats[name] += float(values.double().mul(counted).sum())
     return {name: value / math.log(2) / total for name, value in nats.items()}
@@ -183,6 +184,7 @@ def main() -> None:
     run.add_argument("--final-tokens", type=int, default=None, help="of each run with seeds; default: the recipe's")
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--seconds", type=float, default=math.inf, help="start no run after so long")
+    run.add_argument("--decode", choices=["graphed", "eager"], default="graphed", help="how single tokens run")
     run.add_argument("--compile", action="store_true")
     run.add_argument("--set", action="append", default=[], dest="overrides")
     args = parser.parse_args()
@@ -227,7 +229,7 @@ def experiment(args: argparse.Namespace, recipe: Recipe) -> None:
                 del block.forward
         line = {"phase": phase, "name": name, "seed": seed, "tokens": tokens, "train_seconds": round(seconds, 2)}
         start = time.perf_counter()
-        line |= bits_per_byte(model, settings, held_out, sizes)
+        line |= bits_per_byte(model, settings, held_out, sizes, runner=getattr(decoding, args.decode))
         line["evaluation_seconds"] = round(time.perf_counter() - start, 2)
         line["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0.0
         table.append(line)

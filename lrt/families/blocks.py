@@ -48,7 +48,7 @@ class FamilyBlock(nn.Module):
         self.scale = family.scale(attention) if family.scale else getattr(attention, "scaling", geometry.head_dim**-0.5)
         self.softcap = None if family.softcap is None else getattr(attention, family.softcap)
         self.parallel = family.parallel is not None and family.parallel(layer)
-        self.rotate: Callable[..., tuple[Tensor, Tensor]] = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
+        self.rotate: Any = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
         self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
         norms = {name: None if path is None else part(layer, path) for name, path in (("query", family.query_norm), ("key", family.key_norm))}
         self.norm_whole = {name: norm is not None and norm.weight.shape[-1] != geometry.head_dim for name, norm in norms.items()}

@@ -59,7 +59,7 @@ class FamilyDecoder(nn.Module):
         if self.family.embedding_scale is not None:
             hidden = self.family.embedding_scale(self.embedding, hidden)
         if self.position_embedding is not None:
-            _check_positions(positions, self.position_embedding.weight.shape[0])
+            _check_positions(positions, self.position_embedding)
             hidden = hidden + self.position_embedding(positions)
         for module in self.embedding_out:
             hidden = module(hidden)
@@ -112,11 +112,12 @@ class FamilyDecoder(nn.Module):
         return create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
 
 
-def _check_positions(positions: Tensor, known: int) -> None:
+def _check_positions(positions: Tensor, learned: Any) -> None:
     """Learned positions end somewhere; read on the CPU only, where that waits for nothing."""
+    known = learned.weight.shape[0]
     if positions.shape[1] > known or positions.device.type == "cpu" and positions.numel() and int(positions.max()) >= known:
         raise ValueError(f"position {int(positions.max())}, but this decoder's learned positions end at {known}: use shorter rows")
 
 
-def _optional(decoder: nn.Module, path: str | None) -> nn.Module | None:
+def _optional(decoder: nn.Module, path: str | None) -> Any:
     return None if path is None else part(decoder, path)
