@@ -54,7 +54,7 @@ def fan_out(tuples: Sequence[Any]) -> list[Any]:
     """
     shared = Counter(id(x) for fields in tuples if fields is not None for x in fields if x is not None and _worth(x))
     aliases: dict[int, Any] = {}
-    fanned = []
+    fanned: list[Any] = []
     for fields in tuples:
         if fields is None:
             fanned.append(None)

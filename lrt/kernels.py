@@ -240,6 +240,7 @@ def flex_groups(
     """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``; fast only where it is compiled."""
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     out = flex_attention(

@@ -32,7 +32,7 @@ class Gate(nn.Module):
     def forward(self, normed: Tensor) -> Tensor:
         """(B, P, D) -> (B, P, heads, 1)."""
         heads = self.weight.shape[0]
-        weight = self.weight
+        weight: Tensor = self.weight
         if normed.is_cuda and normed.shape[1] > 1:
             weight = F.pad(weight, (0, 0, 0, -heads % 8))  # rows of 16 bytes: otherwise cuBLAS falls back to kernels of another age
         return (2 * torch.sigmoid(F.linear(normed[..., : self.channels], weight)[..., :heads]))[..., None]

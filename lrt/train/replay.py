@@ -119,9 +119,11 @@ class Runner:
     def _hand_over(self, gradients: tuple[Tensor | None, ...]) -> None:
         more: list[tuple[Tensor, Tensor]] = []
         for master, gradient in zip(self._masters, gradients):
-            if gradient is not None and master.grad is None:
+            if gradient is None:
+                continue
+            if master.grad is None:
                 master.grad = gradient
-            elif gradient is not None:
+            else:
                 more.append((master.grad, gradient))
         if more:
             torch._foreach_add_([old for old, _ in more], [new for _, new in more])
