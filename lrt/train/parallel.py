@@ -60,7 +60,9 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
     precision = MixedPrecisionPolicy(DTYPES[config.param_dtype], DTYPES[config.reduce_dtype], cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward")
     backbone = model.backbone
-    for part in (backbone.embedding, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection, backbone.head):
+    tied = backbone.head.weight is backbone.embedding.weight  # an adapted decoder's may be: one parameter, which then stays with the root
+    ends = () if tied else (backbone.embedding, backbone.head)
+    for part in (*ends, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection):
         if part is not None:
             shard(part)
     shard(model)  # the rest: scales and gains
@@ -70,7 +72,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
     register_fsdp_forward_method(model, "score")
-    register_fsdp_forward_method(backbone.head, "loss")
+    if isinstance(backbone.head, Head):
+        register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
 
@@ -99,7 +102,7 @@ def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
         block: memory, positions and stored keys are its arguments, so computing it again sees the same values.
         selective: keep the results of matrix products and attention, recompute only the cheap rest.
     """
-    options: dict[str, Any] = {"preserve_rng_state": False}  # nothing in a block is random
+    options: dict[str, Any] = {"preserve_rng_state": any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())}  # only adapted blocks draw
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     return checkpoint_wrapper(block, **options)
