@@ -222,8 +222,8 @@ class Decoder(nn.Module):
         bound = (3 / self.width) ** 0.5
         nn.init.normal_(self.embedding.weight, std=1.0, generator=generator)
         nn.init.normal_(self.head.weight, std=0.001, generator=generator)
-        for embedding in self.value_embeddings.values():
-            nn.init.uniform_(embedding.weight, -bound, bound, generator=generator)
+        for table in self.value_embeddings.parameters():
+            nn.init.uniform_(table, -bound, bound, generator=generator)
         if self.residual_scales is not None:
             self.residual_scales.fill_(1.0)
         if self.embedding_scales is not None:

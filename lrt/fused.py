@@ -117,11 +117,13 @@ class FusedBlock:
             x, weights, norm=True, dtype=torch.float32, scale=context.scale, embedding_scale=context.embedding_scale,
             embedding=context.embedding[:, 0], memory=None if memory is None else memory.state[:, 0], gain=None if memory is None else memory.gain,
         )  # fmt: skip
-        key, value, stride = projected, projected, 0
+        stride = 0
+        key: torch.Tensor = projected
+        value: torch.Tensor = projected
         if own is not None:
             offset = projected.shape[1] - 2 * kv_width
             key, value, stride = projected[:, offset:], projected[:, offset + kv_width :], projected.shape[1]
-        elif memory is not None and memory.key is not None:
+        elif memory is not None and memory.key is not None and memory.value is not None:
             key, value, stride = memory.key, memory.value, 2 * kv_width
         x = attend(block, projected, key, value, stride, context, kv, x, gated=wrapper.gate is not None, memory=memory is not None)
         inner = linear(x, [block.mlp_in.weight], norm=True, relu2=True, dtype=x.dtype)[0]

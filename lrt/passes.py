@@ -253,7 +253,8 @@ def _chunks(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
     prefix: list[KV] = []
     for step in plan:
         masks = build_masks(model, everywhere[step.positions], everywhere[: step.stop], row)
-        past = [((kv.key,), (kv.value,)) for kv in prefix] or [((), ())] * len(masks)
+        past: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+        past = [((kv.key,), (kv.value,)) for kv in prefix] or [((), ()) for _ in masks]
         stores = [Buffer(k, v, len(k), mask) for (k, v), mask in zip(past, masks)]
         out = _run_chunk(model, row, step, results, stores)
         results.append(PassResult(step, out.hidden, out.memory))

@@ -65,7 +65,7 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
     Raises:
         ValueError: the folder is neither, or holds another model.
     """
-    if (Path(path) / "model.safetensors").is_file():
+    if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
         source = load(path, device="cpu")
         fill(model, {**dict(source.named_parameters()), **dict(source.named_buffers())})
         return
