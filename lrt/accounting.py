@@ -47,17 +47,22 @@ class Parameters(NamedTuple):
 
 
 def count_parameters(model: Any) -> Parameters:
-    """Parameters of a native LatentRecurrentModel by part; works on the meta device."""
+    """Parameters of a model by part, native or adapted; works on the meta device.
+
+    A head that is tied to the embedding counts once, as the head. Whatever else a backbone has is a scale:
+    those of the native one, the final norm and learned positions of an adapted one.
+    """
     backbone = model.backbone
-    scales = [backbone.residual_scales, backbone.embedding_scales]
     own = [model.memory_projection, *(block.projection for block in model.blocks)]
     gates = [block.gate for block in model.blocks]
+    head, value_embeddings = parameter_count(backbone.head), parameter_count(backbone.value_embeddings)
+    embedding = 0 if backbone.head.weight is backbone.embedding.weight else parameter_count(backbone.embedding)
     return Parameters(
-        embedding=parameter_count(backbone.embedding),
-        value_embeddings=parameter_count(backbone.value_embeddings),
+        embedding=embedding,
+        value_embeddings=value_embeddings,
         blocks=sum(parameter_count(block.block) for block in model.blocks),
-        head=parameter_count(backbone.head),
-        scales=sum(p.numel() for p in scales if p is not None),
+        head=head,
+        scales=parameter_count(backbone) - embedding - value_embeddings - head,
         memory_projections=sum(parameter_count(p) for p in own if p is not None),
         memory_gates=sum(parameter_count(g) for g in gates if g is not None),
         injection=0 if model.injection is None else parameter_count(model.injection),
@@ -79,15 +84,25 @@ def mean_keys(length: int, window: int | None) -> float:
     return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
 
 
+def query_width(model: RecurrentDecoder) -> int:
+    """Width of all queries of a block together: query heads times their width."""
+    geometry = getattr(model.blocks[0].block, "geometry", None)  # of an adapted block
+    return (model.backbone.config.heads if geometry is None else geometry.heads) * model.backbone.head_dim
+
+
+def matrices(module: Any, *, frozen: bool = False) -> int:
+    """Numbers in the matrices of a module, or only in those that do not train; a mixture of experts counts every expert."""
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1 and not (frozen and p.requires_grad))
+
+
 def forward_flops(model: RecurrentDecoder, length: int) -> ForwardFlops:
-    """Forward FLOPs a position of a pass over rows of ``length`` tokens, by part (native models)."""
+    """Forward FLOPs a position of a pass over rows of ``length`` tokens, by part."""
     backbone = model.backbone
-    width = backbone.config.heads * backbone.head_dim
     keys = [mean_keys(length, block.window) for block in model.blocks]
     parts = count_parameters(model)
     return ForwardFlops(
-        blocks=2.0 * (parts.blocks + parts.memory_gates),
-        attention=4.0 * width * sum(keys),
+        blocks=2.0 * (sum(matrices(block.block) for block in model.blocks) + parts.memory_gates),
+        attention=4.0 * query_width(model) * sum(keys),
         memory=2.0 * parts.memory_projections,
         head=2.0 * backbone.width * backbone.vocab_size,
     )
@@ -97,10 +112,10 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     """Forward and backward FLOPs of a training step, a token of data, every pass counted.
 
     Memory projections count only where memory arrives; a group of weight 0 needs no head, and one that
-    only feeds a refinement stops at the source block.
+    only feeds a refinement stops at the source block. Frozen matrices hand gradients on but get none.
 
     Args:
-        model: the native model.
+        model: native or adapted, with ``requires_grad`` as it trains.
         schedule: of the step.
         length: tokens a row.
     """
@@ -109,16 +124,18 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     plan = schedule.plan(length)
     share = model.source / len(model.blocks) if model.source else 1.0
     whole = len(plan) > 1 and all(step.covers(length) for step in plan)
+    blocks = 3.0 * (flops.blocks + flops.attention) - 2.0 * sum(matrices(block.block, frozen=True) for block in model.blocks)
+    head = (3.0 if model.backbone.head.weight.requires_grad else 2.0) * flops.head
     total = 0.0
     for step in plan:
         positions = len(range(step.start, step.stop, step.step)) / length
         scored = weights[step.group] > 0
         depth = share if whole and not scored and step is not plan[-1] else 1.0
-        cost = depth * (flops.blocks + flops.attention)
+        cost = depth * blocks
         if step.memory == "all" or (step.memory == "first" and positions * length <= 1):
-            cost += flops.memory
-        total += positions * (cost + (flops.head if scored else 0.0))
-    return 3.0 * total
+            cost += 3.0 * flops.memory
+        total += positions * (cost + (head if scored else 0.0))
+    return total
 
 
 def pass_flops(model: RecurrentDecoder, length: int, *, memory: bool, head: bool = True) -> float:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.backbone import Decoder
@@ -93,8 +94,9 @@ class LatentRecurrentModel(nn.Module):
             input_ids: (B, T) token ids.
             targets: (B, T), already shifted: targets[t] follows input_ids[t]; -100 is ignored.
             labels: (B, T), Hugging Face convention: shifted inside; at most one of targets and labels.
+                Neither is scored where attention_mask says padding.
             schedule: None = ``self.train_schedule`` in training mode, sequential() in evaluation mode.
-            document_ids: (B, T) document of every token; memory and attention stay inside a document.
+            document_ids: (B, T); where it changes a document begins, and memory and attention stay inside it.
             attention_mask: (B, T), 0 marks padding on the left or on the right.
             position_ids: (B, T) for RoPE; None counts from the row's first real token.
             return_logits: None = only without targets.
@@ -105,13 +107,17 @@ class LatentRecurrentModel(nn.Module):
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
+        if attention_mask is not None:
+            _check_mask(attention_mask, input_ids)
+            labels = None if labels is None or labels.shape != input_ids.shape else labels.masked_fill(~attention_mask.bool(), IGNORE)
         targets = self._check(input_ids, targets, labels)
+        document_ids, position_ids = _as_rows("document_ids", document_ids, input_ids), _as_rows("position_ids", position_ids, input_ids)
         length = input_ids.shape[1]
         back = None
         if attention_mask is not None:
             forth, real, back = _alignment(attention_mask)
             input_ids = input_ids.gather(1, forth)
-            targets = None if targets is None else _align_targets(targets, attention_mask, forth, real)
+            targets = None if targets is None else targets.gather(1, forth).masked_fill(~real, IGNORE)
             document_ids = None if document_ids is None else document_ids.gather(1, forth)
             position_ids = None if position_ids is None else position_ids.gather(1, forth)
         chosen = schedule if schedule is not None else self.default_schedule()
@@ -148,15 +154,11 @@ class LatentRecurrentModel(nn.Module):
         if self.recurrence is None:
             schedule = baseline()
         separator = self.recurrence.separator if self.recurrence is not None else None
-        starts = None if separator is None else input_ids == separator
-        if document_ids is not None:
-            changed = torch.ones_like(document_ids, dtype=torch.bool)
-            changed[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-            starts = changed if starts is None else starts | changed
-        documents = document_ids
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
-        if documents is None and cut is not None:
-            documents = (input_ids == cut).cumsum(1)
+        changed = None if document_ids is None else F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        starts = _either(changed, None if separator is None else input_ids == separator)
+        borders = _either(changed, None if cut is None else input_ids == cut)
+        documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         hidden, contexts = self.backbone.embed(input_ids, positions)
         return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator)
@@ -222,21 +224,18 @@ class LatentRecurrentModel(nn.Module):
         return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.vocab_size:
-                wrong, size = (low if low < 0 else high), self.vocab_size
-                raise ValueError(
-                    f"token id {wrong}, but the vocabulary has {size} entries (0..{size - 1}): check the tokenizer, or set model.vocab_size"
-                )
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+            shape, kind = tuple(input_ids.shape), input_ids.dtype
+            raise ValueError(f"input_ids has shape {shape} and dtype {kind}: expected token ids (batch, tokens) with at least one token")
+        _check_range("token id", input_ids, self.vocab_size)
         if targets is not None and labels is not None:
             raise ValueError("both targets and labels were given: pass targets (already shifted) or labels (shifted inside), not both")
         if labels is not None:
             targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+        if targets is not None:
+            _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)
         return targets
 
 
@@ -254,6 +253,8 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
     Raises:
         ValueError: settings that do not fit together.
     """
+    if recipe.run.backbone != "native":
+        raise ValueError(f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe')
     model = build_model(recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk)
     model.train_schedule = from_config(recipe.schedule) if recipe.recurrence is not None else baseline()
     if torch.device(device or "cpu").type != "meta":
@@ -275,6 +276,17 @@ def _place(block: Any) -> dict[str, Any]:
     return {"device": parameter.device, "dtype": parameter.dtype}
 
 
+def _check_range(name: str, ids: Tensor, size: int) -> None:
+    """On the CPU only: elsewhere the answer would be a host sync in every step."""
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"{name} {wrong}, but the vocabulary has {size} entries (0..{size - 1}): check the tokenizer, or set model.vocab_size"
+            )
+
+
 # ------------------------------------------------------------------ padding
 
 
@@ -292,10 +304,27 @@ def _alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth, inside, (places - shift).clamp_min(0)
 
 
-def _align_targets(targets: Tensor, attention_mask: Tensor, forth: Tensor, real: Tensor) -> Tensor:
-    """Targets in aligned order, -100 at padding and where the token that follows is padding."""
-    following = torch.cat([attention_mask[:, 1:].bool(), attention_mask.new_ones(attention_mask.shape[0], 1).bool()], dim=1)
-    return targets.gather(1, forth).masked_fill(~(real & following.gather(1, forth)), IGNORE)
+def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
+        shapes = f"{tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
+        raise ValueError(f"attention_mask has shape {shapes}: give (batch, tokens), 0 where a token is padding")
+    real = attention_mask.bool()
+    if real.device.type == "cpu" and bool(((real[:, 1:] != real[:, :-1]).sum(1) > 1 + ~real[:, 0]).any()):
+        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
+
+
+def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """One number a token (B, T), from that or from one row for all."""
+    if values is None:
+        return None
+    length = input_ids.shape[-1]
+    if values.shape not in (input_ids.shape, (1, length), (length,)):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+    return values.expand(input_ids.shape)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a | b
 
 
 def _restore(values: Tensor, back: Tensor | None) -> Tensor:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lrt.data.tokenizer import MARKER
 
 
 def gguf_file() -> Path:
@@ -44,6 +47,8 @@ def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # The bos of this tokenizer opens a chat's message; what stood between documents in pretraining is another token.
+    (folder / MARKER).write_text(json.dumps({"kind": "file", "bos": "<|endoftext|>", "eos": "<|im_end|>"}) + "\n", encoding="utf-8")
     return folder
 
 

@@ -82,7 +82,7 @@ class FamilyDecoder(nn.Module):
         if size >= len(goals):
             total, each = self._nats(flat, goals)
         else:
-            parts = [checkpoint(self._nats, h, t, use_reentrant=False) for h, t in zip(flat.split(size), goals.split(size))]
+            parts = [checkpoint(self._nats, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in zip(flat.split(size), goals.split(size))]
             total, each = torch.stack([p[0] for p in parts]).sum(), torch.cat([p[1] for p in parts])
         return total, each.detach().view(targets.shape)
 

@@ -1,14 +1,16 @@
-"""What a run would need and how long it would take, from the recipe alone: no data, no GPU, in seconds."""
+"""What a run would need and how long it would take, from the recipe alone: no data, no weights, no GPU, in seconds."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from lrt.accounting import Parameters, count_parameters, training_flops
+from lrt.accounting import count_parameters, training_flops
 from lrt.config import Recipe, dump_recipe
-from lrt.model import build
-from lrt.schedules import from_config
+from lrt.families.blocks import FamilyBlock
+from lrt.families.description import part
+from lrt.model import LatentRecurrentModel
+from lrt.train.backbones import is_native, shapes_of
 from lrt.train.horizon import Horizon, plan_horizon
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
@@ -29,34 +31,55 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def expected_memory(recipe: Recipe, parameters: Parameters, horizon: Horizon, *, world_size: int) -> Memory:
+def activation_numbers(model: LatentRecurrentModel) -> float:
+    """Numbers a token that a block keeps for the backward: 12 of width D for input, norms, queries, keys and values
+    before and after RoPE and attention, and what its MLP's matrices read or make; less what compilation fuses away."""
+    block = model.blocks[0].block
+    mlp = [part(block.layer, block.family.mlp)] if isinstance(block, FamilyBlock) else [block.mlp_in, block.mlp_out]
+    return 12.0 * model.backbone.width + sum(max(p.shape) for module in mlp for p in module.parameters() if p.ndim > 1)
+
+
+def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
     """Estimate the peak memory of one GPU; good to about a fifth.
 
-    Activations without checkpointing are counted as 20 numbers of width D a token, block and pass: input,
-    norm, queries, keys, values before and after RoPE, attention, and the MLP's two times 4 D, less what
-    compilation fuses away. With checkpointing a block keeps its input and its keys and values.
+    With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
+    is not chunked keeps the logits of every loss group until the backward.
+
+    Args:
+        recipe: of the run.
+        model: its shapes, with ``requires_grad`` as it trains.
+        horizon: rows a forward.
+        world_size: GPUs.
     """
-    model, parallel = recipe.model, recipe.parallel
+    parallel, parameters = recipe.parallel, count_parameters(model)
     size = 2 if parallel.param_dtype == "bfloat16" else 4
     shards = world_size // parallel.replicate if parallel.shard == -1 else parallel.shard
     gib = 2**30
-    matrices = parameters.blocks + parameters.memory_projections + parameters.memory_gates
-    moments = 2.0 if recipe.optimizer.kind == "adamw" else (matrices + 2.0 * (parameters.total - matrices)) / parameters.total
-    whole = parameters.total if parallel.reshard == "after_step" else 2 * parameters.total / model.n_layers
+    n_layers, width = len(model.blocks), model.backbone.width
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    by_muon = _trained_matrices(model) if recipe.optimizer.kind == "muon" else 0  # which keeps one moment, AdamW two
+    whole = parameters.total if parallel.reshard == "after_step" else 2 * parameters.total / n_layers
     sharded = world_size > 1 or parallel.param_dtype != "float32"
-    numbers = {"none": 20.0, "selective": 14.0, "block": 1.0 + 2.0 * model.kv_heads / model.heads}[parallel.activation_checkpointing]
-    passes = from_config(recipe.schedule).token_compute if recipe.recurrence is not None else 1
-    tokens = horizon.rows * model.sequence_length
-    one_block = 20.0 * model.d_model * tokens * size if parallel.activation_checkpointing != "none" else 0.0
+    every = activation_numbers(model)
+    kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
+    schedule = model.train_schedule
+    tokens = horizon.rows * recipe.model.sequence_length
+    one_block = every * tokens * size if parallel.activation_checkpointing != "none" else 0.0
     chunk = min(parallel.loss_chunk or tokens, tokens)
+    groups = len(schedule.group_weights(recipe.model.sequence_length)) if chunk == tokens and not is_native(recipe) else 1
     return Memory(
         masters=4.0 * parameters.total / shards / gib,
-        gradients=4.0 * parameters.total / shards / gib,
-        optimizer=4.0 * parameters.total * moments / shards / gib,
+        gradients=4.0 * trained / shards / gib,
+        optimizer=4.0 * (2.0 * trained - by_muon) / shards / gib,
         gathered=size * whole / gib if sharded else 0.0,
-        activations=(numbers * model.n_layers * model.d_model * tokens * passes * size + one_block) / gib,
-        logits=3 * 4.0 * chunk * model.vocab_size / gib,
+        activations=(kept[parallel.activation_checkpointing] * n_layers * tokens * schedule.token_compute * size + one_block) / gib,
+        logits=(2 + groups) * 4.0 * chunk * model.vocab_size / gib,
     )
+
+
+def _trained_matrices(model: LatentRecurrentModel) -> int:
+    parameters = [p for module in (model.blocks, model.memory_projection) if module is not None for p in module.parameters()]
+    return sum(p.numel() for p in parameters if p.ndim > 1 and p.requires_grad)
 
 
 def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
@@ -69,13 +92,13 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
     Raises:
         ValueError: the recipe has no horizon, or its batch cannot be dealt to the GPUs.
     """
-    model = build(recipe, device="meta")
+    model = shapes_of(recipe)
     parameters = count_parameters(model)
     if world_size is None:
         world_size = math.gcd(8, recipe.training.batch_tokens // recipe.model.sequence_length)
     horizon = plan_horizon(recipe, parameters, world_size=world_size)
     a_token = training_flops(model, model.train_schedule, recipe.model.sequence_length)
-    memory = expected_memory(recipe, parameters, horizon, world_size=world_size)
+    memory = expected_memory(recipe, model, horizon, world_size=world_size)
     whole = a_token * horizon.tokens
     seconds = whole / (world_size * PEAK * ASSUMED_MFU)
     verdict = "fits" if memory.total < 0.92 * GPU_GIB else (
@@ -84,6 +107,7 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
     twin = parameters.total - parameters.memory
     lines = [
         dump_recipe(recipe),
+        *([] if is_native(recipe) else [_decoder(recipe, model), ""]),
         "parameters",
         *(f"  {name.replace('_', ' '):<20} {number:>16,}" for name, number in parameters._asdict().items()),
         f"  {'total':<20} {parameters.total:>16,}  (memory adds {100 * parameters.memory / twin:.2f} % to the twin without it)",
@@ -98,6 +122,11 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
         f"expected time on {world_size} x {GPU} at an assumed MFU of {100 * ASSUMED_MFU:.0f} %: {_duration(seconds)}",
     ]
     return "\n".join(lines)
+
+
+def _decoder(recipe: Recipe, model: LatentRecurrentModel) -> str:
+    size = f"{len(model.blocks)} blocks of width {model.backbone.width}, {model.vocab_size:,} token ids"
+    return f"the decoder in {recipe.run.backbone} takes the place of [model], but for sequence_length: {size}"
 
 
 def _duration(seconds: float) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
-from lrt.data import Batch, Tokenizer, build_loader, check_vocabulary, load_tokenizer
-from lrt.model import build
+from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
+from lrt.train.backbones import check_tokenizer, shapes_of
 from lrt.train.checkpoint import CheckpointManager, check_same_model, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate_run, validation_loader
@@ -67,12 +67,12 @@ def assemble(recipe: Recipe, world: World) -> Run:
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(recipe.run.seed)
-    shapes = build(recipe, device="meta")
+    shapes = shapes_of(recipe)
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
     flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(tokenizer, recipe.model.vocab_size)
+    check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
     loader = build_loader(
         recipe.data,
@@ -224,10 +224,11 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             )
             state.step += 1
             state.tokens += run.horizon.batch_tokens
-            late.push(state.step, numbers, (rates, [source for batch in batches for source in batch.source]))
+            sources = [source for batch in batches for source in batch.source]
+            late.push(state.step, numbers, (rates, sources, clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
-                stop |= _note(run, StepNumbers.of(past), *past.note, clock=clock, speeds=speeds)
+                stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
             run.manager.poll()
             profile(state.step)
             if due and "evaluate" in due:
@@ -237,7 +238,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 _save(run)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
-            stop |= _note(run, StepNumbers.of(past), *past.note, clock=clock, speeds=speeds)
+            stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
     if not run.manager.wait():
@@ -261,9 +262,12 @@ def _due(recipe: Recipe, step: int, total: int) -> set[str]:
     return {what for what, n in every.items() if n and step % n == 0 and step < total}
 
 
-def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], *, clock: Clock, speeds: list[float]) -> bool:
-    """Record a step that has been read; True when some rank was asked to stop."""
-    seconds, waited = clock.lap()
+def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap: tuple[float, float], *, speeds: list[float]) -> bool:
+    """Record a step that has been read; True when some rank was asked to stop.
+
+    ``lap`` was taken when the step was queued: read late, the last step would seem to take no time.
+    """
+    seconds, waited = lap
     run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=sources)
     run.state.skipped = run.guard.total
     speed = run.horizon.batch_tokens / seconds

@@ -10,34 +10,37 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrt.adapted_folder import decoder_of, is_foreign
 from lrt.config import Recipe
 from lrt.model import LatentRecurrentModel, build
-from lrt.serialization import load, save
+from lrt.serialization import load, new_folder, save
+from lrt.train.backbones import is_native, read_backbone, shapes_of
 from lrt.train.checkpoint import find_checkpoint, read_tensors
 from lrt.train.distributed import World
 from lrt.train.muon import layout_of, local
-from lrt.train.optimizers import is_memory
-from lrt.train.parallel import named_parameters, parallelize
+from lrt.train.parallel import WRAPPED, named_parameters, parallelize
 
 
 def build_parallel(recipe: Recipe, world: World) -> LatentRecurrentModel:
-    """The recipe's model on this rank, planned on the meta device and initialized with the recipe's seed.
+    """The recipe's model on this rank, planned, with the values that training starts from.
 
-    The values are those of ``lrt.build`` whatever the number of ranks: each rank makes the whole model
-    for a moment and keeps its rows.
+    They are the same whatever the number of ranks: each rank makes the whole model for a moment and keeps its rows.
+    A native model is planned on the meta device and has the values of ``lrt.build``; a decoder from a folder may tie
+    weights and hold tables that an empty model loses, so it is read before it is planned.
     """
-    model = build(recipe, device="meta")
-    if recipe.training.stage == "memory":
-        if recipe.recurrence is None:
-            raise ValueError('training.stage = "memory", but recurrence is off: use stage = "all", or switch recurrence on')
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_memory(name))
+    native = is_native(recipe)
+    model = shapes_of(recipe) if native else read_backbone(recipe).to(world.device)
     if not world.working_copy:  # otherwise the plan is the copy's (lrt.train.replay)
         parallelize(model, recipe.parallel, world)
-    model.to_empty(device=world.device)
-    source = build(recipe, device=world.device)
-    fill(model, {**dict(source.named_parameters()), **dict(source.named_buffers())})
+    if native:
+        model.to_empty(device=world.device)
+        fill(model, named_tensors(build(recipe, device=world.device)))
     return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that the plain model gives them."""
+    return {**dict(named_parameters(model)), **{name.replace(WRAPPED, ""): buffer for name, buffer in model.named_buffers()}}
 
 
 @torch.no_grad()
@@ -47,7 +50,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    for name, parameter in [*named_parameters(model), *model.named_buffers()]:
+    for name, parameter in named_tensors(model).items():
         whole = tensors.get(name)
         if whole is None or whole.shape != parameter.shape:
             got = "nothing" if whole is None else f"shape {tuple(whole.shape)}"
@@ -66,8 +69,7 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
         ValueError: the folder is neither, or holds another model.
     """
     if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
-        source = load(path, device="cpu")
-        fill(model, {**dict(source.named_parameters()), **dict(source.named_buffers())})
+        fill(model, named_tensors(load(path, device="cpu")))
         return
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
     read_tensors(find_checkpoint(path), tensors, process_group=world.checkpoint_group)
@@ -76,7 +78,7 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
 def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, under plain names; empty on other ranks."""
     whole = {}
-    for name, tensor in [*named_parameters(model), *model.named_buffers()]:
+    for name, tensor in named_tensors(model).items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if world.main:
             whole[name] = full.detach().cpu()
@@ -84,7 +86,8 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) -> LatentRecurrentModel | None:
-    """Make the plain model, and write it with ``lrt.save`` in place of an earlier export.
+    """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
+    the recipe continues a decoder without memory.
 
     Args:
         model: plain or parallel; every rank must call this.
@@ -98,9 +101,23 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
     tensors = gather(model, world)
     if not world.main:
         return None
-    plain = build(recipe, device="meta")
-    plain.load_state_dict(tensors, assign=True)
+    plain = _plain(recipe, tensors)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
-        save(plain, folder)
+        if plain.recurrence is None and is_foreign(plain):
+            with new_folder(folder) as place:
+                decoder_of(plain).save_pretrained(place)
+        else:
+            save(plain, folder)
     return plain.eval()
+
+
+def _plain(recipe: Recipe, tensors: Mapping[str, Tensor]) -> LatentRecurrentModel:
+    """The recipe's model with these values."""
+    if not is_native(recipe):
+        plain = read_backbone(recipe)
+        fill(plain, tensors)
+        return plain
+    plain = build(recipe, device="meta")
+    plain.load_state_dict(tensors, assign=True)
+    return plain
