@@ -87,7 +87,7 @@ def find_recipe(name: str | Path) -> Path:
                 return path
     known = sorted({p.name for folder in folders[1:] if folder.is_dir() for p in folder.glob("*.toml")})
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise RecipeError(f"recipe {str(name)!r} not found{hint} Recipes here: {', '.join(known) or 'none'}")
 
 

@@ -121,6 +121,8 @@ class LatentRecurrentModel(nn.Module):
             document_ids = None if document_ids is None else document_ids.gather(1, forth)
             position_ids = None if position_ids is None else position_ids.gather(1, forth)
         chosen = schedule if schedule is not None else self.default_schedule()
+        if not hasattr(chosen, "plan"):
+            raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C) or sequential()")
         results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, generator=generator)
         weights = chosen.group_weights(length)
         groups = by_group(results, len(weights))
@@ -224,9 +226,10 @@ class LatentRecurrentModel(nn.Module):
         return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
-            shape, kind = tuple(input_ids.shape), input_ids.dtype
-            raise ValueError(f"input_ids has shape {shape} and dtype {kind}: expected token ids (batch, tokens) with at least one token")
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
+        if input_ids.is_floating_point():
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}: expected token ids, int64 or int32")
         _check_range("token id", input_ids, self.vocab_size)
         if targets is not None and labels is not None:
             raise ValueError("both targets and labels were given: pass targets (already shifted) or labels (shifted inside), not both")

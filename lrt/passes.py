@@ -231,6 +231,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
 
     for step in plan[1:]:
         residue = step.start
+        visited.add(residue)  # its own keys are about to be fresh
         if schedule.kv_refresh:
             refresh()
         masks = residue_masks(model, row, groups=subsets, residue=residue)
@@ -239,7 +240,6 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         out = run_blocks(model, hidden[residue].contiguous(), contexts[residue], received(residue), stores=stores)
         assert out.memory is not None
         results.append(PassResult(step, out.hidden, out.memory))
-        visited.add(residue)
         memory[residue] = _cut(out.memory, schedule)
         for layer, kv in enumerate(out.kv):
             keys[layer][residue], values[layer][residue] = _cut(kv.key, schedule), _cut(kv.value, schedule)

@@ -236,7 +236,7 @@ def fixed_point(groups: int = 8, tol: float | None = None, max_sweeps: int | Non
         ValueError: groups or max_sweeps below 1, or tol not above 0.
     """
     for name, value in (("groups", groups), ("max_sweeps", max_sweeps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if (name == "groups" or value is not None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"prefill.fixed_point({name}={value!r}): use a whole number of 1 or more")
     if tol is not None and not 0 < tol < float("inf"):
         raise ValueError(f"prefill.fixed_point(tol={tol}): use a number above 0, leave it out for the measured default, or use prefill.exact()")
@@ -293,6 +293,8 @@ def consume(
 ) -> Prefilled:  # fmt: skip
     """``run`` on a state that is written in place; rows may have nothing to consume."""
     began = time.perf_counter()
+    if not hasattr(method, "settle"):
+        raise ValueError(f"prefill = {method!r}: use lrt.prefill.exact(), .refine(k) or .fixed_point(...)")
     _check_fit(state, counts)
     size = method.chunk or tokens.shape[1]
     parts: list[Settled] = []

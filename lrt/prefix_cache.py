@@ -42,7 +42,7 @@ class PrefixCache:
         if state.batch != 1 or int(state.lengths[0]) != len(tokens):
             lengths = state.lengths.tolist()
             raise ValueError(f"a state of {state.batch} rows and lengths {lengths} for {len(tokens)} tokens: give one row that consumed them")
-        label = "exact" if bool(state.exact[0]) else str(method)
+        label = "exact" if bool(state.exact[0]) else repr(method)
         key = (tuple(tokens), label)
         self._states[key] = state.shrink(max(1, len(tokens)))
         self._states.move_to_end(key)
@@ -59,7 +59,7 @@ class PrefixCache:
             keep_at: lengths at which the state must keep its memory.
         """
         prompt, mine = tuple(tokens), fingerprint(model)
-        labels = {"exact"} if isinstance(method, Exact) else {"exact", str(method)}
+        labels = {"exact"} if isinstance(method, Exact) else {"exact", repr(method)}
         best = None
         for key, state in self._states.items():
             known, label = key

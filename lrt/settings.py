@@ -31,7 +31,7 @@ class RecurrenceConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
+            object.__setattr__(self, "blocks", tuple(self.blocks) if isinstance(self.blocks, (list, tuple)) else (self.blocks,))
         _raise_all(_recurrence_errors(self))
 
     def source_index(self, n_layers: int) -> int:
@@ -286,13 +286,17 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
     if not c.kv_projection and not c.residual:
         errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
-    if c.gate_channels is not None and c.gate_channels < 1:
-        errors.append(f"recurrence.gate_channels = {c.gate_channels}: use 1 or more, or leave it out for all channels")
-    if c.blocks is not None and len(c.blocks) == 0:
-        errors.append("recurrence.blocks = []: name at least one block, or leave it out for all")
-    if c.separator is not None and c.separator < 0:
-        errors.append(f"recurrence.separator = {c.separator}: token ids are 0 or more")
+    if c.gate_channels is not None and (not _whole(c.gate_channels) or c.gate_channels < 1):
+        errors.append(f"recurrence.gate_channels = {c.gate_channels!r}: use a whole number of 1 or more, or leave it out for all channels")
+    if c.blocks is not None and (len(c.blocks) == 0 or not all(map(_whole, c.blocks))):
+        errors.append(f"recurrence.blocks = {list(c.blocks)}: name at least one block by its number 1..L, or leave it out for all")
+    if c.separator is not None and (not _whole(c.separator) or c.separator < 0):
+        errors.append(f"recurrence.separator = {c.separator!r}: token ids are whole numbers of 0 or more")
     return errors
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _model_errors(c: ModelConfig) -> list[str]:

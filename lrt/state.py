@@ -316,7 +316,9 @@ def fingerprint(model: Any) -> str:
     version = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for _, p in parameters)
     if model in _known and _known[model][0] == version:
         return _known[model][1]
-    digest = hashlib.sha256(repr((model.recurrence, [block.window for block in model.blocks])).encode())
+    config = getattr(model.backbone, "config", None)
+    settings = config if dataclasses.is_dataclass(config) else None  # of a native model: RoPE base, softcap and the like
+    digest = hashlib.sha256(repr((model.recurrence, settings, [block.window for block in model.blocks])).encode())
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = []
     for name, parameter in parameters:

@@ -103,6 +103,7 @@ def test_all_errors_at_once_with_suggestions():
             r"recurrence.source_layer = 30, but the model has 24 blocks: use 1..24, or a fraction such as 0.67",
         ),
         ("[recurrence]\nsource_layer = 1.5\n", r"recurrence.source_layer = 1.5: a fraction lies between 0 and 1"),
+        ("[recurrence]\nblocks = []\n", r"recurrence.blocks = \[\]: name at least one block by its number"),
         ("[recurrence]\nblocks = [40]\n", r"recurrence.blocks = \[40\]: \[40\] not in the model, which has 12 blocks"),
         ("[recurrence]\nkv_projection = false\nresidual = false\n", r"are both false, so memory could not enter"),
         ("[model]\nwidth = 100\nn_heads = 3\n", r"model.width = 100 is not a multiple of n_heads = 3"),
@@ -119,9 +120,18 @@ def test_values_that_do_not_fit(text, message):
         parse_recipe(text)
 
 
+@pytest.mark.parametrize("key", ["gate_channels", "separator", "blocks"])
+@pytest.mark.parametrize("value", ["4", 1.5, True, ("a",)])
+def test_recurrence_settings_of_a_wrong_type(key, value):
+    with pytest.raises(ValueError, match=rf"recurrence.{key} = "):
+        lrt.RecurrenceConfig(**{key: value})
+
+
 def test_unknown_recipe_and_bad_override():
     with pytest.raises(ValueError, match=r"recipe 'lrt_tinny.toml' not found; did you mean lrt_tiny.toml\?"):
         load_recipe("lrt_tinny.toml")
+    with pytest.raises(ValueError, match=r"recipe 'xyz' not found. Recipes here: "):
+        load_recipe("xyz")
     with pytest.raises(ValueError, match=r"--set 'steps': write section.key=value"):
         load_recipe("lrt_tiny.toml", overrides=["steps"])
     with pytest.raises(ValueError, match=r"unknown key 'training.step'; did you mean 'training.steps'\?"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lrt.accounting import count_parameters, forward_flops, kv_bytes, mean_keys,
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.eval import evaluate_bpb
 from lrt.model import build_model
+from lrt.state import fingerprint
 from lrt.types import MemoryInput, Projection
 
 TINY = ModelConfig(n_layers=3, width=16, n_heads=2, vocab_size=VOCABULARY, sequence_length=16)
@@ -226,6 +229,40 @@ def test_bad_tokens():
         model(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="recurrence.gate_channels = 99 is more than the width 16"):
         tiny(gate_channels=99)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.ones(2, 5)}, "input_ids has dtype torch.float32: expected token ids"),
+        ({"targets": torch.full((2, 5), -1)}, "target -1, but the vocabulary has"),
+        ({"labels": torch.full((2, 5), VOCABULARY)}, f"target {VOCABULARY}, but the vocabulary has"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask has shape \(2, 3\), but input_ids \(2, 5\)"),
+        ({"attention_mask": torch.ones(2, 1, 5, 5)}, r"attention_mask has shape .* give \(batch, tokens\)"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]])}, "zeros between ones"),
+        ({"document_ids": torch.zeros(2, 3)}, "document_ids has shape"),
+        ({"position_ids": torch.arange(3)[None]}, "position_ids has shape"),
+        ({"schedule": "refine"}, "schedule = 'refine': pass lrt.baseline()"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(**{"input_ids": torch.ones(2, 5, dtype=torch.int64), **arguments})
+
+
+def test_positions_of_one_row_serve_every_row():
+    model, ids = tiny(), torch.arange(10).view(2, 5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])  # one row padded on either side
+    each = model(ids, position_ids=torch.arange(3, 8).repeat(2, 1), attention_mask=mask).logits
+    for positions in (torch.arange(3, 8), torch.arange(3, 8)[None]):
+        assert torch.equal(model(ids, position_ids=positions, attention_mask=mask).logits, each)
+
+
+def test_a_state_knows_models_apart_that_differ_in_settings_alone():
+    model = tiny()
+    other = build_model(dataclasses.replace(TINY, rope_base=500.0), model.recurrence)
+    other.load_state_dict(model.state_dict())
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) != fingerprint(other)
 
 
 # ------------------------------------------------------------------ the layout

@@ -266,6 +266,9 @@ def test_an_approximate_state_is_never_served_for_an_exact_one():
     assert cache.find(tokens, model=model, method=prefill.refine(2)) is None
     assert cache.find(tokens, model=model, method=rough) is not None
     assert cache.find(tokens, model=small(seed=9), method=rough) is None
+    short, long = prefill.fixed_point(2, max_sweeps=1), prefill.fixed_point(2, max_sweeps=2)
+    cache.put(tokens, prefill.run(model, torch.tensor([tokens]), method=short).state, method=short)
+    assert cache.find(tokens, model=model, method=long) is None
     exact = prefill.fixed_point(3, tol=1e-300)  # goes on until everything is exact for certain
     cache.put(tokens, prefill.run(model, torch.tensor([tokens]), method=exact).state, method=exact)
     assert bool(cache.find(tokens, model=model, method=prefill.exact()).exact.all())
@@ -291,6 +294,8 @@ def test_the_cache_forgets_the_least_recently_used():
     [
         (lambda: prefill.refine(0), "use a whole number of 1 or more"),
         (lambda: prefill.fixed_point(0), r"fixed_point\(groups=0\)"),
+        (lambda: prefill.fixed_point(groups=None), r"fixed_point\(groups=None\)"),
+        (lambda: prefill.run(small(), torch.tensor([[1, 2, 3]]), method="exact"), r"prefill = 'exact': use lrt.prefill.exact\(\)"),
         (lambda: prefill.fixed_point(max_sweeps=0), r"fixed_point\(max_sweeps=0\)"),
         (lambda: prefill.fixed_point(tol=0.0), "use a number above 0, leave it out for the measured default, or use prefill.exact"),
         (lambda: prefill.fixed_point(tol=-1.0), "use a number above 0"),

@@ -2,7 +2,7 @@
 
     python tools/bench_decode.py                       # one H100: d12 and d20, bf16, about four minutes
     python tools/bench_decode.py --sizes d12 --batches 1 --contexts 1024 --no-prefill
-    python tools/bench_decode.py --model runs/x/model  # prefill also on a trained model (fixed points depend on it)
+    python tools/bench_decode.py --model runs/x/export  # prefill also on a trained model (fixed points depend on it)
     python tools/bench_decode.py --tiny                # a check on any CPU
 
 Variants are timed in turns within one process, and medians are given. Compiling is timed apart. The last

@@ -1,9 +1,9 @@
 """Continue text with a saved model by true recurrence.
 
-    python tools/generate.py runs/lrt_tiny/model --prompt "The "
-    python tools/generate.py runs/lrt_tiny/model --file prompt.txt --temperature 0 --stop "\\n\\n"
-    python tools/generate.py runs/lrt_tiny/model                     # interactive: one prompt a line
-    python tools/generate.py runs/lrt_tiny/model --prompt "The " --compare zero
+    python tools/generate.py runs/lrt_tiny/export --prompt "The "
+    python tools/generate.py runs/lrt_tiny/export --file prompt.txt --temperature 0 --stop "\\n\\n"
+    python tools/generate.py runs/lrt_tiny/export                     # interactive: one prompt a line
+    python tools/generate.py runs/lrt_tiny/export --prompt "The " --compare zero
 
 The prompt is prefilled by fixed_point with the measured default tolerance; --prefill exact runs it token by token.
 """

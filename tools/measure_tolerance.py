@@ -1,7 +1,7 @@
 """Which residual is small enough: the default tol of prefill.fixed_point, measured on a trained model.
 
     python tools/measure_tolerance.py --recipe lrt_tiny --out measured                     # trains first
-    python tools/measure_tolerance.py --model runs/x/model --recipe runs/x/recipe.toml --out measured
+    python tools/measure_tolerance.py --model runs/x/export --recipe runs/x/recipe.toml --out measured
 
 For bf16 and fp32 and 4, 8 and 16 groups: residual, true error and bits-per-byte gap to exact prefill, by
 sweep and by tol. Writes residuals.png and tolerance.json; the last line is that JSON object.

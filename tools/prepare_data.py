@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
-from lrt.config import DataConfig
-from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from lrt.config import DataConfig  # noqa: E402
+from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
