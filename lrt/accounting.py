@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from lrt.types import RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by a part of the name that the driver reports (vendor datasheets).
@@ -121,7 +123,7 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     """
     flops = forward_flops(model, length)
     weights = schedule.group_weights(length)
-    plan = schedule.plan(length)
+    plan = schedule.plan(length, generator=torch.Generator())  # an order costs the same; the default generator stays as it is
     share = model.source / len(model.blocks) if model.source else 1.0
     whole = len(plan) > 1 and all(step.covers(length) for step in plan)
     blocks = 3.0 * (flops.blocks + flops.attention) - 2.0 * sum(matrices(block.block, frozen=True) for block in model.blocks)
@@ -136,12 +138,6 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
             cost += 3.0 * flops.memory
         total += positions * (cost + (head if scored else 0.0))
     return total
-
-
-def pass_flops(model: RecurrentDecoder, length: int, *, memory: bool, head: bool = True) -> float:
-    """Forward FLOPs a position of one pass, as prefill and decoding report them."""
-    flops = forward_flops(model, length)
-    return flops.blocks + flops.attention + (flops.memory if memory else 0.0) + (flops.head if head else 0.0)
 
 
 def kv_bytes(model: RecurrentDecoder, length: int, *, bytes_per_number: int = 2) -> int:

@@ -72,6 +72,12 @@ def test_flops_count_every_pass():
     assert mfu(98.9e12, "NVIDIA H100 80GB HBM3") == pytest.approx(0.1) and mfu(1e12, "Quadro") is None
 
 
+def test_counting_flops_draws_no_random_number():
+    before = torch.get_rng_state()
+    training_flops(tiny(), lrt.interleaved(3, order="random"), 9)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 # ------------------------------------------------------------------ defaults
 
 
