@@ -73,8 +73,8 @@ def test_flops_count_every_pass():
 
 
 def test_counting_flops_draws_no_random_number():
-    before = torch.get_rng_state()
-    training_flops(tiny(), lrt.interleaved(3, order="random"), 9)
+    model, before = tiny(), torch.get_rng_state()
+    training_flops(model, lrt.interleaved(3, order="random"), 9)
     assert torch.equal(before, torch.get_rng_state())
 
 
