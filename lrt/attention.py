@@ -7,16 +7,18 @@ N keys, H query heads, G key/value heads, K head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from lrt.kernels import flex_groups, merged_attention, usable
 
-Mask = Tensor | BlockMask | None
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask: TypeAlias = "Tensor | BlockMask | None"
 
 # ------------------------------------------------------------------ rotary positions
 
@@ -149,9 +151,9 @@ class Buffer(NamedTuple):
         values = (*self.values[: self.slot], value, *self.values[self.slot + 1 :])
         if self.mask is None:
             return grouped_attention(query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap)
-        if isinstance(self.mask, BlockMask):
-            return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
-        return masked_attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), self.mask, scale=scale, softcap=softcap)
+        if isinstance(self.mask, Tensor):
+            return masked_attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), self.mask, scale=scale, softcap=softcap)
+        return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
 
 
 class Cache(NamedTuple):

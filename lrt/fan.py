@@ -8,7 +8,8 @@ each gradient once, in float32, and rounds once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def add_up(parts: list[Tensor]) -> Tensor:
     return total.to(parts[0].dtype)
 
 
-_add_up_compiled = torch.compile(add_up, dynamic=False)
+@lru_cache(maxsize=1)
+def _add_up_compiled() -> Callable[[list[Tensor]], Tensor]:
+    return torch.compile(add_up, dynamic=False)  # not when this file is imported: the compiler takes a second to come
 
 
 class _Fan(torch.autograd.Function):
@@ -42,7 +45,7 @@ class _Fan(torch.autograd.Function):
         if len(parts) < 2:
             return (parts[0] if parts else None), None
         flat = [part.contiguous().view(-1) for part in parts]  # tensors of one size share a compiled kernel
-        total = (_add_up_compiled if flat[0].is_cuda else add_up)(flat)
+        total = (_add_up_compiled() if flat[0].is_cuda else add_up)(flat)
         return total.view(parts[0].shape), None
 
 

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+if TYPE_CHECKING:  # FlexAttention brings the compiler along, a second of every start, so it is imported where it runs
+    from torch.nn.attention.flex_attention import BlockMask
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -138,10 +140,12 @@ def _kernel(query: Tensor, window: int | None) -> Any:
     return CuDNN if hopper and window is None and query.shape[-1] <= 128 else Flash
 
 
-@torch.compiler.assume_constant_result
 def _generation(index: int) -> int:
     """Major compute capability: 8 Ampere, 9 Hopper; a number, because dynamo (torch 2.11) cannot compare tuples."""
     return torch.cuda.get_device_capability(index)[0]
+
+
+_generation._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
 
 
 # ------------------------------------------------------------------ groups, merged
@@ -238,6 +242,7 @@ def flex_groups(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float, softcap: float | None
 ) -> Tensor:
     """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``; fast only where it is compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         assert softcap is not None
@@ -276,6 +281,8 @@ def block_mask(
         documents: (B, T) document numbers; attention stays inside a document. None: one document.
         device: of the tensors.
     """
+    from torch.nn.attention.flex_attention import create_block_mask
+
     if documents is not None:
         seen = _visible(groups=groups, residue=torch.tensor(residue).to(device, non_blocking=True), window=window, documents=documents)
         queries = len(range(residue, length, groups))
@@ -287,6 +294,8 @@ def block_mask(
 def _static_block_mask(length: int, groups: int, residue: int, window: int | None, device: torch.device) -> BlockMask | None:
     if window is None and not (groups >= 4 and length % (BLOCK * groups) == 0):
         return None
+    from torch.nn.attention.flex_attention import create_block_mask
+
     # The residue is data, not a constant: then all residues share one compiled graph.
     seen = _visible(groups=groups, residue=torch.tensor(residue, device=device), window=window, documents=None)
     return create_block_mask(seen, None, None, len(range(residue, length, groups)), length, device=str(device))

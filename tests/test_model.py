@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import copy
 import dataclasses
 import json
@@ -320,6 +322,13 @@ def test_a_file_imports_only_from_tiers_above_it_or_beside_it():
                 if parts[0] == "lrt" and len(parts) > 1 and tier.get(parts[1], 99) > tier[own]:
                     problems.append(f"{path.relative_to(root)} imports {name}")
     assert not problems, problems
+
+
+def test_importing_lrt_imports_neither_the_compiler_nor_transformers():
+    heavy = "{'torch._dynamo', 'torch._inductor.compile_fx', 'transformers'}"
+    code = f"import sys, torch; before = set(sys.modules); import lrt; print({heavy} & (set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(lrt.__file__).parent.parent)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
 def test_no_module_has_the_name_of_a_public_function():
