@@ -1,14 +1,18 @@
 """Runs that train a Hugging Face decoder from a folder: with memory, its memory alone, and its twin without."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from hf_decoders import make
+from hf_decoders import make, stir
 from safetensors.torch import load_file
-from test_train_run import ONE, files_equal, train_records
+from test_train_run import ONE, ROOT, files_equal, train_records
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +21,10 @@ from lrt.accounting import count_parameters, forward_flops, mean_keys, query_wid
 from lrt.config import parse_recipe
 from lrt.data import load_tokenizer
 from lrt.train.backbones import read_backbone, shapes_of
+from lrt.train.distributed import open_world
 from lrt.train.dry_run import dry_run
-from lrt.train.parallel import named_parameters
-from lrt.train.replay import single_device
+from lrt.train.parallel import free_gathered, named_parameters
+from lrt.train.replay import forward_backward, single_device
 from lrt.train.trainer import train
 from lrt.train.weights import build_parallel
 
@@ -196,6 +201,40 @@ def test_the_working_copy_of_one_gpu_keeps_ties(folder):
         assert p.grad is None or (p.grad - q.grad).norm() <= 0.1 * q.grad.norm() + 1e-6, name
 
 
+@pytest.mark.dist
+def test_two_ranks_have_the_gradients_of_one(tmp_path):
+    """Folders hold models whose memory is awake; each rank takes half the rows through the trainer's plan."""
+    for family in ("smollm", "llama"):  # tied and untied heads
+        lrt.save(stir(lrt.adapt(make(family, dtype=torch.float32))), tmp_path / family)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
+def two_ranks(folder):
+    """What each process of the test above runs."""
+    sets = {"recurrence.separator": "none", "parallel.activation_checkpointing": "block", "parallel.timeout_minutes": 0.5}
+    ids = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(0))
+    recipes = [recipe_for(f"{folder}/{family}", folder, **sets) for family in ("smollm", "llama")]
+    with open_world(recipes[0]) as world:
+        for recipe in recipes:
+            sharded, whole = (numbers(recipe, place, ids[place.rank :: place.size]) for place in (world, ONE))
+            torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-6)
+            if world.main:
+                print("equal")
+
+
+def numbers(recipe, world, ids):
+    """Losses of two schedules, and every gradient of their sum."""
+    model, losses = build_parallel(recipe, world), []
+    for schedule in (lrt.refine(2), lrt.interleaved(3)):
+        part = forward_backward(model, ids[:, :-1], ids[:, 1:], schedule=schedule, seed=0, valid_targets=torch.tensor(32))
+        losses.append(world.total(part))
+    free_gathered(model)
+    return losses + [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for _, p in named_parameters(model)]
+
+
 # ------------------------------------------------------------------ what is counted
 
 
@@ -317,3 +356,7 @@ def test_folders_that_hold_something_else(folder, finished, tmp_path):
     assert "config.json is not valid JSON" in error(broken)
     (broken / "config.json").unlink()
     assert "holds no config.json" in error(broken)
+
+
+if __name__ == "__main__":
+    two_ranks(sys.argv[1])
