@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ def _config_of(folder: Path) -> Any:
     return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _adapted(folder: Path, recipe: Recipe, make: Any) -> LatentRecurrentModel:
-    """Adapt what ``make`` returns, with memory parameters that the recipe's seed draws."""
+def _adapted(folder: Path, recipe: Recipe, make: Callable[[], Any]) -> LatentRecurrentModel:
+    """Adapt the decoder that ``make`` returns; memory starts at zero, so no seed is involved."""
     try:
         decoder = make()
     except (OSError, KeyError, ValueError, RuntimeError) as error:
