@@ -8,11 +8,12 @@ appendix B, there without the causal half). Embedding look-ups count nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from lrt.types import RecurrentDecoder, Schedule, parameter_count
+from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by a part of the name that the driver reports (vendor datasheets).
 PEAK_FLOPS = (
@@ -137,7 +138,22 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
         if step.memory == "all" or (step.memory == "first" and positions * length <= 1):
             cost += 3.0 * flops.memory
         total += positions * (cost + (head if scored else 0.0))
+    if schedule.kv_refresh:
+        total += 3.0 * _refreshed_share(plan) * (flops.memory + _projection_flops(model))
     return total
+
+
+def _refreshed_share(plan: Sequence[Pass]) -> float:
+    """Positions that kv_refresh re-projects, in rows: before each pass those of the passes still to come."""
+    subsets = len(plan) - 1
+    return (subsets - 1) / 2
+
+
+def _projection_flops(model: RecurrentDecoder) -> float:
+    """Forward FLOPs a position of queries, keys, values and gates of all receiving blocks; of adapted blocks the gates alone."""
+    blocks = [model.blocks[index] for index in model.receivers]
+    linears = [getattr(block.block, name, None) for block in blocks for name in ("query", "key", "value")]
+    return 2.0 * sum(linear.weight.numel() for linear in [*linears, *(block.gate for block in blocks)] if linear is not None)
 
 
 def kv_bytes(model: RecurrentDecoder, length: int, *, bytes_per_number: int = 2) -> int:

@@ -46,6 +46,9 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: run.output: cannot use {error.filename}: {error.strerror}; choose a folder that can be written", file=sys.stderr)
+        return 2
     return 0
 
 

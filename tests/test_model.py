@@ -64,6 +64,9 @@ def test_flops_count_every_pass():
     }
     assert 2.0 < ratio["r1"] < 2.03 and ratio["i2"] == pytest.approx(ratio["r1"]) and 3.0 < ratio["i4x2"] < 3.05
     assert 1.5 < training_flops(model, lrt.refine(1, weights=(0, 1)), 2048) / base < 1.6  # stopped at block 8 of 12, no head
+    refreshed = training_flops(model, lrt.interleaved(3, kv_refresh=True), 2048) - training_flops(model, lrt.interleaved(3), 2048)
+    again = 2 * (12 * (3 * 768 * 768 + 12 * 32) + 2 * 768 * 768)  # queries, keys, values, gates; the shared projection
+    assert refreshed == pytest.approx(3 * again)  # two of three subsets, then one: one row in all
     flops = forward_flops(plain, 2048)
     assert flops.head == 2 * 768 * 32768 and flops.memory == 0
     assert flops.blocks == 2 * sum(p.numel() for b in plain.blocks for p in b.parameters())

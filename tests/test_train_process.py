@@ -73,5 +73,8 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
     result = run_py("--recipe", "r.toml", "--set", "training.batch_tokens=100", cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+    (tmp_path / "file").touch()
+    result = run_py("--recipe", "r.toml", "--set", "run.output=file", cwd=tmp_path)
+    assert result.returncode == 2 and "choose a folder that can be written" in result.stderr and "Traceback" not in result.stderr
     listed = run_py("--list", cwd=tmp_path)
     assert listed.returncode == 0 and "lrt_tiny" in listed.stdout and "lrt_24l" in listed.stdout
