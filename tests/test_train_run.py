@@ -289,6 +289,12 @@ def test_a_foreign_run_folder_is_refused(finished):
         train(tiny(finished.folder.parent, **{"checkpoint.resume": "false"}))
 
 
+def test_another_schedule_for_a_finished_run_is_refused(finished):
+    """A finished run was exported again under the name of a schedule that had never trained it."""
+    with pytest.raises(ValueError, match=r"has reached its end with another schedule: schedule.kind = .*Choose another run.name"):
+        train(tiny(finished.folder.parent, **{"schedule.kind": "refine"}))
+
+
 def test_batches_that_ranks_cannot_share_are_refused():
     from lrt.accounting import count_parameters
     from lrt.train.horizon import plan_horizon

@@ -117,8 +117,7 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: the recipe stored there builds another model; the differing keys are named.
     """
-    stored = recipe_to_table(parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8")))
-    here = recipe_to_table(recipe)
+    stored, here = _stored_recipe(folder), recipe_to_table(recipe)
     different = []
     for section, keys in (("model", None), ("recurrence", None), ("run", ("backbone",)), ("optimizer", ("kind",)), ("training", ("stage",))):
         a, b = stored[section], here[section]
@@ -131,6 +130,25 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
             f"{folder} belongs to another model: {'; '.join(different)}. Choose another run.name, or set checkpoint.resume = false and "
             f"training.init_from for a warm start"
         )
+
+
+def check_same_schedule(folder: Path, recipe: Recipe) -> None:
+    """Refuse another schedule for a run that is over: its export would name a schedule that never trained it.
+
+    Raises:
+        ValueError: the recipe stored there has another schedule.
+    """
+    there, here = _stored_recipe(folder)["schedule"], recipe_to_table(recipe)["schedule"]
+    different = [f"schedule.{k} = {there.get(k)!r} there, {here[k]!r} here" for k in here if _plain(there.get(k)) != _plain(here[k])]
+    if different:
+        raise ValueError(
+            f"{folder} has reached its end with another schedule: {'; '.join(different)}. Choose another run.name, "
+            f"or a longer horizon (training.steps) to go on with the new schedule"
+        )
+
+
+def _stored_recipe(folder: Path) -> dict[str, Any]:
+    return recipe_to_table(parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8")))
 
 
 def _plain(value: Any) -> Any:

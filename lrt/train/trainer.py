@@ -19,7 +19,7 @@ from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.train.backbones import check_tokenizer, shapes_of
-from lrt.train.checkpoint import CheckpointManager, check_same_model, latest, read_rest, read_tensors
+from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate_run, validation_loader
 from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message
@@ -93,6 +93,8 @@ def assemble(recipe: Recipe, world: World) -> Run:
     state = TrainState()
     if resumed is not None:
         state = _resume(resumed, model, optimizer, loader, world)
+        if state.step >= horizon.steps:
+            check_same_schedule(resumed, recipe)
     console = _start_folder(recipe, folder, world, total=horizon.steps, start=state.step)
     say = console.say if console is not None else lambda text: None
     manager = CheckpointManager(
