@@ -21,7 +21,7 @@ from lrt import serialization
 from lrt.adapted_folder import decoder_of
 from lrt.config import RecurrenceConfig
 from lrt.decoding import absorb
-from lrt.model import LatentRecurrentModel, _alignment
+from lrt.model import LatentRecurrentModel, alignment
 from lrt.state import DecodeState
 from lrt.types import Output, Schedule
 
@@ -239,7 +239,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         if real.ndim != 2:
             raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
-        forth, inside, back = _alignment(real)
+        forth, inside, back = alignment(real)
         tokens = input_ids.gather(1, forth)
         hidden = torch.stack([absorb(self, state, tokens[:, t], inside[:, t]) for t in range(new)], dim=1)
         # Columns of padding repeat the row's last token, so that logits[:, -1] are the next token's on either side.

@@ -115,7 +115,7 @@ class LatentRecurrentModel(nn.Module):
         length = input_ids.shape[1]
         back = None
         if attention_mask is not None:
-            forth, real, back = _alignment(attention_mask)
+            forth, real, back = alignment(attention_mask)
             input_ids = input_ids.gather(1, forth)
             targets = None if targets is None else targets.gather(1, forth).masked_fill(~real, IGNORE)
             document_ids = None if document_ids is None else document_ids.gather(1, forth)
@@ -293,7 +293,7 @@ def _check_range(name: str, ids: Tensor, size: int) -> None:
 # ------------------------------------------------------------------ padding
 
 
-def _alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices that move every row's first real token to position 0, what is real there, and the way back.
 
     Padding on the right needs nothing in a causal decoder, so only the left is moved; no host sync.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrt.model import alignment
+
 
 def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     """The real tokens (B,) of each row.
@@ -45,10 +47,7 @@ def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor
         return tokens, None
     if attention_mask.shape != tokens.shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but the prompt {tuple(tokens.shape)}: they must match")
-    real = attention_mask.bool()
-    lengths, first = real.sum(1), (real.cumsum(1) == 0).sum(1)
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    inside = (places >= first[:, None]) & (places < (first + lengths)[:, None])
-    if not torch.equal(inside, real):
+    forth, inside, _ = alignment(attention_mask)
+    if bool((inside[:, 1:] & ~inside[:, :-1]).any()):
         raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
-    return tokens.gather(1, (places + first[:, None]).clamp_max(tokens.shape[1] - 1)), lengths
+    return tokens.gather(1, forth), inside.sum(1)
