@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from lrt.config import Recipe
 from lrt.data import Tokenizer, build_loader
 from lrt.data.loader import ValidationLoader
-from lrt.eval import BitsPerByte, evaluate_bpb
+from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
+from lrt.eval.activations import Statistics
 from lrt.train.distributed import World
 from lrt.train.faults import Heartbeat
 from lrt.train.parallel import free_gathered, fsdp_modules
@@ -37,15 +38,18 @@ def validation_loader(recipe: Recipe, tokenizer: Tokenizer, world: World) -> Val
 
 def evaluate(
     model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World, *, progress: Callable[[], None]
-) -> dict[str, BitsPerByte]:
-    """Bits per byte in every mode of the recipe, over all ranks; ``progress`` is called after every batch and mode."""
+) -> tuple[dict[str, BitsPerByte], Statistics]:
+    """Bits per byte in every mode of the recipe, over all ranks, and what the memory does in this rank's first batch.
+
+    The first batch of rank 0 holds the same rows whatever the number of ranks. ``progress`` is called after every batch and mode.
+    """
     token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
     known = torch.from_numpy(tokenizer.token_bytes())
     token_bytes[: len(known)] = known
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
     try:
-        return evaluate_bpb(
+        scores = evaluate_bpb(
             model,
             rows,
             token_bytes=token_bytes,
@@ -55,6 +59,10 @@ def evaluate(
             reduce=world.total,
             progress=progress,
         )
+        first = next(iter(rows), None)
+        if first is None:
+            return scores, {}
+        return scores, activation_statistics(model, first.input_ids.to(world.device), first.targets.to(world.device))
     finally:
         free_gathered(model)
         _reshard_after_forward(model, keep)
@@ -70,7 +78,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     where = f"evaluation at step {run.state.step}"
     heart.beat(where)
     model = run.model if run.runner is None else run.runner.refresh()
-    scores = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
+    scores, activations = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,
@@ -80,6 +88,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "recurrence": recurrence_statistics(run.model),
+        "activations": activations,
         "unreadable": run.loader.skipped,
     }
     run.recorder.write(record)
@@ -88,7 +97,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
 
 @torch.no_grad()
 def recurrence_statistics(model: Any) -> dict[str, list[float]]:
-    """What the memory's parameters have become, one number a receiving block: gains g, size of gates and projections.
+    """What the parameters have become: gains g, size of gates and projections, one number a receiving block; a and b, one a block.
 
     Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
     Every rank must call this.
@@ -106,6 +115,10 @@ def recurrence_statistics(model: Any) -> dict[str, list[float]]:
     if pairs:
         found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
         found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
+    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
+        scales = getattr(model.backbone, name, None)
+        if scales is not None:
+            found[name] = _whole(scales).tolist()
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -183,6 +184,8 @@ class Console:
         if record["kind"] == "evaluation":
             scores = "  ".join(f"{mode} {value:.4f}" for mode, value in record["bpb"].items())
             self.say(f"{record['step']:>8} bits per byte: {scores}")
+            for line in memory_table(record):
+                self.say(f"{'':>8} {line}")
             return
         if record["kind"] != "train":
             return
@@ -203,6 +206,30 @@ class Console:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+TABLE = (  # of an evaluation's record: what a line says, and the key of its numbers, one a block
+    ("norm of the source's output", "source_norm", "mean"), ("norm of the memory", "memory_norm", "mean"),
+    ("local gate, mean", "local_gate", "mean"), ("local gate, std", "local_gate", "std"),
+    ("memory gate, mean", "memory_gate", "mean"), ("memory gate, std", "memory_gate", "std"),
+    ("injected memory / residual", "injection_ratio", "mean"),
+    ("memory / local keys", "key_ratio", "mean"), ("memory / local values", "value_ratio", "mean"),
+)  # fmt: skip
+
+
+def memory_table(record: Record) -> list[str]:
+    """What the memory does, a line a statistic: least, median and most over the blocks; empty without memory.
+
+    Args:
+        record: of an evaluation, with ``activations`` and ``recurrence``.
+    """
+    activations, parameters = record.get("activations") or {}, record.get("recurrence") or {}
+    rows = [(title, activations[key][of]) for title, key, of in TABLE if key in activations]
+    rows += [(title, parameters[key]) for title, key in (("gain g", "gains"), ("residual scale a", "residual_scales")) if key in parameters]
+    if not activations:
+        return []
+    lines = [f"{'memory, over the blocks':<28} {'least':>9} {'median':>9} {'most':>9}"]
+    return lines + [f"{title:<28} {min(x):>9.4g} {statistics.median(x):>9.4g} {max(x):>9.4g}" for title, x in rows]
 
 
 class TensorBoard:
@@ -229,10 +256,9 @@ class TensorBoard:
 
 def _scalars(record: Record) -> Iterator[tuple[str, float]]:
     for name, value in record.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}/{key}", v) for key, v in value.items() if isinstance(v, (int, float)))
-        elif isinstance(value, (list, tuple)):
-            yield from ((f"{name}/{i}", v) for i, v in enumerate(value) if isinstance(v, (int, float)))
+        if isinstance(value, (dict, list, tuple)):
+            inside = value if isinstance(value, dict) else {str(i): v for i, v in enumerate(value)}
+            yield from ((f"{name}/{key}", number) for key, number in _scalars(inside))
         elif isinstance(value, (int, float)) and name != "step":
             yield name, value
 
