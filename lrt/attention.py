@@ -173,3 +173,33 @@ class Cache(NamedTuple):
             self.key.scatter_(1, index, key)
             self.value.scatter_(1, index, value)
         return masked_attention(query, self.key, self.value, self.mask, scale=scale, softcap=softcap)
+
+
+class Strided(NamedTuple):
+    """Prefill store: keys and values of all positions in natural order; the pass's are written in place, ``step`` apart."""
+
+    key: Tensor  # (B, N, G, K)
+    value: Tensor
+    first: int  # index of the first query
+    step: int
+    keep: Tensor | None = None  # bool (B, P): only these are written; None = all
+    mask: Tensor | None = None  # bool (1 or B, 1, P, N); None = every key up to the query's own
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+        end = self.first + (query.shape[1] - 1) * self.step + 1
+        for mine, fresh in ((self.key, key), (self.value, value)):
+            place = mine[:, self.first : end : self.step]
+            if self.keep is None:
+                place.copy_(fresh)
+            else:
+                torch.where(self.keep[:, :, None, None], fresh, place, out=place)
+        mask = self.mask
+        if mask is None and softcap is not None:
+            places = torch.arange(self.key.shape[1], device=query.device)
+            mask = causal_mask(places[self.first : end : self.step], places, window=window)
+        if mask is not None:
+            return masked_attention(query, self.key, self.value, mask, scale=scale, softcap=softcap)
+        if window is not None and window >= end - 1:
+            window = None
+        keys, values = ([x[:, group : end : self.step] for group in range(self.step)] for x in (self.key, self.value))
+        return merged_attention(query, keys, values, residue=self.first, window=window, scale=scale)

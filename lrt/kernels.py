@@ -43,7 +43,7 @@ class Reach(NamedTuple):
 
 def reach(*, group: int, groups: int, residue: int, window: int | None) -> Reach | None:
     """Translate "keys at most ``window`` positions back" into the index space of one group; None: it sees nothing."""
-    shift = 0 if group <= residue else 1
+    shift = -((residue - group) // groups)  # 0 or 1, and below 0 for queries that begin later than their group
     if window is None:
         return Reach(shift, None)
     left = (window - residue + group) // groups - shift  # t_q - t_k = (i - j) * S + residue - group <= window
@@ -160,7 +160,7 @@ def merged_attention(
         query: (B, n_residue, H, K), already rotated and normalized.
         keys, values: S tensors each, entry g of shape (B, n_g, G, K), n_g = ceil((T - g) / S); strided views are
             fine (last dimension contiguous). H must be a multiple of G.
-        residue: which group the queries are, 0 .. S-1.
+        residue: which group the queries are, 0 .. S-1; S or more: the position of the first query.
         window: a query sees keys at most this many positions back (and itself); None: all.
         scale: factor on the scores.
         kernel: with ``forward`` and ``backward`` as ``Flash`` has them; None: the fastest at hand.
@@ -168,7 +168,8 @@ def merged_attention(
     Returns:
         (B, n_residue, H, K), differentiable in query and in every key and value.
     """
-    kernel = _kernel(query, window) if kernel is None else kernel
+    if kernel is None:
+        kernel = _kernel(query, window) if residue < len(keys) else Flash  # which aligns at the end, wherever queries begin
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *keys, *values)):
         return _Merged.apply(kernel, residue, window, scale, query, *keys, *values)
     # Not through _Merged: dynamo (torch 2.11) loses the tensors behind * where nothing requires a gradient.

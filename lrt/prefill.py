@@ -137,16 +137,14 @@ class Refine:
     ) -> Settled:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
-        span = Span(model, state, tokens, counts)
-        real = counts.tolist()
+        span, real = _span(model, state, tokens, counts, kind="refine"), counts.tolist()
         span.first()
         residual = counts.new_zeros(len(real), dtype=torch.float32)
         for _ in range(self.passes):
             residual = span.again()
         exact = [min(n, self.passes + 1) for n in real]
         done = [e >= n for e, n in zip(exact, real)]
-        positions = float(len(real) * span.length)
-        return _finish(span, state, [self.passes] * len(real), residual.tolist(), exact, done, (1 + self.passes) * positions, everywhere)
+        return _finish(span, state, tokens, real, [self.passes] * len(real), residual.tolist(), exact, done, everywhere)
 
 
 @dataclass(frozen=True)
@@ -167,37 +165,19 @@ class FixedPoint:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
         tol = DEFAULT_TOL[state.memory.dtype] if self.tol is None else self.tol
-        span = Span(model, state, tokens, counts)
-        real = counts.tolist()
+        span, real = _span(model, state, tokens, counts, kind=self.groups), counts.tolist()
         span.first()
-        batch, lower = len(real), float(len(real) * span.length)
-        sweeps, residual, exact = [0] * batch, [0.0] * batch, [min(n, 1) for n in real]
-        alive = [row for row in range(batch) if real[row] > exact[row]]
-        live = span if len(alive) == batch or not alive else span.select(alive)
-        number = 0
+        sweeps, residual, exact = [0] * len(real), [0.0] * len(real), [min(n, 1) for n in real]
+        alive, number = [row for row, n in enumerate(real) if n > exact[row]], 0
         while alive and (self.max_sweeps is None or number < self.max_sweeps):
-            certain = number * self.groups  # positions 0..certain are exact already: start one after them
-            longest = max(real[row] for row in alive)
-            changes = []
-            for first in range(certain + 1, min(certain + self.groups + 1, longest)):
-                where = slice(first, longest, self.groups)
-                changes.append(live.sweep(where))
-                lower += len(alive) * len(range(first, longest, self.groups))
+            changes = span.round(alive, groups=self.groups, number=number, longest=max(real[row] for row in alive))
             number += 1
-            for row, change in zip(alive, torch.stack(changes).amax(0).tolist()):
+            for row, change in zip(alive, changes):
                 sweeps[row], residual[row], exact[row] = number, change, min(real[row], number * self.groups + 1)
-            left = [i for i, row in enumerate(alive) if exact[row] < real[row] and not residual[row] <= tol]
-            if left and len(left) < len(alive):
-                if live is not span:
-                    span.put(alive, live)
-                live = live.select(left)
-            elif not left and live is not span:
-                span.put(alive, live)
-            alive = [alive[i] for i in left]
-        if alive and live is not span:
-            span.put(alive, live)
+            alive = [row for row in alive if exact[row] < real[row] and not residual[row] <= tol]
         converged = [e >= n or r <= tol for e, n, r in zip(exact, real, residual)]
-        return _finish(span, state, sweeps, [0.0 if e >= n else r for e, n, r in zip(exact, real, residual)], exact, converged, lower, everywhere)
+        residual = [0.0 if e >= n else r for e, n, r in zip(exact, real, residual)]
+        return _finish(span, state, tokens, real, sweeps, residual, exact, converged, everywhere)
 
 
 def exact() -> Prefill:
@@ -325,27 +305,37 @@ def _check_chunk(chunk: int | None) -> int | None:
     return chunk
 
 
+def _span(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
+    """The stretch that a parallel prefill works on: recorded passes where the model has a recorder and they fit."""
+    recorder = getattr(model, "recorder", None)
+    span = None if recorder is None else recorder.span(state, tokens, counts, kind=kind)
+    return Span(model, state, tokens, counts) if span is None else span
+
+
 def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
     """A model without recurrence: one causal forward is exact."""
-    span = Span(model, state, tokens, counts)
-    out = span.whole(None)
-    real = counts.tolist()
-    span.commit(state, out.kv, real)
-    positions = float(len(real) * span.length)
-    return Settled(_last(out.hidden, counts, everywhere), [0] * len(real), [0.0] * len(real), real, [True] * len(real), positions, positions)
+    span, real = _span(model, state, tokens, counts, kind="plain"), counts.tolist()
+    hidden = _taken(span.whole(), tokens, counts, everywhere)
+    span.commit(state, real, real)
+    positions = float(span.tokens.numel())
+    return Settled(hidden, [0] * len(real), [0.0] * len(real), real, [True] * len(real), positions, positions)
 
 
 def _finish(
-    span: Span, state: DecodeState, sweeps: list[int], residual: list[float], exact: list[int], converged: list[bool], lower: float, everywhere: bool
-) -> Settled:
+    span: Span, state: DecodeState, tokens: Tensor, real: list[int], sweeps: list[int], residual: list[float], exact: list[int],
+    converged: list[bool], everywhere: bool,
+) -> Settled:  # fmt: skip
     """The blocks above the source, and everything into the state."""
-    out = span.finish()
-    span.commit(state, [*span.lower_kv(), *out.kv], exact)
-    return Settled(_last(out.hidden, span.counts, everywhere), sweeps, residual, exact, converged, lower, float(len(sweeps) * span.length))
+    hidden = _taken(span.finish(), tokens, span.counts, everywhere)
+    span.commit(state, real, exact)
+    return Settled(hidden, sweeps, residual, exact, converged, span.positions, float(span.tokens.numel()))
 
 
-def _last(hidden: Tensor, counts: Tensor, everywhere: bool) -> Tensor:
-    return hidden if everywhere else hidden[torch.arange(len(hidden), device=hidden.device), (counts - 1).clamp_min(0)]
+def _taken(hidden: Tensor, tokens: Tensor, counts: Tensor, everywhere: bool) -> Tensor:
+    """A copy of what is asked for: the next recorded pass will overwrite ``hidden``."""
+    if everywhere:
+        return hidden[:, : tokens.shape[1]].clone()
+    return hidden[torch.arange(len(hidden), device=hidden.device), (counts - 1).clamp_min(0)]
 
 
 def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:

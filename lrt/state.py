@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.passes import run_blocks
+from lrt.types import PassOutput
 
 FORMAT = 1
 NEVER = 2**62  # approximate_from of a row whose every position is exact
@@ -80,9 +81,7 @@ class DecodeState:
         if any(not 1 <= n <= capacity for n in kept_at):
             raise ValueError(f"keep_at = {list(kept_at)}: use lengths 1..{capacity}, the capacity of this state")
         device = next(model.parameters()).device
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        hidden, contexts = model.backbone.embed(token, token)
-        probe = run_blocks(getattr(model, "plain", model), hidden, contexts, None)
+        probe = _probe(getattr(model, "plain", model))
         windows = tuple(block.window for block in model.blocks)
 
         def blank(like: Tensor, window: int | None) -> Tensor:
@@ -305,6 +304,21 @@ def _reslot(cache: Tensor, lengths: Tensor, slots: int) -> Tensor:
 
 
 # ------------------------------------------------------------------ which model
+
+_probed: WeakKeyDictionary[Any, tuple[Any, PassOutput]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _probe(model: Any) -> PassOutput:
+    """One position through the model, to learn the shape and dtype of its keys and memory; done once."""
+    parameter = next(model.parameters())
+    about = (parameter.device, parameter.dtype, model.source)
+    if model not in _probed or _probed[model][0] != about:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=parameter.device)
+        hidden, contexts = model.backbone.embed(token, token)
+        _probed[model] = (about, run_blocks(model, hidden, contexts, None))
+    return _probed[model][1]
+
 
 _known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
