@@ -11,7 +11,9 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from lrt.data import Batch
 from lrt.train import parallel
 from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
+from lrt.train.evaluation import evaluate
 from lrt.train.optimizers import MuonAdamW, gradient_norm, parameter_groups
 from lrt.train.parallel import free_gathered, named_parameters
 from lrt.train.rates import rates_at
@@ -267,6 +270,32 @@ def check_bfloat16(world, folder):
     assert numbers[0] != expected[0]
 
 
+def check_evaluation(world, folder):
+    """Bits per byte and activations of sharded, checkpointed, compiled blocks are those of a plain model on the same rows."""
+    batch = rows(world)
+    batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)]  # global row n: rank n // 2 % ranks
+    tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
+    more = {"parallel.reshard": "after_forward", "parallel.activation_checkpointing": "block", "schedule.kind": "refine", "schedule.passes": 2}
+    torch._dynamo.config.recompile_limit = parallel.GRAPHS  # as the plan sets it where it compiles
+    with float64():
+        for sharing in ("shared", "layerwise"):
+            recipe = recipe_of(**more, **{"recurrence.sharing": sharing})
+            model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
+            for block in model.blocks:
+                block.compile(backend="eager", fullgraph=True, dynamic=False)
+            nothing = {"progress": lambda: None}
+            scores, activations = evaluate(model, recipe, batches[world.rank :: world.size], tokenizer, world, **nothing)
+            expected, numbers = evaluate(plain, recipe, batches, tokenizer, alone(world), **nothing)
+            for mode, score in scores.items():
+                assert score.value == pytest.approx(expected[mode].value, rel=1e-9)
+            assert {"injection_ratio", "memory_gate", "value_ratio", "source_norm"} <= activations.keys() == numbers.keys()
+            for name, table in numbers.items() if world.main else ():  # rank 0's are recorded; the others saw other rows
+                for key, values in table.items():
+                    assert activations[name][key] == pytest.approx(values, rel=1e-5, abs=1e-12), (name, key)
+            free_gathered(model)
+            assert one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2] == 1
+
+
 GRADIENTS = [(plan, schedule) for plan in PLANS for schedule in SCHEDULES if plan == "after_step" or schedule in ("interleaved", "refine")]
 CHECKS = {
     **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
@@ -277,6 +306,7 @@ CHECKS = {
     "export": check_export,
     "mesh": check_mesh,
     "bfloat16": check_bfloat16,
+    "evaluation": check_evaluation,
 }
 
 
