@@ -1,4 +1,4 @@
-"""A model as decoding wants it on a GPU: fused kernels for single tokens, compiled blocks for passes."""
+"""A model as decoding wants it on a GPU: fused kernels for single tokens, recorded or compiled passes for prompts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lrt import fused
+from lrt.backbone import Decoder
+from lrt.recorded import Recorder
 
 
 class Accelerated:
@@ -20,10 +22,12 @@ class Accelerated:
         one_token: the decoder that runs single tokens.
         blocks: the blocks that run passes over many positions.
         compiled: makes a function of tensors faster.
+        recorded: whether passes over short prompts become CUDA graphs; on the CPU they run the same way, without a graph.
     """
 
-    def __init__(self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any]) -> None:
+    def __init__(self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False) -> None:
         self.plain, self.one_token, self.blocks, self.compiled = model, one_token, blocks, compiled
+        self.recorder = Recorder(self, record=next(model.parameters()).is_cuda) if recorded else None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["plain"], name)
@@ -33,8 +37,9 @@ def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
     """Make a model fast at decoding and prefill, to be used in its place; compiling takes place at the first calls.
 
     On CUDA a native model's single tokens run in hand-written kernels (``lrt.fused``), where triton is
-    installed; other models' blocks are compiled, one graph for all blocks of a kind. Parameters are shared
-    with the model, so an update is seen at once.
+    installed, and its passes over short prompts as CUDA graphs (``lrt.recorded``); other models' blocks are
+    compiled, one graph for all blocks of a kind. Parameters are shared with the model, so an update is seen
+    at once.
 
     Args:
         model: a LatentRecurrentModel in evaluation, on its device and in its dtype.
@@ -47,8 +52,9 @@ def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
         raise ValueError("this model is accelerated already: accelerate the model itself, once")
     on_gpu = next(model.parameters()).device.type == "cuda"
     one_token = fused.fuse(model) if on_gpu and fused.can_fuse(model) else compiled_decoder(model, backend=backend)
-    blocks = compiled_blocks(model, dynamic=True, backend=backend)
-    return Accelerated(model, one_token=one_token, blocks=blocks, compiled=torch.compile(dynamic=False, backend=backend))
+    recorded = on_gpu and type(model.backbone) is Decoder
+    blocks = list(model.blocks) if recorded else compiled_blocks(model, dynamic=True, backend=backend)
+    return Accelerated(model, one_token=one_token, blocks=blocks, compiled=torch.compile(dynamic=False, backend=backend), recorded=recorded)
 
 
 def compiled_decoder(model: Any, *, backend: str) -> Any:
@@ -67,6 +73,8 @@ def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[Compiled
 
 class CompiledBlock:
     """A RecurrentBlock called through a compiled function."""
+
+    compiled = True
 
     def __init__(self, block: Any, function: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
         self.block, self.window, self.gate, self.projection = block, block.window, block.gate, block.projection

@@ -291,6 +291,7 @@ TIERS = [
         "state",
         "prompts",
         "spans",
+        "recorded",
         "sampling",
         "fused",
         "acceleration",
