@@ -36,7 +36,7 @@ class Report:
         residual: largest ||m_new - m_old|| / ||m_new|| of the last sweep; 0 where exact. It does not bound the error.
         exact_positions: leading positions of the row that are exact for certain.
         converged: every position exact, or residual within tol (refine: exact only).
-        flops: matrix products of all rows together; None when the decoder is not a native one.
+        flops: matrix products of all rows together, padding included; None when the decoder is not a native one.
         seconds: wall clock.
     """
 
@@ -203,7 +203,8 @@ def refine(k: int, *, chunk: int | None = None) -> Prefill:
 def fixed_point(groups: int = 8, tol: float | None = None, max_sweeps: int | None = None, *, chunk: int | None = None) -> Prefill:
     """A parallel forward, then sweeps over ``groups`` interleaved subsets until the memory settles.
 
-    After n sweeps groups * n + 1 positions are exact; they and the rows that have settled are not swept again.
+    After n sweeps groups * n + 1 positions are exact; they and the rows that have settled are not swept again
+    (recorded passes of an accelerated model compute them along and drop the result).
 
     Args:
         groups: subsets of a sweep.
