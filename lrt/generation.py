@@ -19,7 +19,7 @@ from lrt import decoding
 from lrt import prefill as prefills
 from lrt.prefill import Prefill, Report
 from lrt.prefix_cache import PrefixCache
-from lrt.prompts import align, check_prompt
+from lrt.prompts import align, check_prompt, on_device
 from lrt.sampling import Sampling, check_stops, choose, row_seeds
 from lrt.state import DecodeState
 
@@ -321,10 +321,12 @@ def start(
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: use a whole number of 0 or more")
+    if prefill is not None and not hasattr(prefill, "settle"):
+        raise ValueError(f"prefill = {prefill!r}: use lrt.prefill.exact(), .refine(k), .fixed_point(groups), or leave it out")
     device = next(model.parameters()).device
     settings.get("sampling", Sampling()).check(model.backbone.vocab_size)  # before the prefill is paid for
     check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
-    tokens, lengths = align(prompt_ids.to(device), None if attention_mask is None else attention_mask.to(device))
+    tokens, lengths = align(*on_device(prompt_ids, attention_mask, device))
     counts = check_prompt(model, tokens, lengths)
     capacity = tokens.shape[1] + max_new_tokens
     state, report = _before_last(model, tokens, counts, capacity, keep_at, prefill, prefix_cache, runner)

@@ -107,6 +107,7 @@ class LatentRecurrentModel(nn.Module):
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
+        _check_tensors(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
         if attention_mask is not None:
             _check_mask(attention_mask, input_ids)
             labels = None if labels is None or labels.shape != input_ids.shape else labels.masked_fill(~attention_mask.bool(), IGNORE)
@@ -226,6 +227,7 @@ class LatentRecurrentModel(nn.Module):
         return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
         if input_ids.is_floating_point():
@@ -277,6 +279,12 @@ def _place(block: Any) -> dict[str, Any]:
     """Device and dtype of a block's own parameters."""
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
 
 
 def _check_range(name: str, ids: Tensor, size: int) -> None:

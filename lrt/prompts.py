@@ -37,6 +37,18 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     return counts
 
 
+def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompt and mask on a device.
+
+    Raises:
+        ValueError: one is no tensor.
+    """
+    for name, given in (("the prompt", tokens), ("attention_mask", attention_mask)):
+        if not isinstance(given, (Tensor, type(None))) or tokens is None:
+            raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
+    return tokens.to(device), None if attention_mask is None else attention_mask.to(device)
+
+
 def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows (B, T) that begin at column 0, and their lengths (B,).
 

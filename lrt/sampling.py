@@ -9,8 +9,9 @@ Legend: B batch, V vocabulary, N tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -42,18 +43,22 @@ class Sampling:
     def check(self, vocab_size: int) -> None:
         """Raises ValueError, with every mistake, for a vocabulary of ``vocab_size`` tokens."""
         errors = []
-        if not 0 <= self.temperature < float("inf"):
-            errors.append(f"temperature = {self.temperature}: use 0 (greedy) or more")
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            errors.append(f"temperature = {self.temperature!r}: use 0 (greedy) or more")
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
         if self.top_k is not None and not (whole and 1 <= self.top_k <= vocab_size):
-            errors.append(f"top_k = {self.top_k}: use 1..{vocab_size}, the size of the vocabulary, or leave it out")
+            errors.append(f"top_k = {self.top_k!r}: use 1..{vocab_size}, the size of the vocabulary, or leave it out")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if value is not None and not 0 < value <= 1:
-                errors.append(f"{name} = {value}: use a number above 0 and at most 1, or leave it out")
-        if not 0 < self.repetition_penalty < float("inf"):
-            errors.append(f"repetition_penalty = {self.repetition_penalty}: use a number above 0; 1 = none")
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                errors.append(f"{name} = {value!r}: use a number above 0 and at most 1, or leave it out")
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty < float("inf")):
+            errors.append(f"repetition_penalty = {self.repetition_penalty!r}: use a number above 0; 1 = none")
         if errors:
             raise ValueError("; ".join(errors))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def row_seeds(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -136,10 +141,17 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def check_stops(stop_ids: Sequence[int], pad_id: int, vocab_size: int) -> tuple[int, ...]:
-    """Raises ValueError for a stop or pad token outside the vocabulary."""
+    """Raises ValueError for stop or pad tokens that are no token ids, or outside the vocabulary."""
+    if not isinstance(stop_ids, Iterable) or isinstance(stop_ids, str) or not all(_is_id(t) for t in (*stop_ids, pad_id)):
+        raise ValueError(f"stop_ids = {stop_ids!r}, pad_id = {pad_id!r}: use a list of token ids such as [2], and one token id")
     wrong = [t for t in (*stop_ids, pad_id) if not 0 <= int(t) < vocab_size]
     if wrong:
         raise ValueError(
             f"stop_ids = {list(stop_ids)}, pad_id = {pad_id}: {wrong} not in the vocabulary of {vocab_size} tokens (0..{vocab_size - 1})"
         )
     return tuple(int(t) for t in stop_ids)
+
+
+def _is_id(value: object) -> bool:
+    """An int, or what stands for one: of numpy, or a tensor of one number."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)

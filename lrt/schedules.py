@@ -219,7 +219,10 @@ def _check_weights(weights: str | Sequence[float], length: int) -> Weights:
         if weights != "paper":
             raise ValueError(f'schedule.weights = {weights!r}: use "paper" or a list of {length} numbers')
         return "paper"
-    values = tuple(float(w) for w in weights)
+    try:
+        values = tuple(float(w) for w in weights)
+    except (TypeError, ValueError):
+        raise ValueError(f'schedule.weights = {weights!r}: use "paper" or a list of {length} numbers') from None
     if len(values) != length:
         raise ValueError(f"schedule.weights has {len(values)} values, but there are {length} groups: the initialization and {length - 1} more")
     if any(not 0 <= w < float("inf") for w in values):

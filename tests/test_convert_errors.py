@@ -290,7 +290,9 @@ def test_the_tool_converts_and_says_what_it_compared(place, capsys):
     assert "zero, float32: largest logit difference" in said and "decode, float32: largest logit difference" in said
     assert "rounding to bfloat16 moves logits" in said and "note: no tokenizer found" in said
     assert native_config(lrt.load(place / "out"))["torch_dtype"] == "bfloat16"
-    assert tool.main(arguments) == 1 and "already exists" in capsys.readouterr().err
+    assert tool.main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "already exists" in said and len(said.splitlines()) == 1
 
 
 def test_the_tool_lists_kinds_and_refuses_bad_arguments(capsys):
@@ -313,9 +315,18 @@ def test_without_verification_it_is_said(place, capsys):
     assert tool.main(arguments) == 0 and "not verified" in capsys.readouterr().out
 
 
-def test_nothing_known_to_inspect(tmp_path):
+def test_nothing_known_to_inspect(tmp_path, capsys):
     with pytest.raises(ValueError, match="no checkpoint of a known kind"):
         inspect_checkpoint(tmp_path)
+    assert inspect_tool.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "no checkpoint of a known kind" in said and len(said.splitlines()) == 1
+
+
+def test_a_known_checkpoint_that_is_not_whole_is_an_answer(place, capsys):
+    weights = next((place / "ours").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-64])
+    assert inspect_tool.main([str(place / "ours")]) == 1
 
 
 def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):

@@ -323,6 +323,18 @@ def test_long_decode_keeps_a_finite_state():
         ({"top_p": 0.0}, "top_p = 0.0: use a number above 0"),
         ({"stop_ids": (13,)}, "not in the vocabulary of 13 tokens"),
         ({"max_new_tokens": -1}, "max_new_tokens = -1"),
+        ({"max_new_tokens": None}, "max_new_tokens = None: use a whole number"),
+        ({"stop_ids": 5}, r"stop_ids = 5, pad_id = 0: use a list of token ids such as \[2\]"),
+        ({"stop_ids": ["a"]}, "use a list of token ids"),
+        ({"pad_id": None}, "pad_id = None: use a list of token ids"),
+        ({"temperature": None}, r"temperature = None: use 0 \(greedy\) or more"),
+        ({"temperature": "hot"}, "temperature = 'hot'"),
+        ({"top_k": "many"}, "top_k = 'many': use 1..13"),
+        ({"top_p": "most"}, "top_p = 'most': use a number above 0"),
+        ({"prompt_ids": [[1, 2]]}, r"the prompt is a list: expected a tensor \(batch, tokens\)"),
+        ({"prompt_ids": "text"}, "the prompt is a str"),
+        ({"attention_mask": [[1, 1, 1]]}, "attention_mask is a list: expected a tensor"),
+        ({"prefill": "exact"}, r"prefill = 'exact': use lrt.prefill.exact\(\)"),
     ],
 )
 def test_bad_input_is_refused_with_the_way_out(settings, message):

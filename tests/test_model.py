@@ -245,6 +245,10 @@ def test_bad_tokens():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"input_ids": [[1, 2]]}, r"input_ids is a list: expected a tensor \(batch, tokens\)"),
+        ({"targets": [[1, 2]]}, "targets is a list: expected a tensor"),
+        ({"labels": [[1, 2]], "attention_mask": torch.ones(2, 5)}, "labels is a list: expected a tensor"),
+        ({"attention_mask": [[1, 1]]}, "attention_mask is a list: expected a tensor"),
         ({"input_ids": torch.ones(2, 5)}, "input_ids has dtype torch.float32: expected token ids"),
         ({"targets": torch.full((2, 5), -1)}, "target -1, but the vocabulary has"),
         ({"labels": torch.full((2, 5), VOCABULARY)}, f"target {VOCABULARY}, but the vocabulary has"),
@@ -280,7 +284,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 
 TIERS = [
     ["settings", "config", "types", "registration"],
-    ["attention", "kernels", "decode_kernels", "accounting", "shards", "data"],
+    ["attention", "kernels", "mixing", "mix_kernels", "decode_kernels", "accounting", "shards", "data"],
     ["recurrence"],
     ["loss", "schedules"],
     ["fan"],

@@ -78,6 +78,8 @@ def test_paper_weights_and_token_compute():
         (lambda: lrt.refine(2, weights=(1, 1)), r"schedule.weights has 2 values, but there are 3 groups"),
         (lambda: lrt.refine(1, weights=(0, 0)), r"at least one must be above 0"),
         (lambda: lrt.refine(1, weights=(-1, 2)), r"use finite weights of 0 or more"),
+        (lambda: lrt.refine(1, weights=3), r'schedule.weights = 3: use "paper" or a list of 2 numbers'),
+        (lambda: lrt.refine(1, weights=["a", 1]), r"schedule.weights = \['a', 1\]: use \"paper\" or a list of 2 numbers"),
         (lambda: lrt.refine(1, weights="mean"), r'use "paper" or a list of 2 numbers'),
     ],
 )

@@ -23,7 +23,7 @@ DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one conversion; returns the exit code (1: nothing was written, 2: bad arguments)."""
+    """Run one conversion; returns the exit code (2: bad input, nothing was written)."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130

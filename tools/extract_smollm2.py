@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrt.data.tokenizer import MARKER
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from lrt.data.tokenizer import MARKER  # noqa: E402
 
 
 def gguf_file() -> Path:

@@ -14,7 +14,7 @@ from lrt.conversion.inspection import describe, inspect_checkpoint  # noqa: E402
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Describe one checkpoint; returns the exit code (1: nothing known there, or not whole)."""
+    """Describe one checkpoint; returns the exit code (1: not whole, 2: nothing known there)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder or file of any kind that tools/convert.py reads")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = inspect_checkpoint(options.checkpoint, step=options.step)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print("\n".join(describe(found, options.checkpoint)))
     return 0 if found.whole else 1
 
