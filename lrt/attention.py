@@ -7,7 +7,7 @@ N keys, H query heads, G key/value heads, K head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +154,12 @@ class Buffer(NamedTuple):
         if isinstance(self.mask, Tensor):
             return masked_attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), self.mask, scale=scale, softcap=softcap)
         return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
+
+
+class Transient(NamedTuple):
+    """A store of a pass whose keys and values nobody reads afterwards: the block returns none, and no gradient comes back through them."""
+
+    store: Any  # a KVStore, or None
 
 
 class Cache(NamedTuple):

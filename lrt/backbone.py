@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lrt.attention import causal_attention, rope_tables, rotate
 from lrt.config import ModelConfig
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
+from lrt.mixing import Mixed, columns, mix, usable
 from lrt.recurrence import Gate
 from lrt.types import KV, KVStore, Projection
 
@@ -80,15 +81,48 @@ class DecoderBlock(nn.Module):
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return Projection(normed, query, key, value)
 
-    def finish_kv(self, projection: Projection, context: Context) -> KV:
+    def can_mix(self, hidden: Tensor) -> bool:
+        """Whether ``project_mixed`` runs on such a hidden state; weights that something wraps are called, not read."""
+        return usable(hidden, self.head_dim) and all(type(linear) is nn.Linear for linear in (self.query, self.key, self.value))
+
+    def project_mixed(
+        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None
+    ) -> Mixed:
+        """``project``, the gates of the memory, and ``finish_kv`` at once: one product and one kernel.
+
+        Args:
+            hidden: (B, P, D), after ``enter``.
+            context: of these positions.
+            gate: the local and remote gates; None: nothing but this block's own keys and values.
+            memory_key, memory_value: (B, P, G, K); None = zero.
+        """
+        gates = [g.weight for g in (gate, self.value_gate) if g is not None]
+        weights = [self.query.weight, self.key.weight, self.value.weight]
+        weights += [F.pad(weight, (0, hidden.shape[-1] - weight.shape[1])) for weight in gates]
+        heads, groups = (linear.out_features // self.head_dim for linear in (self.query, self.key))
+        token_value = None if self.value_gate is None else context.token_value
+        used = sum(len(weight) for weight in weights)
+        total = columns(heads, groups, self.head_dim, local=gate is not None, token=self.value_gate is not None)
+        if total > used:
+            weights.append(hidden.new_zeros(total - used, hidden.shape[-1]))
+        return mix(
+            F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads, groups=groups,
+            local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value, token_value=token_value,
+        )  # fmt: skip
+
+    def finish_kv(self, projection: Projection | Mixed, context: Context) -> KV:
+        if isinstance(projection, Mixed):
+            return KV(projection.key, projection.value)
         value = projection.value
         if self.value_gate is not None and context.token_value is not None:
             value = value + self.value_gate(projection.normed) * context.token_value.unflatten(-1, value.shape[-2:])
         return KV(self._rotate(projection.key, context), value)
 
-    def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, hidden: Tensor, projection: Projection | Mixed, context: Context, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         key, value = self.finish_kv(projection, context)
-        query = self._rotate(projection.query, context)
+        query = projection.query if isinstance(projection, Mixed) else self._rotate(projection.query, context)
         scale = self.head_dim**-0.5
         if kv is None:
             mixed = causal_attention(query, key, value, window=self.window, scale=scale)

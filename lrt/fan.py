@@ -2,7 +2,8 @@
 
 A tensor that every block reads (x_0, the memory and its shared projections) gets a gradient from every block. Autograd
 adds them one by one: L - 1 additions that read two tensors and write one each. Here the sum is one kernel that reads
-each gradient once, in float32, and rounds once.
+each gradient once, in float32, and rounds once. Likewise the gradients of a tensor that is split into subsets of
+positions are put back into one by one kernel.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ def _add_up_compiled() -> Callable[[list[Tensor]], Tensor]:
     return torch.compile(add_up, dynamic=False)  # not when this file is imported: the compiler takes a second to come
 
 
+def interleave(parts: list[Tensor]) -> Tensor:
+    """(B, n, ...) for each of S parts -> (B, S n, ...), part g at positions g, g + S, ..."""
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _interleave_compiled() -> Callable[[list[Tensor]], Tensor]:
+    return torch.compile(interleave, dynamic=False)
+
+
 class _Fan(torch.autograd.Function):
     """Aliases of one tensor."""
 
@@ -47,6 +58,28 @@ class _Fan(torch.autograd.Function):
         flat = [part.contiguous().view(-1) for part in parts]  # tensors of one size share a compiled kernel
         total = (_add_up_compiled() if flat[0].is_cuda else add_up)(flat)
         return total.view(parts[0].shape), None
+
+
+class _Split(torch.autograd.Function):
+    """Views of every S-th position; S divides the length."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, ...]:
+        return x.unflatten(1, (-1, groups)).unbind(2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        flat = [grad.flatten(2) for grad in grads]
+        return (_interleave_compiled() if flat[0].is_cuda else interleave)(flat).view(grads[0].shape[0], -1, *grads[0].shape[2:]), None
+
+
+def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Positions (dimension 1) by residue: entry g holds g, g + S, ...; views."""
+    if x.shape[1] % groups:
+        return tuple(x[:, g::groups] for g in range(groups))
+    if groups > 1 and x.requires_grad and torch.is_grad_enabled() and x.ndim > 2:
+        return _Split.apply(x, groups)
+    return x.unflatten(1, (-1, groups)).unbind(2)
 
 
 def fan_out(tuples: Sequence[Any]) -> list[Any]:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt.attention import Buffer, Cache, Mask, causal_mask
-from lrt.fan import fan_out
+from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
+from lrt.fan import fan_out, split
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -66,7 +66,7 @@ def run_blocks(
     contexts: Sequence[Any],
     received: Tensor | None,
     *,
-    stores: Sequence[KVStore | None] | None = None,
+    stores: Sequence[KVStore | Transient | None] | None = None,
     start: int = 0,
     stop: int | None = None,
     keep_inputs: bool = False,
@@ -106,13 +106,6 @@ def run_blocks(
 def take(context: Any, positions: slice) -> Any:
     """The context of some positions: dimension 1 of every tensor, unless it broadcasts."""
     return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
-
-
-def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Positions (dimension 1) by residue: entry g holds g, g + S, ...; views, and in the backward one stack where S divides T."""
-    if x.shape[1] % groups == 0:
-        return x.unflatten(1, (-1, groups)).unbind(2)
-    return tuple(x[:, g::groups] for g in range(groups))
 
 
 def split_contexts(contexts: Sequence[Any], groups: int) -> list[list[Any]]:
@@ -190,7 +183,7 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
     """Passes over all positions: plain causal attention, no buffer."""
     length = row.hidden.shape[1]
     weights = schedule.group_weights(length)
-    stores = _whole_row(model, row)
+    stores = [Transient(store) for store in _whole_row(model, row)]
     results: list[PassResult] = []
     received = None
     for step in plan:
@@ -235,11 +228,15 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         if schedule.kv_refresh:
             refresh()
         masks = residue_masks(model, row, groups=subsets, residue=residue)
-        stores = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
+        stores: list[Any] = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
+        if step is plan[-1]:
+            stores = [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: a compiled first block would otherwise be a graph of its own.
         out = run_blocks(model, hidden[residue].contiguous(), contexts[residue], received(residue), stores=stores)
         assert out.memory is not None
         results.append(PassResult(step, out.hidden, out.memory))
+        if step is plan[-1]:
+            break
         memory[residue] = _cut(out.memory, schedule)
         for layer, kv in enumerate(out.kv):
             keys[layer][residue], values[layer][residue] = _cut(kv.key, schedule), _cut(kv.value, schedule)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrt.attention import Transient
 from lrt.types import KV, Block, KVStore, MemoryInput, Projection
 
 
@@ -109,15 +110,18 @@ class RecurrentBlock(nn.Module):
 
     def __init__(self, block: Block, *, gate: Gate | None = None, projection: KVProjection | None = None) -> None:
         super().__init__()
-        self.block = block
+        self.block: Any = block
         self.gate = gate
         self.projection = projection
+        self._mixes = hasattr(block, "project_mixed")  # it can add the memory itself, in one kernel with the rest
 
     @property
     def window(self) -> int | None:
         return self.block.window
 
-    def forward(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | Transient | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Run the block.
 
         Args:
@@ -127,9 +131,11 @@ class RecurrentBlock(nn.Module):
             kv: the store to attend to; None = plain causal attention over these positions.
 
         Returns:
-            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them.
+            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them; None where it is ``Transient``.
         """
         hidden, projection = self._mix(hidden, memory, context)
+        if isinstance(kv, Transient):
+            return self.block.attend(hidden, projection, context, kv.store)[0], None, None
         return self.block.attend(hidden, projection, context, kv)
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
@@ -143,17 +149,21 @@ class RecurrentBlock(nn.Module):
         _, projection = self._mix(hidden, memory._replace(gain=None), context)
         return self.block.finish_kv(projection, context)
 
-    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any) -> tuple[Tensor, Projection]:
+    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any) -> tuple[Tensor, Any]:
         hidden = self.block.enter(hidden, context)
         if memory is not None and memory.gain is not None:
             hidden = hidden + memory.gain.to(hidden.dtype) * memory.state
+        memory_key = memory_value = None
+        if self.gate is not None and memory is not None:
+            memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
+        if self._mixes and self.block.can_mix(hidden):
+            return hidden, self.block.project_mixed(hidden, context, gate=self.gate, memory_key=memory_key, memory_value=memory_value)
         projection = self.block.project(hidden, context)
         if self.gate is None:
             return hidden, projection
         local, remote = self.gate(projection.normed).chunk(2, dim=2)
         key, value = local * projection.key, local * projection.value
         if memory is not None:
-            memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
             key, value = key + remote * memory_key, value + remote * memory_value
         return hidden, Projection(projection.normed, projection.query, key, value)
 

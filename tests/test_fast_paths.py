@@ -15,11 +15,10 @@ from torch.nn.attention.flex_attention import create_mask
 import lrt
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
-from lrt.fan import fan_out
+from lrt.fan import fan_out, split
 from lrt.kernels import _visible, block_mask, flex_groups, merged_attention, natural_order
 from lrt.loss import Scorer
 from lrt.model import build_model
-from lrt.passes import split
 from lrt.types import MemoryInput
 
 WORSE = 2.0

@@ -76,7 +76,7 @@ VARIANTS = {
     "baseline": Variant(None, lrt.baseline(), (1, 0)),
     "refine(1)": Variant("shared", lrt.refine(1), (2, 0)),
     "refine(1), source 8/12, weights (0, 1)": Variant("shared", lrt.refine(1, weights=(0.0, 1.0)), (0, 0)),
-    "interleaved(2)": Variant("shared", lrt.interleaved(2), (0, 2)),
+    "interleaved(2)": Variant("shared", lrt.interleaved(2), (1, 2)),
     "interleaved(4)": Variant("shared", lrt.interleaved(4), (0, 4)),
     "layerwise interleaved(2)": Variant("layerwise", lrt.interleaved(2), (0, 2)),
 }

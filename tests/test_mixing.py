@@ -1,0 +1,138 @@
+"""Gates, memory, token values, RoPE and QK-norm as one operator: its place in a block on the CPU, its kernels on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lrt
+from lrt import backbone, mixing
+from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.model import build_model
+
+
+@pytest.fixture
+def one_operator(monkeypatch):
+    """Blocks take the operator's way, with its reference in plain torch in the operator's place."""
+    monkeypatch.setattr(backbone, "usable", lambda x, head_dim: x.shape[1] > 1)
+    monkeypatch.setattr(mixing, "_forward", mixing.reference)
+
+
+def losses_and_gradients(model, tokens, schedule):
+    model.zero_grad(set_to_none=True)
+    out = model(tokens[:, :-1], targets=tokens[:, 1:], schedule=schedule, return_logits=True)
+    out.loss.backward()
+    return [out.logits, *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("schedule", [lrt.baseline(), lrt.refine(1), lrt.interleaved(2), lrt.interleaved(3, kv_refresh=True)])
+@pytest.mark.parametrize("kv_heads, sharing, channels", [(2, "shared", None), (1, "layerwise", 8), (2, "shared", 5)])
+def test_a_block_that_mixes_at_once_computes_the_same(request, schedule, kv_heads, sharing, channels):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_layers=3, width=32, n_heads=2, n_kv_heads=kv_heads, vocab_size=64, sequence_length=16, window_pattern="SL", gate_channels=channels
+    )
+    model = build_model(config, RecurrenceConfig(separator=1, sharing=sharing, gate_channels=channels)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(0, 64, (2, 17))
+    want = losses_and_gradients(model, tokens, schedule)
+    request.getfixturevalue("one_operator")
+    for got, expected in zip(losses_and_gradients(model, tokens, schedule), want):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_wrapped_projection_is_called_and_not_read(one_operator):
+    model = build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=64), RecurrenceConfig())
+    block = model.blocks[0].block
+    hidden = torch.zeros(1, 4, 32)
+    assert block.can_mix(hidden) and not block.can_mix(hidden[:, :1])  # single tokens have kernels of their own
+    block.key = torch.nn.Sequential(block.key)
+    assert not block.can_mix(hidden)
+
+
+def test_other_tensors_take_the_plain_way():
+    assert not mixing.usable(torch.zeros(1, 4, 32, dtype=torch.bfloat16), 16)  # not on a GPU
+
+
+# ------------------------------------------------------------------ kernels, on a GPU
+
+
+@st.composite
+def cases(draw):
+    local = draw(st.booleans())
+    return {
+        "groups": draw(st.sampled_from([1, 2, 3])),
+        "share": draw(st.sampled_from([1, 2])),
+        "width": draw(st.sampled_from([16, 64, 128])),
+        "batch": draw(st.integers(1, 3)),
+        "length": draw(st.integers(2, 70)),
+        "local": local,
+        "memory": local and draw(st.booleans()),
+        "token": draw(st.booleans()),
+        "norm": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+def inputs(case, dtype):
+    """Arguments of the operator, token values strided as a subset of positions is, and gradients strided as attention's are."""
+    torch.manual_seed(case["seed"])
+    batch, length, groups, width = (case[name] for name in ("batch", "length", "groups", "width"))
+    heads = groups * case["share"]
+
+    def random(*shape):
+        return torch.randn(shape, device="cuda", dtype=dtype)
+
+    total = mixing.columns(heads, groups, width, local=case["local"], token=case["token"])
+    memory = [random(batch, length, groups, width) if case["memory"] else None for _ in range(2)]
+    token = random(batch, 2 * length, groups * width)[:, ::2] if case["token"] else None
+    angles = torch.randn(1, length, 1, width // 2, device="cuda")
+    arguments = [random(batch, length, total), *memory, token, angles.cos(), angles.sin(), heads, groups, width, case["local"], case["norm"]]
+    return arguments, [random(batch, n, length, width).transpose(1, 2) for n in (heads, groups, groups)]
+
+
+def with_gradients(function, arguments, grads):
+    leaves = [x.detach().requires_grad_() for x in arguments[:4] if x is not None]
+    given = iter(leaves)
+    out = function(*(None if x is None else next(given) for x in arguments[:4]), *arguments[4:])
+    return [*out, *torch.autograd.grad(out, leaves, grads, materialize_grads=True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_kernels_against_float64(case):
+    """float32 to rounding; bfloat16 no worse than twice what plain torch loses in it."""
+    arguments, grads = inputs(case, torch.float32)
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    exact = with_gradients(mixing.reference, wide, [x.double() for x in grads])
+    for got, want in zip(with_gradients(mixing._forward, arguments, grads), exact):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    half = [x.bfloat16() if isinstance(x, torch.Tensor) and i < 4 else x for i, x in enumerate(arguments)]
+    half_grads = [x.bfloat16() for x in grads]
+    rounded = [x.double() if isinstance(x, torch.Tensor) else x for x in half]
+    exact = with_gradients(mixing.reference, rounded, [x.double() for x in half_grads])
+    plain, fast = (with_gradients(f, half, half_grads) for f in (mixing.reference, mixing._forward))
+    for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
+        far, near = ((x.double() - c).norm() / c.norm().clamp_min(1e-9) for x in (a, b))
+        assert far <= 2 * near + 1e-3, f"tensor {index}: relative error {far:.2e}, plain torch {near:.2e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compiled_block_keeps_the_operator():
+    config = ModelConfig(n_layers=2, width=64, n_heads=2, vocab_size=64, sequence_length=32)
+    model = build_model(config, RecurrenceConfig(), device="cuda", dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    fast = copy.deepcopy(model)
+    for block in fast.blocks:
+        block.compile(fullgraph=True, dynamic=False)
+    tokens = torch.randint(0, 64, (2, 33), device="cuda")
+    for got, want in zip(*(losses_and_gradients(m, tokens, lrt.interleaved(2)) for m in (fast, model))):
+        error = (got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-6)
+        assert error < 0.05
