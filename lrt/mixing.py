@@ -21,6 +21,7 @@ from lrt.attention import rotate
 from lrt.kernels import HALF
 
 BLOCK = {"forward": 16, "backward": 16}  # positions a program
+PADDING = 64
 WARPS = {"forward": 4, "backward": 4}
 
 
@@ -46,8 +47,8 @@ _has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torc
 
 
 def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) -> int:
-    """N: queries, keys, values and gates of one position, up to a multiple of 8, so that rows of half precision are 16-byte aligned."""
-    return -(-((heads + 2 * groups) * width + (2 * groups if local else 0) + (groups if token else 0)) // 8) * 8
+    """N: queries, keys, values and gates of one position, up to a multiple of 64, so that rows begin where lines of memory do."""
+    return -(-((heads + 2 * groups) * width + (2 * groups if local else 0) + (groups if token else 0)) // PADDING) * PADDING
 
 
 def mix(
@@ -134,7 +135,7 @@ def _backward(
     mix_kernels.backward_kernel[grid](
         *above, joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin,
         results[0], d_memory_key, d_memory_value, d_token_value,
-        *sizes, *(step for x in above for step in x.stride()[:3]), *strides, **shape, PADDING=8, num_warps=WARPS["backward"],
+        *sizes, *(step for x in above for step in x.stride()[:3]), *strides, **shape, PADDING=PADDING, num_warps=WARPS["backward"],
     )  # fmt: skip
     return results
 
@@ -150,7 +151,7 @@ def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, group
     strides += [0 if len(cos) == 1 else cos.stride(0), cos.stride(1)]
     shape = {"N": total, "H": heads, "G": groups, "W": width, "LOCAL": local, "MEMORY": memory_key is not None}
     shape |= {"TOKEN": token_value is not None, "NORM": norm, "BLOCK": BLOCK[kind]}
-    return (-(-batch * length // BLOCK[kind]), groups), sizes, strides, shape
+    return (groups, -(-batch * length // BLOCK[kind])), sizes, strides, shape
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
