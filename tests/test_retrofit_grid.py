@@ -1,0 +1,141 @@
+"""tools/retrofit_grid.py on a tiny decoder: resumes, ends in time, and treats the twin as it treats the model."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_decoders import make
+
+import lrt
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import retrofit_grid as tool  # noqa: E402
+
+SETS = {"model.sequence_length": 32, "training.batch_tokens": 128, "training.micro_batch": 2, "evaluation.batch": 4, "training.warmup_steps": 1}
+OPTIONS = [*(f"--set={key}={value}" for key, value in SETS.items()), "--grid-tokens", "384", "--final-tokens", "512", "--seeds", "2"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "GRID", {name: tool.GRID[name] for name in ("refine 2", "interleaved 2")})
+    monkeypatch.setattr(tool, "TWINS", {name: tool.TWINS[name] for name in ("twin, lr 1e-4", "twin, lr 3e-4")})
+    make("smollm", vocab_size=260, dtype=torch.float32, layers=2).save_pretrained(tmp_path / "model")
+    (tmp_path / "tokens").mkdir()
+    text = np.frombuffer((ROOT / "lrt/data/demo/devils_dictionary_train.txt").read_bytes(), dtype=np.uint8).astype(np.uint16)
+    np.save(tmp_path / "tokens" / "train.npy", text[:1000])
+    np.save(tmp_path / "tokens" / "validation.npy", text[1000 : 1000 + 6 * 32 + 1])
+    np.save(tmp_path / "tokens" / "bytes.npy", np.array([0, *[1] * 255, *[0] * 4], dtype=np.uint8))
+    return tmp_path
+
+
+def run(place, *more):
+    code = tool.main(["run", str(place / "model"), str(place / "tokens"), str(place / "results.jsonl"), *OPTIONS, *more])
+    path = place / "results.jsonl"
+    return code, [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_the_whole_comparison_and_again(place, capsys):
+    code, lines = run(place)
+    assert code == 0
+    names = [(x["phase"], x["name"], x["seed"], x["tokens"]) for x in lines]
+    assert names[:6] == [
+        ("start", "twin", 0, 0), ("start", "adapted", 0, 0), ("grid", "twin, lr 1e-4", 0, 384), ("grid", "twin, lr 3e-4", 0, 384),
+        ("grid", "refine 2", 0, 384), ("grid", "interleaved 2", 0, 384),
+    ]  # fmt: skip
+    chosen = min(lines[4:6], key=lambda x: x["decode"])["name"]
+    twin = min(lines[2:4], key=lambda x: x["plain"])["name"]
+    assert names[6:] == [("final", name, seed, 512) for seed in (1, 2) for name in (chosen, twin)]
+    start = lines[1]
+    assert start["zero"] == pytest.approx(lines[0]["plain"]) == pytest.approx(start["decode"]) == pytest.approx(start["parallel"])
+    assert all(x["plain"] < start["zero"] for x in lines[2:4]) and all(x["decode"] < start["zero"] for x in lines[4:6])
+    said = capsys.readouterr().out
+    assert "| zero | parallel | **decode** | twin (no memory) |" in said
+    gap = [x["decode"] - y["plain"] for x, y in zip(lines[6::2], lines[7::2])]
+    assert f"{chosen}, 512 tokens, decode minus twin, bits per byte: {sum(gap) / 2:+.4f}, standard deviation" in said
+    # A run that was killed: its last whole line is missing, and half of it is there.
+    path = place / "results.jsonl"
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join([*whole[:-1], whole[-1][:30]]))
+    assert tool.main(["table", str(path)]) == 0
+    code = tool.main(["run", str(place / "model"), str(place / "tokens"), str(path), *OPTIONS])
+    again = tool.read_lines(path)
+    assert code == 0 and len(again) == len(lines) and path.read_text().splitlines()[: len(whole) - 1] == whole[:-1]
+    assert {k: v for k, v in again[-1].items() if "seconds" not in k} == {k: v for k, v in lines[-1].items() if "seconds" not in k}
+
+
+def test_it_ends_in_time_and_the_grid_leaves_time_for_the_rest(place, monkeypatch):
+    code, lines = run(place, "--seconds", "0")
+    assert code == 0 and lines == []
+    trained = []
+    monkeypatch.setattr(tool, "train", lambda *args, deadline, **more: trained.append(deadline) or None)  # as if every deadline had come
+    code, lines = run(place, "--seconds", "1000", "--grid-seconds", "500")
+    assert [x["phase"] for x in lines] == ["start", "start"] and len(trained) == 4
+    assert max(trained) - min(trained) < 10  # the grid's deadline, less the time that scores take
+
+
+def test_training_stops_at_its_deadline(place):
+    recipe = lrt.load_recipe(tool.RECIPE, overrides=[f"{key}={value}" for key, value in SETS.items()])
+    model = tool.prepare(make("smollm", vocab_size=260, dtype=torch.float32, layers=2), recipe, recurrent=True)
+    rows = torch.randint(0, 256, (8, 33))
+    assert tool.train(model, recipe, rows, seed=0, tokens=10**9, deadline=0.0) is None
+
+
+def test_the_twin_sees_the_same_rows_at_the_same_rates(monkeypatch):
+    recipe = lrt.load_recipe(tool.RECIPE, overrides=[f"{key}={value}" for key, value in SETS.items()])
+    rows = torch.randint(0, 256, (9, 33), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for recurrent in (True, False):
+        model = tool.prepare(make("smollm", vocab_size=260, dtype=torch.float32, layers=2), recipe, recurrent=recurrent)
+        assert (len(model.memory_parameters()) > 0) == recurrent and model.backbone.loss_chunk == recipe.parallel.loss_chunk
+        log = seen[recurrent] = []
+        original = type(model).forward
+
+        def forward(self, ids, *args, log=log, original=original, **more):
+            log.append(ids.clone())
+            return original(self, ids, *args, **more)
+
+        monkeypatch.setattr(type(model), "forward", forward)
+        step = torch.optim.AdamW.step
+
+        def spy(self, *args, log=log, step=step, **more):
+            log.append(torch.tensor(self.param_groups[0]["lr"]))
+            return step(self, *args, **more)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+        tool.train(model, recipe, rows, seed=3, tokens=7 * 128)
+        monkeypatch.undo()
+    assert len(seen[True]) == 7 * (2 + 1) == len(seen[False])
+    assert all(torch.equal(a, b) for a, b in zip(seen[True], seen[False]))
+
+
+def test_the_twin_is_the_decoder(place):
+    decoder = make("smollm", vocab_size=260, dtype=torch.float32, layers=2)
+    recipe = lrt.load_recipe(tool.RECIPE)
+    ids = torch.randint(0, 256, (2, 33))
+    expected = decoder(ids[:, :-1], labels=None).logits
+    twin = tool.prepare(decoder, recipe, recurrent=False)
+    assert torch.equal(twin(ids[:, :-1], return_logits=True).logits, expected)
+    rows, sizes = ids, torch.ones(260, dtype=torch.int64)
+    loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), ids[:, 1:].flatten())
+    score = tool.bits_per_byte(twin, recipe, rows, sizes, runner=lrt.decoding.eager)
+    assert score == {"plain": pytest.approx(loss.item() / math.log(2))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "/nowhere", "/nowhere", "r.jsonl"], "error: "),
+        (["run", "/nowhere", "/nowhere", "r.jsonl", "--set", "optimizer.adamw_lrr=1"], "unknown key 'optimizer.adamw_lrr'"),
+        (["tokens", "/nowhere", "/tmp/none", "/nowhere/*.parquet", "x"], "error: "),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1] and not any("Traceback" in line for line in said)
