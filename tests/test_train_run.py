@@ -334,6 +334,39 @@ def test_dry_run_counts_memory_by_the_plan():
     assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l", overrides=["training.micro_batch=32"]), world_size=8)
 
 
+STEP, BARE = True, False  # with the optimizer, or forward and backward alone
+MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs, what ran, peak GiB
+    ("baseline_12l", 16, 32768, 1, BARE, 14.5),
+    ("lrt_12l schedule.kind=refine", 16, 32768, 1, BARE, 27.3),
+    ("lrt_12l", 16, 32768, 1, BARE, 27.4),
+    ("lrt_12l", 16, 131072, 2, STEP, 31.0),
+    ("baseline_20l", 8, 16384, 1, BARE, 22.3),
+    ("lrt_20l", 8, 16384, 1, BARE, 41.9),
+    ("baseline_20l", 8, 32768, 2, BARE, 21.5),
+    ("lrt_20l", 8, 32768, 2, BARE, 41.1),
+    ("lrt_24l", 4, 32768, 1, STEP, 58.4),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "batch", "gpus", "whole", "gib"), MEASURED)
+def test_the_memory_estimate_is_near_what_was_measured(name, rows, batch, gpus, whole, gib):
+    from lrt.accounting import count_parameters
+    from lrt.train.backbones import shapes_of
+    from lrt.train.dry_run import expected_memory
+    from lrt.train.horizon import plan_horizon
+
+    file, *sets = name.split()
+    recipe = load_recipe(file, overrides=[*sets, f"training.micro_batch={rows}", f"training.batch_tokens={batch}"])
+    model = shapes_of(recipe)
+    horizon = plan_horizon(recipe, count_parameters(model), world_size=gpus)
+    assert horizon.rows == rows
+    expected = expected_memory(recipe, model, horizon, world_size=gpus)
+    total = (expected if whole else expected._replace(optimizer=0.0, update=0.0)).total
+    assert total == pytest.approx(gib, rel=0.1)
+    line = f"| `{name}` | {rows} x 2048 | {gpus} | {'whole step' if whole else 'forward + backward'} | {gib} | {total:.1f} |"
+    assert line in (ROOT / "docs" / "train.md").read_text()
+
+
 def test_a_hang_names_the_step(capsys):
     import io
 

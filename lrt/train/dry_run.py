@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from lrt.accounting import count_parameters, training_flops
@@ -16,19 +17,25 @@ from lrt.train.horizon import Horizon, plan_horizon
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
 
 
+# Fitted to measured peaks (docs/train.md): what a pass with memory keeps, in passes without, and bytes of a chunk's logits.
+RECURRENT_PASS, LOGIT_BYTES = 1.2, 4.0
+
+
 class Memory(NamedTuple):
-    """Expected peak of one GPU in GiB, by what it holds."""
+    """Expected memory of one GPU in GiB, by what it holds."""
 
     masters: float  # float32 parameters, this rank's rows
-    gradients: float  # float32, this rank's rows
+    copies: float  # parameters in the dtype of the computation: gathered ones, or the working copy of one GPU
     optimizer: float
-    gathered: float  # whole parameters in the dtype of the computation
+    kept_gradients: float  # float32, this rank's rows, of the micro-batches before
     activations: float
-    logits: float
+    logits: float  # of a chunk, and the head's gradient
+    update: float  # all gradients and what the optimizer's step takes beside them, when the activations are gone
 
     @property
     def total(self) -> float:
-        return sum(self)
+        """The peak: at the end of the last forward, or in the optimizer's step."""
+        return self.masters + self.copies + self.optimizer + max(self.kept_gradients + self.activations + self.logits, self.update)
 
 
 def activation_numbers(model: LatentRecurrentModel) -> float:
@@ -40,7 +47,7 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
 
 
 def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
-    """Estimate the peak memory of one GPU; good to about a fifth.
+    """Estimate the peak memory of one GPU; within a tenth of nine measured peaks of the native decoder (docs/train.md).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
@@ -48,38 +55,50 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     Args:
         recipe: of the run.
         model: its shapes, with ``requires_grad`` as it trains.
-        horizon: rows a forward.
+        horizon: rows a forward, and forwards a step.
         world_size: GPUs.
     """
-    parallel, parameters = recipe.parallel, count_parameters(model)
+    parallel, parameters, schedule, native = recipe.parallel, count_parameters(model), model.train_schedule, is_native(recipe)
     size = 2 if parallel.param_dtype == "bfloat16" else 4
     shards = world_size // parallel.replicate if parallel.shard == -1 else parallel.shard
-    gib = 2**30
     n_layers, width = len(model.blocks), model.backbone.width
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    by_muon = _trained_matrices(model) if recipe.optimizer.kind == "muon" else 0  # which keeps one moment, AdamW two
-    whole = parameters.total if parallel.reshard == "after_step" else 2 * parameters.total / n_layers
-    sharded = world_size > 1 or parallel.param_dtype != "float32"
+    by_muon, stack = _muon_numbers(model) if recipe.optimizer.kind == "muon" else (0, 0)
+    if world_size > 1:
+        copied = parameters.total if parallel.reshard == "after_step" else 2 * parameters.total / n_layers
+    else:  # token tables are not copied (lrt.train.replay)
+        tables = parameters.embedding + parameters.value_embeddings if native else 0
+        copied = parameters.total - tables if size < 4 else 0
     every = activation_numbers(model)
     kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
-    schedule = model.train_schedule
     tokens = horizon.rows * recipe.model.sequence_length
-    one_block = every * tokens * size if parallel.activation_checkpointing != "none" else 0.0
+    passes = 1 + RECURRENT_PASS * (schedule.token_compute - 1)
+    one_block = every * tokens if parallel.activation_checkpointing != "none" else 0.0
     chunk = min(parallel.loss_chunk or tokens, tokens)
-    groups = len(schedule.group_weights(recipe.model.sequence_length)) if chunk == tokens and not is_native(recipe) else 1
-    return Memory(
-        masters=4.0 * parameters.total / shards / gib,
-        gradients=4.0 * trained / shards / gib,
-        optimizer=4.0 * (2.0 * trained - by_muon) / shards / gib,
-        gathered=size * whole / gib if sharded else 0.0,
-        activations=(kept[parallel.activation_checkpointing] * n_layers * tokens * schedule.token_compute * size + one_block) / gib,
-        logits=(2 + groups) * 4.0 * chunk * model.vocab_size / gib,
+    groups = len(schedule.group_weights(recipe.model.sequence_length))
+    if native:
+        logits = (LOGIT_BYTES if parallel.compile else 20.0) * chunk * model.vocab_size + (4.0 + size * groups) * model.vocab_size * width
+    else:
+        logits = (2 + (groups if chunk == tokens else 1)) * 4.0 * chunk * model.vocab_size
+    gradients = 4.0 * trained / shards
+    parts = Memory(
+        masters=4.0 * parameters.total / shards,
+        copies=size * copied,
+        optimizer=4.0 * (2.0 * trained - by_muon) / shards,
+        kept_gradients=gradients if horizon.accumulation > 1 else 0.0,
+        activations=size * (kept[parallel.activation_checkpointing] * n_layers * tokens * passes + one_block),
+        logits=logits,
+        update=gradients + 6 * 4.0 * stack / shards,  # Muon stacks gradients, momenta, updates and weights
     )
+    return Memory(*(part / 2**30 for part in parts))
 
 
-def _trained_matrices(model: LatentRecurrentModel) -> int:
-    parameters = [p for module in (model.blocks, model.memory_projection) if module is not None for p in module.parameters()]
-    return sum(p.numel() for p in parameters if p.ndim > 1 and p.requires_grad)
+def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:
+    """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one shape."""
+    modules = [module for module in (model.blocks, model.memory_projection) if module is not None]
+    shapes = Counter(tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad)
+    stacks = [count * math.prod(shape) for shape, count in shapes.items()]
+    return sum(stacks), max(stacks, default=0)
 
 
 def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
@@ -118,7 +137,7 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
         f"  {'FLOPs a step':<20} {a_token * horizon.batch_tokens:>16.4g}",
         f"  {'FLOPs of the run':<20} {whole:>16.4g}",
         f"expected memory of one GPU, GiB: {memory.total:.1f} of {GPU_GIB:.0f}: {verdict}",
-        *(f"  {name:<20} {gib:>16.2f}" for name, gib in memory._asdict().items()),
+        *(f"  {name.replace('_', ' '):<20} {gib:>16.2f}" for name, gib in memory._asdict().items()),
         f"expected time on {world_size} x {GPU} at an assumed MFU of {100 * ASSUMED_MFU:.0f} %: {_duration(seconds)}",
     ]
     return "\n".join(lines)
