@@ -9,7 +9,6 @@ Legend: B batch, P positions, H query heads, G key/value heads, K head width, N 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from lrt.attention import rotate
 from lrt.kernels import HALF
 
+HAS_TRITON = find_spec("triton") is not None
 BLOCK = {"forward": 16, "backward": 16}  # positions a program
 PADDING = 64
 WARPS = {"forward": 4, "backward": 4}
@@ -35,15 +35,7 @@ class Mixed(NamedTuple):
 
 def usable(x: Tensor, head_dim: int) -> bool:
     """Whether the kernels run on such tensors: half precision on a GPU with triton, heads of a power of two; not for single tokens."""
-    return x.is_cuda and x.dtype in HALF and x.shape[1] > 1 and 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0 and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
+    return x.is_cuda and x.dtype in HALF and x.shape[1] > 1 and 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0 and HAS_TRITON
 
 
 def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) -> int:
