@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
-from lrt.data import Tokenizer, build_loader
+from lrt.data import Tokenizer
 from lrt.data.loader import ValidationLoader
 from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
@@ -18,22 +18,6 @@ from lrt.train.distributed import World
 from lrt.train.faults import Heartbeat
 from lrt.train.parallel import free_gathered, fsdp_modules
 from lrt.train.state import Run
-
-
-def validation_loader(recipe: Recipe, tokenizer: Tokenizer, world: World) -> ValidationLoader:
-    """Held-out rows: the same in every mode, at every step, and for every number of ranks."""
-    config = recipe.evaluation
-    return build_loader(  # type: ignore[return-value]
-        recipe.data,
-        tokenizer=tokenizer,
-        sequence_length=recipe.model.sequence_length,
-        rows=config.batch,
-        rank=world.rank,
-        world_size=world.size,
-        seed=recipe.run.seed,
-        split="validation",
-        limit_tokens=config.tokens,
-    )
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.train.backbones import check_tokenizer, shapes_of
 from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
-from lrt.train.evaluation import evaluate_run, validation_loader
+from lrt.train.evaluation import evaluate_run
 from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message
 from lrt.train.horizon import plan_horizon
 from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
@@ -74,15 +74,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
-    loader = build_loader(
-        recipe.data,
-        tokenizer=tokenizer,
-        sequence_length=recipe.model.sequence_length,
-        rows=horizon.rows,
-        rank=world.rank,
-        world_size=world.size,
-        seed=recipe.run.seed,
-    )
+    loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     folder = Path(recipe.run.output) / recipe.run.name
     resumed = _newest(recipe, folder, world)
     model = build_parallel(recipe, world)
@@ -115,12 +107,21 @@ def assemble(recipe: Recipe, world: World) -> Run:
     if resumed is not None:
         say(f"resumed from {resumed}")
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
-    validation = validation_loader(recipe, tokenizer, world)
+    scored = recipe.evaluation
+    validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
     runner = make_runner(model, recipe.parallel, world)
     return Run(
         recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(sinks), guard, say, state,
     )  # fmt: skip
+
+
+def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
+    """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
+    ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    return build_loader(
+        recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
+    )
 
 
 def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
