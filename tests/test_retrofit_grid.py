@@ -78,6 +78,18 @@ def test_it_ends_in_time_and_the_grid_leaves_time_for_the_rest(place, monkeypatc
     assert max(trained) - min(trained) < 10  # the grid's deadline, less the time that scores take
 
 
+def test_a_decoder_that_cannot_be_captured_is_scored_eagerly(place, monkeypatch, capsys):
+    def refuse(step, active):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(tool.decoding, "graphed", refuse)
+    monkeypatch.setattr(tool, "GRID", {})
+    code, lines = run(place, "--grid-tokens", "128")
+    assert code == 0 and lines[1]["decode"] == pytest.approx(lines[0]["plain"])
+    said = capsys.readouterr().err
+    assert said.count("--decode graphed failed (operation not permitted when stream is capturing): eager from here on") == 1
+
+
 def test_training_stops_at_its_deadline(place):
     recipe = lrt.load_recipe(tool.RECIPE, overrides=[f"{key}={value}" for key, value in SETS.items()])
     model = tool.prepare(make("smollm", vocab_size=260, dtype=torch.float32, layers=2), recipe, recurrent=True)

@@ -257,13 +257,24 @@ class Experiment:
             return None
         line = {**task.fields, "train_seconds": round(seconds, 2)}
         start = time.perf_counter()
-        line |= bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
+        line |= self._scores(model, recipe)
         line["evaluation_seconds"] = round(time.perf_counter() - start, 2)
         line["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.device.type == "cuda" else 0.0
         self.lines.append(line)
         write_line(self.args.results, line)
         print(json.dumps(line), flush=True)
         return line
+
+    def _scores(self, model: Any, recipe: Recipe) -> dict[str, float]:
+        """Bits per byte; a decoder that cannot be captured as a graph is scored without one from then on."""
+        try:
+            return bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
+        except RuntimeError as error:
+            if self.runner is decoding.eager:
+                raise
+            print(f"--decode graphed failed ({str(error).splitlines()[0]}): eager from here on", file=sys.stderr, flush=True)
+            self.runner = decoding.eager
+            return bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
 
     def _seconds_of_training(self, task: Task) -> float:
         """At the best speed of its likes so far (the first compiled); 0 where there is none."""

@@ -228,8 +228,8 @@ def memory_table(record: Record) -> list[str]:
     rows += [(title, parameters[key]) for title, key in (("gain g", "gains"), ("residual scale a", "residual_scales")) if key in parameters]
     if not activations:
         return []
-    lines = [f"{'memory, over the blocks':<28} {'least':>9} {'median':>9} {'most':>9}"]
-    return lines + [f"{title:<28} {min(x):>9.4g} {statistics.median(x):>9.4g} {max(x):>9.4g}" for title, x in rows]
+    lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]
+    return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
 
 
 class TensorBoard:
