@@ -17,7 +17,7 @@ from lrt.config import ModelConfig
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.mixing import Mixed, columns, mix, usable
 from lrt.recurrence import Gate
-from lrt.types import KV, KVStore, Projection
+from lrt.types import KV, Handed, KVStore, Projection
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -86,8 +86,9 @@ class DecoderBlock(nn.Module):
         return usable(hidden, self.head_dim) and all(type(linear) is nn.Linear for linear in (self.query, self.key, self.value))
 
     def project_mixed(
-        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None
-    ) -> Mixed:
+        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None,
+        hand_on: bool = False,
+    ) -> Mixed:  # fmt: skip
         """``project``, the gates of the memory, and ``finish_kv`` at once: one product and one kernel.
 
         Args:
@@ -95,6 +96,7 @@ class DecoderBlock(nn.Module):
             context: of these positions.
             gate: the local and remote gates; None: nothing but this block's own keys and values.
             memory_key, memory_value: (B, P, G, K); None = zero.
+            hand_on: later passes read keys and values: give their gradients paths of their own.
         """
         gates = [g.weight for g in (gate, self.value_gate) if g is not None]
         weights = [self.query.weight, self.key.weight, self.value.weight]
@@ -108,6 +110,7 @@ class DecoderBlock(nn.Module):
         return mix(
             F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads, groups=groups,
             local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value, token_value=token_value,
+            hand_on=hand_on,
         )  # fmt: skip
 
     def finish_kv(self, projection: Projection | Mixed, context: Context) -> KV:
@@ -120,7 +123,7 @@ class DecoderBlock(nn.Module):
 
     def attend(
         self, hidden: Tensor, projection: Projection | Mixed, context: Context, kv: KVStore | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Any, Any]:
         key, value = self.finish_kv(projection, context)
         query = projection.query if isinstance(projection, Mixed) else self._rotate(projection.query, context)
         scale = self.head_dim**-0.5
@@ -130,6 +133,8 @@ class DecoderBlock(nn.Module):
             mixed = kv.attend(query, key, value, window=self.window, scale=scale, softcap=None)
         hidden = hidden + self.output(mixed.flatten(-2))
         hidden = hidden + self.mlp_out(F.relu(self.mlp_in(rms_norm(hidden))).square())
+        if isinstance(projection, Mixed) and projection.key_path is not None:
+            return hidden, Handed(key.detach(), projection.key_path), Handed(value.detach(), projection.value_path)
         return hidden, key, value
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.types import at_least_float32
+from lrt.types import Handed, at_least_float32
 
 
 def add_up(parts: list[Tensor]) -> Tensor:
@@ -32,13 +32,15 @@ def _add_up_compiled() -> Callable[[list[Tensor]], Tensor]:
     return torch.compile(add_up, dynamic=False)  # not when this file is imported: the compiler takes a second to come
 
 
-def interleave(parts: list[Tensor]) -> Tensor:
-    """(B, n, ...) for each of S parts -> (B, S n, ...), part g at positions g, g + S, ..."""
-    return torch.stack(parts, 2).flatten(1, 2)
+def interleave(whole: Tensor | None, parts: list[Tensor | None]) -> Tensor:
+    """``whole`` (B, S n, ...) plus each of S parts (B, n, ...) at the positions g, g + S, ...; None is zero, but not every part is."""
+    shape = next(part for part in parts if part is not None)
+    together = torch.stack([torch.zeros_like(shape) if part is None else part for part in parts], 2).flatten(1, 2)
+    return together if whole is None else (at_least_float32(together) + whole).to(together.dtype)
 
 
 @lru_cache(maxsize=1)
-def _interleave_compiled() -> Callable[[list[Tensor]], Tensor]:
+def _interleave_compiled() -> Callable[..., Tensor]:
     return torch.compile(interleave, dynamic=False)
 
 
@@ -60,26 +62,54 @@ class _Fan(torch.autograd.Function):
         return total.view(parts[0].shape), None
 
 
-class _Split(torch.autograd.Function):
-    """Views of every S-th position; S divides the length."""
+class _Branch(torch.autograd.Function):
+    """An alias, and views of every S-th position; S divides the length."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, ...]:
-        return x.unflatten(1, (-1, groups)).unbind(2)
+        ctx.set_materialize_grads(False)  # what no pass read adds nothing
+        return x.view_as(x), *x.unflatten(1, (-1, groups)).unbind(2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        flat = [grad.flatten(2) for grad in grads]
-        return (_interleave_compiled() if flat[0].is_cuda else interleave)(flat).view(grads[0].shape[0], -1, *grads[0].shape[2:]), None
+    def backward(ctx: Any, whole: Tensor | None, *parts: Tensor | None) -> tuple[Any, ...]:
+        given = [part for part in parts if part is not None]
+        if not given:
+            return whole, None
+        flat = [None if part is None else part.flatten(2) for part in parts]
+        total = (_interleave_compiled() if given[0].is_cuda else interleave)(None if whole is None else whole.flatten(2), flat)
+        return total.view(total.shape[0], -1, *given[0].shape[2:]), None
+
+
+def branch(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A tensor (B, T, ...) for a pass over all positions, and its positions by residue: entry g holds g, g + S, ...; views."""
+    if x.shape[1] % groups:
+        return x, tuple(x[:, g::groups] for g in range(groups))
+    if x.requires_grad and torch.is_grad_enabled() and x.ndim > 2:
+        whole, *parts = _Branch.apply(x, groups)
+        return whole, tuple(parts)
+    return x, x.unflatten(1, (-1, groups)).unbind(2)
 
 
 def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Positions (dimension 1) by residue: entry g holds g, g + S, ...; views."""
-    if x.shape[1] % groups:
-        return tuple(x[:, g::groups] for g in range(groups))
-    if groups > 1 and x.requires_grad and torch.is_grad_enabled() and x.ndim > 2:
-        return _Split.apply(x, groups)
-    return x.unflatten(1, (-1, groups)).unbind(2)
+    """Positions by residue, as ``branch`` gives them."""
+    return branch(x, groups)[1]
+
+
+class _Attach(torch.autograd.Function):
+    """A tensor whose gradient goes to another of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+def attached(x: Any) -> Any:
+    """The tensor of a ``Handed``, its gradient on its path; anything else as it is."""
+    return _Attach.apply(x.value, x.path) if isinstance(x, Handed) else x
 
 
 def fan_out(tuples: Sequence[Any]) -> list[Any]:

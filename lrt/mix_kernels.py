@@ -125,15 +125,16 @@ def _store_gate(place, live, gate, gradient):
 
 @triton.jit
 def backward_kernel(
-    d_query, d_key, d_value,
+    d_query, d_key, d_value, d_key_path, d_value_path,
     joint, memory_key, memory_value, token_value, cos, sin,
     d_joint, d_memory_key, d_memory_value, d_token_value,
     rows, length, eps,
     query_b, query_p, query_h, key_b, key_p, key_h, value_b, value_p, value_h,
+    key_path_b, key_path_p, key_path_h, value_path_b, value_path_p, value_path_h,
     memory_key_b, memory_key_p, memory_value_b, memory_value_p, token_b, token_p, angle_b, angle_p,
     N: tl.constexpr, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     LOCAL: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, NORM: tl.constexpr,
-    BLOCK: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr, PADDING: tl.constexpr, PATHS: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0)  # the heads of some positions one after the other: they lie side by side
     m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -157,6 +158,9 @@ def backward_kernel(
     # values
     v_left, v_right = _halves(own + (H + G + g) * W, half, live, HALF)
     d_left, d_right = _halves(d_value + b * value_b + p * value_p + g * value_h, half, live, HALF)
+    if PATHS:
+        left, right = _halves(d_value_path + b * value_path_b + p * value_path_p + g * value_path_h, half, live, HALF)
+        d_left, d_right = d_left + left, d_right + right
     local = tl.zeros((BLOCK,), tl.float32) + 1.0
     remote = local
     d_local, d_remote = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -178,6 +182,9 @@ def backward_kernel(
     k_left, k_right = _halves(own + (H + g) * W, half, live, HALF)
     mixed_left, mixed_right = k_left * local[:, None], k_right * local[:, None]
     d_left, d_right = _halves(d_key + b * key_b + p * key_p + g * key_h, half, live, HALF)
+    if PATHS:
+        left, right = _halves(d_key_path + b * key_path_b + p * key_path_p + g * key_path_h, half, live, HALF)
+        d_left, d_right = d_left + left, d_right + right
     if MEMORY:
         left, right = _halves(memory_key + b * memory_key_b + p * memory_key_p + g * W, half, live, HALF)
         mixed_left, mixed_right = mixed_left + remote[:, None] * left, mixed_right + remote[:, None] * right

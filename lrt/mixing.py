@@ -10,7 +10,7 @@ Legend: B batch, P positions, H query heads, G key/value heads, K head width, N 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class Mixed(NamedTuple):
     query: Tensor  # (B, P, H, K)
     key: Tensor  # (B, P, G, K)
     value: Tensor  # (B, P, G, K)
+    key_path: Any = None  # where the gradients of later passes go; see ``Handed``
+    value_path: Any = None
 
 
 def usable(x: Tensor, head_dim: int) -> bool:
@@ -45,7 +47,7 @@ def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) ->
 
 def mix(
     joint: Tensor, *, cos: Tensor, sin: Tensor, heads: int, groups: int, local: bool, norm: bool,
-    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None,
+    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None, hand_on: bool = False,
 ) -> Mixed:  # fmt: skip
     """Finish queries, keys and values.
 
@@ -58,15 +60,17 @@ def mix(
         norm: QK-norm.
         memory_key, memory_value: (B, P, G, K), gated and added; only with ``local``.
         token_value: (B, P, G K), gated and added to the values.
+        hand_on: give the gradients that reach keys and values from elsewhere paths of their own.
     """
     width = 2 * cos.shape[-1]
-    return Mixed(*_forward(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm))
+    query, key, value, *paths = _forward(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, hand_on)
+    return Mixed(query, key, value, *(paths if hand_on else ()))
 
 
 def reference(
     joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the kernels compute, in plain torch."""
     token = token_value is not None
     sizes = [heads * width, groups * width, groups * width, *([groups] * 2 if local else []), *([groups] if token else [])]
@@ -84,7 +88,8 @@ def reference(
         rotated = rotate(x, cos, sin)
         return (F.rms_norm(rotated, (width,)) if norm else rotated).to(x.dtype)
 
-    return finish(query), finish(key), value.clone()
+    query, key, value = finish(query), finish(key), value.clone()
+    return query, key, value, (key.clone() if hand_on else key[:0]), (value.clone() if hand_on else value[:0])
 
 
 # ------------------------------------------------------------------ the operator
@@ -94,40 +99,41 @@ def reference(
 @torch.library.custom_op("lrt::mix", mutates_args=())
 def _forward(
     joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lrt import mix_kernels
 
     joint = joint.contiguous()
-    query, key, value = _results(joint, heads, groups, width)
+    results = query, key, value, _, _ = _results(joint, heads, groups, width, hand_on)
     grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, "forward")
     mix_kernels.forward_kernel[grid](
         joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin, query, key, value,
         *sizes, *strides, **shape, num_warps=WARPS["forward"],
     )  # fmt: skip
-    return query, key, value
+    return results
 
 
 @torch.library.custom_op("lrt::mix_backward", mutates_args=())
 def _backward(
-    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor, d_key_path: Tensor | None, d_value_path: Tensor | None,
     joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
     heads: int, groups: int, width: int, local: bool, norm: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the joint projection, then of memory key, memory value and token value as far as they are there."""
-    inputs = [x for x in (joint, memory_key, memory_value, token_value) if x is not None]
     from lrt import mix_kernels
 
     joint = joint.contiguous()
-    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (joint, memory_key, memory_value, token_value) if x is not None]
     rest = iter(results[1:])
     d_memory_key, d_memory_value, d_token_value = (joint if x is None else next(rest) for x in (memory_key, memory_value, token_value))
-    above = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_query, d_key, d_value)]
+    paths = (d_key if d_key_path is None else d_key_path, d_value if d_value_path is None else d_value_path)
+    above = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_query, d_key, d_value, *paths)]
     grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, "backward")
     mix_kernels.backward_kernel[grid](
         *above, joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin,
         results[0], d_memory_key, d_memory_value, d_token_value,
-        *sizes, *(step for x in above for step in x.stride()[:3]), *strides, **shape, PADDING=PADDING, num_warps=WARPS["backward"],
+        *sizes, *(step for x in above for step in x.stride()[:3]), *strides, **shape, PADDING=PADDING,
+        PATHS=d_key_path is not None, num_warps=WARPS["backward"],
     )  # fmt: skip
     return results
 
@@ -150,30 +156,32 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _results(joint: Tensor, heads: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = (joint.new_empty(*joint.shape[:2], n, width) for n in (heads, groups, groups))
-    return query, key, value
+def _results(joint: Tensor, heads: int, groups: int, width: int, hand_on: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, _ = joint.shape
+    query, key, value = (joint.new_empty(batch, length, n, width) for n in (heads, groups, groups))
+    key_path, value_path = (joint.new_empty(batch if hand_on else 0, length, groups, width) for _ in range(2))  # never read nor written
+    return query, key, value, key_path, value_path
 
 
 @_forward.register_fake
-def _(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm):  # type: ignore[no-untyped-def]
-    return _results(joint, heads, groups, width)
+def _(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, hand_on):  # type: ignore[no-untyped-def]
+    return _results(joint, heads, groups, width, hand_on)
 
 
 @_backward.register_fake
-def _(d_query, d_key, d_value, joint, memory_key, memory_value, token_value, *rest):  # type: ignore[no-untyped-def]
+def _(d_query, d_key, d_value, d_key_path, d_value_path, joint, memory_key, memory_value, token_value, *rest):  # type: ignore[no-untyped-def]
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (joint, memory_key, memory_value, token_value) if x is not None]
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[6:]
+    ctx.settings, ctx.hand_on = inputs[6:-1], inputs[-1]
 
 
-def _differentiate(ctx, *above):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, d_query, d_key, d_value, *paths):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
-    results = iter(_backward(*above, *saved, *ctx.settings))
-    return *(None if x is None else next(results) for x in saved[:4]), *(None,) * 7
+    results = iter(_backward(d_query, d_key, d_value, *(paths if ctx.hand_on else (None, None)), *saved, *ctx.settings))
+    return *(None if x is None else next(results) for x in saved[:4]), *(None,) * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

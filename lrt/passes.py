@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
-from lrt.fan import fan_out, split
+from lrt.fan import attached, branch, fan_out, split
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -97,7 +97,7 @@ def run_blocks(
         if keep_inputs:
             inputs.append(hidden)
         hidden, key, value = block(hidden, received_by[index], contexts[index], None if stores is None else stores[index])
-        kv.append(KV(key, value))
+        kv.append(KV(attached(key), attached(value)))
         if index + 1 == model.source:
             memory = model.memory_of(hidden)
     return PassOutput(hidden, memory, tuple(kv), tuple(inputs))
@@ -108,16 +108,19 @@ def take(context: Any, positions: slice) -> Any:
     return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
 
 
-def split_contexts(contexts: Sequence[Any], groups: int) -> list[list[Any]]:
-    """Contexts by residue, then by block; what broadcasts over positions is shared, and a tensor of several blocks is split once."""
-    known: dict[int, tuple[Tensor, ...]] = {}
-    by_block = []
+def branch_contexts(contexts: Sequence[Any], groups: int) -> tuple[list[Any], list[list[Any]]]:
+    """Contexts by block for a pass over all positions, then by residue and block.
+
+    What broadcasts over positions is shared, and a tensor of several blocks is split once.
+    """
+    known: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
     for context in contexts:
         for x in context:
             if x is not None and id(x) not in known:
-                known[id(x)] = (x,) * groups if x.shape[1] == 1 else split(x, groups)
-        by_block.append([type(context)(*(None if x is None else known[id(x)][g] for x in context)) for g in range(groups)])
-    return [list(residue) for residue in zip(*by_block)]
+                known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else branch(x, groups)
+    whole = [type(context)(*(None if x is None else known[id(x)][0] for x in context)) for context in contexts]
+    residues = [[type(context)(*(None if x is None else known[id(x)][1][g] for x in context)) for context in contexts] for g in range(groups)]
+    return whole, residues
 
 
 def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
@@ -199,11 +202,11 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
 def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues; the buffer holds one entry a residue."""
     subsets = plan[1].step
-    first = run_blocks(model, row.hidden, row.contexts, None, stores=_whole_row(model, row), keep_inputs=schedule.kv_refresh)
+    (everywhere, hidden), (all_contexts, contexts) = branch(row.hidden, subsets), branch_contexts(row.contexts, subsets)
+    first = run_blocks(model, everywhere, all_contexts, None, stores=_whole_row(model, row), keep_inputs=schedule.kv_refresh)
     assert first.memory is not None
     results = [PassResult(plan[0], first.hidden, first.memory)]
-    hidden, starts = split(row.hidden, subsets), None if row.starts is None else split(row.starts, subsets)
-    contexts = split_contexts(row.contexts, subsets)
+    starts = None if row.starts is None else split(row.starts, subsets)
     inputs = [split(x, subsets) for x in first.inputs]
     memory = list(split(_cut(first.memory, schedule), subsets))
     keys = [list(split(_cut(kv.key, schedule), subsets)) for kv in first.kv]

@@ -121,7 +121,7 @@ class RecurrentBlock(nn.Module):
 
     def forward(
         self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | Transient | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Any, Any]:
         """Run the block.
 
         Args:
@@ -131,11 +131,12 @@ class RecurrentBlock(nn.Module):
             kv: the store to attend to; None = plain causal attention over these positions.
 
         Returns:
-            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them; None where it is ``Transient``.
+            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``; None where the store is ``Transient``.
         """
-        hidden, projection = self._mix(hidden, memory, context)
         if isinstance(kv, Transient):
+            hidden, projection = self._mix(hidden, memory, context)
             return self.block.attend(hidden, projection, context, kv.store)[0], None, None
+        hidden, projection = self._mix(hidden, memory, context, hand_on=torch.is_grad_enabled())
         return self.block.attend(hidden, projection, context, kv)
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
@@ -149,7 +150,7 @@ class RecurrentBlock(nn.Module):
         _, projection = self._mix(hidden, memory._replace(gain=None), context)
         return self.block.finish_kv(projection, context)
 
-    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any) -> tuple[Tensor, Any]:
+    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: bool = False) -> tuple[Tensor, Any]:
         hidden = self.block.enter(hidden, context)
         if memory is not None and memory.gain is not None:
             hidden = hidden + memory.gain.to(hidden.dtype) * memory.state
@@ -157,7 +158,8 @@ class RecurrentBlock(nn.Module):
         if self.gate is not None and memory is not None:
             memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
         if self._mixes and self.block.can_mix(hidden):
-            return hidden, self.block.project_mixed(hidden, context, gate=self.gate, memory_key=memory_key, memory_value=memory_value)
+            more = {"gate": self.gate, "memory_key": memory_key, "memory_value": memory_value, "hand_on": hand_on}
+            return hidden, self.block.project_mixed(hidden, context, **more)
         projection = self.block.project(hidden, context)
         if self.gate is None:
             return hidden, projection

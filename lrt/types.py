@@ -38,6 +38,17 @@ class KV(NamedTuple):
     value: Tensor
 
 
+class Handed(NamedTuple):
+    """A tensor that a block hands on without gradient, and where its gradient is to go.
+
+    A key has readers inside its block and in later passes. With a path of their own, the later ones' gradient reaches
+    the block's own kernel, which adds it; otherwise a kernel of its own would.
+    """
+
+    value: Tensor
+    path: Tensor  # of the same shape, never read
+
+
 class PassOutput(NamedTuple):
     """What one forward over some positions returns."""
 

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_mask
 import lrt
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
-from lrt.fan import fan_out, split
+from lrt.fan import branch, fan_out, split
 from lrt.kernels import _visible, block_mask, flex_groups, merged_attention, natural_order
 from lrt.loss import Scorer
 from lrt.model import build_model
@@ -134,6 +134,19 @@ def test_split_and_natural_order_are_inverse(length, groups):
     assert torch.equal(natural_order(parts), x)
 
 
+@given(per_group=st.integers(1, 4), groups=st.integers(2, 4), read=st.lists(st.booleans(), min_size=5, max_size=5), seed=st.integers(0, 99))
+def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
+    """The whole and any of its residues may be read, or none."""
+    torch.manual_seed(seed)
+    x = torch.randn(2, per_group * groups, 3, dtype=torch.float64, requires_grad=True)
+    whole, parts = branch(x, groups)
+    plain = [x, *(x[:, g::groups] for g in range(groups))]
+    terms = [[(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in ([whole, *parts], plain)]
+    if terms[0]:
+        got, want = (torch.autograd.grad(sum(t), x)[0] for t in terms)
+        torch.testing.assert_close(got, want)
+
+
 # ------------------------------------------------------------------ kernels, on a GPU
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -198,6 +211,7 @@ def losses_and_gradients(model, tokens, schedule, **options):
 
 
 @gpu_test
+@torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("pattern, documents", [("L", False), ("SL", False), ("SL", True)])
 def test_compiled_steps_against_float32(pattern, documents):
     """Whole steps: the compiled half-precision model against an eager float32 one, and the eager half one as the yardstick."""
@@ -206,6 +220,7 @@ def test_compiled_steps_against_float32(pattern, documents):
 
 
 def compare_steps(device, pattern, documents, schedules, *, backend, length=256):
+    torch._dynamo.reset()
     config = ModelConfig(n_layers=2, width=256, vocab_size=512, sequence_length=length, window_pattern=pattern)
     wide = build_model(config, RecurrenceConfig(separator=3), device=device)
     wide.init_weights()

@@ -1,7 +1,5 @@
 """Gates, memory, token values, RoPE and QK-norm as one operator: its place in a block on the CPU, its kernels on a GPU."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +42,22 @@ def test_a_block_that_mixes_at_once_computes_the_same(request, schedule, kv_head
         torch.testing.assert_close(got, expected)
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_compiled_blocks_keep_the_operator(one_operator):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = ModelConfig(n_layers=2, width=32, n_heads=2, vocab_size=64, sequence_length=16, window_pattern="SL")
+    model, fast = (build_model(config, RecurrenceConfig(separator=1)).double() for _ in range(2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    fast.load_state_dict(model.state_dict())
+    for block in fast.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens = torch.randint(0, 64, (2, 17))
+    for got, expected in zip(*(losses_and_gradients(m, tokens, lrt.interleaved(2, sweeps=2)) for m in (fast, model))):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_wrapped_projection_is_called_and_not_read(one_operator):
     model = build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=64), RecurrenceConfig())
     block = model.blocks[0].block
@@ -73,6 +87,7 @@ def cases(draw):
         "memory": local and draw(st.booleans()),
         "token": draw(st.booleans()),
         "norm": draw(st.booleans()),
+        "hand_on": draw(st.booleans()),
         "seed": draw(st.integers(0, 99)),
     }
 
@@ -90,15 +105,17 @@ def inputs(case, dtype):
     memory = [random(batch, length, groups, width) if case["memory"] else None for _ in range(2)]
     token = random(batch, 2 * length, groups * width)[:, ::2] if case["token"] else None
     angles = torch.randn(1, length, 1, width // 2, device="cuda")
-    arguments = [random(batch, length, total), *memory, token, angles.cos(), angles.sin(), heads, groups, width, case["local"], case["norm"]]
-    return arguments, [random(batch, n, length, width).transpose(1, 2) for n in (heads, groups, groups)]
+    arguments = [random(batch, length, total), *memory, token, angles.cos(), angles.sin(), heads, groups, width]
+    outputs = [heads, groups, groups, *([groups, groups] if case["hand_on"] else [])]
+    grads = [random(batch, n, length, width).transpose(1, 2) for n in outputs]
+    return [*arguments, case["local"], case["norm"], case["hand_on"]], grads
 
 
 def with_gradients(function, arguments, grads):
     leaves = [x.detach().requires_grad_() for x in arguments[:4] if x is not None]
     given = iter(leaves)
-    out = function(*(None if x is None else next(given) for x in arguments[:4]), *arguments[4:])
-    return [*out, *torch.autograd.grad(out, leaves, grads, materialize_grads=True)]
+    out = function(*(None if x is None else next(given) for x in arguments[:4]), *arguments[4:])[: len(grads)]
+    return [*out[:3], *torch.autograd.grad(out, leaves, grads, materialize_grads=True)]
 
 
 @pytest.mark.gpu
@@ -120,19 +137,3 @@ def test_kernels_against_float64(case):
     for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
         far, near = ((x.double() - c).norm() / c.norm().clamp_min(1e-9) for x in (a, b))
         assert far <= 2 * near + 1e-3, f"tensor {index}: relative error {far:.2e}, plain torch {near:.2e}"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_compiled_block_keeps_the_operator():
-    config = ModelConfig(n_layers=2, width=64, n_heads=2, vocab_size=64, sequence_length=32)
-    model = build_model(config, RecurrenceConfig(), device="cuda", dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    fast = copy.deepcopy(model)
-    for block in fast.blocks:
-        block.compile(fullgraph=True, dynamic=False)
-    tokens = torch.randint(0, 64, (2, 33), device="cuda")
-    for got, want in zip(*(losses_and_gradients(m, tokens, lrt.interleaved(2)) for m in (fast, model))):
-        error = (got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-6)
-        assert error < 0.05

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from lrt.backbone import Head
+from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
 from lrt.train.distributed import World
@@ -53,6 +53,10 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         if isinstance(getattr(model.backbone, "head", None), Head):
             compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
             model.backbone.head.scorer = Scorer(*compiled)
+        if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
+            compiled_lookup = torch.compile(lookup, dynamic=False)
+            for table in token_tables(model):
+                table.lookup = compiled_lookup
     if not world.sharded:
         return
     mesh = make_mesh(config, world)
@@ -128,6 +132,10 @@ def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def token_tables(model: nn.Module) -> list[TokenTable]:
+    return [module for module in model.modules() if isinstance(module, TokenTable)]
 
 
 def free_gathered(model: nn.Module) -> None:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrt.backbone import TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.train.distributed import World
-from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize
+from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, token_tables
 from lrt.types import Pass, Schedule
 
 GRAPHS = 4  # graphs kept at most, each with gradients of its own: a schedule with more plans runs the others eagerly
@@ -160,16 +159,12 @@ def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Run
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
     parallelize(compute, config, dataclasses.replace(world, sharded=False))
-    if config.compile:
-        compiled = torch.compile(lookup, dynamic=False)
-        for table in _tables(compute):
-            table.lookup = compiled
     return Runner(model, compute, graphs=config.compile and world.device.type == "cuda")
 
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
     """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
-    kept = {id(table.weight): table.weight for table in _tables(model)}
+    kept = {id(table.weight): table.weight for table in token_tables(model)}
     work: Any = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
     cast = dict(kept)  # by identity, so that tied weights stay tied
     for module in work.modules():
@@ -180,10 +175,6 @@ def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
                 cast[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
                 kept[id(parameter)] = parameter  # alive, so that no other tensor takes its identity
             module._parameters[name] = cast[id(parameter)]
-    for table in _tables(work):
+    for table in token_tables(work):
         table.output_dtype = dtype
     return work
-
-
-def _tables(model: nn.Module) -> list[TokenTable]:
-    return [module for module in model.modules() if isinstance(module, TokenTable)]
