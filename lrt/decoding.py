@@ -47,6 +47,8 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
         (B, D) output of the last block.
     """
     model = getattr(model, "one_token", model)
+    if hasattr(model, "absorb"):
+        return model.absorb(state, tokens, active)
     positions = state.lengths[:, None]
     cut = attention_cut_of(model)
     if cut is not None:
@@ -56,8 +58,7 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    stores = model.stores(state) if hasattr(model, "stores") else masked_caches(state)
-    out = run_blocks(model, hidden, contexts, received, stores=stores)
+    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state))
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)

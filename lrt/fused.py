@@ -1,43 +1,26 @@
 """A native model as one decoding step wants it: the same blocks, one token a row, in five kernels a block.
 
-``fuse`` gives a decoder whose blocks follow the ordinary call, so ``run_blocks`` runs it like any other.
-Parameters stay where they are; nothing is copied or packed.
+``fuse`` gives a decoder that does a whole step (``absorb``) and makes logits. Parameters stay where they
+are; nothing is copied or packed, so an update is seen at once.
 
-Legend: B rows, D width, H query heads, G key/value heads, W head width, C slots of a cache.
+Legend: B rows, D width, L blocks, H query heads, G key/value heads, W head width, C slots of a cache.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import math
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt.backbone import Decoder, rms_norm
+from lrt.backbone import Decoder
+from lrt.decoding import attention_cut_of, keep_memory, separator_of
 from lrt.state import DecodeState
-from lrt.types import MemoryInput
 
-
-class Slots(NamedTuple):
-    """One block's cache, as the attention kernel reads it."""
-
-    key: Tensor  # (B, C, G, W)
-    value: Tensor
-    lengths: Tensor  # (B,)
-    starts: Tensor  # (B,)
-
-
-class Token(NamedTuple):
-    """What one block needs of the token beside the hidden state."""
-
-    tokens: Tensor  # (B, 1)
-    frequencies: Tensor  # (W/2,) RoPE angle of one position, float32
-    round_angles: bool  # the cosines and sines are bfloat16
-    embedding: Tensor  # (B, 1, D)
-    table: Tensor | None  # (V, G W) E_v
-    scale: Tensor | None
-    embedding_scale: Tensor | None
+EPS = torch.finfo(torch.float32).eps  # of every norm, in half precision too
 
 
 def can_fuse(model: Any) -> bool:
@@ -53,169 +36,281 @@ def can_fuse(model: Any) -> bool:
     return width >= 16 and width & (width - 1) == 0 and next(model.parameters()).dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
-def fuse(model: Any) -> Any:
-    """The model as a RecurrentDecoder for single tokens; same parameters, other kernels."""
-    backbone, config = model.backbone, model.backbone.config
-    channels = torch.arange(0, backbone.head_dim, 2, dtype=torch.float32, device=backbone.head.weight.device)
-    frequencies = 1.0 / (config.rope_base ** (channels / backbone.head_dim))
-    rounded = config.rope_dtype == "bfloat16"
+def fuse(model: Any) -> FusedDecoder:
+    """The model's step for single tokens; same parameters, other kernels."""
+    return FusedDecoder(model)
 
-    def embed(tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Token, ...]]:
-        hidden = rms_norm(backbone.embedding(tokens))
-        contexts = []
-        for i in range(len(model.blocks)):
-            table = backbone.value_embeddings[str(i)].weight if str(i) in backbone.value_embeddings else None
-            scales = [None if s is None else s[i : i + 1] for s in (backbone.residual_scales, backbone.embedding_scales)]
-            contexts.append(Token(tokens, frequencies, rounded, hidden, table, *scales))
-        return hidden, tuple(contexts)
 
-    def logits(hidden: Tensor) -> Tensor:
-        head = backbone.head
+# ------------------------------------------------------------------ choices
+
+
+class Tile(NamedTuple):
+    """Work of one program of a product: outputs, inputs a turn, warps, turns in flight."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int = 1
+
+
+class Share(NamedTuple):
+    """How attention is divided: slots a turn, warps, turns in flight, programs wanted in all, registers a thread at most."""
+
+    slots: int
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
+
+
+# Each table: up to these numbers, this choice; the first line that fits counts. Predicted for a Hopper GPU (132
+# multiprocessors) from the compiler's report of registers, not measured yet.
+ANY = 1 << 40
+VECTOR_OUTPUTS = ((ANY, ANY, 4),)  # one row: outputs, inputs -> outputs of a program
+MATRIX_TILES = (  # rows, outputs, inputs
+    (16, ANY, 2047, Tile(16, 128, 4, 4)),
+    (16, ANY, ANY, Tile(16, 256, 4, 3)),
+    (ANY, 2047, ANY, Tile(16, 128, 4, 3)),
+    (ANY, 16384, ANY, Tile(32, 128, 4, 3)),
+    (ANY, ANY, ANY, Tile(64, 64, 4, 4)),
+)
+SHARES = (  # rows x heads
+    (32, Share(32, 4, 1, 528)),
+    (ANY, Share(32, 4, 3, 660, 96)),
+)
+HELD = 40  # weights of one output that a thread holds: more warps otherwise
+AHEAD = 0  # bytes of the MLP's weights that the output projection of a single row brings to L2
+
+
+def tile_of(rows: int, outputs: int, width: int) -> Tile:
+    """The tile of a product of (rows, width) with (outputs, width).
+
+    One row is a sum in which every thread keeps the numbers that it loads, 8 of each 256 inputs a warp; more
+    rows are a matrix product.
+    """
+    if rows == 1:
+        wanted = next(choice for n, k, choice in VECTOR_OUTPUTS if outputs <= n and width <= k)
+        warps = min(8, _power(-(-width // (32 * HELD))))
+        held = -(-width // (256 * warps)) * 8
+        return Tile(max(1, min(wanted, wanted * HELD // held)) if held > HELD else wanted, 256 * warps, warps)
+    tile = next(tile for r, n, k, tile in MATRIX_TILES if rows <= r and outputs <= n and width <= k)
+    return tile._replace(inputs=max(16, min(tile.inputs, _power(width))))
+
+
+def share_of(pairs: int, slots: int, width: int) -> tuple[int, Share]:
+    """Programs that divide the slots of each of ``pairs`` (row, head) among them, and how each goes about it."""
+    share = next(share for n, share in SHARES if pairs <= n)
+    share = share._replace(slots=min(128, max(16, share.slots * 128 // width)))
+    return max(1, min(-(-(slots - 1) // share.slots), share.programs // pairs, 64)), share
+
+
+# ------------------------------------------------------------------ the step
+
+
+class Mix(NamedTuple):
+    """How a block's input is made: a h + b x_0 + g m; None leaves a term out (a = 1)."""
+
+    scale: Tensor | None = None
+    embedding_scale: Tensor | None = None
+    gain: Tensor | None = None
+
+
+class Token(NamedTuple):
+    """What the blocks share during a step."""
+
+    tokens: Tensor  # (B,)
+    embedding: Tensor  # (B, D) x_0
+    memory: Tensor | None  # (B, D) received m
+    positions: Tensor  # (B,) int32
+    angles: Tensor  # (B, 2, W) cosines and sines
+    counters: Tensor  # (B, L, H) shares of the attention that are done
+    starts: Tensor  # (B,)
+
+
+class FusedDecoder:
+    """A native model's step in hand-written kernels.
+
+    Args:
+        model: for which ``can_fuse`` holds.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.backbone = model, self
+        self.config, self.vocab_size = model.backbone.config, model.backbone.vocab_size
+        channels = torch.arange(0, model.backbone.head_dim, 2, dtype=torch.float32, device=model.backbone.head.weight.device)
+        self.frequencies = 1.0 / (self.config.rope_base ** (channels / model.backbone.head_dim))
+
+    @torch.no_grad()
+    def absorb(self, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+        """Let active rows consume a token; as ``lrt.decoding.absorb``."""
+        model = self.model
+        x, token = self._start(state, tokens, active)
+        shared, source = None, x
+        for i, wrapper in enumerate(model.blocks):
+            receives = token.memory is not None and i in model.receivers
+            projection = wrapper.projection
+            if projection is None and receives and shared is None:
+                projection = model.memory_projection  # the first receiver projects for all
+            fed = (projection.key, projection.value) if receives and projection is not None else ()
+            layers = (wrapper.block.query, wrapper.block.key, wrapper.block.value, *fed, wrapper.gate, wrapper.block.value_gate)
+            projected, _ = linear(x, layers, fed=(3, 3 + len(fed)), token=token, norm=True, aligned=True)
+            if fed:
+                begin, size = sum(layer.weight.shape[0] for layer in layers[:3]), fed[0].weight.shape[0]
+                shared = projected[:, begin : begin + size], projected[:, begin + size : begin + 2 * size]
+            gates = sum(layer.weight.shape[0] for layer in layers[: 3 + len(fed)])
+            mixed = self._attend(i, projected, gates, shared if receives else None, state, token)
+            x, _ = linear(mixed, [wrapper.block.output], residual=x, ahead=wrapper.block.mlp_in.weight)
+            inner, _ = linear(x, [wrapper.block.mlp_in], norm=True, relu2=True)
+            last = i + 1 == len(model.blocks)
+            keep = not last and token.memory is not None and i + 1 == model.source
+            x, hidden = linear(inner, [wrapper.block.mlp_out], residual=x, token=token, mix=Mix() if last else self._mix(i + 1, token), keep=keep)
+            source = hidden if keep else source if i + 1 != model.source else x
+        if state.memory is not None and token.memory is not None:
+            width = x.shape[1]
+            launch("memory_kernel", (len(x),), source, state.memory, active, EPS, K=width, BLOCK_K=_power(width), num_warps=4)
+            keep_memory(state)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, 1, V) in float32 of the last block's output (B, 1, D)."""
+        head = self.model.backbone.head
         return linear(hidden[:, 0], [head.weight[: head.vocab_size]], norm=True, cap=head.softcap, dtype=torch.float32)[0][:, None]
 
-    def project(memory: Tensor) -> tuple[Tensor, Tensor]:
-        pair = model.memory_projection
-        out = linear(memory[:, 0], [pair.key.weight, pair.value.weight], dtype=memory.dtype)[0]
-        key, value = out.chunk(2, dim=-1)
-        return key, value
+    def _mix(self, index: int, token: Token) -> Mix:
+        model, backbone = self.model, self.model.backbone
+        scales = [None if s is None else s[index : index + 1] for s in (backbone.residual_scales, backbone.embedding_scales)]
+        if token.memory is None or model.injection is None or index not in model.receivers:
+            return Mix(*scales)
+        place = model.receivers.index(index)
+        return Mix(scales[0], scales[1], model.injection.gains[place : place + 1])
 
-    def stores(state: DecodeState) -> list[Slots]:
-        return [Slots(k, v, state.lengths, state.document_starts) for k, v in zip(state.keys, state.values)]
-
-    return SimpleNamespace(
-        backbone=SimpleNamespace(embed=embed, logits=logits, config=config, vocab_size=backbone.vocab_size),
-        blocks=[FusedBlock(block) for block in model.blocks],
-        memory_projection=None if model.memory_projection is None else project,
-        injection=model.injection,
-        source=model.source,
-        receivers=model.receivers,
-        recurrence=model.recurrence,
-        memory_of=model.memory_of if model.recurrence is not None and model.recurrence.memory_norm == "final" else memory_of,
-        stores=stores,
-    )
-
-
-class FusedBlock:
-    """A RecurrentBlock for one token a row."""
-
-    def __init__(self, wrapper: Any) -> None:
-        self.wrapper, self.window = wrapper, wrapper.window
-
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Token, kv: Slots) -> tuple[Tensor, Tensor, Tensor]:
-        wrapper, block = self.wrapper, self.wrapper.block
-        x = hidden[:, 0]
-        kv_width = kv.key.shape[2] * kv.key.shape[3]
-        weights: list[Tensor | None] = [block.query.weight, block.key.weight, block.value.weight, None, None, None, None]
-        if wrapper.gate is not None:
-            weights[3] = wrapper.gate.weight
-        if block.value_gate is not None:
-            weights[4] = block.value_gate.weight
-        own = wrapper.projection if memory is not None else None
-        if own is not None:
-            weights[5:7] = own.key.weight, own.value.weight
-        projected, x = linear(
-            x, weights, norm=True, dtype=torch.float32, scale=context.scale, embedding_scale=context.embedding_scale,
-            embedding=context.embedding[:, 0], memory=None if memory is None else memory.state[:, 0], gain=None if memory is None else memory.gain,
+    def _start(self, state: DecodeState, tokens: Tensor, active: Tensor) -> tuple[Tensor, Token]:
+        """The first block's input, and what the blocks share; advances the lengths."""
+        backbone, table = self.model.backbone, self.model.backbone.embedding.weight
+        rows, width, head_width = len(tokens), table.shape[1], backbone.head_dim
+        heads = -(-self.config.heads // 4) * 4  # a block's counters begin at 16 bytes
+        x, embedding, received = (table.new_empty(rows, width) for _ in range(3))
+        remembers = state.memory is not None and self.model.recurrence is not None
+        token = Token(
+            tokens, embedding, received if remembers else None, tokens.new_empty(rows, dtype=torch.int32),
+            table.new_empty(rows, 2, head_width, dtype=torch.float32), tokens.new_empty(rows, len(self.model.blocks), heads, dtype=torch.int32),
+            state.document_starts,
         )  # fmt: skip
-        stride = 0
-        key: torch.Tensor = projected
-        value: torch.Tensor = projected
-        if own is not None:
-            offset = projected.shape[1] - 2 * kv_width
-            key, value, stride = projected[:, offset:], projected[:, offset + kv_width :], projected.shape[1]
-        elif memory is not None and memory.key is not None and memory.value is not None:
-            key, value, stride = memory.key, memory.value, 2 * kv_width
-        x = attend(block, projected, key, value, stride, context, kv, x, gated=wrapper.gate is not None, memory=memory is not None)
-        inner = linear(x, [block.mlp_in.weight], norm=True, relu2=True, dtype=x.dtype)[0]
-        x = linear(inner, [block.mlp_out.weight], residual=x, dtype=x.dtype)[0]
-        return x[:, None], kv.key, kv.value
+        mix, separator, cut = self._mix(0, token), separator_of(self.model), attention_cut_of(self.model)
+        counters = token.counters[0].numel()
+        launch(
+            "start_kernel", (rows,), tokens, active, state.lengths, state.document_starts, table, self.frequencies, _or(state.memory, x),
+            *(_or(s, x) for s in mix), embedding, x, received, token.positions, token.angles, token.counters,
+            EPS, -1 if separator is None else separator, -1 if cut is None else cut,
+            K=width, W=head_width, COUNTERS=counters, SCALE=mix.scale is not None, EMBED=mix.embedding_scale is not None,
+            INJECT=mix.gain is not None, MEMORY=remembers, ROUND=self.config.rope_dtype == "bfloat16",
+            BLOCK_K=_power(width), BLOCK_COUNTERS=_power(counters), num_warps=4, first=True,
+        )  # fmt: skip
+        return x, token
+
+    def _attend(self, index: int, projected: Tensor, gates: int, memory: tuple[Tensor, Tensor] | None, state: DecodeState, token: Token) -> Tensor:
+        """Attention (B, H W) of block ``index``, whose cache takes the fresh key and value.
+
+        Args:
+            index: of the block.
+            projected: (B, N) query, key and value, from column ``gates`` on gates.
+            gates: see there.
+            memory: keys and values (B, G W) of the received memory.
+            state: its caches.
+            token: what the blocks share.
+        """
+        wrapper, keys, values = self.model.blocks[index], state.keys[index], state.values[index]
+        rows, slots, groups, width = keys.shape
+        heads = self.config.heads
+        splits, share = share_of(rows * heads, slots, width)
+        out = keys.new_empty(rows, heads * width)
+        partial, summary = (keys.new_empty(rows * heads * splits, n, dtype=torch.float32) for n in (width, 2))
+        embedded = wrapper.block.value_gate is not None
+        table = self.model.backbone.value_embeddings[str(index)].weight if embedded else out
+        memory_key, memory_value = (projected, projected) if memory is None else memory
+        launch(
+            "attention_kernel", (heads, splits, rows), projected, memory_key, memory_value, table, token.tokens,
+            token.positions, token.starts, token.angles, keys, values, partial, summary, token.counters[:, index], out,
+            projected.stride(0), memory_key.stride(0), token.counters.stride(0), EPS, width**-0.5 / math.log(2),
+            H=heads, G=groups, W=width, C=slots, SPLITS=splits, GATES=gates,
+            GATED=wrapper.gate is not None, MEMORY=memory is not None and wrapper.gate is not None, TOKEN=embedded,
+            QK_NORM=wrapper.block.qk_norm, ROWS=max(1, min(share.slots, 256 * share.warps // width)), BLOCK_C=share.slots,
+            BLOCK_SPLITS=_power(splits), STAGES=share.stages, num_warps=share.warps, registers=share.registers,
+        )  # fmt: skip
+        return out
 
 
 # ------------------------------------------------------------------ launches
 
 
 def linear(
-    x: Tensor, weights: list[Tensor | None], *, dtype: torch.dtype, norm: bool = False, relu2: bool = False, residual: Tensor | None = None,
-    cap: float | None = None, scale: Tensor | None = None, embedding: Tensor | None = None, embedding_scale: Tensor | None = None,
-    memory: Tensor | None = None, gain: Tensor | None = None,
+    x: Tensor, layers: Sequence[Any], *, fed: tuple[int, int] = (0, 0), token: Token | None = None, mix: Mix = Mix(), norm: bool = False,
+    relu2: bool = False, residual: Tensor | None = None, cap: float | None = None, keep: bool = False, dtype: torch.dtype | None = None,
+    aligned: bool = False, ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rows (B, K) through sections of weights side by side: (B, sum of n_i), and the mixed input (B, K)."""
-    from lrt import decode_kernels as kernels
+    """Rows (B, K) through matrices side by side.
 
-    rows, width = x.shape
-    x = x.contiguous()
-    sections = list(weights) + [None] * (7 - len(weights))
-    sizes = [0 if w is None else w.shape[0] for w in sections]
-    total = sum(sizes)
-    out = x.new_empty(rows, total, dtype=dtype)
-    mix = scale is not None or embedding_scale is not None or gain is not None
-    mixed = torch.empty_like(x) if mix else x
-    block_m, block_n, block_k, warps = tiles(rows, total, width)
-    grid = (sum(-(-n // block_n) for n in sizes), -(-rows // block_m))
-    kernels.linear_kernel[grid](
-        x, _or(embedding, x), _or(memory, x), mixed, _or(scale, x), _or(embedding_scale, x), _or(gain, x),
-        *(_or(w, x) for w in sections), _or(residual, x), out, rows, torch.finfo(x.dtype).eps, cap or 1.0, total,
-        *sizes, width, *(width if w is None else w.shape[1] for w in sections[3:5]),
-        scale is not None, embedding_scale is not None, gain is not None, norm, relu2, residual is not None, cap is not None,
-        block_m, block_n, block_k, num_warps=warps,
+    Args:
+        x: (B, K).
+        layers: modules with a weight (n_i, k_i), k_i <= K, or weights; None counts as no rows.
+        fed: the layers from the first to before the second are fed by the received memory, not normed.
+        token: of the step, where memory or x_0 take part.
+        mix: makes the next block's input of the result h.
+        norm: x is normed before.
+        relu2: the result is squared where positive.
+        residual: (B, N) added to the result.
+        cap: of the logits.
+        keep: also return h itself.
+        dtype: of the result; None = that of x.
+        aligned: the result's rows begin at multiples of 16 numbers.
+        ahead: weights of a later product, which may be brought to L2.
+
+    Returns:
+        (B, N) result or next input, N the sum of n_i, and h when asked for.
+    """
+    weights = tuple(getattr(layer, "weight", layer) for layer in layers if layer is not None)
+    embedding, memory = (None, None) if token is None else (token.embedding, token.memory)
+    sizes, widths = tuple(w.shape[0] for w in weights), tuple(w.shape[1] for w in weights)
+    (rows, width), outputs = x.shape, sum(sizes)
+    stride = -(-outputs // 16) * 16 if aligned else outputs
+    out = x.new_empty(rows, stride, dtype=dtype or x.dtype)[:, :outputs]
+    hidden = x.new_empty(rows, outputs) if keep else out
+    tile, block, name, pack = tile_of(rows, outputs, width), 1, "vector_kernel", 1
+    if rows > 1:
+        block, name = min(64, max(16, _power(rows))), "matrix_kernel"
+    elif x.dtype == torch.bfloat16 and all(k % 2 == 0 for k in (width, *widths)):
+        pack = 2  # pairs of numbers as one int32
+        x, weights = x.view(torch.int32), tuple(w.view(torch.int32) for w in weights)
+        memory = memory.view(torch.int32) if fed[0] < fed[1] and memory is not None else memory
+    lines = 0 if ahead is None or rows > 1 else min(AHEAD, ahead.nbytes) // 128
+    launch(
+        name, (sum(-(-n // tile.outputs) for n in sizes), -(-rows // block)),
+        x, _or(memory, x), weights, _or(residual, x), _or(embedding, x), *(_or(s, x) for s in mix), hidden, out, _or(ahead, x),
+        rows, EPS, cap or 1.0, SIZES=sizes, WIDTHS=tuple(k // pack for k in widths), FED=fed, K=width // pack, STRIDE=stride,
+        NORM=norm, RELU2=relu2, CAP=cap is not None, RESIDUAL=residual is not None, KEEP=keep,
+        SCALE=mix.scale is not None, EMBED=mix.embedding_scale is not None, INJECT=mix.gain is not None, AHEAD=lines,
+        BLOCK_M=block, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs // pack, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out, mixed
+    return out, hidden
 
 
-def tiles(rows: int, outputs: int, width: int) -> tuple[int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K and warps of a product; one row is a reduction, more use the matrix units."""
-    if rows == 1:
-        return 1, 4 if outputs <= 2048 else 8 if outputs <= 8192 else 16, min(1024 if width >= 2048 else 512, _power(width)), 4
-    block_m = min(64, max(16, _power(rows)))
-    return block_m, 16 if outputs <= 8192 else 64, min(128, _power(width)), 4
+def launch(name: str, grid: tuple[int, ...], *args: Any, first: bool = False, registers: int | None = None, **settings: Any) -> None:
+    """Run a kernel behind the one in front; the ``first`` of a step waits for whatever came before."""
+    from lrt import decode_kernels
+
+    device = args[0].device
+    dependent = device.type == "cuda" and _overlaps(device)
+    if dependent and not first:
+        settings["launch_pdl"] = True
+    if dependent and registers is not None:
+        settings["maxnreg"] = registers
+    getattr(decode_kernels, name)[grid](*args, DEPENDENT=dependent, **settings)
 
 
-def splits_of(batch: int, heads: int, slots: int) -> int:
-    """Programs among which one head's keys are divided."""
-    wanted = max(1, 264 // (batch * heads))
-    return min(_power(-(-slots // 128)), 1 << (wanted.bit_length() - 1), 8 if slots <= 2100 else 32)
-
-
-def attend(
-    block: Any, projected: Tensor, key: Tensor, value: Tensor, stride: int, context: Token, kv: Slots, x: Tensor, *, gated: bool, memory: bool
-) -> Tensor:
-    """Attention and its output projection, added to ``x`` (B, D)."""
-    from lrt import decode_kernels as kernels
-
-    rows, slots, groups, width = kv.key.shape
-    heads = block.query.weight.shape[0] // width
-    splits = splits_of(rows, heads, slots)
-    partial = x.new_empty(rows, heads, splits, width, dtype=torch.float32)
-    summary = x.new_empty(rows, heads, splits, 2, dtype=torch.float32)
-    kernels.attention_kernel[(rows, heads, splits)](
-        projected, context.frequencies, key, value, _or(context.table, x), context.tokens,
-        kv.key, kv.value, kv.lengths, kv.starts, partial, summary,
-        projected.shape[1], stride, torch.finfo(x.dtype).eps, width**-0.5,
-        heads, groups, width, slots, splits,
-        gated, memory and gated, block.value_gate is not None and context.table is not None, block.qk_norm, context.round_angles,
-        min(64, max(16, 8192 // width)), num_warps=4,
-    )  # fmt: skip
-    weight = block.output.weight
-    if rows == 1:
-        out = torch.empty_like(x)
-        block_n = 8
-        grid = (-(-weight.shape[0] // block_n),)
-        kernels.output_kernel[grid](partial, summary, weight, x, out, weight.shape[0], heads, width, splits, block_n, num_warps=4)
-        return out
-    mixed = x.new_empty(rows, heads * width)
-    kernels.combine_kernel[(rows * heads,)](partial, summary, mixed, width, splits, num_warps=4)
-    return linear(mixed, [weight], residual=x, dtype=x.dtype)[0]
-
-
-def memory_of(hidden: Tensor) -> Tensor:
-    """m (B, 1, D) of the source block's output, in one kernel."""
-    from lrt import decode_kernels as kernels
-
-    out = torch.empty_like(hidden)
-    width = hidden.shape[-1]
-    eps = torch.finfo(torch.promote_types(hidden.dtype, torch.float32)).eps
-    kernels.memory_kernel[(hidden.shape[0],)](hidden, out, eps, width, _power(width), num_warps=4)
-    return out
+@cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front has ended: NVIDIA GPUs from Hopper on."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
