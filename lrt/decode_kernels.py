@@ -58,8 +58,7 @@ def start_kernel(
     """
     if DEPENDENT:
         gdc_launch_dependents()
-    b = tl.program_id(0)
-    k = tl.arange(0, BLOCK_K)
+    b, k = tl.program_id(0), tl.arange(0, BLOCK_K)
     inside = k < K
     token, position, runs = tl.load(tokens + b), tl.load(lengths + b), tl.load(active + b).to(tl.int1)
     e = tl.load(table + token * K + k, mask=inside, other=0.0).to(tl.float32)

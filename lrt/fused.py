@@ -92,7 +92,7 @@ def tile_of(rows: int, outputs: int, width: int) -> Tile:
         wanted = next(choice for n, k, choice in VECTOR_OUTPUTS if outputs <= n and width <= k)
         warps = min(8, _power(-(-width // (32 * HELD))))
         held = -(-width // (256 * warps)) * 8
-        return Tile(max(1, min(wanted, wanted * HELD // held)) if held > HELD else wanted, 256 * warps, warps)
+        return Tile(min(wanted, _power(-(-wanted * HELD // held))), 256 * warps, warps)
     tile = next(tile for r, n, k, tile in MATRIX_TILES if rows <= r and outputs <= n and width <= k)
     return tile._replace(inputs=max(16, min(tile.inputs, _power(width))))
 
