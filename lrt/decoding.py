@@ -134,4 +134,8 @@ def graphed(step: Action, active: Tensor) -> Action:
     with torch.cuda.graph(graph):
         step()
     active.copy_(before)
-    return graph.replay
+
+    def replay(inputs: Action = step) -> None:  # which must live as long: the graph knows only where its tensors were
+        graph.replay()
+
+    return replay

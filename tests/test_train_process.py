@@ -47,6 +47,39 @@ def test_signals_save_and_exit_0_and_the_same_command_goes_on(tmp_path):
     assert [r["step"] for r in train_records(tmp_path / "tiny")] == list(range(1, reached + 1))
 
 
+def test_a_signal_to_the_whole_process_group_saves_and_exits_0(tmp_path):
+    """As schedulers send it: the loader's workers hear it too, and must go on until the trainer has stopped."""
+    line = command(tmp_path, "training.steps=100000", "checkpoint.every=0", "evaluation.sample_tokens=0", "data.workers=2")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    rows = 0
+    while rows < 3:
+        text = process.stdout.readline()
+        assert text, process.stderr.read()
+        rows += bool(re.match(r" +\d+ ", text))
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM at step" in output
+
+
+def test_the_compilers_workers_do_not_hear_the_signals():
+    code = """
+import os, signal, time
+from lrt.train.faults import StopSignal, start_compile_workers
+from torch._inductor.async_compile import AsyncCompile
+with StopSignal() as signals:
+    with signals.unheard():
+        start_compile_workers()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+    assert signals.received == "SIGTERM"
+    print("alive" if AsyncCompile.process_pool().submit(os.getpid).result(timeout=60) != os.getpid() else "here")
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=120, cwd=ROOT, env=environment)
+    assert done.stdout.strip() == "alive", done.stderr
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_the_end_is_the_same_bit_for_bit(tmp_path, kills):
     sets = {"training.steps": 15 * kills, "checkpoint.every": 3, "checkpoint.keep_last": 1, "evaluation.sample_tokens": 0}

@@ -325,7 +325,12 @@ def _as_is(batch: Any) -> Any:
 
 def _set_up_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides when to end
+    # Ctrl-C, and what a scheduler sends, reach the whole process group: the trainer decides when to end.
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # SIGTERM is also how a loader ends workers that do not answer: they live on for a minute only
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 class ValidationLoader:

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,10 +47,27 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in self._before}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+def start_compile_workers() -> None:
+    """Start the processes in which the compiler makes kernels, where it uses any; otherwise the first compilation does."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
 
 
 class FiniteGuard:

@@ -22,7 +22,7 @@ from lrt.train.backbones import check_tokenizer, shapes_of
 from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message
+from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message, start_compile_workers
 from lrt.train.horizon import plan_horizon
 from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
 from lrt.train.muon import direction
@@ -50,6 +50,9 @@ def train(recipe: Recipe) -> RunResult:
         HangError: a rank died or hangs; the message names the step.
     """
     with open_world(recipe) as world, StopSignal() as signals:
+        if recipe.parallel.compile and world.device.type == "cuda":
+            with signals.unheard():  # a stop that ends these workers too would leave the next compilation waiting for ever
+                start_compile_workers()
         timeout = 60 * recipe.parallel.timeout_minutes
         with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
             run = assemble(recipe, world)
