@@ -63,10 +63,11 @@ class Share(NamedTuple):
     registers: int | None = None
 
 
-# Each table: up to these numbers, this choice; the first line that fits counts. Predicted for a Hopper GPU (132
-# multiprocessors) from the compiler's report of registers, not measured yet.
+# Each table: up to these numbers, this choice; the first line that fits counts. The choices for one row are measured (one
+# NVIDIA H200, 20 blocks of 1280, context 1024: docs/log.md); those for more rows are predicted for 132 multiprocessors
+# from the compiler's report of registers.
 ANY = 1 << 40
-VECTOR_OUTPUTS = ((ANY, ANY, 4),)  # one row: outputs, inputs -> outputs of a program
+VECTOR_OUTPUTS = ((ANY, 2047, 4), (ANY, ANY, 2))  # one row: outputs, inputs -> outputs of a program
 MATRIX_TILES = (  # rows, outputs, inputs
     (16, ANY, 2047, Tile(16, 128, 4, 4)),
     (16, ANY, ANY, Tile(16, 256, 4, 3)),
@@ -75,11 +76,11 @@ MATRIX_TILES = (  # rows, outputs, inputs
     (ANY, ANY, ANY, Tile(64, 64, 4, 4)),
 )
 SHARES = (  # rows x heads
-    (32, Share(32, 4, 1, 528)),
+    (32, Share(64, 4, 1, 264)),
     (ANY, Share(32, 4, 3, 660, 96)),
 )
 HELD = 40  # weights of one output that a thread holds: more warps otherwise
-AHEAD = 0  # bytes of the MLP's weights that the output projection of a single row brings to L2
+AHEAD = 1 << 24  # bytes of the MLP's weights that the output projection of a single row brings to L2
 
 
 def tile_of(rows: int, outputs: int, width: int) -> Tile:
