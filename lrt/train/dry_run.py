@@ -18,7 +18,7 @@ GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
 
 
 # Fitted to measured peaks (docs/train.md): what a pass with memory keeps, in passes without, and bytes of a chunk's logits.
-RECURRENT_PASS, LOGIT_BYTES = 1.2, 4.0
+RECURRENT_PASS, LOGIT_BYTES = 1.05, 4.0
 
 
 class Memory(NamedTuple):
@@ -47,7 +47,7 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
 
 
 def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
-    """Estimate the peak memory of one GPU; within a tenth of nine measured peaks of the native decoder (docs/train.md).
+    """Estimate the peak memory of one GPU; within a tenth of seven measured peaks of the native decoder (docs/train.md).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
