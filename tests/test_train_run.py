@@ -334,6 +334,23 @@ def test_dry_run_counts_memory_by_the_plan():
     assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l", overrides=["training.micro_batch=32"]), world_size=8)
 
 
+def test_a_signal_during_the_last_steps_leaves_the_last_evaluation_to_the_same_command(tmp_path, monkeypatch):
+    steps, calls = 4, []
+
+    def step(*args, **kwargs):
+        calls.append(kwargs["stop"])
+        if len(calls) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    recipe = tiny(tmp_path, **{"training.steps": steps, "evaluation.sample_tokens": 0})
+    stopped = train(recipe)
+    assert (stopped.stopped, stopped.step, stopped.bpb) == ("SIGTERM", steps, {}) and calls[-1]
+    finished = train(recipe)
+    assert (finished.stopped, finished.step, len(calls)) == (None, steps, steps) and finished.bpb
+
+
 STEP, BARE = True, False  # with the optimizer, or forward and backward alone
 MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs, what ran, peak GiB
     ("baseline_12l", 16, 32768, 1, BARE, 14.6),

@@ -249,7 +249,8 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     _save(run)
     if not run.manager.wait():
         raise RuntimeError(f"the checkpoint at the end (step {state.step}) could not be written; see the lines above")
-    name = None if reached else signals.received or "a signal on another rank"
+    # Asked to stop, a run does not begin its last evaluation either: the same command does.
+    name = None if reached and not stop else signals.received or "a signal on another rank"
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
     result = RunResult(run.folder, state.step, name, {}, speed, run.parameters.total)
     if name is not None:
