@@ -76,7 +76,8 @@ with StopSignal() as signals:
     print("alive" if AsyncCompile.process_pool().submit(os.getpid).result(timeout=60) != os.getpid() else "here")
 """
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True, timeout=120, cwd=ROOT, env=environment)
+    options = {"start_new_session": True, "timeout": 120, "cwd": ROOT, "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
     assert done.stdout.strip() == "alive", done.stderr
 
 
