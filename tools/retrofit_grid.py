@@ -8,20 +8,23 @@
 ``decode`` bits per byte on validation text, and repeats it and the best twin with three seeds (of the order of the rows:
 memory starts at zero). A line is written after every run, and the same command skips what is written already. Twins see
 the same rows in the same order under the same schedule of rates; all are scored in bfloat16 on the same validation tokens.
+
+On a GPU ``--compile`` trains as the trainer does (``lrt.train.replay``): float32 masters, a working copy in bfloat16, and
+forward and backward as one CUDA graph; ``--no-graphs`` trains under autocast, one kernel after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import glob
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,29 +33,38 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from retrofit_training import bits_per_byte, free, prepare, share_one_graph, train  # noqa: E402
+
 import lrt  # noqa: E402
 from lrt import decoding  # noqa: E402
 from lrt.config import Recipe, RecipeError  # noqa: E402
-from lrt.model import LatentRecurrentModel  # noqa: E402
 from lrt.recurrence import RecurrentBlock  # noqa: E402
-from lrt.schedules import from_config  # noqa: E402
-from lrt.scoring import score  # noqa: E402
+from lrt.train.distributed import World  # noqa: E402
 from lrt.train.metrics import read_records  # noqa: E402
+from lrt.train.replay import single_device  # noqa: E402
 
 RECIPE = "retrofit_smollm2.toml"
-STAGE_1 = 0.2  # of the tokens: only the memory trains
-# At most eight: what differs from the recipe.
-GRID: dict[str, tuple[str, ...]] = {
-    "refine 2": (),
-    "refine 2, lr 3e-4": ("optimizer.adamw_lr=3e-4",),
-    "refine 2, memory lr 3e-3": ("optimizer.adamw_memory_lr=3e-3",),
-    "refine 2, lr 3e-5": ("optimizer.adamw_lr=3e-5",),
-    "refine 2, paper weights": ("schedule.weights=paper",),
-    "refine 1": ("schedule.passes=1", "schedule.weights=[0.3, 0.7]"),
-    "interleaved 2": ("schedule.kind=interleaved", "schedule.weights=paper"),  # this and the next compile graphs of their own
-    "refine 2, layerwise": ("recurrence.sharing=layerwise",),
+
+
+class Setting(NamedTuple):
+    """What differs from the recipe, and the share of the tokens on which only the memory trains."""
+
+    overrides: tuple[str, ...] = ()
+    stage_1: float = 0.2
+
+
+# At most eight, around the recipe; those that share compiled graphs stand together, the cheapest to learn from first.
+GRID: dict[str, Setting] = {
+    "refine 2": Setting(),
+    "refine 2, no stage 1": Setting(stage_1=0.0),
+    "refine 1": Setting(("schedule.passes=1", "schedule.weights=[0.3, 0.7]")),
+    "refine 2, lr 1e-3": Setting(("optimizer.adamw_lr=1e-3",)),
+    "refine 2, memory lr 3e-3": Setting(("optimizer.adamw_memory_lr=3e-3",)),
+    "refine 2, paper weights": Setting(("schedule.weights=paper",)),
+    "refine 2, layerwise": Setting(("recurrence.sharing=layerwise",)),  # this and the next compile graphs of their own
+    "interleaved 2": Setting(("schedule.kind=interleaved", "schedule.weights=paper")),
 }
-TWINS: dict[str, tuple[str, ...]] = {f"twin, lr {lr}": (f"optimizer.adamw_lr={lr}",) for lr in ("3e-5", "1e-4", "3e-4")}
+TWINS: dict[str, Setting] = {f"twin, lr {lr}": Setting((f"optimizer.adamw_lr={lr}",), 0.0) for lr in ("3e-4", "1e-3", "1e-4")}
 
 
 # ------------------------------------------------------------------ tokens
@@ -90,98 +102,6 @@ def rows_of(folder: Path, name: str, length: int, device: torch.device) -> Tenso
     return torch.stack([stream[i * length : i * length + length + 1] for i in range(count)]).to(device)
 
 
-# ------------------------------------------------------------------ one run
-
-
-def prepare(decoder: Any, recipe: Recipe, *, recurrent: bool) -> Any:
-    """The decoder with memory, or its twin: the same blocks under the same code without any."""
-    model = lrt.adapt(decoder, recipe.recurrence if recurrent else lrt.RecurrenceConfig(init="identity", kv_projection=False))
-    if not recurrent:
-        model = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
-    model.backbone.loss_chunk = recipe.parallel.loss_chunk
-    return model
-
-
-def train(model: Any, recipe: Recipe, rows: Tensor, *, seed: int, tokens: int, deadline: float = math.inf) -> float | None:
-    """Train in place for ``tokens`` tokens; returns seconds, or None where the deadline came before the end."""
-    optimizer_settings, batch = recipe.optimizer, recipe.training.batch_tokens // recipe.model.sequence_length
-    steps = tokens // recipe.training.batch_tokens
-    memory = model.memory_parameters()
-    added = {id(p) for p in memory.values()}
-    backbone = [p for p in model.parameters() if id(p) not in added]
-    groups = [{"params": backbone, "rate": optimizer_settings.adamw_lr}]
-    if memory:
-        groups.append({"params": list(memory.values()), "rate": optimizer_settings.adamw_memory_lr or optimizer_settings.adamw_lr})
-    fused = rows.device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optimizer_settings.betas, eps=optimizer_settings.eps, weight_decay=0.0, fused=fused)
-    schedule = from_config(recipe.schedule) if memory else lrt.baseline()
-    model.train()
-    order = batches(len(rows), batch, seed)
-    first = int(STAGE_1 * steps) if memory else 0
-    _wait(rows.device)
-    start = time.perf_counter()
-    for step in range(steps):
-        if step % 8 == 0:  # otherwise the host runs ahead of the device, and of the deadline
-            _wait(rows.device)
-            if time.perf_counter() > deadline:
-                return None
-        for parameter in backbone:
-            parameter.requires_grad_(step >= first)
-        rate = min((step + 1) / (recipe.training.warmup_steps + 1), (steps - step) / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * rate
-        chosen = rows[next(order)]
-        for part in chosen.split(recipe.training.micro_batch):
-            with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.device.type == "cuda"):
-                loss = model(part[:, :-1], targets=part[:, 1:], schedule=schedule).loss
-            (loss * len(part) / len(chosen)).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], recipe.training.clip_norm or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-    _wait(rows.device)
-    return time.perf_counter() - start
-
-
-def batches(rows: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Indices of one batch after the other, the same for every model of a seed."""
-    if rows < batch:
-        raise ValueError(f"{rows} rows of text, but a batch has {batch}: make more tokens (--count), or lower training.batch_tokens")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from (part for part in torch.randperm(rows, generator=generator).split(batch) if len(part) == batch)
-
-
-@torch.no_grad()
-def bits_per_byte(model: Any, recipe: Recipe, rows: Tensor, sizes: Tensor, *, runner: decoding.Runner) -> dict[str, float]:
-    """Validation bits per byte in each memory mode; the twin has one, ``plain``."""
-    kept = copy.deepcopy(model).to(torch.bfloat16).eval() if rows.device.type == "cuda" else copy.deepcopy(model).eval()
-    recurrent = kept.recurrence is not None
-    schedules = {"zero": lrt.baseline(), "parallel": from_config(recipe.schedule)} if recurrent else {"plain": lrt.baseline()}
-    nats: dict[str, float] = dict.fromkeys([*schedules, "decode"] if recurrent else schedules, 0.0)
-    total = 0
-    for part in rows.split(recipe.evaluation.batch):
-        ids, targets = part[:, :-1], part[:, 1:]
-        counted = sizes[targets] > 0
-        total += int(sizes[targets].sum())
-        each = {name: kept.score(ids, targets, schedule)[-1] for name, schedule in schedules.items()}
-        if recurrent:
-            each["decode"] = score(kept, ids, targets, runner=runner)[0]
-        for name, values in each.items():
-            nats[name] += float(values.double().mul(counted).sum())
-    return {name: value / math.log(2) / total for name, value in nats.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def share_one_graph(model: Any, compiled: Any) -> None:
-    """One compiled forward for all blocks: their parameters are its inputs."""
-    for block in model.blocks:
-        block.forward = lambda *args, block=block: compiled(block, *args)
-
-
 # ------------------------------------------------------------------ the experiment
 
 
@@ -193,6 +113,8 @@ class Task(NamedTuple):
     seed: int
     tokens: int
     overrides: tuple[str, ...] = ()
+    stage_1: float = 0.0
+    graphs: bool = False  # the runner's arithmetic differs from autocast's: one comparison has one of them
 
     @property
     def recurrent(self) -> bool:
@@ -224,7 +146,9 @@ class Experiment:
         length = recipe.model.sequence_length
         self.rows, self.held_out = (rows_of(args.tokens, name, length, self.device) for name in ("train", "validation"))
         self.sizes = torch.from_numpy(np.load(args.tokens / "bytes.npy").astype(np.int64)).to(self.device)
-        self.compiled = torch.compile(RecurrentBlock.forward, fullgraph=True, dynamic=False) if args.compile else None
+        self.graphs = args.compile and args.graphs and self.device.type == "cuda"
+        one = args.compile and not self.graphs
+        self.compiled = torch.compile(RecurrentBlock.forward, fullgraph=True, dynamic=False) if one else None
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # windows, memory or none, stages, stores
         self.pristine = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(self.device)
         self.runner: decoding.Runner = getattr(decoding, args.decode)
@@ -241,15 +165,17 @@ class Experiment:
         deadline = self.begin + until - self._seconds_of_scores(task)
         if time.perf_counter() + self._seconds_of_training(task) > deadline:
             return None
-        gc.collect()  # the run before: models hold cycles
+        free()  # the run before
         recipe = lrt.load_recipe(RECIPE, overrides=[*self.args.overrides, *task.overrides])
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = prepare(copy.deepcopy(self.pristine), recipe, recurrent=task.recurrent)
         if self.compiled is not None:
             share_one_graph(model, self.compiled)
-        seconds = train(model, recipe, self.rows, seed=task.seed, tokens=task.tokens, deadline=deadline) if task.tokens else 0.0
+        world = World(0, 1, self.device, sharded=False, working_copy=True)
+        more: dict[str, Any] = {"make_runner": partial(single_device, config=recipe.parallel, world=world) if task.graphs else None}
+        more |= {"seed": task.seed, "tokens": task.tokens, "stage_1": task.stage_1, "deadline": deadline}
+        seconds = train(model, recipe, self.rows, **more) if task.tokens else 0.0
         if self.compiled is not None:
             for block in model.blocks:
                 del block.forward
@@ -276,6 +202,10 @@ class Experiment:
             self.runner = decoding.eager
             return bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
 
+    def seconds_of(self, task: Task) -> float:
+        """What a run would take, as far as its likes tell; 0 where it is written already."""
+        return 0.0 if self.done(task) else self._seconds_of_training(task) + self._seconds_of_scores(task)
+
     def _seconds_of_training(self, task: Task) -> float:
         """At the best speed of its likes so far (the first compiled); 0 where there is none."""
         likes = [line for line in self.lines if line["tokens"] and ("plain" not in line) == task.recurrent]
@@ -300,20 +230,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def experiment(args: argparse.Namespace, recipe: Recipe) -> None:
     """The whole comparison, or as much of it as the time allows."""
     bench = Experiment(args, recipe)
-    common = tuple(args.overrides)
     final = args.final_tokens or recipe.training.tokens or 0
-    tasks = [Task("start", "twin", 0, 0, common), Task("start", "adapted", 0, 0, common)]
-    tasks += [Task("grid", name, 0, args.grid_tokens, (*common, *more)) for name, more in {**TWINS, **GRID}.items()]
+    make = partial(_task, common=tuple(args.overrides), graphs=bench.graphs)
+    tasks = [make("start", name, 0, 0, Setting(stage_1=0.0)) for name in ("twin", "adapted")]
+    tasks += [make("grid", name, 0, args.grid_tokens, setting) for name, setting in {**TWINS, **GRID}.items()]
     grid = [line for task in tasks if (line := bench.run(task, until=min(args.seconds, args.grid_seconds))) and line["phase"] == "grid"]
     twins, settings = ([x for x in grid if math.isfinite(x.get(mode, math.nan))] for mode in ("plain", "decode"))
     if twins and settings:
         chosen = min(settings, key=lambda x: x["decode"])["name"]
         twin = min(twins, key=lambda x: x["plain"])["name"]
-        for seed in range(1, args.seeds + 1):
-            for name, more in ((chosen, GRID), (twin, TWINS)):
-                bench.run(Task("final", name, seed, final, (*common, *more[name])), until=args.seconds)
+        for seed in range(1, args.seeds + 1):  # in pairs: one without the other says nothing
+            ours, theirs = make("final", chosen, seed, final, GRID[chosen]), make("final", twin, seed, final, TWINS[twin])
+            if bench.run(ours, until=args.seconds - bench.seconds_of(theirs)) is None or bench.run(theirs, until=args.seconds) is None:
+                break
     print(table(bench.lines))
     print(f"{time.perf_counter() - bench.begin:.0f} s; what is missing runs by the same command")
+
+
+def _task(phase: str, name: str, seed: int, tokens: int, setting: Setting, *, common: tuple[str, ...], graphs: bool) -> Task:
+    return Task(phase, name, seed, tokens, (*common, *setting.overrides), setting.stage_1, graphs)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -324,9 +259,12 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         scores = [f"{x[mode]:.4f}" if mode in x else "" for mode in (*modes, "plain")]
         text.append(f"| {x['phase']} | {x['name']} | {x['seed']} | {x['tokens']:,} | {' | '.join(scores)} | {x['train_seconds']:.0f} |")
     final = [x for x in lines if x["phase"] == "final"]
-    twins = {(x["seed"], x["tokens"]): x["plain"] for x in final if "plain" in x}
-    for name, tokens in sorted({(x["name"], x["tokens"]) for x in final if "decode" in x}):
-        pairs = [(x, twins[x["seed"], tokens]) for x in final if (x["name"], x["tokens"]) == (name, tokens) and (x["seed"], tokens) in twins]
+    like = ("tokens", "graphs")  # only runs of one length and arithmetic are compared
+    twins = {(x["seed"], *map(x.get, like)): x["plain"] for x in final if "plain" in x}
+    kinds = dict.fromkeys((x["name"], *map(x.get, like)) for x in final if "decode" in x)
+    for name, tokens, graphs in kinds:
+        ours = [x for x in final if (x["name"], *map(x.get, like)) == (name, tokens, graphs)]
+        pairs = [(x, twins[x["seed"], tokens, graphs]) for x in ours if (x["seed"], tokens, graphs) in twins]
         for mode in modes if pairs else ():
             gaps = [x[mode] - twin for x, twin in pairs]
             spread = f", standard deviation {statistics.stdev(gaps):.4f}" if len(gaps) > 1 else ""
@@ -359,7 +297,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--seconds", type=float, default=math.inf, help="end within so many; the same command goes on")
     run.add_argument("--grid-seconds", type=float, default=math.inf, help="choose among what the grid has by then")
     run.add_argument("--decode", choices=["graphed", "eager"], default="graphed", help="how single tokens run")
-    run.add_argument("--compile", action="store_true", help="compile one graph for all blocks")
+    run.add_argument("--compile", action="store_true", help="compile the blocks, which share graphs; on a GPU a step is one CUDA graph")
+    run.add_argument("--no-graphs", action="store_false", dest="graphs", help="compiled blocks under autocast, without CUDA graphs")
     run.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
     args = parser.parse_args(arguments)
     try:
