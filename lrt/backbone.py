@@ -98,13 +98,13 @@ class DecoderBlock(nn.Module):
             memory_key, memory_value: (B, P, G, K); None = zero.
             hand_on: later passes read keys and values: give their gradients paths of their own.
         """
-        gates = [g.weight for g in (gate, self.value_gate) if g is not None]
+        token_value = None if self.value_gate is None else context.token_value
+        gates = [g.weight for g in (gate, None if token_value is None else self.value_gate) if g is not None]
         weights = [self.query.weight, self.key.weight, self.value.weight]
         weights += [F.pad(weight, (0, hidden.shape[-1] - weight.shape[1])) for weight in gates]
         heads, groups = (linear.out_features // self.head_dim for linear in (self.query, self.key))
-        token_value = None if self.value_gate is None else context.token_value
         used = sum(len(weight) for weight in weights)
-        total = columns(heads, groups, self.head_dim, local=gate is not None, token=self.value_gate is not None)
+        total = columns(heads, groups, self.head_dim, local=gate is not None, token=token_value is not None)
         if total > used:
             weights.append(hidden.new_zeros(total - used, hidden.shape[-1]))
         return mix(

@@ -75,8 +75,9 @@ def forward_kernel(
     N: tl.constexpr, H: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     LOCAL: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(0)  # the heads of some positions one after the other: they lie side by side
-    m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)  # of one dimension, since only the first may pass 65,535
+    g = program % G  # the heads of some positions one after the other: they lie side by side
+    m = (program // G).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = m < rows
     b, p = m // length, m % length
     HALF: tl.constexpr = W // 2
@@ -136,8 +137,9 @@ def backward_kernel(
     LOCAL: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr, PADDING: tl.constexpr, PATHS: tl.constexpr,
 ):  # fmt: skip
-    g = tl.program_id(0)  # the heads of some positions one after the other: they lie side by side
-    m = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)  # of one dimension, since only the first may pass 65,535
+    g = program % G  # the heads of some positions one after the other: they lie side by side
+    m = (program // G).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = m < rows
     b, p = m // length, m % length
     HALF: tl.constexpr = W // 2

@@ -140,8 +140,8 @@ def _backward(
 
 def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, kind):  # type: ignore[no-untyped-def]
     """Grid, then sizes, strides and constants that both kernels take alike."""
-    for name, x in (("memory_key", memory_key), ("memory_value", memory_value)):
-        assert x is None or x.stride()[2:] == (width, 1), f"{name}: heads side by side"
+    for name, x in (("memory_key", memory_key), ("memory_value", memory_value)):  # the stride of a single head may be anything
+        assert x is None or (x.stride(3) == 1 and (groups == 1 or x.stride(2) == width)), f"{name}: heads side by side"
     assert cos.stride() == sin.stride() and cos.stride(-1) == 1 and (token_value is None or token_value.stride(-1) == 1)
     batch, length, total = joint.shape
     sizes = (batch * length, length, torch.finfo(torch.float32).eps)
@@ -149,7 +149,7 @@ def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, group
     strides += [0 if len(cos) == 1 else cos.stride(0), cos.stride(1)]
     shape = {"N": total, "H": heads, "G": groups, "W": width, "LOCAL": local, "MEMORY": memory_key is not None}
     shape |= {"TOKEN": token_value is not None, "NORM": norm, "BLOCK": BLOCK[kind]}
-    return (groups, -(-batch * length // BLOCK[kind])), sizes, strides, shape
+    return (groups * -(-batch * length // BLOCK[kind]),), sizes, strides, shape
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

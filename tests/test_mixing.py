@@ -67,6 +67,37 @@ def test_a_wrapped_projection_is_called_and_not_read(one_operator):
     assert not block.can_mix(hidden)
 
 
+def test_a_gate_without_a_table_is_no_column(one_operator, monkeypatch):
+    """Its column would lie beyond the padding that the backward kernel fills with zeros."""
+    model = build_model(ModelConfig(n_layers=1, width=224, n_heads=14, vocab_size=64), RecurrenceConfig()).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block, tokens, seen = model.blocks[0], torch.randint(0, 64, (1, 5)), []
+    assert block.block.value_gate is not None
+    hidden, (context,) = model.backbone.embed(tokens, torch.arange(5))
+    context = context._replace(token_value=None)
+
+    def watched(joint, *rest):
+        seen.append(joint.shape[-1])
+        return mixing.reference(joint, *rest)
+
+    monkeypatch.setattr(mixing, "_forward", watched)
+    got = block(hidden, None, context, None)[0]
+    assert seen == [mixing.columns(14, 14, 16, local=True, token=False)]
+    monkeypatch.setattr(backbone, "usable", lambda x, head_dim: False)
+    torch.testing.assert_close(got, block(hidden, None, context, None)[0])
+
+
+def test_launches_of_any_size_with_any_stride_of_a_single_head():
+    """CUDA takes 65,535 programs in any but the first dimension; the compiler may choose the stride of a dimension of one element."""
+    batch, length, width = 1024, 2048, 16
+    joint = torch.zeros(1).expand(batch, length, 64)
+    memory = torch.zeros(1, 1, 1, width).expand(batch, length, 1, width).as_strided((batch, length, 1, width), (0, 0, 1, 1))
+    angles = torch.zeros(1, length, 1, width // 2)
+    grid, *_ = mixing._launch(joint, memory, memory, None, angles, angles, 1, 1, width, True, True, "forward")
+    assert grid == (batch * length // mixing.BLOCK["forward"],)
+
+
 def test_other_tensors_take_the_plain_way():
     assert not mixing.usable(torch.zeros(1, 4, 32, dtype=torch.bfloat16), 16)  # not on a GPU
 
