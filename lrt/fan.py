@@ -80,19 +80,27 @@ class _Branch(torch.autograd.Function):
         return total.view(total.shape[0], -1, *given[0].shape[2:]), None
 
 
-def branch(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A tensor (B, T, ...) for a pass over all positions, and its positions by residue: entry g holds g, g + S, ...; views."""
-    if x.shape[1] % groups:
-        return x, tuple(x[:, g::groups] for g in range(groups))
-    if x.requires_grad and torch.is_grad_enabled() and x.ndim > 2:
-        whole, *parts = _Branch.apply(x, groups)
-        return whole, tuple(parts)
-    return x, x.unflatten(1, (-1, groups)).unbind(2)
-
-
 def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Positions by residue, as ``branch`` gives them."""
-    return branch(x, groups)[1]
+    """Positions (dimension 1) by residue: entry g holds g, g + S, ...; views."""
+    if x.shape[1] % groups == 0:
+        return x.unflatten(1, (-1, groups)).unbind(2)
+    return tuple(x[:, g::groups] for g in range(groups))
+
+
+Branch = Callable[[Tensor, int], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+def branch(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A tensor (B, T, ...) for a pass over all positions, and ``split`` for passes over residues; autograd adds the gradients."""
+    return x, split(x, groups)
+
+
+def branch_compiled(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same, with one kernel that adds the gradients; on a GPU it needs the compiler."""
+    if x.shape[1] % groups or x.ndim < 3 or not (x.requires_grad and torch.is_grad_enabled()):
+        return branch(x, groups)
+    whole, *parts = _Branch.apply(x, groups)
+    return whole, tuple(parts)
 
 
 class _Attach(torch.autograd.Function):

@@ -19,7 +19,7 @@ Legend: B batch, T positions, n_g positions of group g, H query heads, G key/val
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, reduce
+from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -291,7 +291,8 @@ def block_mask(
     return _static_block_mask(length, groups, residue, window, device)
 
 
-@lru_cache(maxsize=256)
+@cache  # captured graphs read masks: none may be dropped
+@torch.inference_mode(False)  # an evaluation inside inference mode may come first, and a backward cannot use what was made there
 def _static_block_mask(length: int, groups: int, residue: int, window: int | None, device: torch.device) -> BlockMask | None:
     if window is None and not (groups >= 4 and length % (BLOCK * groups) == 0):
         return None

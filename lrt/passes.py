@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
-from lrt.fan import attached, branch, fan_out, split
+from lrt.fan import Branch, attached, branch, branch_compiled, fan_out, split
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -108,8 +108,8 @@ def take(context: Any, positions: slice) -> Any:
     return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
 
 
-def branch_contexts(contexts: Sequence[Any], groups: int) -> tuple[list[Any], list[list[Any]]]:
-    """Contexts by block for a pass over all positions, then by residue and block.
+def branch_contexts(contexts: Sequence[Any], groups: int, apart: Branch) -> tuple[list[Any], list[list[Any]]]:
+    """Contexts by block for a pass over all positions, then by residue and block, taken ``apart``.
 
     What broadcasts over positions is shared, and a tensor of several blocks is split once.
     """
@@ -117,7 +117,7 @@ def branch_contexts(contexts: Sequence[Any], groups: int) -> tuple[list[Any], li
     for context in contexts:
         for x in context:
             if x is not None and id(x) not in known:
-                known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else branch(x, groups)
+                known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else apart(x, groups)
     whole = [type(context)(*(None if x is None else known[id(x)][0] for x in context)) for context in contexts]
     residues = [[type(context)(*(None if x is None else known[id(x)][1][g] for x in context)) for context in contexts] for g in range(groups)]
     return whole, residues
@@ -202,15 +202,17 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
 def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues; the buffer holds one entry a residue."""
     subsets = plan[1].step
-    (everywhere, hidden), (all_contexts, contexts) = branch(row.hidden, subsets), branch_contexts(row.contexts, subsets)
+    apart = branch_compiled if compiled(model) else branch
+    everywhere, hidden = apart(row.hidden, subsets)
+    all_contexts, contexts = branch_contexts(row.contexts, subsets, apart)
     first = run_blocks(model, everywhere, all_contexts, None, stores=_whole_row(model, row), keep_inputs=schedule.kv_refresh)
     assert first.memory is not None
     results = [PassResult(plan[0], first.hidden, first.memory)]
     starts = None if row.starts is None else split(row.starts, subsets)
-    inputs = [split(x, subsets) for x in first.inputs]
-    memory = list(split(_cut(first.memory, schedule), subsets))
-    keys = [list(split(_cut(kv.key, schedule), subsets)) for kv in first.kv]
-    values = [list(split(_cut(kv.value, schedule), subsets)) for kv in first.kv]
+    inputs = [apart(x, subsets)[1] for x in first.inputs]
+    memory = list(apart(_cut(first.memory, schedule), subsets)[1])
+    keys = [list(apart(_cut(kv.key, schedule), subsets)[1]) for kv in first.kv]
+    values = [list(apart(_cut(kv.value, schedule), subsets)[1]) for kv in first.kv]
     visited: set[int] = set()
 
     def received(residue: int) -> Tensor:

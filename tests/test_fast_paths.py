@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 import lrt
+from lrt import fan
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
-from lrt.fan import branch, fan_out, split
-from lrt.kernels import _visible, block_mask, flex_groups, merged_attention, natural_order
+from lrt.fan import branch_compiled, fan_out, split
+from lrt.kernels import _static_block_mask, _visible, block_mask, flex_groups, merged_attention, natural_order
 from lrt.loss import Scorer
 from lrt.model import build_model
 from lrt.types import MemoryInput
@@ -126,6 +127,28 @@ def test_block_masks_are_causal_masks(case, seed):
         assert torch.equal(got, causal_mask(queries, places, window=window, **both).expand_as(got))
 
 
+def test_a_block_mask_made_in_inference_mode_serves_a_backward_later():
+    with torch.inference_mode():
+        mask = _static_block_mask(320, 2, 1, 40, torch.device("cpu"))
+    assert not mask.kv_num_blocks.is_inference()
+    assert _static_block_mask(320, 2, 1, 40, torch.device("cpu")) is mask
+
+
+def test_only_compiled_blocks_take_helpers_that_need_the_compiler(monkeypatch):
+    """On a GPU the sums of ``fan`` are compiled, which a machine without a compiler cannot."""
+    config = ModelConfig(n_layers=2, width=32, n_heads=2, vocab_size=64, sequence_length=16)
+    model, used = build_model(config, RecurrenceConfig()), []
+    model.init_weights()
+    monkeypatch.setattr(fan, "interleave", lambda whole, parts, add=fan.interleave: used.append(1) or add(whole, parts))
+    monkeypatch.setattr(fan, "add_up", lambda parts, add=fan.add_up: used.append(2) or add(parts))
+    tokens = torch.randint(0, 64, (2, 17))
+    for compiled in (False, True):
+        for block in model.blocks:
+            block._compiled_call_impl = block._call_impl if compiled else None
+        model(tokens[:, :-1], targets=tokens[:, 1:], schedule=lrt.interleaved(2)).loss.backward()
+        assert set(used) == ({1, 2} if compiled else set())
+
+
 @given(length=st.integers(1, 12), groups=st.integers(1, 5))
 def test_split_and_natural_order_are_inverse(length, groups):
     x = torch.randn(2, length, 3)
@@ -139,7 +162,7 @@ def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
     """The whole and any of its residues may be read, or none."""
     torch.manual_seed(seed)
     x = torch.randn(2, per_group * groups, 3, dtype=torch.float64, requires_grad=True)
-    whole, parts = branch(x, groups)
+    whole, parts = branch_compiled(x, groups)
     plain = [x, *(x[:, g::groups] for g in range(groups))]
     terms = [[(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in ([whole, *parts], plain)]
     if terms[0]:
