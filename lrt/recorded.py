@@ -40,6 +40,8 @@ class Recorder:
         self.pool: Any = torch.cuda.graph_pool_handle() if record else None
         self.shapes: OrderedDict[Any, RecordedSpan] = OrderedDict()
 
+    @torch.inference_mode(False)  # what is kept must be good for calls inside inference mode and outside
+    @torch.no_grad()
     def span(self, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span | None:
         """A span for prompts that begin a state; None where recording would not pay or is not possible.
 
@@ -146,6 +148,8 @@ class RecordedSpan(Span):
             changes.append(self.sweep(where, keep[:, where]))
         return torch.stack(changes).amax(0)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _run(self, name: str, action: Callable[[], Any]) -> Any:
         """Run a pass the first time, record it the second, replay it from then on."""
         begins = name in ("first", "whole")  # makes the tensors that the other passes write

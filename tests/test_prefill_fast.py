@@ -93,6 +93,17 @@ def test_every_output_may_be_asked_for_and_the_next_prompt_leaves_it_alone():
         assert_same(got, want, model)
 
 
+@pytest.mark.parametrize("inside", [(True, False), (False, True)])
+def test_prompts_inside_inference_mode_and_outside_share_a_recorder(inside):
+    model = small()
+    fast = recording(model)
+    for seed, mode in enumerate(inside):
+        with torch.inference_mode(mode):
+            for method in (prefill.fixed_point(3), prefill.refine(2)):
+                got, want = (prefill.run(m, draw_tokens([7, 5], seed), capacity=24, method=method) for m in (fast, model))
+                assert_same(got, want, model)
+
+
 def test_what_is_not_recorded(monkeypatch):
     """States that have begun, attention cut at separators, many positions: the plain path; shapes are forgotten in turn."""
     model = small()
