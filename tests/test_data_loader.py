@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -116,6 +118,19 @@ def test_workers_give_what_their_state_says_and_resume_into_another_number(corpu
     unread = sum(len(stream["pieces"]) for stream in state["streams"])
     assert len(fewer.state_dict()["plan"]["owed"]) > unread and fewer.epoch == 0
     take(fewer, 3)
+
+
+def test_workers_end_with_a_process_that_still_holds_its_loader(corpus):
+    """Torch ends them with SIGTERM, which they outlive for a minute, since it may be meant for the trainer."""
+    code = f"""
+from lrt.config import DataConfig
+from lrt.data import build_loader, load_tokenizer
+data = DataConfig(train={str(corpus)!r}, validation="demo", workers=2, buffer_documents=8)
+loader = build_loader(data, tokenizer=load_tokenizer("bytes"), sequence_length=24, rows=2)
+next(loader)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_a_worker_that_fails_names_the_file(corpus, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -180,6 +182,8 @@ class TrainLoader:
             )
         self._order = order
         self._batches = iter(self._engine)
+        if workers:  # at the end of the process torch would send them SIGTERM, which they survive for a minute
+            atexit.register(_end_workers, weakref.ref(self))
 
     def _current_states(self) -> list[dict[str, Any]]:
         """States of this rank's streams after the last batch given out, without what workers prepared ahead."""
@@ -317,6 +321,12 @@ def _worker_states(state: dict[str, Any], *, workers: int) -> list[dict[str, Any
         return [state["fetcher_state"]["dataset_iter_state"]]
     snapshots = state["_snapshot"]["_worker_snapshots"]
     return [snapshots[f"worker_{worker}"]["fetcher_state"]["dataset_iter_state"] for worker in range(workers)]
+
+
+def _end_workers(loader: weakref.ref[TrainLoader]) -> None:
+    alive = loader()
+    if alive is not None:
+        alive._batches = alive._engine = None
 
 
 def _as_is(batch: Any) -> Any:
