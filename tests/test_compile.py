@@ -15,7 +15,7 @@ from lrt.backbone import TokenTable
 from lrt.config import ModelConfig, ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
 from lrt.train.distributed import World
-from lrt.train.replay import Runner, make_runner, single_device, working_copy
+from lrt.train.replay import Captured, Runner, make_runner, single_device, working_copy
 
 ALONE = World(0, 1, torch.device("cpu"), sharded=False)
 EAGER = ParallelConfig(compile=False, param_dtype="float32")
@@ -136,6 +136,30 @@ def test_a_working_copy_shares_token_tables_and_keeps_ties():
     with torch.no_grad():
         model.backbone.head.weight.fill_(2.0)
     assert (Runner(model, work, graphs=False).refresh().backbone.head.weight == 2.0).all()
+
+
+def test_a_replay_leaves_the_gradients_of_other_graphs_alone():
+    """Graphs share their memory, so what one computes may lie where another has gradients."""
+    model, (tokens, targets), schedules = small(), batch(), (lrt.baseline(), lrt.refine(1))
+    runner, replayed = Runner(model, model, graphs=False), []
+    gradients = [tuple(torch.full_like(p, float(n)) for p in model.parameters()) for n in (1, 2)]
+
+    class Graph:
+        def __init__(self, number):
+            self.number = number
+
+        def replay(self):
+            for mine, others in zip(gradients[self.number], gradients[1 - self.number]):
+                mine.fill_(self.number + 1.0), others.fill_(float("nan"))
+            replayed.append(self.number)
+
+    runner._graphs = {
+        (tuple(tokens.shape), s, s.plan(16)): Captured(Graph(n), tokens.clone(), targets.clone(), torch.tensor(32), torch.zeros(2), gradients[n])
+        for n, s in enumerate(schedules)
+    }
+    for schedule in schedules:
+        runner.forward_backward(tokens, targets, schedule=schedule, seed=0, valid_targets=torch.tensor(32))
+    assert replayed == [0, 1] and all((p.grad == 3).all() for p in model.parameters())
 
 
 def test_only_one_gpu_needs_a_runner():

@@ -90,9 +90,9 @@ class Runner:
         if key not in self._graphs:
             self._graphs[key] = self._capture(input_ids, targets, schedule, seed, valid_targets)
         captured = self._graphs[key]
-        for master, gradient in zip(self._masters, captured.gradients):
-            if master.grad is not None and master.grad is gradient:  # the replay will overwrite it
-                master.grad = gradient.clone()
+        for master, *known in zip(self._masters, *(one.gradients for one in self._graphs.values())):
+            if master.grad is not None and any(master.grad is gradient for gradient in known):
+                master.grad = master.grad.clone()  # the replay may overwrite it: graphs share their memory
         captured.input_ids.copy_(input_ids, non_blocking=True)
         captured.targets.copy_(targets, non_blocking=True)
         captured.valid.copy_(valid_targets, non_blocking=True)
