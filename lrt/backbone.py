@@ -72,7 +72,7 @@ class DecoderBlock(nn.Module):
     def project(self, hidden: Tensor, context: Context) -> Projection:
         normed = rms_norm(hidden)
         linears = (self.query, self.key, self.value)
-        if normed.shape[1] > 1 and all(type(linear) is nn.Linear for linear in linears):
+        if normed.shape[1] > 1 and all(map(_readable, linears)):
             # One product: the input is read once, and its gradient is one product too. Not for single tokens, where copying weights costs.
             joint = F.linear(normed, torch.cat([linear.weight for linear in linears]))
             parts = joint.split([linear.out_features for linear in linears], dim=-1)
@@ -82,8 +82,8 @@ class DecoderBlock(nn.Module):
         return Projection(normed, query, key, value)
 
     def can_mix(self, hidden: Tensor) -> bool:
-        """Whether ``project_mixed`` runs on such a hidden state; weights that something wraps are called, not read."""
-        return usable(hidden, self.head_dim) and all(type(linear) is nn.Linear for linear in (self.query, self.key, self.value))
+        """Whether ``project_mixed`` runs on such a hidden state."""
+        return usable(hidden, self.head_dim) and all(map(_readable, (self.query, self.key, self.value)))
 
     def project_mixed(
         self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None,
@@ -152,6 +152,11 @@ class DecoderBlock(nn.Module):
             nn.init.zeros_(linear.weight)
         if self.value_gate is not None:
             self.value_gate.init_weights()
+
+
+def _readable(linear: nn.Module) -> bool:
+    """Whether a weight may be read; a linear that something wraps, or that has hooks, must be called."""
+    return type(linear) is nn.Linear and not linear._forward_pre_hooks and not linear._forward_hooks
 
 
 def lookup(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

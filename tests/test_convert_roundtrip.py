@@ -12,12 +12,14 @@ from strategies import model_configs, randomized, recurrence_configs
 
 import lrt
 from lrt.config import ModelConfig
-from lrt.conversion import KINDS, convert
+from lrt.conversion import KINDS, convert, running
 from lrt.conversion.official import official_from_native, schedule_from_official
+from lrt.conversion.reading import Precision
 from lrt.conversion.verification import verify
 from lrt.model import build_model
 from lrt.schedules import from_config
 from lrt.serialization import native_config
+from lrt.shards import in_memory
 
 NANOCHAT = Path(__file__).parent / "golden" / "nanochat"
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example writes many files: shrinking would take minutes
@@ -214,3 +216,15 @@ def test_checkpoints_of_other_times_and_scripts(tmp_path, name):
     assert (model.recurrence is not None) == (tag == "d2_lrt")
     if name == "old_nanochat":
         assert model.backbone.config.window_pattern == "L" and model.backbone.config.value_embeddings == "none"
+
+
+@pytest.mark.parametrize("mode", ["zero", "decode"])
+def test_matrices_that_are_read_when_their_module_runs_are_called_in_every_pass(monkeypatch, mode):
+    """A block that joins its projections into one product must not take them from modules that are yet to be filled."""
+    monkeypatch.setattr(running, "SMALL", 16)
+    config = ModelConfig(n_layers=2, width=32, n_heads=2, vocab_size=64, sequence_length=16)
+    model = randomized(build_model(config, lrt.RecurrenceConfig()), 0).eval()
+    shapes = build_model(config, lrt.RecurrenceConfig(), device="meta")
+    filled = running.filled_model(shapes, in_memory(model.state_dict()), Precision(keep=False))
+    tokens = torch.randint(0, 64, (1, 8), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(running.native_logits(filled, tokens, mode), running.native_logits(model, tokens, mode))

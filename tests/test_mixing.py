@@ -63,6 +63,11 @@ def test_a_wrapped_projection_is_called_and_not_read(one_operator):
     block = model.blocks[0].block
     hidden = torch.zeros(1, 4, 32)
     assert block.can_mix(hidden) and not block.can_mix(hidden[:, :1])  # single tokens have kernels of their own
+    handle = block.value.register_forward_hook(lambda module, args, out: 0 * out)
+    assert not block.can_mix(hidden)
+    assert not block.project(hidden + torch.randn(32), model.backbone.embed(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4))[1][0]).value.any()
+    handle.remove()
+    assert block.can_mix(hidden)
     block.key = torch.nn.Sequential(block.key)
     assert not block.can_mix(hidden)
 
