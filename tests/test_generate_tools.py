@@ -46,7 +46,7 @@ def test_generate_streams_and_compares(folder):
 def test_generate_answers_line_by_line_and_takes_an_empty_prompt(folder):
     out = run(TOOLS / "generate.py", folder, "--max-new-tokens", 3, given="ab\ncd\n")
     assert out.returncode == 0, out.stderr
-    assert out.stderr.count("memory mode decode") == 2 and "fixed_point(groups=8, tol=default)" in out.stderr
+    assert out.stderr.count("memory mode decode") == 2 and "fixed_point(groups=1, tol=default)" in out.stderr
     out = run(TOOLS / "generate.py", folder, "--prompt", "", "--max-new-tokens", 3)
     assert out.returncode == 0 and "prefill none" in out.stderr
 
