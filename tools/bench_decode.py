@@ -207,8 +207,8 @@ def prefill_rows(size, fast, args) -> list[dict]:
     vocabulary = next(iter(fast.values())).backbone.vocab_size
     tokens = torch.randint(1, vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(1)).to(device)
     trained = "trained" in fast
-    sweeps = None if trained else 4  # a random model says nothing about convergence: a fixed number of sweeps
-    methods = {"refine(1)": prefill.refine(1), f"fixed_point(8{'' if trained else ', 4 sweeps'})": prefill.fixed_point(8, max_sweeps=sweeps)}
+    sweeps = None if trained else 5  # a random model says nothing about convergence: a fixed number of sweeps
+    methods = {"refine(1)": prefill.refine(1), f"fixed_point({'' if trained else '5 sweeps'})": prefill.fixed_point(max_sweeps=sweeps)}
     memory = "trained" if trained else "shared"
     jobs = {(memory, name): method for name, method in methods.items()} | {(memory, "exact"): prefill.exact()}
     if "plain" in fast:
