@@ -6,8 +6,8 @@ Values that do not fit are refused where they are made. Reading and writing TOML
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -272,11 +272,16 @@ def _raise_all(errors: list[str]) -> None:
         raise ValueError("; ".join(errors))
 
 
+def _choice_errors(section: str, c: Any) -> list[str]:
+    """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
+    hints = get_type_hints(type(c))
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    wrong = [name for name, allowed in choices.items() if getattr(c, name) not in allowed]
+    return [f"{section}.{name} = {getattr(c, name)!r}: use one of {', '.join(choices[name])}" for name in wrong]
+
+
 def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
-    errors = []
-    for key, allowed in (("sharing", ("shared", "layerwise")), ("memory_norm", ("rms", "final")), ("init", ("paper", "identity"))):
-        if getattr(c, key) not in allowed:
-            errors.append(f"recurrence.{key} = {getattr(c, key)!r}: use one of {', '.join(allowed)}")
+    errors = _choice_errors("recurrence", c)
     source = c.source_layer
     if isinstance(source, bool) or not isinstance(source, (int, float, type(None))):
         errors.append(f"recurrence.source_layer = {source!r}: use a block number 1..L, a fraction such as 0.67, or leave it out")
@@ -300,7 +305,7 @@ def _whole(value: object) -> bool:
 
 
 def _model_errors(c: ModelConfig) -> list[str]:
-    errors = []
+    errors = _choice_errors("model", c)
     for key in ("n_layers", "vocab_size", "vocab_multiple", "sequence_length", "mlp_ratio", "rope_base"):
         if getattr(c, key) <= 0:
             errors.append(f"model.{key} = {getattr(c, key)}: use a positive number")
@@ -323,7 +328,7 @@ def _model_errors(c: ModelConfig) -> list[str]:
 
 
 def _recipe_errors(r: Recipe) -> list[str]:
-    errors = []
+    errors = [error for f in fields(r) if f.name not in ("model", "recurrence") for error in _choice_errors(f.name, getattr(r, f.name))]
     t, m = r.training, r.model
     given = [key for key in ("steps", "tokens", "tokens_per_parameter") if getattr(t, key) is not None]
     if len(given) > 1:

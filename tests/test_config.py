@@ -10,6 +10,7 @@ import lrt
 from lrt.config import (
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     Recipe,
     RecurrenceConfig,
     ScheduleConfig,
@@ -123,6 +124,19 @@ def test_values_that_do_not_fit(text, message):
 def test_recurrence_settings_of_a_wrong_type(key, value):
     with pytest.raises(ValueError, match=rf"recurrence.{key} = "):
         lrt.RecurrenceConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(value_embeddings="alternate"), "model.value_embeddings = 'alternate': use one of all, alternating, none"),
+        (lambda: lrt.RecurrenceConfig(sharing="tied"), "recurrence.sharing = 'tied': use one of shared, layerwise"),
+        (lambda: Recipe(parallel=ParallelConfig(reshard="never")), "parallel.reshard = 'never': use one of after_step, after_forward"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_in_code_too(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_unknown_recipe_and_bad_override():

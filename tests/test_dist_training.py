@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import lrt
+from lrt import backbone, mixing
 from lrt.config import CheckpointConfig, parse_recipe
 from lrt.data import Batch
 from lrt.train import parallel
@@ -131,6 +132,17 @@ def check_gradients(world, folder, plan, schedule):
     for name, gradient in plain.items():
         assert gradient.dtype == torch.float64
         torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_operator(world, folder):
+    """Blocks that mix at once, as on a GPU in half precision, with the operator's reference in plain torch."""
+    before = backbone.usable, mixing._forward
+    backbone.usable, mixing._forward = (lambda x, head_dim: x.shape[1] > 1), mixing.reference
+    try:
+        for plan in ("after_step", "after_forward", "AC block"):
+            check_gradients(world, folder, plan, "interleaved")
+    finally:
+        backbone.usable, mixing._forward = before
 
 
 def one_step(model, optimizer, batches, world, seed=0, stop=False):
@@ -299,6 +311,7 @@ def check_evaluation(world, folder):
 GRADIENTS = [(plan, schedule) for plan in PLANS for schedule in SCHEDULES if plan == "after_step" or schedule in ("interleaved", "refine")]
 CHECKS = {
     **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
+    "operator": check_operator,
     "optimizer": check_optimizer,
     "muon exact": check_muon_exact,
     "skipped": check_skipped,
