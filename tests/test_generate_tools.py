@@ -72,7 +72,7 @@ def test_the_benchmark_ends_with_one_json_object():
     result = json.loads(out.stdout.strip().splitlines()[-1])
     assert {row["variant"] for row in result["decode"]} == {"plain", "shared", "layerwise"}
     assert {row["batch"] for row in result["decode"]} == {1, 2}
-    assert [row["method"] for row in result["prefill"]] == ["plain", "refine(1)", "fixed_point(8, 4 sweeps)", "exact"]
+    assert [row["method"] for row in result["prefill"]] == ["plain", "refine(1)", "fixed_point(5 sweeps)", "exact"]
     assert all(row["us_per_step"] > 0 and row["share_of_copy"] > 0 for row in result["decode"])
 
 
