@@ -20,9 +20,8 @@ from lrt.attention import rotate
 from lrt.kernels import HALF
 
 HAS_TRITON = find_spec("triton") is not None
-BLOCK = {"forward": 16, "backward": 16}  # positions a program
+BLOCK, WARPS = 16, 4  # positions a program: every load is 16 bytes wide, and nothing spills
 PADDING = 64
-WARPS = {"forward": 4, "backward": 4}
 
 
 class Mixed(NamedTuple):
@@ -105,10 +104,10 @@ def _forward(
 
     joint = joint.contiguous()
     results = query, key, value, _, _ = _results(joint, heads, groups, width, hand_on)
-    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, "forward")
+    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm)
     mix_kernels.forward_kernel[grid](
         joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin, query, key, value,
-        *sizes, *strides, **shape, num_warps=WARPS["forward"],
+        *sizes, *strides, **shape,
     )  # fmt: skip
     return results
 
@@ -128,17 +127,17 @@ def _backward(
     d_memory_key, d_memory_value, d_token_value = (joint if x is None else next(rest) for x in (memory_key, memory_value, token_value))
     paths = (d_key if d_key_path is None else d_key_path, d_value if d_value_path is None else d_value_path)
     above = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_query, d_key, d_value, *paths)]
-    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, "backward")
+    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm)
     mix_kernels.backward_kernel[grid](
         *above, joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin,
         results[0], d_memory_key, d_memory_value, d_token_value,
         *sizes, *(step for x in above for step in x.stride()[:3]), *strides, **shape, PADDING=PADDING,
-        PATHS=d_key_path is not None, num_warps=WARPS["backward"],
+        PATHS=d_key_path is not None,
     )  # fmt: skip
     return results
 
 
-def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, kind):  # type: ignore[no-untyped-def]
+def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm):  # type: ignore[no-untyped-def]
     """Grid, then sizes, strides and constants that both kernels take alike."""
     for name, x in (("memory_key", memory_key), ("memory_value", memory_value)):  # the stride of a single head may be anything
         assert x is None or (x.stride(3) == 1 and (groups == 1 or x.stride(2) == width)), f"{name}: heads side by side"
@@ -148,8 +147,8 @@ def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, group
     strides = [step for x in (memory_key, memory_value, token_value) for step in ((0, 0) if x is None else x.stride()[:2])]
     strides += [0 if len(cos) == 1 else cos.stride(0), cos.stride(1)]
     shape = {"N": total, "H": heads, "G": groups, "W": width, "LOCAL": local, "MEMORY": memory_key is not None}
-    shape |= {"TOKEN": token_value is not None, "NORM": norm, "BLOCK": BLOCK[kind]}
-    return (groups * -(-batch * length // BLOCK[kind]),), sizes, strides, shape
+    shape |= {"TOKEN": token_value is not None, "NORM": norm, "BLOCK": BLOCK, "num_warps": WARPS}
+    return (groups * -(-batch * length // BLOCK),), sizes, strides, shape
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

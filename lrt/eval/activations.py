@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrt.loss import IGNORE
 from lrt.schedules import Interleaved, Refine
-from lrt.types import MemoryInput, Schedule
+from lrt.types import MemoryInput, Schedule, at_least_float32
 
 Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, each one number a block
 
@@ -139,7 +139,7 @@ def look(block: Any, hidden: Tensor, memory: MemoryInput, context: Any) -> dict[
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1)
+    return at_least_float32(x).norm(dim=-1)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
