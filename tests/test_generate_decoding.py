@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -353,3 +357,20 @@ def test_a_full_state_is_refused():
     with pytest.raises(ValueError, match="do not fit a state of capacity 4"):
         for _ in session:
             pass
+
+
+def test_a_captured_step_keeps_what_it_reads(monkeypatch):
+    """A graph knows only where its tensors were; capturing itself is stood in for."""
+    monkeypatch.setattr(decoding.torch, "cuda", MagicMock())
+    held = torch.zeros(1)
+
+    def step():
+        held.add_(1)
+
+    kept = weakref.ref(step)
+    run = decoding.graphed(step, MagicMock(device=torch.device("cuda", 0)))
+    del step
+    gc.collect()
+    assert kept() is not None
+    run()
+    assert held.item() == 3  # twice to warm up and once captured: a replay calls the graph alone
