@@ -122,6 +122,7 @@ def test_parts_that_are_off_have_no_numbers():
     assert all(math.isnan(x) for x in alone["memory_gate"]["mean"])
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # earlier tests compiled the same blocks
 def test_compiled_blocks_give_the_same_and_nothing_stays_behind():
     model = native()
     expected = activation_statistics(model, IDS, TARGETS)

@@ -99,8 +99,8 @@ def test_launches_of_any_size_with_any_stride_of_a_single_head():
     joint = torch.zeros(1).expand(batch, length, 64)
     memory = torch.zeros(1, 1, 1, width).expand(batch, length, 1, width).as_strided((batch, length, 1, width), (0, 0, 1, 1))
     angles = torch.zeros(1, length, 1, width // 2)
-    grid, *_ = mixing._launch(joint, memory, memory, None, angles, angles, 1, 1, width, True, True, "forward")
-    assert grid == (batch * length // mixing.BLOCK["forward"],)
+    grid, *_ = mixing._launch(joint, memory, memory, None, angles, angles, 1, 1, width, True, True)
+    assert grid == (batch * length // mixing.BLOCK,)
 
 
 def test_other_tensors_take_the_plain_way():
