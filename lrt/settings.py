@@ -199,6 +199,7 @@ class ParallelConfig:
     shard: int = -1  # ranks that share one copy of the parameters; -1 = all that remain
     activation_checkpointing: Literal["none", "block", "selective"] = "none"
     compile: bool = True  # compile each block and the loss
+    cuda_graphs: bool = True  # on a GPU and compiled: forward and backward of a micro-batch are one CUDA graph
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # computation; masters are always float32
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed

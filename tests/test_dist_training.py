@@ -28,6 +28,7 @@ from lrt.train.evaluation import evaluate
 from lrt.train.optimizers import MuonAdamW, gradient_norm, parameter_groups
 from lrt.train.parallel import free_gathered, named_parameters
 from lrt.train.rates import rates_at
+from lrt.train.replay import Runner
 from lrt.train.step import train_step
 from lrt.train.trainer import _tensors
 from lrt.train.weights import build_parallel, export, gather
@@ -132,6 +133,29 @@ def check_gradients(world, folder, plan, schedule):
     for name, gradient in plain.items():
         assert gradient.dtype == torch.float64
         torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_replayed(world, folder):
+    """The runner leaves the gradients of the sharded model: over two micro-batches, again after an update; on a GPU as CUDA graphs."""
+    recipe = recipe_of()
+    models = [awake(build_parallel(recipe, world)).train() for _ in range(2)]
+    batches = micro_batches(world)
+    if len(batches) < 2:
+        batches *= 2
+    for schedule in (lrt.interleaved(2), lrt.refine(1)):
+        runner = Runner(models[0], models[0], graphs=world.device.type == "cuda")
+        for _ in range(2):
+            numbers = []
+            for model, runs in zip(models, (runner, None)):
+                optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
+                more = {"schedule": schedule, "seed": 0, "clip_norm": 1.0, "world": world, "runner": runs}
+                numbers.append(train_step(model, optimizer, batches, **more))
+            torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
+        model, plain = models
+        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in models]  # outside the graph
+        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
+        for m in models:
+            free_gathered(m)
 
 
 def check_operator(world, folder):
@@ -312,6 +336,7 @@ GRADIENTS = [(plan, schedule) for plan in PLANS for schedule in SCHEDULES if pla
 CHECKS = {
     **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
     "operator": check_operator,
+    "replayed": check_replayed,
     "optimizer": check_optimizer,
     "muon exact": check_muon_exact,
     "skipped": check_skipped,

@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 import retrofit_grid as tool  # noqa: E402
 
 SETS = {"model.sequence_length": 32, "training.batch_tokens": 128, "training.micro_batch": 2, "evaluation.batch": 4, "training.warmup_steps": 1}
-ALL = dict(tool.GRID)
+ALL, STAGED = dict(tool.GRID), "refine 2, stage 1 of a fifth"
 OPTIONS = [*(f"--set={key}={value}" for key, value in SETS.items()), "--grid-tokens", "384", "--final-tokens", "512", "--seeds", "2"]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "GRID", {name: tool.GRID[name] for name in ("refine 2", "refine 2, no stage 1")})
+    monkeypatch.setattr(tool, "GRID", {name: tool.GRID[name] for name in (STAGED, "refine 2")})
     monkeypatch.setattr(tool, "TWINS", {name: tool.TWINS[name] for name in ("twin, lr 1e-4", "twin, lr 3e-4")})
     make("smollm", vocab_size=260, dtype=torch.float32, layers=2).save_pretrained(tmp_path / "model")
     (tmp_path / "tokens").mkdir()
@@ -54,7 +54,7 @@ def test_the_whole_comparison_and_again(place, capsys):
     names = [(x["phase"], x["name"], x["seed"], x["tokens"]) for x in lines]
     assert names[:6] == [
         ("start", "twin", 0, 0), ("start", "adapted", 0, 0), ("grid", "twin, lr 1e-4", 0, 384), ("grid", "twin, lr 3e-4", 0, 384),
-        ("grid", "refine 2", 0, 384), ("grid", "refine 2, no stage 1", 0, 384),
+        ("grid", STAGED, 0, 384), ("grid", "refine 2", 0, 384),
     ]  # fmt: skip
     chosen = min(lines[4:6], key=lambda x: x["decode"])["name"]
     twin = min(lines[2:4], key=lambda x: x["plain"])["name"]
@@ -78,6 +78,25 @@ def test_the_whole_comparison_and_again(place, capsys):
     again = tool.read_lines(path)
     assert code == 0 and len(again) == len(lines) and path.read_text().splitlines()[: len(whole) - 1] == whole[:-1]
     assert {k: v for k, v in again[-1].items() if "seconds" not in k} == {k: v for k, v in lines[-1].items() if "seconds" not in k}
+
+
+def test_shares_make_up_the_whole(place, monkeypatch):
+    """Two processes: one waits for the grid of the other, and each then runs seeds of its own."""
+    waited = []
+    monkeypatch.setattr(tool.time, "sleep", lambda seconds: waited.append(run(place, "--share", "0/2")))  # the other, while this one waits
+    code, lines = run(place, "--share", "1/2")
+    assert code == 0 and [(code, len(x)) for code, x in waited] == [(0, 8)]
+    alone = place / "alone.jsonl"
+    assert tool.main(["run", str(place / "model"), str(place / "tokens"), str(alone), *OPTIONS]) == 0
+    key = lambda x: (x["phase"], x["name"], x["seed"], x.get("decode"), x.get("plain"))  # noqa: E731
+    assert sorted(map(str, map(key, lines))) == sorted(map(str, map(key, tool.read_lines(alone)))) and len(lines) == 10
+
+
+@pytest.mark.parametrize("text", ["1", "2/2", "a/b", "-1/2"])
+def test_a_share_that_is_none(place, text, capsys):
+    with pytest.raises(SystemExit):
+        run(place, f"--share={text}")
+    assert "is not I/N with 0 <= I < N" in capsys.readouterr().err
 
 
 def test_it_ends_in_time_and_the_grid_leaves_time_for_the_rest(place, monkeypatch):
@@ -104,12 +123,12 @@ def test_seeds_run_in_pairs_and_stages_are_told_apart(place, monkeypatch):
     # A second seed that would leave no time for its twin is not begun.
     code, lines = run(place, "--seconds", "1500")
     assert code == 0 and len(asked) == 7 and len(lines) == 8
-    line = next(x for x in lines if x["name"] == "refine 2")
-    task = tool.Task("grid", "refine 2", 0, 384, tuple(line["overrides"]), 0.2)
+    line = next(x for x in lines if x["name"] == STAGED)
+    task = tool.Task("grid", STAGED, 0, 384, tuple(line["overrides"]), 0.2)
     assert task.is_written(line) and not task._replace(stage_1=0.0).is_written(line) and not task._replace(graphs=True).is_written(line)
 
 
-@pytest.mark.parametrize("name", ["refine 2", "refine 2, no stage 1", "interleaved 2", "twin, lr 3e-4"])
+@pytest.mark.parametrize("name", [STAGED, "refine 2", "interleaved 2", "twin, lr 3e-4"])
 def test_the_runner_trains_as_the_model_itself(place, name):
     """Through both stages, in float32, bit for bit; a stage's runner is gone before the next is made; scores are of what was trained."""
     setting = {**ALL, **tool.TWINS}[name]
@@ -144,7 +163,7 @@ def test_runs_share_compiled_graphs():
     """A graph for each kind of pass, stage 1's also for the first block and the others; another model of its kind compiles none."""
     torch._dynamo.reset()
     rows = torch.randint(0, 256, (9, 33), generator=torch.Generator().manual_seed(0))
-    for name, graphs in (("twin, lr 3e-4", 1), ("twin, lr 1e-3", 0), ("refine 2", 2 + 4), ("refine 2, no stage 1", 0), ("refine 1", 0)):
+    for name, graphs in (("twin, lr 3e-4", 1), ("twin, lr 1e-3", 0), (STAGED, 2 + 4), ("refine 2", 0), ("refine 1", 0)):
         setting = {**ALL, **tool.TWINS}[name]
         recipe = lrt.load_recipe(tool.RECIPE, overrides=[*(f"{key}={value}" for key, value in SETS.items()), *setting.overrides])
         model = tool.prepare(make("smollm", vocab_size=260, dtype=torch.float32, layers=2), recipe, recurrent=not name.startswith("twin"))
@@ -163,7 +182,7 @@ def compiled_runner(model):
 
 
 def test_the_grid_stands_around_the_recipe():
-    assert len(ALL) <= 8 and ALL["refine 2"] == tool.Setting() and ALL["refine 2, no stage 1"].stage_1 == 0.0
+    assert len(ALL) <= 8 and ALL["refine 2"] == tool.Setting() and ALL[STAGED] == tool.Setting(stage_1=0.2)
     recipes = [lrt.load_recipe(tool.RECIPE, overrides=list(setting.overrides)) for setting in (*ALL.values(), *tool.TWINS.values())]
     assert len({(repr(r), s.stage_1) for r, s in zip(recipes, (*ALL.values(), *tool.TWINS.values()))}) == len(ALL) + 2  # a twin has the recipe's rate
     assert sorted(r.optimizer.adamw_lr for r in recipes[len(ALL) :])[1] == lrt.load_recipe(tool.RECIPE).optimizer.adamw_lr == 3e-4

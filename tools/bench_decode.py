@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="tokens a turn")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill benchmark")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-decode", action="store_true")
     parser.add_argument("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without the kernels of lrt.fused")
     parser.add_argument("--model", help="a saved model for the prefill benchmark")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
@@ -72,7 +73,7 @@ def main() -> None:
         models = {name: make_model(SIZES[size], recurrence, device, dtype) for name, recurrence in VARIANTS.items()}
         backend = "inductor" if device.type == "cuda" else "eager"
         fast = models if args.ordinary else {name: accelerate(model, backend=backend) for name, model in models.items()}
-        for context in args.contexts:
+        for context in args.contexts if not args.no_decode else ():
             for batch in args.batches:
                 result["decode"] += decode_rows(size, models, fast, batch, context, args, result["copy_GB_per_s"] * 1e9)
         if args.profile and device.type == "cuda":

@@ -210,6 +210,7 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     suite = suite._replace(rows=options.rows or suite.rows)
     parallel = ParallelConfig(
         compile=options.backend is None, loss_chunk=options.loss_chunk, activation_checkpointing=options.checkpointing,
+        reshard=options.reshard,
         param_dtype="bfloat16" if world.device.type == "cuda" else "float32",
     )  # fmt: skip
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
@@ -334,7 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
     parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
-    parser.add_argument("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp on several")
+    parser.add_argument("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp-graph on several")
+    parser.add_argument("--reshard", default=ParallelConfig().reshard, choices=["after_step", "after_forward"], help="of FSDP")
     parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
     parser.add_argument("--loss-chunk", type=int, default=ParallelConfig().loss_chunk)
     parser.add_argument("--backend", help="of torch.compile, instead of the trainer's; CPU default: aot_eager")
@@ -351,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.backend = "aot_eager"
     plain = Recipe(parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32"))
     with open_world(plain) as world:
-        options.plan = options.plan or ("single" if world.size == 1 else "fsdp")
+        options.plan = options.plan or ("single" if world.size == 1 else "fsdp-graph" if cuda else "fsdp")
         if options.plan != "single" and not world.sharded:  # FSDP on one rank, to see what it costs
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
             world = dataclasses.replace(world, sharded=True, working_copy=False)
@@ -363,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
             say(world, table(results[-1]))
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "plan": options.plan, "suites": results,
+            "plan": options.plan, "reshard": options.reshard, "suites": results,
         }  # fmt: skip
         if options.against:
             one = {(s["suite"], r["variant"]): r for s in json.loads(Path(options.against).read_text())["suites"] for r in s["rows"]}

@@ -9,6 +9,10 @@
 memory starts at zero). A line is written after every run, and the same command skips what is written already. Twins see
 the same rows in the same order under the same schedule of rates; all are scored in bfloat16 on the same validation tokens.
 
+Several GPUs share the work, one process each, on one file of results:
+
+    for i in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$i python tools/retrofit_grid.py run ... --share $i/4 & done
+
 On a GPU ``--compile`` trains as the trainer does (``lrt.train.replay``): float32 masters, a working copy in bfloat16, and
 forward and backward as one CUDA graph; ``--no-graphs`` trains under autocast, one kernel after the other.
 """
@@ -50,21 +54,22 @@ class Setting(NamedTuple):
     """What differs from the recipe, and the share of the tokens on which only the memory trains."""
 
     overrides: tuple[str, ...] = ()
-    stage_1: float = 0.2
+    stage_1: float = 0.0
 
 
-# At most eight, around the recipe; those that share compiled graphs stand together, the cheapest to learn from first.
+# At most eight, around the recipe. A stage 1 costs the backbone its tokens, so only one setting has it (docs/results.md).
+MEMORY_RATE = "optimizer.adamw_memory_lr=3e-3"
 GRID: dict[str, Setting] = {
+    "refine 2, stage 1 of a fifth": Setting(stage_1=0.2),
     "refine 2": Setting(),
-    "refine 2, no stage 1": Setting(stage_1=0.0),
-    "refine 1": Setting(("schedule.passes=1", "schedule.weights=[0.3, 0.7]")),
-    "refine 2, lr 1e-3": Setting(("optimizer.adamw_lr=1e-3",)),
-    "refine 2, memory lr 3e-3": Setting(("optimizer.adamw_memory_lr=3e-3",)),
-    "refine 2, paper weights": Setting(("schedule.weights=paper",)),
-    "refine 2, layerwise": Setting(("recurrence.sharing=layerwise",)),  # this and the next compile graphs of their own
-    "interleaved 2": Setting(("schedule.kind=interleaved", "schedule.weights=paper")),
+    "refine 2, memory lr 3e-3": Setting((MEMORY_RATE,)),
+    "refine 2, lr 1e-3": Setting(("optimizer.adamw_lr=1e-3", MEMORY_RATE)),
+    "refine 2, last pass heavier": Setting((MEMORY_RATE, "schedule.weights=[0.0, 0.2, 0.8]")),
+    "refine 2, paper weights": Setting((MEMORY_RATE, "schedule.weights=paper")),
+    "refine 1": Setting((MEMORY_RATE, "schedule.passes=1", "schedule.weights=[0.3, 0.7]")),
+    "interleaved 2": Setting((MEMORY_RATE, "schedule.kind=interleaved", "schedule.weights=paper")),
 }
-TWINS: dict[str, Setting] = {f"twin, lr {lr}": Setting((f"optimizer.adamw_lr={lr}",), 0.0) for lr in ("3e-4", "1e-3", "1e-4")}
+TWINS: dict[str, Setting] = {f"twin, lr {lr}": Setting((f"optimizer.adamw_lr={lr}",)) for lr in ("3e-4", "1e-3", "1e-4")}
 
 
 # ------------------------------------------------------------------ tokens
@@ -202,6 +207,15 @@ class Experiment:
             self.runner = decoding.eager
             return bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
 
+    def wait_for(self, tasks: Sequence[Task], *, until: float) -> list[dict[str, Any]]:
+        """The lines of tasks that ran; where other processes run shares of them, when all have or ``until`` has passed."""
+        while True:
+            found = [line for task in tasks if (line := self.done(task))]
+            if self.args.share[1] == 1 or len(found) == len(tasks) or time.perf_counter() - self.begin > until:
+                return found
+            time.sleep(1)
+            self.lines = read_lines(self.args.results)
+
     def seconds_of(self, task: Task) -> float:
         """What a run would take, as far as its likes tell; 0 where it is written already."""
         return 0.0 if self.done(task) else self._seconds_of_training(task) + self._seconds_of_scores(task)
@@ -230,16 +244,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def experiment(args: argparse.Namespace, recipe: Recipe) -> None:
     """The whole comparison, or as much of it as the time allows."""
     bench = Experiment(args, recipe)
+    share, shares = args.share
     final = args.final_tokens or recipe.training.tokens or 0
     make = partial(_task, common=tuple(args.overrides), graphs=bench.graphs)
-    tasks = [make("start", name, 0, 0, Setting(stage_1=0.0)) for name in ("twin", "adapted")]
+    tasks = [make("start", name, 0, 0, Setting()) for name in ("twin", "adapted")]
     tasks += [make("grid", name, 0, args.grid_tokens, setting) for name, setting in {**TWINS, **GRID}.items()]
-    grid = [line for task in tasks if (line := bench.run(task, until=min(args.seconds, args.grid_seconds))) and line["phase"] == "grid"]
+    until = min(args.seconds, args.grid_seconds)
+    for task in tasks[share::shares]:
+        bench.run(task, until=until)
+    grid = [line for line in bench.wait_for(tasks, until=until) if line["phase"] == "grid"]
     twins, settings = ([x for x in grid if math.isfinite(x.get(mode, math.nan))] for mode in ("plain", "decode"))
     if twins and settings:
         chosen = min(settings, key=lambda x: x["decode"])["name"]
         twin = min(twins, key=lambda x: x["plain"])["name"]
-        for seed in range(1, args.seeds + 1):  # in pairs: one without the other says nothing
+        for seed in range(1, args.seeds + 1)[share::shares]:  # in pairs: one without the other says nothing
             ours, theirs = make("final", chosen, seed, final, GRID[chosen]), make("final", twin, seed, final, TWINS[twin])
             if bench.run(ours, until=args.seconds - bench.seconds_of(theirs)) is None or bench.run(theirs, until=args.seconds) is None:
                 break
@@ -249,6 +267,13 @@ def experiment(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def _task(phase: str, name: str, seed: int, tokens: int, setting: Setting, *, common: tuple[str, ...], graphs: bool) -> Task:
     return Task(phase, name, seed, tokens, (*common, *setting.overrides), setting.stage_1, graphs)
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, as in 0/4")
+    return int(index), int(count)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -296,6 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--seconds", type=float, default=math.inf, help="end within so many; the same command goes on")
     run.add_argument("--grid-seconds", type=float, default=math.inf, help="choose among what the grid has by then")
+    run.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="run the I-th of N shares, from 0; other processes run the others")
     run.add_argument("--decode", choices=["graphed", "eager"], default="graphed", help="how single tokens run")
     run.add_argument("--compile", action="store_true", help="compile the blocks, which share graphs; on a GPU a step is one CUDA graph")
     run.add_argument("--no-graphs", action="store_false", dest="graphs", help="compiled blocks under autocast, without CUDA graphs")

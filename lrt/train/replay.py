@@ -3,7 +3,7 @@
 A step of a small model is some thousand kernels of a few microseconds; launched one by one, the processor is slower
 than the GPU. A graph launches them at once. It is captured for each shape and plan of passes, after the compiler has
 run, and replayed on copies of the inputs. On one GPU the masters stay in float32 beside a working copy, and nothing is
-gathered; on several, FSDP (``lrt.train.parallel``) does both.
+gathered; on several, FSDP (``lrt.train.parallel``) does both, and its collectives are part of the graph.
 """
 
 from __future__ import annotations
@@ -152,14 +152,20 @@ class Runner:
 
 def make_runner(model: nn.Module, config: ParallelConfig, world: World) -> Runner | None:
     """What runs a model that ``build_parallel`` made; None: the model itself."""
-    return single_device(model, config, world) if world.working_copy else None
+    if world.working_copy:
+        return single_device(model, config, world)
+    return Runner(model, model, graphs=True) if _graphed(config, world) else None
+
+
+def _graphed(config: ParallelConfig, world: World) -> bool:
+    return config.cuda_graphs and config.compile and world.device.type == "cuda"
 
 
 def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Runner:
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
     parallelize(compute, config, dataclasses.replace(world, sharded=False))
-    return Runner(model, compute, graphs=config.compile and world.device.type == "cuda")
+    return Runner(model, compute, graphs=_graphed(config, world))
 
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
