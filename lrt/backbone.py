@@ -6,6 +6,7 @@ K head width, V vocabulary. Source: spec section 5; facts from the official code
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from lrt.config import ModelConfig
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.mixing import Mixed, columns, mix, usable
 from lrt.recurrence import Gate
-from lrt.types import KV, Handed, KVStore, Projection
+from lrt.types import KV, Handed, KVStore, Later, Projection
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class Context(NamedTuple):
     cos: Tensor  # (1 or B, P, 1, K/2)
     sin: Tensor
     embedding: Tensor | None  # (B, P, D) x_0
-    token_value: Tensor | None  # (B, P, G K) E_v[token]
+    token_value: Any  # Tensor (B, P, G K) E_v[token], or None; before the block runs perhaps Later
     scale: Tensor | None  # (1, 1, 1) a
     embedding_scale: Tensor | None  # (1, 1, 1) b
 
@@ -175,8 +176,26 @@ class TokenTable(nn.Embedding):
         self.output_dtype: torch.dtype | None = None  # None: the table's
         self.lookup = lookup  # the trainer's plan puts a compiled one here
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.lookup(tokens, self.weight, self.output_dtype or self.weight.dtype)
+    def forward(self, tokens: Tensor, anchor: Tensor | None = None) -> Tensor:
+        """Rows of the tokens (B, P) -> (B, P, D).
+
+        Args:
+            anchor: a scalar whose gradient, zero, comes right after the table's; the plan of several GPUs needs one.
+        """
+        rows = self.lookup(tokens, self.weight, self.output_dtype or self.weight.dtype)
+        return rows if anchor is None else _Anchored.apply(rows, anchor)
+
+
+class _Anchored(torch.autograd.Function):
+    """The first argument; the second has a gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, anchor: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, grad.new_zeros((), dtype=torch.float32)
 
 
 class Head(nn.Linear):
@@ -247,8 +266,9 @@ class Decoder(nn.Module):
         embedding_scales = _per_block(self.embedding_scales, self.config.n_layers)
         # Another tensor object: a compiled block that receives one tensor twice would be a graph of its own.
         x0 = hidden.view_as(hidden) if self.embedding_scales is not None else None
-        token_values = [self.value_embeddings[str(i)](tokens) if str(i) in self.value_embeddings else None for i in layers]
-        return hidden, tuple(Context(cos, sin, x0, token_values[i], scales[i], embedding_scales[i]) for i in layers)
+        tables = {int(i): partial(table, tokens) for i, table in self.value_embeddings.items()}
+        token_values = {i: Later(look_up) if torch.is_grad_enabled() else look_up() for i, look_up in tables.items()}
+        return hidden, tuple(Context(cos, sin, x0, token_values.get(i), scales[i], embedding_scales[i]) for i in layers)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden)

@@ -144,5 +144,5 @@ def fan_out(tuples: Sequence[Any]) -> list[Any]:
     return fanned
 
 
-def _worth(x: Tensor) -> bool:
-    return x.requires_grad and x.shape[1] > 1
+def _worth(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and x.shape[1] > 1

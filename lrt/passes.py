@@ -20,7 +20,7 @@ from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
 from lrt.fan import Branch, attached, branch, branch_compiled, fan_out, split
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
-from lrt.types import KV, KVStore, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
+from lrt.types import KV, KVStore, Later, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
 class Row(NamedTuple):
@@ -96,16 +96,23 @@ def run_blocks(
             break
         if keep_inputs:
             inputs.append(hidden)
-        hidden, key, value = block(hidden, received_by[index], contexts[index], None if stores is None else stores[index])
+        hidden, key, value = block(hidden, received_by[index], at_hand(contexts[index]), None if stores is None else stores[index])
         kv.append(KV(attached(key), attached(value)))
         if index + 1 == model.source:
             memory = model.memory_of(hidden)
     return PassOutput(hidden, memory, tuple(kv), tuple(inputs))
 
 
+def at_hand(context: Any) -> Any:
+    """The context with every tensor made."""
+    if not any(isinstance(x, Later) for x in context):
+        return context
+    return type(context)(*(x() if isinstance(x, Later) else x for x in context))
+
+
 def take(context: Any, positions: slice) -> Any:
     """The context of some positions: dimension 1 of every tensor, unless it broadcasts."""
-    return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in context))
+    return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in at_hand(context)))
 
 
 def branch_contexts(contexts: Sequence[Any], groups: int, apart: Branch) -> tuple[list[Any], list[list[Any]]]:
@@ -113,14 +120,24 @@ def branch_contexts(contexts: Sequence[Any], groups: int, apart: Branch) -> tupl
 
     What broadcasts over positions is shared, and a tensor of several blocks is split once.
     """
-    known: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+    known: dict[int, tuple[Any, Sequence[Any]]] = {}
     for context in contexts:
         for x in context:
-            if x is not None and id(x) not in known:
+            if x is None or id(x) in known:
+                continue
+            if isinstance(x, Later):
+                known[id(x)] = _later_apart(x, groups, apart)
+            else:
                 known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else apart(x, groups)
     whole = [type(context)(*(None if x is None else known[id(x)][0] for x in context)) for context in contexts]
     residues = [[type(context)(*(None if x is None else known[id(x)][1][g] for x in context)) for context in contexts] for g in range(groups)]
     return whole, residues
+
+
+def _later_apart(x: Later, groups: int, apart: Branch) -> tuple[Later, list[Later]]:
+    """What ``apart`` gives, once the tensor is made."""
+    both = Later(lambda: apart(x(), groups))
+    return Later(lambda: both()[0]), [Later(lambda g=g: both()[1][g]) for g in range(groups)]  # type: ignore[misc]
 
 
 def build_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
@@ -224,7 +241,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         for residue in set(range(subsets)) - visited:
             newest = memory_inputs(model, received(residue))
             for layer in model.receivers:
-                fresh = model.blocks[layer].refresh(inputs[layer][residue], newest[layer], contexts[residue][layer])
+                fresh = model.blocks[layer].refresh(inputs[layer][residue], newest[layer], at_hand(contexts[residue][layer]))
                 keys[layer][residue], values[layer][residue] = fresh
 
     for step in plan[1:]:

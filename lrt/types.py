@@ -6,6 +6,7 @@ H query heads, G key/value heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -47,6 +48,23 @@ class Handed(NamedTuple):
 
     value: Tensor
     path: Tensor  # of the same shape, never read
+
+
+class Later:
+    """A tensor of a context that is made when a block first asks for it, and then kept.
+
+    What is made in the order of the blocks is also differentiated in their order: a sharded table is gathered while
+    the block before computes, and its gradient is reduced while that block is differentiated.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make: Callable[[], Any] | None = make
+        self._made: Any = None
+
+    def __call__(self) -> Any:
+        if self._make is not None:
+            self._made, self._make = self._make(), None
+        return self._made
 
 
 class PassOutput(NamedTuple):
@@ -104,7 +122,7 @@ class Backbone(Protocol):
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """(hidden (B, P, D), one context a block).
 
-        A context is a tuple of tensors whose dimension 1 is positions, or 1 to broadcast.
+        A context is a tuple of tensors whose dimension 1 is positions, or 1 to broadcast; one may come ``Later``.
         """
         ...
 

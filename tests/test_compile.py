@@ -15,7 +15,7 @@ from lrt.backbone import TokenTable
 from lrt.config import ModelConfig, ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
 from lrt.train.distributed import World
-from lrt.train.replay import Captured, Runner, make_runner, single_device, working_copy
+from lrt.train.replay import Captured, Place, Runner, make_runner, single_device, working_copy
 
 ALONE = World(0, 1, torch.device("cpu"), sharded=False)
 EAGER = ParallelConfig(compile=False, param_dtype="float32")
@@ -154,7 +154,9 @@ def test_a_replay_leaves_the_gradients_of_other_graphs_alone():
             replayed.append(self.number)
 
     runner._graphs = {
-        (tuple(tokens.shape), s, s.plan(16)): Captured(Graph(n), tokens.clone(), targets.clone(), torch.tensor(32), torch.zeros(2), gradients[n])
+        (tuple(tokens.shape), s, s.plan(16), True): {
+            Place(): Captured(Graph(n), tokens.clone(), targets.clone(), torch.tensor(32), torch.zeros(2), gradients[n])
+        }
         for n, s in enumerate(schedules)
     }
     for schedule in schedules:

@@ -158,6 +158,27 @@ def check_replayed(world, folder):
             free_gathered(m)
 
 
+def check_reductions(world, folder):
+    """In the last micro-batch, or in each where memory is dear; a table's while the block before is differentiated."""
+    for reshard, times in (("after_step", {1, 2}), ("after_forward", {4})):  # 2: what the others left may go ahead of the last one's
+        model = awake(build_parallel(recipe_of(**{"parallel.reshard": reshard}), world)).train()
+        reduced = []
+        for name, parameter in named_parameters(model):
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, reduced=reduced: reduced.append(name))
+        batches = (micro_batches(world) * 2)[:4]
+        for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
+            reduced.clear()
+            nothing = SimpleNamespace(step=lambda **_: None, zero_grad=model.zero_grad)
+            train_step(model, nothing, batches, schedule=schedule, seed=1, clip_norm=None, world=world)
+            assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (reshard, schedule, reduced)
+            tables = [name for name in set(reduced) if "value_embeddings" in name]
+            assert len(tables) == 3
+            for name in tables:
+                layer = int(name.split(".")[2])
+                place = {other: index for index, other in enumerate(reduced)}  # the last of each
+                assert layer == 0 or place[name] < place[f"blocks.{layer - 1}.block.query.weight"], reduced
+
+
 def check_operator(world, folder):
     """Blocks that mix at once, as on a GPU in half precision, with the operator's reference in plain torch."""
     before = backbone.usable, mixing._forward
@@ -337,6 +358,7 @@ CHECKS = {
     **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
     "operator": check_operator,
     "replayed": check_replayed,
+    "reductions": check_reductions,
     "optimizer": check_optimizer,
     "muon exact": check_muon_exact,
     "skipped": check_skipped,
@@ -356,11 +378,14 @@ def main(folder: Path) -> None:
             results[name] = "ok"
             try:
                 check(world, folder)
+                if world.device.type == "cuda":
+                    torch.cuda.synchronize()  # a failure belongs to the check that caused it
             except Exception as error:
                 results[name] = traceback.format_exc()
-                if any(word in str(error) for word in ("Timed out", "closed", "NCCL")):
+                if any(word in str(error) for word in ("Timed out", "closed", "NCCL", "CUDA error")):
                     break  # the ranks have lost each other
-        (folder / f"results{world.rank}.json").write_text(json.dumps(results))
+            finally:
+                (folder / f"results{world.rank}.json").write_text(json.dumps(results))
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

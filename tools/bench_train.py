@@ -31,7 +31,7 @@ from lrt.accounting import peak_flops, training_flops
 from lrt.config import DataConfig, ModelConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
 from lrt.model import build
 from lrt.train.distributed import World, open_world
-from lrt.train.parallel import free_gathered, named_parameters
+from lrt.train.parallel import free_gathered, named_parameters, reduce_gradients
 from lrt.train.replay import Runner, forward_backward, single_device
 from lrt.train.weights import build_parallel
 
@@ -104,18 +104,21 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def bare_step(built: Built, schedule: Any, suite: Suite, world: World) -> Callable[[], None]:
-    """Forward and backward as the trainer runs them."""
+def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1) -> Callable[[], None]:
+    """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
     parameters = list(built.model.parameters())
     options = {"schedule": schedule, "seed": 1, "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device)}
 
     def step() -> None:
-        if built.runner is not None:
-            built.runner.forward_backward(tokens, targets, **options)
-        else:
-            forward_backward(built.model, tokens, targets, **options)
-            free_gathered(built.model)
+        for index in range(accumulation):
+            first, last = index == 0, index == accumulation - 1
+            if built.runner is not None:
+                built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
+            else:
+                reduce_gradients(built.model, now=last)
+                forward_backward(built.model, tokens, targets, **options)
+        free_gathered(built.model)
         for parameter in parameters:
             parameter.grad = None
 
@@ -217,7 +220,7 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     models: dict[str | None, Built] = {}
     pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
     subjects: list[Subject] = []
-    tokens = suite.rows * suite.length
+    tokens = suite.rows * suite.length * options.accumulation
     expected = 0
     windows = len(set(suite.model().windows()))
     for key, variant in chosen.items():
@@ -226,7 +229,7 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
             models[variant.sharing] = build_for(recipe, world, options, pool)
         built = models[variant.sharing]
         flops = training_flops(build(recipe, device="meta"), variant.schedule, suite.length)
-        step = bare_step(built, variant.schedule, suite, world)
+        step = bare_step(built, variant.schedule, suite, world, accumulation=options.accumulation)
         subjects.append(Subject(key, step, own_bytes=built.bytes, flops=flops, world=world, tokens=tokens))
         expected += variant.graphs[0] * windows + variant.graphs[1]
     for recurrent in (False, True) if options.reference else ():
@@ -335,6 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
     parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a timed step")
     parser.add_argument("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp-graph on several")
     parser.add_argument("--reshard", default=ParallelConfig().reshard, choices=["after_step", "after_forward"], help="of FSDP")
     parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
@@ -365,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
             say(world, table(results[-1]))
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "plan": options.plan, "reshard": options.reshard, "suites": results,
+            "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,
         }  # fmt: skip
         if options.against:
             one = {(s["suite"], r["variant"]): r for s in json.loads(Path(options.against).read_text())["suites"] for r in s["rows"]}

@@ -44,6 +44,7 @@ class FamilyDecoder(nn.Module):
         self.vocab_size = self.embedding.weight.shape[0]
         self.value_embeddings = nn.ModuleDict()  # none; the native decoder has some, and plans ask for them
         self.softcap = None if family.logit_softcap is None else getattr(self.config, family.logit_softcap)
+        self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
@@ -101,7 +102,8 @@ class FamilyDecoder(nn.Module):
 
     def _mask(self, hidden: Tensor, window: int | None) -> Any:
         """The mask that the decoder's own attention takes in a pass over all positions."""
-        if getattr(self.config, "_attn_implementation", None) is None:
+        implementation = getattr(self.config, "_attn_implementation", None)
+        if implementation is None or (implementation, hidden.shape[1], window) in self._unmasked:
             return None
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -109,7 +111,10 @@ class FamilyDecoder(nn.Module):
         places = torch.arange(hidden.shape[1], device=hidden.device)
         given = {"config": self.config, "inputs_embeds": hidden, "input_embeds": hidden, "cache_position": places}
         accepted = inspect.signature(create).parameters
-        return create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
+        mask = create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
+        if mask is None:  # remembered: while a CUDA graph is captured, transformers makes the mask that it otherwise leaves out
+            self._unmasked.add((implementation, hidden.shape[1], window))
+        return mask
 
 
 def _check_positions(positions: Tensor, learned: Any) -> None:

@@ -69,17 +69,41 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
     for part in (*ends, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection):
         if part is not None:
             shard(part)
+    for table in backbone.value_embeddings.values():
+        table.register_forward_pre_hook(_anchored, prepend=True, with_kwargs=True)
     shard(model)  # the rest: scales and gains
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)  # the loss is already divided by the valid targets of all ranks
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
+    model.reduces_once = config.reshard == "after_step"
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
+
+
+def _anchored(table: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give a token table an input that FSDP can wait for.
+
+    FSDP reduces a module's gradients when those of its inputs have come. Tokens have none, so all tables would be
+    reduced at the end of the backward, while nothing else is left to compute.
+    """
+    if torch.is_grad_enabled():
+        kwargs = {**kwargs, "anchor": torch.zeros((), device=args[0].device, requires_grad=True)}
+    return args, kwargs
+
+
+def reduce_gradients(model: Any, now: bool) -> None:
+    """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
+
+    Where gathered parameters stay until the step's end, so do gradients: one reduction a step, whatever the number of
+    micro-batches. ``parallel.reshard = "after_forward"`` needs less memory and always reduces.
+    """
+    if getattr(model, "reduces_once", False):
+        model.set_requires_gradient_sync(now)
 
 
 def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:

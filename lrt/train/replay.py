@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lrt.config import ParallelConfig
 from lrt.train.distributed import World
-from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, token_tables
+from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, reduce_gradients, token_tables
 from lrt.types import Pass, Schedule
 
 GRAPHS = 4  # graphs kept at most, each with gradients of its own: a schedule with more plans runs the others eagerly
@@ -32,6 +32,17 @@ def forward_backward(
     out = model(input_ids, targets=targets, schedule=schedule, valid_targets=valid_targets, generator=generator)
     out.loss.backward()
     return torch.stack([out.loss.detach(), *out.groups])
+
+
+class Place(NamedTuple):
+    """Where a micro-batch stands in its step: the first gathers parameters, the last reduces gradients and frees both."""
+
+    first: bool = True
+    last: bool = True
+
+
+ALONE = (Place(),)
+ACCUMULATED = (Place(last=False), Place(first=False, last=False), Place(first=False))  # captured in this order
 
 
 class Captured(NamedTuple):
@@ -58,7 +69,7 @@ class Runner:
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
-        self._graphs: dict[Any, Captured] | None = {} if graphs else None
+        self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
 
     @torch.no_grad()
@@ -69,7 +80,9 @@ class Runner:
             torch._foreach_copy_([w for w, _ in pairs], [m for _, m in pairs])
         return self.compute
 
-    def forward_backward(self, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor) -> Tensor:
+    def forward_backward(
+        self, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor, first: bool = True, last: bool = True
+    ) -> Tensor:
         """Add the gradients of one micro-batch to the masters'.
 
         Args:
@@ -77,20 +90,23 @@ class Runner:
             schedule: passes of the forward.
             seed: for schedules that draw their order.
             valid_targets: number of targets that normalises the loss.
+            first, last: of the step's micro-batches; the gradients may be there only after the last.
 
         Returns:
             1-D: the loss, then the loss of every group.
         """
+        place = Place(first, last) if getattr(self.compute, "reduces_once", False) else Place()
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
-        key = (tuple(input_ids.shape), schedule, plan)
+        key = (tuple(input_ids.shape), schedule, plan, place in ALONE)
         if self._graphs is None or (key not in self._graphs and len(self._graphs) == GRAPHS):
-            scores = self._run(input_ids, targets, schedule, seed, valid_targets)
+            scores = self._run(input_ids, targets, schedule, seed, valid_targets, last=place.last)
             self._hand_over(self._take_gradients())
             return scores
         if key not in self._graphs:
-            self._graphs[key] = self._capture(input_ids, targets, schedule, seed, valid_targets)
-        captured = self._graphs[key]
-        for master, *known in zip(self._masters, *(one.gradients for one in self._graphs.values())):
+            places = ALONE if place in ALONE else ACCUMULATED
+            self._graphs[key] = self._capture(places, input_ids, targets, schedule, seed, valid_targets)
+        captured = self._graphs[key][place]
+        for master, *known in zip(self._masters, *(one.gradients for places in self._graphs.values() for one in places.values())):
             if master.grad is not None and any(master.grad is gradient for gradient in known):
                 master.grad = master.grad.clone()  # the replay may overwrite it: graphs share their memory
         captured.input_ids.copy_(input_ids, non_blocking=True)
@@ -100,10 +116,12 @@ class Runner:
         self._hand_over(captured.gradients)
         return captured.scores.clone()
 
-    def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor) -> Tensor:
+    def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, last: bool = True) -> Tensor:
         self.refresh()
+        reduce_gradients(self.compute, now=last)
         scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
-        free_gathered(self.compute)
+        if last:
+            free_gathered(self.compute)
         return scores
 
     def _take_gradients(self) -> tuple[Tensor | None, ...]:
@@ -127,7 +145,10 @@ class Runner:
         if more:
             torch._foreach_add_([old for old, _ in more], [new for _, new in more])
 
-    def _capture(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor) -> Captured:
+    def _capture(
+        self, places: tuple[Place, ...], input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor
+    ) -> dict[Place, Captured]:
+        """One graph for each place, in the order in which they will be replayed: what one leaves behind the next takes up."""
         kept = [p.grad for p in self._masters]  # token tables are shared, so the passes below would add to them
         for master in self._masters:
             master.grad = None
@@ -141,13 +162,16 @@ class Runner:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's own pool will hold what the passes above took
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            scores = self._run(*inputs[:2], schedule, seed, inputs[2])
-            gradients = self._take_gradients()
+        captured = {}
+        for place in places:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                scores = self._run(*inputs[:2], schedule, seed, inputs[2], last=place.last)
+                gradients = self._take_gradients()
+            captured[place] = Captured(graph, *inputs, scores, gradients)
         for master, gradient in zip(self._masters, kept):
             master.grad = gradient
-        return Captured(graph, *inputs, scores, gradients)
+        return captured
 
 
 def make_runner(model: nn.Module, config: ParallelConfig, world: World) -> Runner | None:

@@ -13,7 +13,7 @@ from lrt.loss import IGNORE
 from lrt.train.distributed import World
 from lrt.train.metrics import Late
 from lrt.train.optimizers import MuonAdamW, gradient_norm, scale_gradients
-from lrt.train.parallel import free_gathered
+from lrt.train.parallel import free_gathered, reduce_gradients
 from lrt.train.replay import Runner, forward_backward
 from lrt.types import Schedule
 
@@ -65,11 +65,13 @@ def train_step(
     # Normalised by the targets of all ranks and accumulation steps, and summed: equal to one large batch.
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
     scores: Tensor | None = None
-    for batch in batches:
+    for index, batch in enumerate(batches):
         options: dict[str, Any] = {"schedule": schedule, "seed": seed, "valid_targets": valid}
+        last = index == len(batches) - 1
         if runner is not None:
-            part = runner.forward_backward(batch.input_ids, batch.targets, **options)
+            part = runner.forward_backward(batch.input_ids, batch.targets, **options, first=index == 0, last=last)
         else:
+            reduce_gradients(model, now=last)
             part = forward_backward(model, batch.input_ids, batch.targets, **options)
         scores = part if scores is None else scores + part
     free_gathered(model)
