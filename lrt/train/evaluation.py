@@ -54,7 +54,7 @@ def evaluate(
 
 def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
     for module in fsdp_modules(model):
-        module.set_reshard_after_forward(reshard, recurse=False)
+        module.set_reshard_after_forward(reshard and module is not model, recurse=False)  # the root's parameters stay, as in the plan
 
 
 def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:

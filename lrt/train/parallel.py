@@ -71,7 +71,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
             shard(part)
     for table in backbone.value_embeddings.values():
         table.register_forward_pre_hook(_anchored, prepend=True, with_kwargs=True)
-    shard(model)  # the rest: scales and gains
+    # The rest: scales and gains. They stay: FSDP finds no tensors in the model's output (torch 2.11), so nothing would gather them again.
+    shard(model, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)  # the loss is already divided by the valid targets of all ranks
         module.set_force_sum_reduction_for_comms(True)
