@@ -273,11 +273,10 @@ def check_saved(world, folder):
     """What two ranks save, one process reads (see the test), and two ranks read what one process saved."""
     recipe = recipe_of()
     model, optimizer, _ = steps(recipe, world, micro_batches(world))
-    manager = CheckpointManager(
-        folder / "two", config=CheckpointConfig(), recipe=recipe, rank=world.rank, world_size=world.size, process_group=world.checkpoint_group
-    )
+    said, place = [], {"rank": world.rank, "world_size": world.size, "process_group": world.checkpoint_group}
+    manager = CheckpointManager(folder / "two", config=CheckpointConfig(), recipe=recipe, report=said.append, **place)
     manager.save(4, tensors=_tensors(model, optimizer), rank_state={"rank": world.rank}, meta={})
-    assert manager.wait()
+    assert manager.wait(), said
     whole = gather(model, world)
     if world.main:
         torch.save(whole, folder / "two.pt")
