@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.types import Handed, at_least_float32
@@ -32,10 +33,16 @@ def _add_up_compiled() -> Callable[[list[Tensor]], Tensor]:
     return torch.compile(add_up, dynamic=False)  # not when this file is imported: the compiler takes a second to come
 
 
-def interleave(whole: Tensor | None, parts: list[Tensor | None]) -> Tensor:
-    """``whole`` (B, S n, ...) plus each of S parts (B, n, ...) at the positions g, g + S, ...; None is zero, but not every part is."""
-    shape = next(part for part in parts if part is not None)
-    together = torch.stack([torch.zeros_like(shape) if part is None else part for part in parts], 2).flatten(1, 2)
+def interleave(whole: Tensor | None, parts: list[Tensor | None], length: int) -> Tensor:
+    """``whole`` (B, S n, ...) plus each of S parts (B, up to n, ...) at the positions g, g + S, ...; None is zero, but not every part is.
+
+    Args:
+        length: n; what a part lacks at its end is zero.
+    """
+    given = next(part for part in parts if part is not None)
+    missing = given.new_zeros(1, 1, 1).expand(given.shape[0], length, given.shape[2])
+    long = [missing if part is None else F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts]
+    together = torch.stack(long, 2).flatten(1, 2)
     return together if whole is None else (at_least_float32(together) + whole).to(together.dtype)
 
 
@@ -63,21 +70,32 @@ class _Fan(torch.autograd.Function):
 
 
 class _Branch(torch.autograd.Function):
-    """An alias, and views of every S-th position; S divides the length."""
+    """An alias, views of every S-th position, and these views without their last; S divides the length."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # what no pass read adds nothing
-        return x.view_as(x), *x.unflatten(1, (-1, groups)).unbind(2)
+        ctx.length = x.shape[1] // groups
+        parts = x.unflatten(1, (-1, groups)).unbind(2)
+        return x.view_as(x), *parts, *(part[:, :-1] for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, whole: Tensor | None, *parts: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, whole: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        parts = [_sum(part, short) for part, short in zip(grads[: len(grads) // 2], grads[len(grads) // 2 :])]
         given = [part for part in parts if part is not None]
         if not given:
             return whole, None
         flat = [None if part is None else part.flatten(2) for part in parts]
-        total = (_interleave_compiled() if given[0].is_cuda else interleave)(None if whole is None else whole.flatten(2), flat)
+        put_back = _interleave_compiled() if given[0].is_cuda else interleave
+        total = put_back(None if whole is None else whole.flatten(2), flat, ctx.length)
         return total.view(total.shape[0], -1, *given[0].shape[2:]), None
+
+
+def _sum(part: Tensor | None, short: Tensor | None) -> Tensor | None:
+    """The gradient of some positions, where all but the last may have one more."""
+    if part is None or short is None:
+        return short if part is None else part
+    return part + F.pad(short, (0, 0) * (part.ndim - 2) + (0, part.shape[1] - short.shape[1]))
 
 
 def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
@@ -87,20 +105,29 @@ def split(x: Tensor, groups: int) -> tuple[Tensor, ...]:
     return tuple(x[:, g::groups] for g in range(groups))
 
 
-Branch = Callable[[Tensor, int], tuple[Tensor, tuple[Tensor, ...]]]
+class Branched(NamedTuple):
+    """A tensor (B, T, ...) and its positions by residue."""
+
+    whole: Tensor  # for a pass over all positions
+    parts: tuple[Tensor, ...]  # entry g: positions g, g + S, ...
+    shorter: tuple[Tensor, ...]  # the same without their last, where that costs the backward nothing: keys that a pass reads one step late
 
 
-def branch(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A tensor (B, T, ...) for a pass over all positions, and ``split`` for passes over residues; autograd adds the gradients."""
-    return x, split(x, groups)
+Branch = Callable[[Tensor, int], Branched]
 
 
-def branch_compiled(x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def branch(x: Tensor, groups: int) -> Branched:
+    """A tensor for passes over all positions and over residues; autograd adds the gradients."""
+    parts = split(x, groups)
+    return Branched(x, parts, parts)
+
+
+def branch_compiled(x: Tensor, groups: int) -> Branched:
     """The same, with one kernel that adds the gradients; on a GPU it needs the compiler."""
     if x.shape[1] % groups or x.ndim < 3 or not (x.requires_grad and torch.is_grad_enabled()):
         return branch(x, groups)
     whole, *parts = _Branch.apply(x, groups)
-    return whole, tuple(parts)
+    return Branched(whole, tuple(parts[:groups]), tuple(parts[groups:]))
 
 
 class _Attach(torch.autograd.Function):

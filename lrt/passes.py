@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
-from lrt.fan import Branch, attached, branch, branch_compiled, fan_out, split
+from lrt.fan import Branch, Branched, attached, branch, branch_compiled, fan_out, split
 from lrt.kernels import block_mask, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, Later, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -120,7 +120,7 @@ def branch_contexts(contexts: Sequence[Any], groups: int, apart: Branch) -> tupl
 
     What broadcasts over positions is shared, and a tensor of several blocks is split once.
     """
-    known: dict[int, tuple[Any, Sequence[Any]]] = {}
+    known: dict[int, tuple[Any, Sequence[Any]]] = {}  # for all positions, and by residue
     for context in contexts:
         for x in context:
             if x is None or id(x) in known:
@@ -128,7 +128,7 @@ def branch_contexts(contexts: Sequence[Any], groups: int, apart: Branch) -> tupl
             if isinstance(x, Later):
                 known[id(x)] = _later_apart(x, groups, apart)
             else:
-                known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else apart(x, groups)
+                known[id(x)] = (x, (x,) * groups) if x.shape[1] == 1 else apart(x, groups)[:2]
     whole = [type(context)(*(None if x is None else known[id(x)][0] for x in context)) for context in contexts]
     residues = [[type(context)(*(None if x is None else known[id(x)][1][g] for x in context)) for context in contexts] for g in range(groups)]
     return whole, residues
@@ -220,16 +220,15 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
     """Initialization, then passes over residues; the buffer holds one entry a residue."""
     subsets = plan[1].step
     apart = branch_compiled if compiled(model) else branch
-    everywhere, hidden = apart(row.hidden, subsets)
+    everywhere, hidden, _ = apart(row.hidden, subsets)
     all_contexts, contexts = branch_contexts(row.contexts, subsets, apart)
     first = run_blocks(model, everywhere, all_contexts, None, stores=_whole_row(model, row), keep_inputs=schedule.kv_refresh)
     assert first.memory is not None
     results = [PassResult(plan[0], first.hidden, first.memory)]
     starts = None if row.starts is None else split(row.starts, subsets)
-    inputs = [apart(x, subsets)[1] for x in first.inputs]
-    memory = list(apart(_cut(first.memory, schedule), subsets)[1])
-    keys = [list(apart(_cut(kv.key, schedule), subsets)[1]) for kv in first.kv]
-    values = [list(apart(_cut(kv.value, schedule), subsets)[1]) for kv in first.kv]
+    inputs = [apart(x, subsets).parts for x in first.inputs]
+    memory = list(apart(_cut(first.memory, schedule), subsets).parts)
+    keys, values = ([_Entries(apart(_cut(x, schedule), subsets)) for x in both] for both in zip(*first.kv))
     visited: set[int] = set()
 
     def received(residue: int) -> Tensor:
@@ -250,7 +249,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         if schedule.kv_refresh:
             refresh()
         masks = residue_masks(model, row, groups=subsets, residue=residue)
-        stores: list[Any] = [Buffer(tuple(k), tuple(v), residue, mask) for k, v, mask in zip(keys, values, masks)]
+        stores: list[Any] = [Buffer(k.read_by(residue, mask), v.read_by(residue, mask), residue, mask) for k, v, mask in zip(keys, values, masks)]
         if step is plan[-1]:
             stores = [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: a compiled first block would otherwise be a graph of its own.
@@ -263,6 +262,20 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         for layer, kv in enumerate(out.kv):
             keys[layer][residue], values[layer][residue] = _cut(kv.key, schedule), _cut(kv.value, schedule)
     return results
+
+
+class _Entries:
+    """One block's keys or values in the buffer, an entry (B, n, G, K) a residue."""
+
+    def __init__(self, known: Branched) -> None:
+        self._all, self._shorter = list(known.parts), list(known.shorter)
+
+    def __setitem__(self, residue: int, fresh: Tensor) -> None:
+        self._all[residue] = self._shorter[residue] = fresh
+
+    def read_by(self, residue: int, mask: Mask) -> tuple[Tensor, ...]:
+        """What a pass over ``residue`` sees: of later residues all but the last entry, unless a mask says so."""
+        return tuple(all_ if mask is not None or g <= residue else shorter for g, (all_, shorter) in enumerate(zip(self._all, self._shorter)))
 
 
 def _chunks(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:

@@ -205,11 +205,15 @@ def steps(recipe, world, batches, count=4):
 
 
 def check_optimizer(world, folder):
-    """Same start, same data: after four steps of Muon and AdamW on 2 ranks the weights are those of one process."""
+    """Same start, same data: after four steps of Muon and AdamW on 2 ranks the weights are those of one process.
+
+    On a GPU Muon's directions are bfloat16, so a rounding of the gradients may move them by 2**-8.
+    """
+    close, near = ({"rtol": 1e-4, "atol": 1e-5}, 2e-3) if world.device.type == "cpu" else ({"rtol": 2**-8, "atol": 2**-8}, 5e-2)
     recipe = recipe_of()
     model, _, numbers = steps(recipe, world, micro_batches(world))
     plain, _, expected = steps(recipe, alone(world), [rows(world)])
-    torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(numbers, expected, **close)
     whole = gather(model, world)
     if world.main:
         plain = plain.cpu()
@@ -217,7 +221,7 @@ def check_optimizer(world, folder):
         for name, value in plain.named_parameters():
             moved = (value - start[name]).norm()
             assert moved > 0, name
-            assert (whole[name] - value).norm() < 2e-3 * moved, (name, float((whole[name] - value).norm() / moved))
+            assert (whole[name] - value).norm() < near * moved, (name, float((whole[name] - value).norm() / moved))
 
 
 def check_muon_exact(world, folder):

@@ -139,7 +139,7 @@ def test_only_compiled_blocks_take_helpers_that_need_the_compiler(monkeypatch):
     config = ModelConfig(n_layers=2, width=32, n_heads=2, vocab_size=64, sequence_length=16)
     model, used = build_model(config, RecurrenceConfig()), []
     model.init_weights()
-    monkeypatch.setattr(fan, "interleave", lambda whole, parts, add=fan.interleave: used.append(1) or add(whole, parts))
+    monkeypatch.setattr(fan, "interleave", lambda *given, add=fan.interleave: used.append(1) or add(*given))
     monkeypatch.setattr(fan, "add_up", lambda parts, add=fan.add_up: used.append(2) or add(parts))
     tokens = torch.randint(0, 64, (2, 17))
     for compiled in (False, True):
@@ -157,14 +157,16 @@ def test_split_and_natural_order_are_inverse(length, groups):
     assert torch.equal(natural_order(parts), x)
 
 
-@given(per_group=st.integers(1, 4), groups=st.integers(2, 4), read=st.lists(st.booleans(), min_size=5, max_size=5), seed=st.integers(0, 99))
+@given(per_group=st.integers(1, 4), groups=st.integers(2, 4), read=st.lists(st.booleans(), min_size=9, max_size=9), seed=st.integers(0, 99))
 def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
-    """The whole and any of its residues may be read, or none."""
+    """The whole and any of its residues may be read, these also without their last, or none."""
     torch.manual_seed(seed)
     x = torch.randn(2, per_group * groups, 3, dtype=torch.float64, requires_grad=True)
-    whole, parts = branch_compiled(x, groups)
-    plain = [x, *(x[:, g::groups] for g in range(groups))]
-    terms = [[(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in ([whole, *parts], plain)]
+    whole, parts, shorter = branch_compiled(x, groups)
+    plain = [x, *(x[:, g::groups] for g in range(groups)), *(x[:, g::groups][:, :-1] for g in range(groups))]
+    branched = [whole, *parts, *shorter]
+    assert all(torch.equal(a, b) for a, b in zip(branched, plain, strict=True))
+    terms = [[(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in (branched, plain)]
     if terms[0]:
         got, want = (torch.autograd.grad(sum(t), x)[0] for t in terms)
         torch.testing.assert_close(got, want)
