@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+GPU_DTYPE = torch.bfloat16  # of directions on a GPU; elsewhere that of the gradients
 Coefficients = Sequence[tuple[float, float, float]]
 Direction = Callable[..., tuple[Tensor, Tensor]]
 
@@ -162,7 +163,7 @@ def muon_step(
     torch._foreach_copy_([local(m) for m in momenta], list(average.unbind()))
     nesterov = gradient.lerp_(average, momentum)
     # The computation's dtype also travels between the ranks: the same rounding, half the bytes.
-    nesterov = nesterov.to(torch.bfloat16 if nesterov.is_cuda else nesterov.dtype)
+    nesterov = nesterov.to(GPU_DTYPE if nesterov.is_cuda else nesterov.dtype)
 
     moments = torch.stack(list(second_moments))
     update, moments = _on_owners(nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: direction(g, m, rate=(1.0 - beta2) * finite))
