@@ -359,7 +359,11 @@ MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs,
     ("lrt_12l", 16, 131072, 1, STEP, 29.7),
     ("baseline_20l", 8, 16384, 1, BARE, 23.1),
     ("lrt_20l", 8, 16384, 1, BARE, 38.8),
-    ("baseline_20l", 8, 32768, 2, BARE, 21.5),
+    ("baseline_20l", 8, 32768, 2, BARE, 22.3),
+    ("lrt_20l", 8, 32768, 2, BARE, 38.1),
+    ("lrt_20l", 8, 524288, 2, BARE, 42.9),
+    ("lrt_20l parallel.reshard=after_forward", 8, 32768, 2, BARE, 35.7),
+    ("lrt_12l", 16, 262144, 2, STEP, 29.7),
 ]
 
 
