@@ -47,7 +47,7 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
 
 
 def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
-    """Estimate the peak memory of one GPU; within a twentieth of eleven measured peaks of the native decoder, 14 % too high for a twelfth (docs/train.md).
+    """Estimate the peak memory of one GPU; within 4 % of eleven measured peaks of the native decoder, 14 % above a twelfth (docs/train.md).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
