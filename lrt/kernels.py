@@ -158,8 +158,8 @@ def merged_attention(
 
     Args:
         query: (B, n_residue, H, K), already rotated and normalized.
-        keys, values: S tensors each, entry g of shape (B, n_g, G, K), n_g = ceil((T - g) / S); strided views are
-            fine (last dimension contiguous). H must be a multiple of G.
+        keys, values: S tensors each, entry g of shape (B, n_g, G, K), n_g = ceil((T - g) / S), or one less where no
+            query sees the last; strided views are fine (last dimension contiguous). H must be a multiple of G.
         residue: which group the queries are, 0 .. S-1; S or more: the position of the first query.
         window: a query sees keys at most this many positions back (and itself); None: all.
         scale: factor on the scores.
@@ -285,7 +285,7 @@ def block_mask(
     from torch.nn.attention.flex_attention import create_block_mask
 
     if documents is not None:
-        seen = _visible(groups=groups, residue=torch.tensor(residue).to(device, non_blocking=True), window=window, documents=documents)
+        seen = _visible(groups=groups, residue=torch.full((), residue, device=device), window=window, documents=documents)
         queries = len(range(residue, length, groups))
         return create_block_mask(seen, documents.shape[0], None, queries, length, device=str(device), _compile=True)
     return _static_block_mask(length, groups, residue, window, device)

@@ -206,6 +206,11 @@ class ParallelConfig:
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
 
+    @property
+    def reduces_once(self) -> bool:
+        """Whether gradients of several ranks are summed once a step; not where micro-batches would be added up in bfloat16."""
+        return self.reshard == "after_step" and "float32" in (self.param_dtype, self.reduce_dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

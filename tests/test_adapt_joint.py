@@ -146,10 +146,6 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
-
-
 def test_a_mask_that_was_left_out_stays_out(monkeypatch):
     """Some versions of transformers make it while a CUDA graph is captured: the compiled blocks would be compiled anew there."""
     from transformers import masking_utils
@@ -160,3 +156,7 @@ def test_a_mask_that_was_left_out_stays_out(monkeypatch):
     monkeypatch.setattr(masking_utils, "create_causal_mask", lambda **_: torch.ones(1, 1, 6, 6, dtype=torch.bool))
     assert all(context.mask is None for context in backbone.embed(tokens, places)[1])
     assert all(context.mask is not None for context in backbone.embed(tokens[:, :5], places[:5])[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -97,7 +97,11 @@ def awake(model):
 
 def gradients(recipe, world, batches, schedule):
     """Loss and whole gradients, by the training step itself with an optimizer that only looks."""
-    model = awake(build_parallel(recipe, world)).train()
+    return look(awake(build_parallel(recipe, world)).train(), world, batches, schedule)
+
+
+def look(model, world, batches, schedule, *, rate=0.0, runner=None):
+    """The same for a model that is there, which then moves against its gradients."""
     seen = {}
 
     class Look:
@@ -106,11 +110,13 @@ def gradients(recipe, world, batches, schedule):
             for name, p in named_parameters(model):
                 if p.grad is not None:
                     seen[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+                    p.data.add_(p.grad, alpha=-rate)
 
         def zero_grad(self, set_to_none):
-            pass
+            for p in model.parameters():
+                p.grad = None
 
-    return train_step(model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world), seen
+    return train_step(model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world, runner=runner), seen
 
 
 @contextlib.contextmanager
@@ -136,41 +142,48 @@ def check_gradients(world, folder, plan, schedule):
 
 
 def check_replayed(world, folder):
-    """The runner leaves the gradients of the sharded model: over two micro-batches, again after an update; on a GPU as CUDA graphs."""
-    recipe = recipe_of()
-    models = [awake(build_parallel(recipe, world)).train() for _ in range(2)]
-    batches = micro_batches(world)
-    if len(batches) < 2:
-        batches *= 2
-    for schedule in (lrt.interleaved(2), lrt.refine(1)):
-        runner = Runner(models[0], models[0], graphs=world.device.type == "cuda")
-        for _ in range(2):
-            numbers = []
-            for model, runs in zip(models, (runner, None)):
-                optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
-                more = {"schedule": schedule, "seed": 0, "clip_norm": 1.0, "world": world, "runner": runs}
-                numbers.append(train_step(model, optimizer, batches, **more))
-            torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
-        model, plain = models
-        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in models]  # outside the graph
-        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-3)
-        for m in models:
+    """The runner leaves the gradients of the sharded model: over one and four micro-batches, and after updates; on a GPU as CUDA graphs."""
+    ours, plain = (awake(build_parallel(recipe_of(), world)).train() for _ in range(2))
+    batches = (micro_batches(world) * 2)[:4]
+    for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
+        runner = Runner(ours, ours, graphs=world.device.type == "cuda")
+        for count in (4, 1, 4):
+            numbers, seen = look(ours, world, batches[:count], schedule, rate=0.1, runner=runner)
+            expected, gradients = look(plain, world, batches[:count], schedule, rate=0.1)
+            torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+            assert seen.keys() == gradients.keys() and len(seen) > 10
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in (ours, plain)]  # outside the graph
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
+        for m in (ours, plain):
             free_gathered(m)
+    if world.size > 1 and len(batches) > 1:
+        uneven = [batches[0], Batch(batches[1].input_ids[:, :-1], batches[1].targets[:, :-1], ())]
+        with pytest.raises(ValueError, match="another shape"):
+            look(ours, world, uneven, lrt.interleaved(2), runner=runner)
 
 
 def check_reductions(world, folder):
     """In the last micro-batch, or in each where memory is dear; a table's while the block before is differentiated."""
-    for reshard, times in (("after_step", {1, 2}), ("after_forward", {4})):  # 2: what the others left may go ahead of the last one's
-        model = awake(build_parallel(recipe_of(**{"parallel.reshard": reshard}), world)).train()
+    half = {"parallel.param_dtype": "bfloat16"}
+    for more, times in (
+        (half, {1, 2}),  # 2: what the others left may go ahead of the last one's
+        ({}, {1, 2}),
+        ({"parallel.reshard": "after_forward"}, {4}),
+        ({**half, "parallel.reduce_dtype": "bfloat16"}, {4}),  # otherwise micro-batches would be added up in bfloat16
+    ):
+        model = awake(build_parallel(recipe_of(**more), world)).train()
         reduced = []
         for name, parameter in named_parameters(model):
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, reduced=reduced: reduced.append(name))
         batches = (micro_batches(world) * 2)[:4]
-        for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
+        # Without memory first: nothing has called its projection then.
+        for schedule in (lrt.baseline(), lrt.chunked(T), lrt.interleaved(2), lrt.refine(1)):
             reduced.clear()
             nothing = SimpleNamespace(step=lambda **_: None, zero_grad=model.zero_grad)
             train_step(model, nothing, batches, schedule=schedule, seed=1, clip_norm=None, world=world)
-            assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (reshard, schedule, reduced)
+            assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (more, schedule, reduced)
             tables = [name for name in set(reduced) if "value_embeddings" in name]
             assert len(tables) == 3
             for name in tables:
@@ -325,11 +338,14 @@ def check_mesh(world, folder):
 
 
 def check_bfloat16(world, folder):
-    """Masters stay float32; the computation in bfloat16 is near the one in float32."""
-    recipe = recipe_of(**{"parallel.param_dtype": "bfloat16"})
-    numbers, seen = gradients(recipe, world, micro_batches(world), lrt.interleaved(2))
+    """Masters stay float32, and so does the sum over micro-batches; the computation in bfloat16 is near the one in float32."""
+    half, batches = {"parallel.param_dtype": "bfloat16"}, micro_batches(world) * 4
+    numbers, seen = gradients(recipe_of(**half), world, batches, lrt.interleaved(2))
+    _, each = gradients(recipe_of(**half, **{"parallel.reshard": "after_forward"}), world, batches, lrt.interleaved(2))  # reduced in each
     expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
-    assert all(g.dtype == torch.float32 for g in seen.values())
+    assert all(g.dtype == torch.float32 for g in seen.values()) and seen.keys() == each.keys() == plain.keys()
+    for name, gradient in each.items():
+        assert (seen[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     assert abs(float(numbers[0] - expected[0])) < 0.05 * float(expected[0])
     assert numbers[0] != expected[0]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 import lrt
-from lrt import fan
+from lrt import fan, passes
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.fan import branch_compiled, fan_out, split
@@ -170,6 +170,43 @@ def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
     if terms[0]:
         got, want = (torch.autograd.grad(sum(t), x)[0] for t in terms)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("length", "subsets", "more", "cut"),
+    [
+        (8, 2, {}, True),
+        (8, 4, {"order": "random"}, True),
+        (4, 4, {}, True),
+        (2, 4, {}, True),
+        (6, 3, {"sweeps": 2}, True),
+        (8, 4, {"kv_refresh": True}, False),  # then no key is the initialization's
+        (6, 3, {"cut_gradient": True}, False),
+        (7, 3, {}, False),
+    ],
+)
+def test_keys_without_their_last_change_nothing(length, subsets, more, cut, monkeypatch):
+    """As on a GPU, where no mask asks for all of them: loss and gradients are those of the plain path."""
+    model = build_model(ModelConfig(n_layers=3, width=32, n_heads=2, vocab_size=64, sequence_length=length), RecurrenceConfig()).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens, seen = torch.randint(0, 64, (2, length + 1)), []
+
+    def gradients():
+        model.zero_grad()
+        schedule, generator = lrt.interleaved(subsets, **more), torch.Generator().manual_seed(1)
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:], schedule=schedule, generator=generator).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = gradients()
+    read = passes._Entries.read_by
+    monkeypatch.setattr(passes, "residue_masks", lambda model, row, groups, residue: [None] * len(model.blocks))
+    monkeypatch.setattr(passes, "compiled", lambda model: True)
+    monkeypatch.setattr(passes._Entries, "read_by", lambda self, *place: seen.append([x.shape[1] for x in read(self, *place)]) or read(self, *place))
+    torch.testing.assert_close(gradients(), expected)
+    whole = [len(range(g, length, min(subsets, length))) for g in range(min(subsets, length))]
+    assert any(lengths != whole for lengths in seen) == cut
 
 
 # ------------------------------------------------------------------ kernels, on a GPU

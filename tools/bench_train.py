@@ -116,7 +116,7 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
             if built.runner is not None:
                 built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
             else:
-                reduce_gradients(built.model, now=last)
+                reduce_gradients(built.model, schedule, now=last)
                 forward_backward(built.model, tokens, targets, **options)
         free_gathered(built.model)
         for parameter in parameters:

@@ -208,11 +208,18 @@ class Experiment:
             return bits_per_byte(model, recipe, self.held_out, self.sizes, runner=self.runner)
 
     def wait_for(self, tasks: Sequence[Task], *, until: float) -> list[dict[str, Any]]:
-        """The lines of tasks that ran; where other processes run shares of them, when all have or ``until`` has passed."""
+        """The lines of tasks that ran; none where others run shares of them and not all have ended ``until`` seconds from the start."""
+        waiting = False
         while True:
             found = [line for task in tasks if (line := self.done(task))]
-            if self.args.share[1] == 1 or len(found) == len(tasks) or time.perf_counter() - self.begin > until:
+            if self.args.share[1] == 1 or len(found) == len(tasks):
                 return found
+            if time.perf_counter() - self.begin > until:
+                print(f"{len(tasks) - len(found)} runs of other shares are missing: nothing is chosen", file=sys.stderr, flush=True)
+                return []
+            if not waiting:
+                print(f"waiting for {len(tasks) - len(found)} runs of other shares", file=sys.stderr, flush=True)
+            waiting = True
             time.sleep(1)
             self.lines = read_lines(self.args.results)
 
@@ -261,7 +268,7 @@ def experiment(args: argparse.Namespace, recipe: Recipe) -> None:
             ours, theirs = make("final", chosen, seed, final, GRID[chosen]), make("final", twin, seed, final, TWINS[twin])
             if bench.run(ours, until=args.seconds - bench.seconds_of(theirs)) is None or bench.run(theirs, until=args.seconds) is None:
                 break
-    print(table(bench.lines))
+    print(table(read_lines(args.results)))
     print(f"{time.perf_counter() - bench.begin:.0f} s; what is missing runs by the same command")
 
 

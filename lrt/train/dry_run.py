@@ -81,12 +81,11 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     else:
         logits = (2 + (groups if chunk == tokens else 1)) * 4.0 * chunk * model.vocab_size
     gradients = 4.0 * trained / shards
-    together = world_size > 1 and parallel.reshard == "after_step"  # then gradients are reduced once a step
     parts = Memory(
         masters=4.0 * parameters.total / shards,
         copies=size * copied,
         optimizer=4.0 * (2.0 * trained - by_muon) / shards,
-        kept_gradients=(4.0 * trained if together else gradients) if horizon.accumulation > 1 else 0.0,
+        kept_gradients=(4.0 * trained if world_size > 1 and parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0,
         activations=size * (kept[parallel.activation_checkpointing] * n_layers * tokens * passes + one_block),
         logits=logits,
         update=gradients + 6 * 4.0 * stack / shards,  # Muon stacks gradients, momenta, updates and weights

@@ -23,6 +23,7 @@ from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
 from lrt.train.distributed import World
+from lrt.types import Schedule
 
 # Memory projections and adapted blocks return views; nothing here writes into them, which is what FSDP warns of.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP(KVProjection|RecurrentBlock)\) returned a view tensor")
@@ -78,7 +79,7 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    model.reduces_once = config.reshard == "after_step"
+    model.reduces_once = config.reduces_once
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
@@ -86,25 +87,29 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         register_fsdp_forward_method(block, "refresh")
 
 
-def _anchored(table: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _anchored(table: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Give a token table an input that FSDP can wait for.
 
     FSDP reduces a module's gradients when those of its inputs have come. Tokens have none, so all tables would be
     reduced at the end of the backward, while nothing else is left to compute.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and table.weight.requires_grad:
         kwargs = {**kwargs, "anchor": torch.zeros((), device=args[0].device, requires_grad=True)}
     return args, kwargs
 
 
-def reduce_gradients(model: Any, now: bool) -> None:
+def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
     """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
 
-    Where gathered parameters stay until the step's end, so do gradients: one reduction a step, whatever the number of
-    micro-batches. ``parallel.reshard = "after_forward"`` needs less memory and always reduces.
+    Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of blocks with
+    several passes in two parts, what the micro-batches before left going ahead). ``reshard = "after_forward"`` needs less
+    memory and always reduces.
     """
-    if getattr(model, "reduces_once", False):
-        model.set_requires_gradient_sync(now)
+    if not getattr(model, "reduces_once", False):
+        return
+    model.set_requires_gradient_sync(now)
+    if schedule.token_compute == 1 and model.memory_projection is not None:
+        model.memory_projection.unshard()  # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
 
 
 def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:

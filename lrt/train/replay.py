@@ -20,7 +20,7 @@ from lrt.train.distributed import World
 from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, reduce_gradients, token_tables
 from lrt.types import Pass, Schedule
 
-GRAPHS = 4  # graphs kept at most, each with gradients of its own: a schedule with more plans runs the others eagerly
+GRAPHS = 4  # plans captured at most, each with gradients of its own: a schedule with more runs the others eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
@@ -70,6 +70,7 @@ class Runner:
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
         self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
+        self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
 
     @torch.no_grad()
@@ -90,14 +91,21 @@ class Runner:
             schedule: passes of the forward.
             seed: for schedules that draw their order.
             valid_targets: number of targets that normalises the loss.
-            first, last: of the step's micro-batches; the gradients may be there only after the last.
+            first, last: of the step's micro-batches, all of one shape and seed; the gradients may be there only after the last.
 
         Returns:
             1-D: the loss, then the loss of every group.
+
+        Raises:
+            ValueError: a micro-batch differs from the first of its step.
         """
         place = Place(first, last) if getattr(self.compute, "reduces_once", False) else Place()
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
         key = (tuple(input_ids.shape), schedule, plan, place in ALONE)
+        if place.first:
+            self._begun = key
+        elif key != self._begun:
+            raise ValueError("a micro-batch has another shape, schedule or plan than the first of its step, whose gradients wait for it")
         if self._graphs is None or (key not in self._graphs and len(self._graphs) == GRAPHS):
             scores = self._run(input_ids, targets, schedule, seed, valid_targets, last=place.last)
             self._hand_over(self._take_gradients())
@@ -118,7 +126,7 @@ class Runner:
 
     def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, last: bool = True) -> Tensor:
         self.refresh()
-        reduce_gradients(self.compute, now=last)
+        reduce_gradients(self.compute, schedule, now=last)
         scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
         if last:
             free_gathered(self.compute)

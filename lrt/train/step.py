@@ -61,6 +61,8 @@ def train_step(
 
     Returns:
         1-D tensor on the device for ``StepNumbers.of``; nothing here waits for the device.
+
+    After an exception FSDP may hold gradients of the micro-batches before it: go on from a checkpoint with a new model.
     """
     # Normalised by the targets of all ranks and accumulation steps, and summed: equal to one large batch.
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
@@ -71,7 +73,7 @@ def train_step(
         if runner is not None:
             part = runner.forward_backward(batch.input_ids, batch.targets, **options, first=index == 0, last=last)
         else:
-            reduce_gradients(model, now=last)
+            reduce_gradients(model, schedule, now=last)
             part = forward_backward(model, batch.input_ids, batch.targets, **options)
         scores = part if scores is None else scores + part
     free_gathered(model)
