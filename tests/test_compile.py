@@ -164,10 +164,14 @@ def test_a_replay_leaves_the_gradients_of_other_graphs_alone():
     assert replayed == [0, 1] and all((p.grad == 3).all() for p in model.parameters())
 
 
-def test_who_needs_a_runner():
+def test_who_needs_a_runner(monkeypatch):
     assert make_runner(small(), EAGER, ALONE) is None
     cuda = World(0, 2, torch.device("cuda", 0), sharded=True)
     assert make_runner(small(), EAGER, cuda) is None and make_runner(small(), ParallelConfig(cuda_graphs=False), cuda) is None
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    model = small()
+    runner = make_runner(model, ParallelConfig(), cuda)
+    assert runner.compute is model and runner._graphs == {}
     assert make_runner(small(), EAGER, World(0, 1, torch.device("cpu"), sharded=False, working_copy=True)) is not None
 
 

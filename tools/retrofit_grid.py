@@ -327,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--final-tokens", type=int, default=None, help="of each run with seeds; default: the recipe's")
     run.add_argument("--seeds", type=int, default=3)
     run.add_argument("--seconds", type=float, default=math.inf, help="end within so many; the same command goes on")
-    run.add_argument("--grid-seconds", type=float, default=math.inf, help="choose among what the grid has by then")
+    run.add_argument("--grid-seconds", type=float, default=math.inf, help="choose among what the grid has by then; shares: all or none")
     run.add_argument("--share", type=_share, default=(0, 1), metavar="I/N", help="run the I-th of N shares, from 0; other processes run the others")
     run.add_argument("--decode", choices=["graphed", "eager"], default="graphed", help="how single tokens run")
     run.add_argument("--compile", action="store_true", help="compile the blocks, which share graphs; on a GPU a step is one CUDA graph")

@@ -108,7 +108,7 @@ def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
     if not getattr(model, "reduces_once", False):
         return
     model.set_requires_gradient_sync(now)
-    if schedule.token_compute == 1 and model.memory_projection is not None:
+    if not now and schedule.token_compute == 1 and model.memory_projection is not None:
         model.memory_projection.unshard()  # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
 
 
