@@ -63,21 +63,20 @@ class Share(NamedTuple):
     registers: int | None = None
 
 
-# Each table: up to these numbers, this choice; the first line that fits counts. The choices for one row are measured (one
-# NVIDIA H200, 20 blocks of 1280, context 1024: docs/log.md); those for more rows are predicted for 132 multiprocessors
-# from the compiler's report of registers.
+# Each table: up to these numbers, this choice; the first line that fits counts. Swept on one NVIDIA H200 at context 1024,
+# whole steps: one row and 64 rows of 20 blocks of 1280, 8 rows of those and of 12 blocks of 768 (docs/log.md, 9 and 14).
 ANY = 1 << 40
 VECTOR_OUTPUTS = ((ANY, 2047, 4), (ANY, ANY, 2))  # one row: outputs, inputs -> outputs of a program
 MATRIX_TILES = (  # rows, outputs, inputs
-    (16, ANY, 2047, Tile(16, 128, 4, 4)),
-    (16, ANY, ANY, Tile(16, 256, 4, 3)),
+    (16, 2047, ANY, Tile(16, 128, 2, 5)),
+    (16, ANY, ANY, Tile(64, 64, 4, 4)),
     (ANY, 2047, ANY, Tile(16, 128, 4, 3)),
     (ANY, 16384, ANY, Tile(32, 128, 4, 3)),
     (ANY, ANY, ANY, Tile(64, 64, 4, 4)),
 )
 SHARES = (  # rows x heads
     (32, Share(64, 4, 1, 264)),
-    (ANY, Share(32, 4, 3, 660, 96)),
+    (ANY, Share(32, 4, 2, 660, 96)),
 )
 HELD = 40  # weights of one output that a thread holds: more warps otherwise
 AHEAD = 1 << 24  # bytes of the MLP's weights that the output projection of a single row brings to L2
@@ -190,7 +189,7 @@ class FusedDecoder:
         backbone, table = self.model.backbone, self.model.backbone.embedding.weight
         rows, width, head_width = len(tokens), table.shape[1], backbone.head_dim
         heads = -(-self.config.heads // 4) * 4  # a block's counters begin at 16 bytes
-        x, embedding, received = (table.new_empty(rows, width) for _ in range(3))
+        x, embedding, received = (table.new_empty(rows, width, dtype=backbone.embedding.output_dtype) for _ in range(3))
         remembers = state.memory is not None and self.model.recurrence is not None
         token = Token(
             tokens, embedding, received if remembers else None, tokens.new_empty(rows, dtype=torch.int32),

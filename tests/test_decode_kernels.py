@@ -14,7 +14,10 @@ from strategies import randomized
 from lrt import decoding, fused
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.model import build_model
+from lrt.schedules import sequential
 from lrt.state import DecodeState
+from lrt.train.evaluation import _token_by_token
+from lrt.train.replay import working_copy
 
 SETTINGS = {"n_layers": 3, "width": 128, "n_heads": 2, "vocab_size": 50, "sequence_length": 64, "window_pattern": "SL"}
 FAMILIES = {
@@ -184,3 +187,16 @@ def test_every_share_counts_once(batch, monkeypatch):
     for (expected, one), (_, many) in zip(whole, shared):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(many, expected, rtol=1e-4, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("family", ["shared", "layerwise-gqa"])
+def test_the_trainers_working_copy_is_scored_token_by_token(family):
+    """Blocks in half precision beside tables in float32: as near to float32 as the ordinary steps of the same copy."""
+    model = make(family)
+    work = working_copy(model, dtype=torch.bfloat16)
+    tokens = torch.randint(0, 50, (3, 41), generator=torch.Generator().manual_seed(2)).cuda()
+    given = tokens[:, :-1], tokens[:, 1:]
+    exact, ordinary = (m.score(*given, sequential())[-1].detach() for m in (model, work))
+    assert 0 < (ordinary - exact).norm() < 0.05 * exact.norm()
+    assert (_token_by_token(work)(*given) - exact).norm() <= 1.5 * (ordinary - exact).norm()

@@ -1,5 +1,6 @@
 """Runs of two ranks that lose one: killed and restarted by torchrun, hung, and resumed on another number of ranks."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,20 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_train_run import ROOT, TINY
 
+from lrt.config import parse_recipe
 from lrt.train.checkpoint import latest, read_rest, step_of
+from lrt.train.distributed import open_world, register_graph
 from lrt.train.metrics import read_records
 
 pytestmark = pytest.mark.dist
 
 
-def launch(folder, *sets, ranks=2, options=()):
+def launch(folder, *sets, ranks=2, options=(), gpu=False):
     (folder / "r.toml").write_text(TINY)
     pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
     line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -45,18 +49,24 @@ def workers(process):
     return [found[rank] for rank in sorted(found)]
 
 
-def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path):
-    first = launch(tmp_path, "training.steps=24", "checkpoint.every=4", options=("--max-restarts=1",))
+ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64", "evaluation.every=12")  # with CUDA graphs, by default
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=TWO_GPUS)])
+def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gpu):
+    sets, options = ("checkpoint.every=4", *(ON_GPUS if gpu else ())), {"gpu": gpu}
+    first = launch(tmp_path, "training.steps=24", *sets, options=("--max-restarts=1",), **options)
     wait_for_step(first, 9)
     os.kill(workers(first)[1], signal.SIGKILL)
-    output, errors = first.communicate(timeout=120)
+    output, errors = first.communicate(timeout=300 if gpu else 120)
     assert first.returncode == 0, errors
     assert re.search(r"resumed from .*step_\d+", output)
     folder = tmp_path / "tiny"
     assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 25))
     assert step_of(latest(folder / "checkpoints")) == 24
 
-    second = launch(tmp_path, "training.steps=30", "checkpoint.every=4", ranks=1)
+    second = launch(tmp_path, "training.steps=30", *sets, ranks=1, **options)
     output, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
     assert "resumed from" in output and [r.meta["world_size"] for r in map(read_rest, [latest(folder / "checkpoints")])] == [1]
@@ -79,3 +89,22 @@ def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
     named = r"step \d+: no progress for about 0.1 minutes \(parallel.timeout_minutes\): a rank has died or hangs"
     assert re.search(f"rank 0: {named}", seen), seen + rest  # said before the process group gives up
     assert re.search(f"stopped: {named}", seen), seen + rest
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_graphs_are_let_go_of_before_the_process_group_is_left(error):
+    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not."""
+    seen = []
+
+    class Graph:
+        def reset(self):
+            seen.append(torch.distributed.is_initialized())
+
+    graph = Graph()
+    expected = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with expected, open_world(parse_recipe("", overrides=["parallel.param_dtype=bfloat16"])) as world:
+        assert world.sharded
+        register_graph(graph)
+        if error is not None:
+            raise error
+    assert seen == [True] and not torch.distributed.is_initialized()

@@ -21,7 +21,7 @@ import lrt
 from lrt import backbone, mixing
 from lrt.config import CheckpointConfig, parse_recipe
 from lrt.data import Batch
-from lrt.train import muon, parallel
+from lrt.train import evaluation, muon, parallel
 from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate
@@ -349,6 +349,28 @@ def check_bfloat16(world, folder):
     assert numbers[0] != expected[0]
 
 
+def check_decoded(world, folder):
+    """Mode ``decode`` token by token, on a GPU in the kernels of decoding, is the sequential schedule's score; training goes on after it."""
+    recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "parallel.reshard": "after_forward", "evaluation.modes": '["decode"]'})
+    model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
+    batch = rows(world)
+    expected = plain.score(batch.input_ids, batch.targets, lrt.sequential())[-1].detach()
+    before = evaluation.accelerate
+    if world.device.type == "cpu":
+        evaluation.accelerate = lambda model: model  # nothing here is about compiling
+    try:
+        nats = evaluation._token_by_token(model)(batch.input_ids, batch.targets)
+        free_gathered(model)
+        tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
+        batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)][world.rank :: world.size]
+        scores, _ = evaluate(model, recipe, batches, tokenizer, world, progress=lambda: None)
+    finally:
+        evaluation.accelerate = before
+    torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-5)
+    assert scores["decode"].value == pytest.approx(float(expected.double().sum()) / scores["decode"].bytes / np.log(2), rel=1e-4)
+    assert one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2] == 1
+
+
 def check_evaluation(world, folder):
     """Bits per byte and activations of sharded, checkpointed, compiled blocks are those of a plain model on the same rows."""
     batch = rows(world)
@@ -388,6 +410,7 @@ CHECKS = {
     "export": check_export,
     "mesh": check_mesh,
     "bfloat16": check_bfloat16,
+    "decoded": check_decoded,
     "evaluation": check_evaluation,
 }
 

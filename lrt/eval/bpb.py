@@ -55,6 +55,7 @@ def evaluate_bpb(
     device: Any = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[], None] | None = None,
+    decode: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, BitsPerByte]:
     """Score the same rows in every mode.
 
@@ -68,6 +69,8 @@ def evaluate_bpb(
         device: where the rows go; None = the model's.
         reduce: sums a tensor over ranks; None = one process.
         progress: called after every batch and mode.
+        decode: what scores mode ``decode``: tokens and targets (B, T) -> nats (B, T), such as ``lrt.scoring.score`` of an
+            accelerated model; None = the model itself, block by block.
 
     Returns:
         One result a mode. A model without recurrence scores the same in every mode.
@@ -89,7 +92,9 @@ def evaluate_bpb(
             tokens, targets = batch.input_ids.to(device), batch.targets.to(device)
             sizes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp_min(0)])
             for mode, plan in plans.items():
-                nats = torch.where(sizes > 0, model.score(tokens, targets, plan).double(), 0.0)
+                given = decode if mode == "decode" and model.recurrence is not None else None
+                groups = model.score(tokens, targets, plan) if given is None else given(tokens, targets)[None]
+                nats = torch.where(sizes > 0, groups.double(), 0.0)
                 table = _table(nats, sizes, buckets)
                 sums[mode] = table + sums[mode] if mode in sums else table
                 if progress is not None:

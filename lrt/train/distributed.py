@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +88,23 @@ def open_world(recipe: Recipe) -> Iterator[World]:
     except HangError:
         raise  # leaving the group would wait for the rank that is gone
     except BaseException:
-        dist.destroy_process_group()
+        _leave()
         raise
+    _leave()
+
+
+_GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def register_graph(graph: torch.cuda.CUDAGraph) -> None:
+    """Have a graph reset when its process group is left, for NCCL waits until no graph holds one of its collectives (pytorch issue 115388)."""
+    _GRAPHS.add(graph)
+
+
+def _leave() -> None:
+    for graph in list(_GRAPHS):
+        graph.reset()
+    _GRAPHS.clear()
     dist.destroy_process_group()
 
 

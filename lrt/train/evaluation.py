@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrt.acceleration import accelerate
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.loader import ValidationLoader
 from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
+from lrt.fused import can_fuse
+from lrt.schedules import baseline
+from lrt.scoring import score
 from lrt.train.distributed import World
 from lrt.train.faults import Heartbeat
 from lrt.train.parallel import free_gathered, fsdp_modules
@@ -42,6 +46,7 @@ def evaluate(
             device=world.device,
             reduce=world.total,
             progress=progress,
+            decode=_token_by_token(model) if world.device.type == "cuda" and can_fuse(model) else None,
         )
         first = next(iter(rows), None)
         if first is None:
@@ -50,6 +55,22 @@ def evaluate(
     finally:
         free_gathered(model)
         _reshard_after_forward(model, keep)
+
+
+def _token_by_token(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mode ``decode`` by the step that generation uses, as a CUDA graph: block by block the processor would be the limit."""
+    decoder, sharded = accelerate(model), fsdp_modules(model)
+
+    @torch.no_grad()
+    def nats(tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):  # what still runs as modules is too little to compile
+            if sharded:
+                model.score(tokens[:1, :1], targets[:1, :1], baseline())  # FSDP wants its first call through the whole model
+            for module in sharded:
+                module.unshard()  # the step's kernels read parameters without calling the modules
+            return score(decoder, tokens, targets)[0]
+
+    return nats
 
 
 def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config import ParallelConfig
-from lrt.train.distributed import World
+from lrt.train.distributed import World, register_graph
 from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, reduce_gradients, token_tables
 from lrt.types import Pass, Schedule
 
@@ -173,6 +173,7 @@ class Runner:
         captured = {}
         for place in places:
             graph = torch.cuda.CUDAGraph()
+            register_graph(graph)
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 scores = self._run(*inputs[:2], schedule, seed, inputs[2], last=place.last)
                 gradients = self._take_gradients()
