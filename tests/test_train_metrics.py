@@ -68,12 +68,12 @@ def test_the_console_prints_rows_in_columns(capsys):
     console = Console(total=100, start=0, every=10)
     for step in range(1, 31):
         console.write(record(step, mfu=0.4321) if step == 20 else record(step))
-    console.write({"kind": "evaluation", "step": 30, "bpb": {"zero": 1.25, "decode": 1.0}})
+    console.write({"kind": "evaluation", "step": 30, "bpb": {"zero": 1.25, "decode": 1.0}, "seconds": 2.3})
     console.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["step", "1", "10", "20", "30"]
     assert "43.2%" in lines[3] and " - " in lines[2]
-    assert lines[-1].split() == ["30", "bits", "per", "byte:", "zero", "1.2500", "decode", "1.0000"]
+    assert lines[-1].split() == ["30", "bits", "per", "byte:", "zero", "1.2500", "decode", "1.0000", "(2", "s)"]
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):

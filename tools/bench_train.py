@@ -262,10 +262,13 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     for row in rows:
         row["ratio"] = None if fastest is None else row["ms"] / fastest
         row["memory_ratio"] = None if own is None or row["peak_gib"] is None else row["peak_gib"] / own
+    say(world, table(result))  # now: what follows takes long, and may be cut
     if options.profile:
         result["profiles"] = {s.name: profiled(s) for s in subjects if s.name in options.profile}
     if options.whole_step:
         result["whole_steps"] = [whole_steps(key, chosen[key], models, suite, parallel, world, options) for key in options.whole_step]
+    for line in details(result):
+        say(world, line)
     subjects.clear()
     models.clear()
     gc.collect()
@@ -319,6 +322,12 @@ def table(result: dict[str, Any]) -> str:
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
+    return "\n".join(lines)
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """Lines about whole steps and kernels, where they were asked for."""
+    lines = []
     for w in result.get("whole_steps", ()):
         lines.append(
             f"whole step, {w['variant']}: {w['ms']:.2f} ms, forward + backward {w['forward_backward_ms']:.2f}; "
@@ -328,7 +337,7 @@ def table(result: dict[str, Any]) -> str:
     for name, kernels in result.get("profiles", {}).items():
         lines.append(f"kernels of {name}: {sum(k[2] for k in kernels):.2f} ms")
         lines += [f"  {ms:8.3f} ms x{calls:<5d} {kernel}" for kernel, calls, ms in kernels[:30]]
-    return "\n".join(lines)
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -366,7 +375,6 @@ def main(arguments: list[str] | None = None) -> int:
         results = []
         for name in options.suites:
             results.append(run_suite(name, world, options))
-            say(world, table(results[-1]))
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
             "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,

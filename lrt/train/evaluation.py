@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     """Score the held-out rows and record everything that is known of the model at this step; every rank must call this."""
     where = f"evaluation at step {run.state.step}"
     heart.beat(where)
+    began = time.perf_counter()
     model = run.model if run.runner is None else run.runner.refresh()
     scores, activations = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
     record = {
@@ -95,6 +97,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "recurrence": recurrence_statistics(run.model),
         "activations": activations,
         "unreadable": run.loader.skipped,
+        "seconds": time.perf_counter() - began,
     }
     run.recorder.write(record)
     return record

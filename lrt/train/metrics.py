@@ -183,7 +183,7 @@ class Console:
     def write(self, record: Record) -> None:
         if record["kind"] == "evaluation":
             scores = "  ".join(f"{mode} {value:.4f}" for mode, value in record["bpb"].items())
-            self.say(f"{record['step']:>8} bits per byte: {scores}")
+            self.say(f"{record['step']:>8} bits per byte: {scores}  ({record['seconds']:.0f} s)")
             for line in memory_table(record):
                 self.say(f"{'':>8} {line}")
             return
