@@ -49,7 +49,7 @@ def workers(process):
     return [found[rank] for rank in sorted(found)]
 
 
-ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64", "evaluation.every=12")  # with CUDA graphs, by default
+ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64")  # with CUDA graphs, by default
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 

@@ -351,7 +351,7 @@ def check_bfloat16(world, folder):
 
 def check_decoded(world, folder):
     """Mode ``decode`` token by token, on a GPU in the kernels of decoding, is the sequential schedule's score; training goes on after it."""
-    recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "parallel.reshard": "after_forward", "evaluation.modes": '["decode"]'})
+    recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "evaluation.modes": '["decode"]'})
     model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
     batch = rows(world)
     expected = plain.score(batch.input_ids, batch.targets, lrt.sequential())[-1].detach()
