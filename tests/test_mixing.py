@@ -159,17 +159,14 @@ def with_gradients(function, arguments, grads):
 @settings(max_examples=15, deadline=None)  # most of the time goes into compiling a kernel for each case
 @given(case=cases())
 def test_kernels_against_float64(case):
-    """float32 to rounding; bfloat16 no worse than twice what plain torch loses in it."""
-    arguments, grads = inputs(case, torch.float32)
-    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
-    exact = with_gradients(mixing.reference, wide, [x.double() for x in grads])
-    for got, want in zip(with_gradients(mixing._forward, arguments, grads), exact):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
-    half = [x.bfloat16() if isinstance(x, torch.Tensor) and i < 4 else x for i, x in enumerate(arguments)]
-    half_grads = [x.bfloat16() for x in grads]
-    rounded = [x.double() if isinstance(x, torch.Tensor) else x for x in half]
-    exact = with_gradients(mixing.reference, rounded, [x.double() for x in half_grads])
-    plain, fast = (with_gradients(f, half, half_grads) for f in (mixing.reference, mixing._forward))
-    for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
-        far, near = ((x.double() - c).norm() / c.norm().clamp_min(1e-9) for x in (a, b))
-        assert far <= 2 * near + 1e-3, f"tensor {index}: relative error {far:.2e}, plain torch {near:.2e}"
+    """In float32 and in bfloat16 no worse than twice what plain torch loses in it; one wrong number would be 1e-3 of a tensor."""
+    whole, grads = inputs(case, torch.float32)
+    for dtype, slack in ((torch.float32, 2e-6), (torch.bfloat16, 1e-3)):
+        given = [x.to(dtype) if isinstance(x, torch.Tensor) and i < 4 else x for i, x in enumerate(whole)]
+        given_grads = [x.to(dtype) for x in grads]
+        wide = [x.double() if isinstance(x, torch.Tensor) else x for x in given]
+        exact = with_gradients(mixing.reference, wide, [x.double() for x in given_grads])
+        plain, fast = (with_gradients(f, given, given_grads) for f in (mixing.reference, mixing._forward))
+        for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
+            far, near = ((x.double() - c).norm() / c.norm().clamp_min(1e-9) for x in (a, b))
+            assert far <= 2 * near + slack, f"tensor {index} in {dtype}: relative error {far:.2e}, plain torch {near:.2e}"
