@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_late_numbers_come_in_order_and_all_of_them():
 
 def test_the_clock_tells_waiting_from_working_and_leaves_pauses_out():
     clock = Clock()
-    with clock.waiting():
+    with clock.waiting(LateReader()):
         time.sleep(0.02)
     with clock.paused():
         time.sleep(0.2)
@@ -62,6 +63,15 @@ def test_the_clock_tells_waiting_from_working_and_leaves_pauses_out():
     seconds, share = clock.lap()
     assert 0.04 <= seconds < 0.15 and 0.1 < share < 0.9
     assert clock.lap()[1] == 0.0
+
+
+@pytest.mark.parametrize("done, waits", [(False, False), (True, True)])
+def test_nobody_waits_for_data_while_the_device_has_work(done, waits):
+    late, clock = LateReader(), Clock()
+    late._waiting.append((1, torch.zeros(1), SimpleNamespace(query=lambda: done), None))  # a step that is queued, as on a GPU
+    with clock.waiting(late):
+        time.sleep(0.01)
+    assert (clock.lap()[1] > 0) == waits
 
 
 def test_the_console_prints_rows_in_columns(capsys):

@@ -70,6 +70,8 @@ from torch._inductor.async_compile import AsyncCompile
 with StopSignal() as signals:
     with signals.unheard():
         start_compile_workers()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.received == "SIGUSR1"  # late, not lost
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.5)
     assert signals.received == "SIGTERM"

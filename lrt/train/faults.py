@@ -49,13 +49,15 @@ class StopSignal:
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
-        """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one."""
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in self._before}
+        """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one.
+
+        They inherit that the signals are blocked here; what comes meanwhile this process hears at the end.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

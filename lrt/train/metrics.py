@@ -63,6 +63,11 @@ class LateReader:
             event.record()
         self._waiting.append((step, values, event, note))
 
+    @property
+    def busy(self) -> bool:
+        """Whether the device still works on what was pushed last."""
+        return bool(self._waiting) and self._waiting[-1][2] is not None and not self._waiting[-1][2].query()
+
     def pop(self, *, keep: int = 1) -> Iterator[Late]:
         """Numbers of all steps but the newest ``keep``; on the CPU of all, since nothing is queued there."""
         while self._waiting and (len(self._waiting) > keep or self._waiting[0][2] is None):
@@ -79,11 +84,12 @@ class Clock:
         self._start, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time inside counts as waiting for data."""
+    def waiting(self, late: LateReader) -> Iterator[None]:
+        """Time inside counts as waiting for data, unless the device has work until its end."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        if not late.busy:
+            self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

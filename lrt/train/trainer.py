@@ -213,7 +213,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     with _profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
-            with clock.waiting():
+            with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
             run.optimizer.set_rates(rates)
