@@ -351,19 +351,25 @@ def test_a_signal_during_the_last_steps_leaves_the_last_evaluation_to_the_same_c
     assert (finished.stopped, finished.step, len(calls)) == (None, steps, steps) and finished.bpb
 
 
-STEP, BARE = True, False  # with the optimizer, or forward and backward alone
+STEP, BARE, FULL = True, False, "model.window_pattern=L"  # with the optimizer, or forward and backward alone; no windows
 MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs, what ran, peak GiB
-    ("baseline_12l", 16, 32768, 1, BARE, 14.6),
-    ("lrt_12l schedule.kind=refine", 16, 32768, 1, BARE, 25.7),
-    ("lrt_12l", 16, 32768, 1, BARE, 25.9),
+    (f"baseline_12l {FULL}", 16, 32768, 1, BARE, 14.6),
+    (f"lrt_12l schedule.kind=refine {FULL}", 16, 32768, 1, BARE, 25.7),
+    (f"lrt_12l {FULL}", 16, 32768, 1, BARE, 25.9),
+    (f"lrt_12l_layerwise {FULL}", 16, 32768, 1, BARE, 27.2),
+    ("lrt_12l", 16, 32768, 1, BARE, 26.7),
     ("lrt_12l", 16, 131072, 1, STEP, 29.7),
-    ("baseline_20l", 8, 16384, 1, BARE, 23.1),
-    ("lrt_20l", 8, 16384, 1, BARE, 38.8),
-    ("baseline_20l", 8, 32768, 2, BARE, 22.3),
-    ("lrt_20l", 8, 32768, 2, BARE, 38.1),
-    ("lrt_20l", 8, 524288, 2, BARE, 42.9),
-    ("lrt_20l parallel.reshard=after_forward", 8, 32768, 2, BARE, 35.7),
+    (f"baseline_20l {FULL}", 8, 16384, 1, BARE, 23.1),
+    (f"lrt_20l schedule.kind=refine {FULL}", 8, 16384, 1, BARE, 38.5),
+    (f"lrt_20l {FULL}", 8, 16384, 1, BARE, 38.8),
+    (f"lrt_20l schedule.subsets=4 {FULL}", 8, 16384, 1, BARE, 43.8),
+    (f"lrt_20l_layerwise {FULL}", 8, 16384, 1, BARE, 41.0),
+    (f"baseline_20l {FULL}", 8, 32768, 2, BARE, 22.3),
+    (f"lrt_20l {FULL}", 8, 32768, 2, BARE, 38.1),
+    (f"lrt_20l {FULL}", 8, 524288, 2, BARE, 42.9),
+    (f"lrt_20l parallel.reshard=after_forward {FULL}", 8, 32768, 2, BARE, 35.7),
     ("lrt_12l", 16, 262144, 2, STEP, 29.7),
+    ("lrt_24l", 4, 32768, 1, STEP, 46.4),
 ]
 
 
@@ -380,9 +386,11 @@ def test_the_memory_estimate_is_near_what_was_measured(name, rows, batch, gpus, 
     horizon = plan_horizon(recipe, count_parameters(model), world_size=gpus)
     assert horizon.rows == rows
     expected = expected_memory(recipe, model, horizon, world_size=gpus)
-    total = (expected if whole else expected._replace(optimizer=0.0, update=0.0)).total
-    assert total == pytest.approx(gib, rel=0.04)
-    line = f"| `{name}` | {rows} x 2048 | {gpus} | {'whole step' if whole else 'forward + backward'} | {gib} | {total:.1f} |"
+    if not whole:
+        expected = expected._replace(optimizer=0.0, update=0.0)
+    counted = expected._replace(kept_gradients=0.0) if gpus == 1 else expected  # a replayed graph asks the allocator for nothing
+    assert counted.total == pytest.approx(gib, rel=0.03)
+    line = f"| `{name}` | {rows} x 2048 | {gpus} | {'whole step' if whole else 'forward + backward'} | {gib} | {counted.total:.1f} |"
     assert line in (ROOT / "docs" / "train.md").read_text()
 
 

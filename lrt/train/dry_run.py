@@ -7,12 +7,14 @@ from collections import Counter
 from typing import NamedTuple
 
 from lrt.accounting import count_parameters, training_flops
-from lrt.config import Recipe, dump_recipe
+from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
+from lrt.kernels import BLOCK
 from lrt.model import LatentRecurrentModel
 from lrt.train.backbones import is_native, shapes_of
 from lrt.train.horizon import Horizon, plan_horizon
+from lrt.types import Schedule
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
 
@@ -46,8 +48,24 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
     return 12.0 * model.backbone.width + sum(max(p.shape) for module in mlp for p in module.parameters() if p.ndim > 1)
 
 
+def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
+    """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
+
+    Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
+    keeps that copy for each subset (``lrt.kernels.block_mask`` says where it is used).
+    """
+    subsets = min(getattr(schedule, "subsets", 1), length)
+    config = getattr(model.backbone, "config", None)
+    cut = isinstance(config, ModelConfig) and config.attention_reset is not None
+    everywhere = cut or (subsets >= 4 and length % (BLOCK * subsets) == 0)
+    reordered = sum(everywhere or (block.window is not None and block.window < length - 1) for block in model.blocks)
+    projected = sum(block.projection is not None for block in model.blocks)
+    pairs = projected + reordered * (subsets - 1)
+    return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs * (schedule.token_compute - 1)
+
+
 def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
-    """Estimate the peak memory of one GPU; within 4 % of eleven measured peaks of the native decoder, 14 % above a twelfth (docs/train.md).
+    """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
@@ -73,6 +91,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
     tokens = horizon.rows * recipe.model.sequence_length
     passes = 1 + RECURRENT_PASS * (schedule.token_compute - 1)
+    more = recurrent_numbers(model, schedule, recipe.model.sequence_length) if parallel.activation_checkpointing != "block" else 0.0
     one_block = every * tokens if parallel.activation_checkpointing != "none" else 0.0
     chunk = min(parallel.loss_chunk or tokens, tokens)
     groups = len(schedule.group_weights(recipe.model.sequence_length))
@@ -86,7 +105,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
         copies=size * copied,
         optimizer=4.0 * (2.0 * trained - by_muon) / shards,
         kept_gradients=(4.0 * trained if world_size > 1 and parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0,
-        activations=size * (kept[parallel.activation_checkpointing] * n_layers * tokens * passes + one_block),
+        activations=size * (tokens * (kept[parallel.activation_checkpointing] * n_layers * passes + more) + one_block),
         logits=logits,
         update=gradients + 6 * 4.0 * stack / shards,  # Muon stacks gradients, momenta, updates and weights
     )
