@@ -131,7 +131,7 @@ def graphed(step: Action, active: Tensor) -> Action:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
         step()
     active.copy_(before)
 

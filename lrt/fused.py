@@ -63,20 +63,23 @@ class Share(NamedTuple):
     registers: int | None = None
 
 
-# Each table: up to these numbers, this choice; the first line that fits counts. Swept on one NVIDIA H200 at context 1024,
-# whole steps: one row and 64 rows of 20 blocks of 1280, 8 rows of those and of 12 blocks of 768 (docs/log.md, 9 and 14).
+# Each table: up to these numbers, this choice; the first line that fits counts. Swept on one NVIDIA H200 at context 1024 in
+# whole steps: 1, 8 and 64 rows of 20 blocks of 1280, 8 rows of 12 blocks of 768 (docs/log.md, 9 and 14).
 ANY = 1 << 40
 VECTOR_OUTPUTS = ((ANY, 2047, 4), (ANY, ANY, 2))  # one row: outputs, inputs -> outputs of a program
 MATRIX_TILES = (  # rows, outputs, inputs
-    (16, 2047, ANY, Tile(16, 128, 2, 5)),
+    (16, 2047, 2047, Tile(16, 128, 2, 5)),
+    (16, 2047, ANY, Tile(16, 64, 2, 6)),
+    (16, 16384, 1023, Tile(32, 128, 4, 3)),
     (16, ANY, ANY, Tile(64, 64, 4, 4)),
     (ANY, 2047, ANY, Tile(16, 128, 4, 3)),
     (ANY, 16384, ANY, Tile(32, 128, 4, 3)),
     (ANY, ANY, ANY, Tile(64, 64, 4, 4)),
 )
-SHARES = (  # rows x heads
-    (32, Share(64, 4, 1, 264)),
-    (ANY, Share(32, 4, 2, 660, 96)),
+SHARES = (  # rows x heads, slots of the cache
+    (32, ANY, Share(64, 4, 1, 264)),
+    (ANY, 4096, Share(32, 4, 2, 660, 96)),
+    (ANY, ANY, Share(32, 4, 3, 660, 96)),
 )
 HELD = 40  # weights of one output that a thread holds: more warps otherwise
 AHEAD = 1 << 24  # bytes of the MLP's weights that the output projection of a single row brings to L2
@@ -99,7 +102,7 @@ def tile_of(rows: int, outputs: int, width: int) -> Tile:
 
 def share_of(pairs: int, slots: int, width: int) -> tuple[int, Share]:
     """Programs that divide the slots of each of ``pairs`` (row, head) among them, and how each goes about it."""
-    share = next(share for n, share in SHARES if pairs <= n)
+    share = next(share for n, most, share in SHARES if pairs <= n and slots <= most)
     share = share._replace(slots=min(128, max(16, share.slots * 128 // width)))
     return max(1, min(-(-(slots - 1) // share.slots), share.programs // pairs, 64)), share
 

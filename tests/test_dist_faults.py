@@ -15,6 +15,7 @@ from test_train_run import ROOT, TINY
 from lrt.config import parse_recipe
 from lrt.train.checkpoint import latest, read_rest, step_of
 from lrt.train.distributed import open_world, register_graph
+from lrt.train.faults import HangError
 from lrt.train.metrics import read_records
 
 pytestmark = pytest.mark.dist
@@ -91,9 +92,10 @@ def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
     assert re.search(f"stopped: {named}", seen), seen + rest
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_graphs_are_let_go_of_before_the_process_group_is_left(error):
-    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not."""
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, HangError])
+def test_graphs_are_let_go_of_before_the_process_group_is_left(monkeypatch, error):
+    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not. After a hang nothing is left in order."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # one process is sharded on a CPU alone
     seen = []
 
     class Graph:
@@ -107,4 +109,8 @@ def test_graphs_are_let_go_of_before_the_process_group_is_left(error):
         register_graph(graph)
         if error is not None:
             raise error
-    assert seen == [True] and not torch.distributed.is_initialized()
+    if error is HangError:
+        assert seen == [] and torch.distributed.is_initialized()
+        torch.distributed.destroy_process_group()
+    else:
+        assert seen == [True] and not torch.distributed.is_initialized()

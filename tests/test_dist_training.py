@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import lrt
-from lrt import backbone, mixing
+from lrt import backbone, decoding, fused, mixing
+from lrt.acceleration import Accelerated
 from lrt.config import CheckpointConfig, parse_recipe
 from lrt.data import Batch
 from lrt.train import evaluation, muon, parallel
@@ -351,24 +352,51 @@ def check_bfloat16(world, folder):
 
 def check_decoded(world, folder):
     """Mode ``decode`` token by token, on a GPU in the kernels of decoding, is the sequential schedule's score; training goes on after it."""
+    gpu = world.device.type == "cuda"
     recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "evaluation.modes": '["decode"]'})
     model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
     batch = rows(world)
-    expected = plain.score(batch.input_ids, batch.targets, lrt.sequential())[-1].detach()
-    before = evaluation.accelerate
-    if world.device.type == "cpu":
+    given = batch.input_ids, batch.targets
+    expected = plain.score(*given, lrt.sequential())[-1].detach()
+    before, asked = (evaluation.accelerate, evaluation._token_by_token), []
+    if not gpu:
         evaluation.accelerate = lambda model: model  # nothing here is about compiling
+    evaluation._token_by_token = lambda *a, **k: (asked.append(k), before[1](*a, **k))[1]
     try:
-        nats = evaluation._token_by_token(model)(batch.input_ids, batch.targets)
+        nats = before[1](model, runner=decoding.graphed)(*given)
         free_gathered(model)
         tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
         batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)][world.rank :: world.size]
         scores, _ = evaluate(model, recipe, batches, tokenizer, world, progress=lambda: None)
     finally:
-        evaluation.accelerate = before
+        evaluation.accelerate, evaluation._token_by_token = before
+    assert asked == ([{"runner": decoding.graphed}] if gpu else [])
     torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-5)
     assert scores["decode"].value == pytest.approx(float(expected.double().sum()) / scores["decode"].bytes / np.log(2), rel=1e-4)
     assert one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2] == 1
+
+
+def check_gathered(world, folder):
+    """The kernels of decoding read whole parameters, though nothing tells FSDP that they do."""
+    before, seen = (evaluation.accelerate, fused.launch), []
+
+    def launch(name, grid, *args, **settings):
+        for x in (y for given in args for y in (given if isinstance(given, tuple) else (given,)) if isinstance(y, torch.Tensor)):
+            assert not hasattr(x, "full_tensor") and x.untyped_storage().size() >= x.numel() * x.element_size(), name
+        seen.append(name)
+
+    evaluation.accelerate = lambda model: Accelerated(model, one_token=fused.fuse(model), blocks=list(model.blocks), compiled=lambda f: f)
+    fused.launch = launch
+    try:
+        for more in ({}, {"recurrence.sharing": "layerwise"}, {"parallel.activation_checkpointing": "block", "parallel.param_dtype": "bfloat16"}):
+            recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, **more})
+            model, batch = awake(build_parallel(recipe, world)).train(), rows(world)
+            evaluation._token_by_token(model, runner=decoding.eager)(batch.input_ids, batch.targets)
+            free_gathered(model)
+            assert {"start_kernel", "attention_kernel", "memory_kernel"} < set(seen)
+            seen.clear()
+    finally:
+        evaluation.accelerate, fused.launch = before
 
 
 def check_evaluation(world, folder):
@@ -411,6 +439,7 @@ CHECKS = {
     "mesh": check_mesh,
     "bfloat16": check_bfloat16,
     "decoded": check_decoded,
+    "gathered": check_gathered,
     "evaluation": check_evaluation,
 }
 

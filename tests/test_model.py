@@ -193,6 +193,12 @@ def test_bits_per_byte_by_hand(model, row):
         if size:
             assert report[mode].value == pytest.approx(float(nats.detach()) / size / 0.6931471805599453, rel=1e-6)
     assert len(report["parallel"].groups) == 2 and len(report["zero"].buckets) == 2
+    given = evaluate_bpb(model, [Rows(tokens, targets)], token_bytes=sizes, decode=lambda tokens, targets: torch.ones(tokens.shape))
+    if model.recurrence is not None and given["decode"].bytes:
+        assert given["decode"].value == pytest.approx(given["decode"].tokens / given["decode"].bytes / 0.6931471805599453)
+        assert given["zero"].value == pytest.approx(report["zero"].value)
+    if model.recurrence is None:
+        assert given["decode"].value == given["zero"].value or not given["zero"].bytes
     assert model.training
     with pytest.raises(ValueError, match=r"evaluation.modes: \['exact'\] unknown; use zero, parallel, decode"):
         evaluate_bpb(model, [], token_bytes=sizes, modes=("exact",))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrt import decoding, prefill
 from lrt.acceleration import accelerate
 from lrt.config import Recipe
 from lrt.data import Tokenizer
@@ -18,7 +19,6 @@ from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
 from lrt.fused import can_fuse
 from lrt.schedules import baseline
-from lrt.scoring import score
 from lrt.train.distributed import World
 from lrt.train.faults import Heartbeat
 from lrt.train.parallel import free_gathered, fsdp_modules
@@ -35,6 +35,9 @@ def evaluate(
     token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
     known = torch.from_numpy(tokenizer.token_bytes())
     token_bytes[: len(known)] = known
+    decode = None
+    if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
+        decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
     try:
@@ -47,7 +50,7 @@ def evaluate(
             device=world.device,
             reduce=world.total,
             progress=progress,
-            decode=_token_by_token(model) if world.device.type == "cuda" and can_fuse(model) else None,
+            decode=decode,
         )
         first = next(iter(rows), None)
         if first is None:
@@ -58,18 +61,19 @@ def evaluate(
         _reshard_after_forward(model, keep)
 
 
-def _token_by_token(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mode ``decode`` by the step that generation uses, as a CUDA graph: block by block the processor would be the limit."""
+def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mode ``decode`` by the step that generation uses: block by block the processor would be the limit."""
     decoder, sharded = accelerate(model), fsdp_modules(model)
 
     @torch.no_grad()
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.compiler.set_stance("force_eager"):  # what still runs as modules is too little to compile
+        with torch.compiler.set_stance("force_eager"):  # what still runs as modules is one position, too little to compile
             if sharded:
                 model.score(tokens[:1, :1], targets[:1, :1], baseline())  # FSDP wants its first call through the whole model
             for module in sharded:
                 module.unshard()  # the step's kernels read parameters without calling the modules
-            return score(decoder, tokens, targets)[0]
+            hidden = prefill.run(decoder, tokens, everywhere=True, runner=runner).hidden
+        return model.backbone.loss(hidden, targets)[1]
 
     return nats
 

@@ -51,13 +51,13 @@ class StopSignal:
     def unheard(self) -> Iterator[None]:
         """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one.
 
-        They inherit that the signals are blocked here; what comes meanwhile this process hears at the end.
+        They inherit that the signals are blocked here; what comes meanwhile this process hears, at the end at the latest.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         try:
             yield
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
