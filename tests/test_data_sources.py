@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,8 @@ def test_tokenizing_goes_on_where_it_stopped(shards, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenized(shards, out)
     assert not (out / "manifest.json").exists()
+    with pytest.raises(ValueError, match=r"data.train = .* was not finished; run the same tools/prepare_data.py tokenize command again, it"):
+        first_batch(DataConfig(train=str(out)))
     written.clear()
     tokenized(shards, out)
     assert written == ["shard_00002", "shard_00003"]
@@ -220,8 +224,20 @@ def test_tokenizing_goes_on_where_it_stopped(shards, tmp_path, monkeypatch):
     assert written == []
     for file in whole.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(ValueError, match=r"--output .* holds another corpus, tokenizer or shard size: choose an empty folder"):
+    with pytest.raises(ValueError, match=r"--output .* was begun with another text \(files, .*\): choose an empty folder"):
         tokenized(shards / "part_0.parquet", out)
+    with pytest.raises(ValueError, match=r"--output .* was begun with another shard size: choose an empty folder"):
+        tokenize_corpus(DataConfig(train=str(shards), validation="demo"), output=out, processes=1, shard_documents=12)
+
+
+def test_changed_text_is_not_taken_for_what_was_tokenized(shards, tmp_path):
+    out = tmp_path / "tokens"
+    tokenized(shards, out)
+    held = (out / "shard_00000.bin").read_bytes()
+    write_parquet(shards / "part_1.parquet", [f"SHARD 1 document {j} " * 3 for j in range(10)])  # same name, rows and lengths
+    with pytest.raises(ValueError, match=r"--output .* was begun with another text \(files, their contents or the text column\)"):
+        tokenized(shards, out)
+    assert (out / "shard_00000.bin").read_bytes() == held
 
 
 def test_several_processes_write_the_same(shards, tmp_path):
@@ -262,6 +278,72 @@ def test_damaged_token_files_are_named_or_skipped(shards, tmp_path):
     assert len(texts_of(skipping)) == kept
     with pytest.raises(ValueError, match=r"is tokenized already: give text or parquet files"):
         tokenize_corpus(data, output=tmp_path / "again", processes=1)
+
+
+# ------------------------------------------------------------------ what makes data the same
+
+
+def fingerprint(data: DataConfig | str | Path) -> str:
+    data = data if isinstance(data, DataConfig) else DataConfig(train=str(data), validation="demo")
+    return open_documents(data, tokenizer=BYTES, split="train").fingerprint
+
+
+def write_kind(folder: Path, kind: str, texts: list[list[str]]) -> Path:
+    """The same files, in names and counts, whatever the texts."""
+    source = folder if kind != "tokens" else folder.parent / f"{folder.name}_text"
+    for i, documents in enumerate(texts):
+        write_parquet(source / f"{i}.parquet", documents)
+        if kind == "txt":
+            (source / f"{i}.parquet").unlink()
+            (source / f"{i}.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    if kind == "tokens":
+        tokenized(source, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "txt", "tokens"])
+def test_data_are_known_by_their_content_and_not_by_their_place(kind, tmp_path, monkeypatch):
+    texts = [[f"file {i} document {j}" for j in range(9)] for i in range(3)]
+    here = write_kind(tmp_path / "here", kind, texts)
+    changed = [documents[:] for documents in texts]
+    changed[1][4] = "FILE 1 document 4"  # as long as before
+    others = [write_kind(tmp_path / "changed", kind, changed), write_kind(tmp_path / "order", kind, texts[::-1])]
+    assert len({fingerprint(folder) for folder in (here, *others)}) == 3
+
+    there = tmp_path / "elsewhere" / "there"
+    there.mkdir(parents=True)
+    for file in sorted(here.iterdir(), reverse=True):
+        (there / file.name).write_bytes(file.read_bytes())
+        os.utime(there / file.name, (1, 1))
+    assert fingerprint(there) == fingerprint(here)
+    if kind != "tokens":
+        assert fingerprint(f"{there}/*.{kind}") == fingerprint(here)
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda *arguments: reversed(list(listed(*arguments))))
+    assert fingerprint(there) == fingerprint(here)
+
+
+def test_the_text_column_is_part_of_parquet_data_alone(tmp_path):
+    pq.write_table(pa.table({"text": ["one", "two"], "other": ["six", "ten"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    for name, same in (("a.parquet", False), ("a.txt", True)):
+        data = DataConfig(train=str(tmp_path / name), validation="demo")
+        assert (fingerprint(data) == fingerprint(dataclasses.replace(data, text_column="other"))) is same
+
+
+@pytest.mark.parametrize("kind", ["parquet", "txt", "tokens"])
+def test_a_run_does_not_go_on_with_other_data_of_the_same_names_and_counts(kind, tmp_path):
+    here = write_kind(tmp_path / "here", kind, [["x" * 20] * 9] * 2)
+    there = write_kind(tmp_path / "there", kind, [["y" * 20] * 9] * 2)
+
+    def loader(folder):
+        return build_loader(DataConfig(train=str(folder), validation="demo", workers=0), tokenizer=BYTES, sequence_length=16, rows=2)
+
+    state = loader(here).state_dict()
+    loader(here).load_state_dict(state)
+    message = r"data.train is not what the checkpoint was trained on: resume with the same documents \(files, their contents and data.text_c"
+    with pytest.raises(ValueError, match=message):
+        loader(there).load_state_dict(state)
 
 
 # ------------------------------------------------------------------ the tool

@@ -226,9 +226,10 @@ class TrainLoader:
             ValueError: the state belongs to other data or another tokenizer, or states of ranks are missing.
         """
         states = [state] if isinstance(state, dict) else sorted(state, key=lambda s: s["rank"])
+        same = {"documents": "documents (files, their contents and data.text_column)", "tokenizer": "tokenizer"}
         for name, key in (("documents", "data.train"), ("tokenizer", "data.tokenizer")):
             if any(s[name] != self._identity[name] for s in states):
-                raise ValueError(f"{key} is not what the checkpoint was trained on: resume with the same {name}, or start a new run")
+                raise ValueError(f"{key} is not what the checkpoint was trained on: resume with the same {same[name]}, or start a new run")
         world, count = states[0]["world_size"], len(states[0]["streams"])
         saved = states[0]["plan"]
         owed = tuple(Span(*span) for span in saved["owed"])

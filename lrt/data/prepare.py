@@ -16,10 +16,8 @@ from ..config import DataConfig
 from .packing import Packer, Piece
 from .sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
 from .stream import in_order
-from .tokenized import MANIFEST, VERSION, write_shard
+from .tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from .tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
-
-JOB = "unfinished.json"  # what a folder is being filled with, until its manifest is written
 
 
 class CorpusReport(NamedTuple):
@@ -88,11 +86,11 @@ def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, sha
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shard_groups(documents, shard_documents)
-    job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": len(shards)}
+    job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": [len(groups) for _, groups in shards]}
     finished = _finished(folder, job)
     if finished is not None:
         return finished
-    (folder / JOB).write_text(json.dumps(job), encoding="utf-8")
+    _write_json(folder / UNFINISHED, job)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     entries = {name: json.loads(path.read_text(encoding="utf-8")) for name, _ in shards if (path := folder / f"{name}.json").is_file()}
     todo = [(name, groups) for name, groups in shards if name not in entries]
@@ -115,13 +113,11 @@ def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, sha
         "job": job,
         "shards": [entries[name] for name, _ in shards],
     }
-    unfinished = folder / f"{MANIFEST}.tmp"
-    unfinished.write_text(json.dumps(manifest), encoding="utf-8")
-    unfinished.rename(folder / MANIFEST)
     tokenizer.save(folder)
+    _write_json(folder / MANIFEST, manifest)
     for name, _ in shards:
         (folder / f"{name}.json").unlink(missing_ok=True)
-    (folder / JOB).unlink()
+    (folder / UNFINISHED).unlink()
     return manifest
 
 
@@ -223,16 +219,23 @@ def _shard_groups(documents: Documents, shard_documents: int) -> list[tuple[str,
 
 def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, if the folder already holds all of this job; refuses a folder that holds another one."""
-    for file, read in ((folder / MANIFEST, lambda content: content.get("job")), (folder / JOB, lambda content: content)):
-        if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if read(content) != job:
-                raise ValueError(
-                    f"--output {folder} holds another corpus, tokenizer or shard size: choose an empty folder, or delete this one"
-                )
-            if file.name == MANIFEST:
-                return content
+    for name in (MANIFEST, UNFINISHED):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            held = content.get("job", {}) if name == MANIFEST else content
+            words = {"documents": "text (files, their contents or the text column)", "tokenizer": "tokenizer", "shards": "shard size"}
+            for key, word in words.items():
+                if held.get(key) != job[key]:
+                    raise ValueError(f"--output {folder} was begun with another {word}: choose an empty folder, or delete this one")
+            return content if name == MANIFEST else None
     return None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _in_processes(
@@ -274,7 +277,5 @@ def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrup
                 skipped += size
 
     entry = write_shard(folder, name, documents=tokens(), dtype=dtype) | {"skipped": skipped}
-    unfinished = folder / f"{name}.json.tmp"
-    unfinished.write_text(json.dumps(entry), encoding="utf-8")
-    unfinished.rename(folder / f"{name}.json")
+    _write_json(folder / f"{name}.json", entry)
     return entry

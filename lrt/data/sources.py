@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ class Documents(Protocol):
 
     sizes: np.ndarray  # (groups,) documents of each group
     skipped: int  # files left out because they could not be opened
-    fingerprint: str  # sha256 of the files' names and sizes
+    fingerprint: str  # see fingerprint_files
 
     def name(self, group: int) -> str:
         """Where the group lies: file and row group."""
@@ -54,6 +55,7 @@ class Shard(NamedTuple):
     path: Path
     sizes: list[int]  # documents of each group
     read: Callable[[int], list[str]]  # texts of a group
+    content: str  # tells it from another file of the same name and sizes
 
 
 class TextDocuments:
@@ -65,7 +67,7 @@ class TextDocuments:
         self._held: OrderedDict[int, list[str]] = OrderedDict()
         self.sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)
         self.skipped = skipped
-        self.fingerprint = fingerprint_files([(shard.path.name, shard.sizes) for shard in shards])
+        self.fingerprint = fingerprint_files([(shard.path.name, shard.sizes, shard.content) for shard in shards])
 
     def name(self, group: int) -> str:
         shard, number = self._groups[group]
@@ -88,9 +90,9 @@ class TextDocuments:
         return self.__dict__ | {"_held": OrderedDict()}
 
 
-def fingerprint_files(files: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """sha256 of file names and group sizes: the same data, wherever it lies."""
-    return hashlib.sha256(repr([(name, list(map(int, sizes))) for name, sizes in files]).encode()).hexdigest()
+def fingerprint_files(files: Sequence[tuple[str, Sequence[int], str]]) -> str:
+    """sha256 of names, group sizes and contents of files, in the order they are read: the same data, wherever they lie."""
+    return hashlib.sha256(repr([(name, list(map(int, sizes)), content) for name, sizes, content in files]).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------ the two kinds of text file
@@ -108,6 +110,21 @@ def _read_parquet(path: Path, column: str, group: int) -> list[str]:
     return [text or "" for text in texts]
 
 
+def _parquet_content(path: Path, column: str) -> str:
+    """The text column, the bytes of the file, and a hash of its footer (sizes and extreme values of every part of a column)."""
+    with open(path, "rb") as file:
+        size = file.seek(-8, os.SEEK_END) + 8
+        file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+        return f"{column} {size} {hashlib.sha256(file.read()).hexdigest()}"
+
+
+def _text_content(documents: Sequence[str]) -> str:
+    content = hashlib.sha256()
+    for document in documents:
+        content.update(f"{document}\n\n".encode())
+    return content.hexdigest()
+
+
 def _read_text(path: Path, group: int) -> list[str]:
     return _split_text(path)[group * TEXT_GROUP : (group + 1) * TEXT_GROUP]
 
@@ -120,14 +137,15 @@ def open_shard(path: Path, *, column: str, key: str) -> Shard:
         CorruptShard: the file cannot be read.
     """
     if path.suffix == ".txt":
-        total = len(_split_text(path))
-        return Shard(path, [min(TEXT_GROUP, total - first) for first in range(0, total, TEXT_GROUP)], functools.partial(_read_text, path))
+        documents = _split_text(path)
+        sizes = [min(TEXT_GROUP, len(documents) - first) for first in range(0, len(documents), TEXT_GROUP)]
+        return Shard(path, sizes, functools.partial(_read_text, path), _text_content(documents))
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            schema, metadata = file.schema_arrow, file.metadata
+            schema, metadata, content = file.schema_arrow, file.metadata, _parquet_content(path, column)
     except (pa.ArrowException, OSError) as error:
         raise corrupt(path, error) from None
     kinds = {field.name: field.type for field in schema}
@@ -137,9 +155,8 @@ def open_shard(path: Path, *, column: str, key: str) -> Shard:
         raise ValueError(
             f'data.text_column = "{column}" of {path} holds {kinds[column]}, not text: choose a text column of {", ".join(kinds)}'
         )
-    return Shard(
-        path, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], functools.partial(_read_parquet, path, column)
-    )
+    sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return Shard(path, sizes, functools.partial(_read_parquet, path, column), content)
 
 
 def _split_text(path: Path) -> list[str]:
@@ -250,10 +267,15 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
         return find_files(download(spec, key=key), key=key)
     path = Path(spec).expanduser()
     if path.is_dir():
-        from .tokenized import MANIFEST, shard_paths
+        from .tokenized import MANIFEST, UNFINISHED, shard_paths
 
         if (path / MANIFEST).is_file():
             return shard_paths(path)
+        if (path / UNFINISHED).is_file():
+            raise ValueError(
+                f"{key} = {spec!r}: tokenizing into this folder was not finished; run the same tools/prepare_data.py tokenize command "
+                f"again, it goes on where it stopped"
+            )
         found = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.txt"))
     elif path.is_file():
         found = [path]

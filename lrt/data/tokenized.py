@@ -3,6 +3,8 @@
 manifest.json      tokenizer fingerprint, dtype, and for each shard its counts and a checksum per group
 shard_00000.bin    ids of all documents, one after the other, little-endian uint16 or uint32, no separators
 shard_00000.idx    where each document begins, int64, one more than there are documents
+
+Until the manifest is written, unfinished.json says what the folder is being filled with.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .sources import CorruptShard, fingerprint_files
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
 VERSION = 1
 GROUP = 1024  # documents that share a checksum
 _KEYS = ("version", "tokenizer", "vocab_size", "dtype", "shards")
@@ -119,7 +122,9 @@ class TokenizedDocuments:
         per_shard = [[min(GROUP, e["documents"] - first) for first in range(0, e["documents"], GROUP)] for _, e in self._shards]
         self._groups = [(number, group) for number, sizes in enumerate(per_shard) for group in range(len(sizes))]
         self.sizes = np.array([size for sizes in per_shard for size in sizes], dtype=np.int64)
-        self.fingerprint = fingerprint_files([(path.name, sizes) for (path, _), sizes in zip(self._shards, per_shard)])
+        self.fingerprint = fingerprint_files(
+            [(path.name, sizes, f"{entry['tokens']} {entry['checksums']}") for (path, entry), sizes in zip(self._shards, per_shard)]
+        )
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._verified: set[int] = set()
 
