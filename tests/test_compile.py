@@ -1,6 +1,7 @@
 """Compiled steps: how many graphs there are, that none is compiled twice, and that a runner's gradients are the model's."""
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lrt.model import build
 from lrt.train.distributed import World
 from lrt.train.replay import Captured, Place, Runner, make_runner, single_device, working_copy
 
+TOOLS = Path(__file__).parent.parent / "tools"
 ALONE = World(0, 1, torch.device("cpu"), sharded=False)
 EAGER = ParallelConfig(compile=False, param_dtype="float32")
 
@@ -197,13 +199,74 @@ def test_replayed_graphs_are_eager_steps():
                 a.grad = b.grad = None
 
 
-@pytest.mark.slow
+# ------------------------------------------------------------------ tools/bench_train.py
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("bench_train")
+
+
+def speeds(path, suite, *variants):
+    rows = [{"variant": v, "tokens_per_second": 100.0} for v in variants]
+    path.write_text(json.dumps({"suites": [{"suite": suite, "rows": rows}]}))
+    return path
+
+
 def test_the_benchmark_runs_on_a_cpu(tmp_path):
-    """tools/bench_train.py with its tiny shapes: exit code 0 means that the graph counts are as it expects."""
-    tool = Path(__file__).parent.parent / "tools" / "bench_train.py"
-    command = [sys.executable, str(tool), "--suites", "tiny", "--turns", "1", "--steps", "1", "--whole-step", "interleaved(2)"]
+    """Its tiny shapes, the kinds of graph that there are: exit code 0 means that the counts are as it expects."""
+    variants = ["baseline", "refine(1)", "interleaved(2)"]
+    one = speeds(tmp_path / "one.json", "tiny", *variants)
+    options = ["--suites", "tiny", "--variants", *variants, "--turns", "1", "--steps", "1", "--whole-step", variants[2], "--against", one]
+    command = [sys.executable, TOOLS / "bench_train.py", *options, "--out", "out.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "out.json").read_text()) == summary
     rows = {row["variant"]: row for row in summary["suites"][0]["rows"]}
-    assert rows["baseline"]["ratio"] == 1.0 and all(row["recompiles"] == 0 and row["ms"] > 0 for row in rows.values())
+    assert list(rows) == variants and rows["baseline"]["ratio"] == 1.0
+    assert all(row["recompiles"] == 0 and row["ms"] > 0 and row["scaling"] == row["tokens_per_second"] / 100 for row in rows.values())
+    assert summary["suites"][0]["whole_steps"][0]["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--against", "none.json"], "--against none.json: cannot be read"),
+        (["--against", "."], "--against .: cannot be read"),
+        (["--against", "text.json"], "--against text.json: not a result of this tool"),
+        (["--against", "one.json"], 'has no speed of "tiny: refine(1)"; it has "tiny: baseline"'),
+        (["--against", "one.json", "--suites", "d12"], 'has no speed of "d12: baseline", "d12: refine(1)"'),
+        (["--whole-step", "interleaved(4)"], '--whole-step "interleaved(4)": not timed here; use any of "baseline", "refine(1)"'),
+        (["--profile", "interleaved(4)"], '--profile "interleaved(4)": not timed here'),
+        (["--reference", "."], "--reference .: no checkout of the official code"),
+        (["--reference-lrt"], "name your checkout with --reference"),
+        (["--out", "no/folder.json"], "--out no/folder.json: cannot be written"),
+        (["--backend", "fast"], "--backend fast: torch.compile has no such backend"),
+        (["--variants"], "nothing to time"),
+    ],
+)
+def test_the_benchmark_refuses_before_anything_is_built(bench, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "open_world", None)
+    Path("text.json").write_text("12 ms")
+    speeds(Path("one.json"), "tiny", "baseline")
+    assert bench.main(["--suites", "tiny", "--variants", "baseline", "refine(1)", *options]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("error: ") and out.err.count("\n") == 1 and message in out.err and not out.out
+
+
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_a_benchmark_that_is_cut_keeps_what_it_has(bench, tmp_path, monkeypatch, capsys):
+    def suite(name, world, options, *, one, keep):
+        if name == "d12":
+            raise RuntimeError("cut")
+        keep({"suite": name, "rows": [], "failed": []})
+
+    monkeypatch.setattr(bench, "run_suite", suite)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    with pytest.raises(RuntimeError, match="cut"):
+        bench.main(["--suites", "tiny", "d12", "--out", str(tmp_path / "out.json")])
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [s["suite"] for s in printed["suites"]] == ["tiny"] and json.loads((tmp_path / "out.json").read_text()) == printed

@@ -1,12 +1,14 @@
 """Time training steps: variants x shapes in one process, interleaved in time; docs/benchmarks.md is made from it.
 
-python tools/bench_train.py --suites d12 d12-sssl d20                       # one GPU: forward + backward, whole steps
-python tools/bench_train.py --suites d12 --reference ../official            # also the official code, from your checkout
-torchrun --nproc_per_node=2 tools/bench_train.py --suites d20 --against one.json   # FSDP2; throughput against one GPU's run
-python tools/bench_train.py --suites tiny                                   # CPU: does it run, are the graph counts as expected
+examples:
+  python tools/bench_train.py --suites tiny                         # CPU: does it run, are the graph counts as expected
+  python tools/bench_train.py --suites d12 d20 --out one.json       # one GPU: forward + backward
+  python tools/bench_train.py --suites d12 --reference ../official  # also the official code, from your checkout
+  torchrun --nproc_per_node=2 tools/bench_train.py --suites d20 --against one.json   # FSDP2; throughput against one GPU
 
 The last line printed is one JSON object. Milliseconds are medians of single steps between device events; peak memory is
-that of the warm-up, because a replayed CUDA graph asks for none.
+that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1: a row failed, or a CPU run compiled more or
+fewer graphs than expected (the counts hold for the default variants, or the first of them); 2: bad input, nothing was run.
 """
 
 from __future__ import annotations
@@ -24,63 +26,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
 
+from bench_suites import OFFICIAL, OFFICIAL_LRT, SUITES, VARIANTS, Suite, Variant, check, parser
 from timing import Subject, device_name, graph_count, profiled
 
-import lrt
 from lrt.accounting import peak_flops, training_flops
-from lrt.config import DataConfig, ModelConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
+from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
 from lrt.model import build
 from lrt.train.distributed import World, open_world
 from lrt.train.parallel import free_gathered, named_parameters, reduce_gradients
 from lrt.train.replay import Runner, forward_backward, single_device
 from lrt.train.weights import build_parallel
-
-SEPARATOR = 7  # any token: tokens are random
-
-
-class Suite(NamedTuple):
-    """One shape: a model, rows a GPU, and the attention windows."""
-
-    layers: int
-    rows: int
-    length: int = 2048
-    vocabulary: int = 32768
-    pattern: str = "L"
-    separator: int | None = None
-    width: int | None = None
-
-    def model(self) -> ModelConfig:
-        return ModelConfig(
-            n_layers=self.layers, width=self.width, vocab_size=self.vocabulary, sequence_length=self.length, window_pattern=self.pattern
-        )
-
-
-SUITES = {
-    "d12": Suite(12, 16),
-    "d12-sssl": Suite(12, 16, pattern="SSSL", separator=SEPARATOR),
-    "d20": Suite(20, 8),
-    "d20-sssl": Suite(20, 8, pattern="SSSL", separator=SEPARATOR),
-    "tiny": Suite(4, 2, length=64, vocabulary=320, pattern="SL", separator=SEPARATOR, width=64),
-}
-
-
-class Variant(NamedTuple):
-    """What is trained: how memory projections are shared (None: the plain twin), and the passes."""
-
-    sharing: str | None
-    schedule: Any
-    graphs: tuple[int, int]  # compiled graphs that it adds to those before it on a CPU: a window, and in all
-
-
-VARIANTS = {
-    "baseline": Variant(None, lrt.baseline(), (1, 0)),
-    "refine(1)": Variant("shared", lrt.refine(1), (2, 0)),
-    "refine(1), source 8/12, weights (0, 1)": Variant("shared", lrt.refine(1, weights=(0.0, 1.0)), (0, 0)),
-    "interleaved(2)": Variant("shared", lrt.interleaved(2), (1, 2)),
-    "interleaved(4)": Variant("shared", lrt.interleaved(4), (0, 4)),
-    "layerwise interleaved(2)": Variant("layerwise", lrt.interleaved(2), (0, 2)),
-}
-OFFICIAL, OFFICIAL_LRT = "official baseline, compiled", "official LRT S=2, as shipped"
 
 
 def recipe_of(suite: Suite, sharing: str | None, parallel: ParallelConfig) -> Recipe:
@@ -207,8 +162,18 @@ def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: A
     return Built(model, runner)
 
 
-def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
-    """Build every model of a shape, warm up, then take turns."""
+def run_suite(
+    name: str, world: World, options: argparse.Namespace, *, one: dict[tuple[str, str], float], keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Build every model of a shape, warm up, then take turns.
+
+    Args:
+        name: of the suite.
+        world: the processes.
+        options: that ``check`` has passed.
+        one: tokens a second of one GPU, by suite and row; empty = no scaling.
+        keep: called with the result as soon as there are rows, and again when there is more.
+    """
     suite = SUITES[name]
     suite = suite._replace(rows=options.rows or suite.rows)
     parallel = ParallelConfig(
@@ -216,6 +181,28 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
         reshard=options.reshard,
         param_dtype="bfloat16" if world.device.type == "cuda" else "float32",
     )  # fmt: skip
+    failed: list[str] = []
+
+    def fail(title: str, error: Exception, *, everywhere: bool = True) -> None:  # the others are still worth timing
+        if world.size > 1 and not everywhere:
+            raise error  # the other ranks may be waiting for this one
+        say(world, f"{name}: {title}: FAILED: {type(error).__name__}: {str(error)[:3000]}")
+        failed.append(title)
+
+    def attempt(action: Callable[[Subject], None], *, everywhere: bool) -> None:
+        for subject in list(subjects):
+            torch.compiler.set_stance("force_eager" if subject.name == OFFICIAL_LRT else "default")
+            try:
+                action(subject)
+            except Exception as error:
+                fail(subject.name, error, everywhere=everywhere)
+                subjects.remove(subject)
+        torch.compiler.set_stance("default")
+
+    def warm_up(subject: Subject) -> None:
+        subject.warm_up()
+        say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
+
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
     models: dict[str | None, Built] = {}
     pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
@@ -234,24 +221,17 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
         expected += variant.graphs[0] * windows + variant.graphs[1]
     for recurrent in (False, True) if options.reference else ():
         if not recurrent or options.reference_lrt:
-            step, own = official_step(options.reference, suite, world, recurrent=recurrent)
             title = OFFICIAL_LRT if recurrent else OFFICIAL
+            try:
+                step, own = official_step(options.reference, suite, world, recurrent=recurrent)
+            except Exception as error:  # such as a package that the official code needs
+                fail(title, error)
+                continue
             subjects.append(Subject(title, step, own_bytes=own, flops=None, world=world, tokens=tokens))
-    failed: list[str] = []
-    for subject in list(subjects):
-        torch.compiler.set_stance("force_eager" if subject.name == OFFICIAL_LRT else "default")
-        try:
-            subject.warm_up()
-        except Exception as error:  # the others are still worth timing; the row is missing from the table
-            say(world, f"{name}: {subject.name}: FAILED: {type(error).__name__}: {str(error)[:3000]}")
-            subjects = [other for other in subjects if other is not subject]
-            failed.append(subject.name)
-            continue
-        say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
+    attempt(warm_up, everywhere=True)  # no memory, or no kernel: on every rank alike
     ours = graph_count()
     for _ in range(options.turns):
-        for subject in subjects:
-            subject.measure(options.steps)
+        attempt(lambda subject: subject.measure(options.steps), everywhere=False)
     rows = [subject.row() for subject in subjects]
     shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
     result: dict[str, Any] = {"suite": name, **shape, "rows": rows, "failed": failed, "recompiles_while_timing": graph_count() - ours}
@@ -262,19 +242,27 @@ def run_suite(name: str, world: World, options: argparse.Namespace) -> dict[str,
     for row in rows:
         row["ratio"] = None if fastest is None else row["ms"] / fastest
         row["memory_ratio"] = None if own is None or row["peak_gib"] is None else row["peak_gib"] / own
+        if one:
+            row["scaling"] = row["tokens_per_second"] / one[name, row["variant"]]
     say(world, table(result))  # now: what follows takes long, and may be cut
+    keep(result)
     if options.profile:
         result["profiles"] = {s.name: profiled(s) for s in subjects if s.name in options.profile}
     if options.whole_step:
-        result["whole_steps"] = [whole_steps(key, chosen[key], models, suite, parallel, world, options) for key in options.whole_step]
+        result["whole_steps"] = []
+        for key in options.whole_step:
+            try:
+                result["whole_steps"].append(whole_steps(key, chosen[key], models, suite, parallel, world, options))
+            except Exception as error:
+                fail(f"whole step, {key}", error, everywhere=False)
     for line in details(result):
         say(world, line)
+    keep(result)
     subjects.clear()
     models.clear()
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return result
 
 
 def whole_steps(
@@ -322,6 +310,9 @@ def table(result: dict[str, Any]) -> str:
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
+    lines += [f"{r['variant']}: {r['scaling']:.3f}x the tokens/s of one GPU" for r in result["rows"] if "scaling" in r]
+    if result.get("graphs") != result.get("graphs_expected"):
+        lines.append(f"{result['graphs']} graphs, but {result['graphs_expected']} were expected")
     return "\n".join(lines)
 
 
@@ -341,29 +332,16 @@ def details(result: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--suites", nargs="+", default=["d12"], choices=sorted(SUITES))
-    parser.add_argument("--variants", nargs="*", default=[v for v in VARIANTS if v != "interleaved(4)"], choices=list(VARIANTS))
-    parser.add_argument("--turns", type=int, default=4, help="rounds in which every variant is timed")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps of a variant in a round")
-    parser.add_argument("--rows", type=int, help="rows a GPU, instead of the suite's")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a timed step")
-    parser.add_argument("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp-graph on several")
-    parser.add_argument("--reshard", default=ParallelConfig().reshard, choices=["after_step", "after_forward"], help="of FSDP")
-    parser.add_argument("--checkpointing", default="none", choices=["none", "block", "selective"])
-    parser.add_argument("--loss-chunk", type=int, default=ParallelConfig().loss_chunk)
-    parser.add_argument("--backend", help="of torch.compile, instead of the trainer's; CPU default: aot_eager")
-    parser.add_argument("--reference", metavar="PATH", help="checkout of the official code, timed too")
-    parser.add_argument("--reference-lrt", action="store_true", help="also its recurrent step")
-    parser.add_argument("--whole-step", nargs="*", default=[], choices=list(VARIANTS), help="time whole training steps of these")
-    parser.add_argument("--profile", nargs="*", default=[], help="list the kernels of these variants")
-    parser.add_argument("--against", metavar="JSON", help="result of the same suites on one GPU: prints the scaling")
-    parser.add_argument("--out", help="write the JSON there too")
-    options = parser.parse_args(arguments)
-    torch.set_float32_matmul_precision("high")
+    options = parser(__doc__ or "").parse_args(arguments)
     cuda = torch.cuda.is_available()
+    try:
+        one = check(options, cuda=cuda)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if not cuda and options.backend is None:
         options.backend = "aot_eager"
+    torch.set_float32_matmul_precision("high")
     plain = Recipe(parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32"))
     with open_world(plain) as world:
         options.plan = options.plan or ("single" if world.size == 1 else "fsdp-graph" if cuda else "fsdp")
@@ -372,25 +350,28 @@ def main(arguments: list[str] | None = None) -> int:
             world = dataclasses.replace(world, sharded=True, working_copy=False)
         torch.manual_seed(world.rank)
         torch._dynamo.config.recompile_limit = 128
-        results = []
-        for name in options.suites:
-            results.append(run_suite(name, world, options))
+        results: list[dict[str, Any]] = []
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
             "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,
         }  # fmt: skip
-        if options.against:
-            one = {(s["suite"], r["variant"]): r for s in json.loads(Path(options.against).read_text())["suites"] for r in s["rows"]}
+
+        def keep(result: dict[str, Any]) -> None:
+            if all(result is not known for known in results):
+                results.append(result)
+            if options.out and world.main:
+                beside = Path(f"{options.out}.part")
+                beside.write_text(json.dumps(summary))
+                beside.replace(options.out)
+
+        try:
+            for name in options.suites:
+                run_suite(name, world, options, one=one, keep=keep)
+        finally:
             for result in results:
-                for row in result["rows"]:
-                    row["scaling"] = row["tokens_per_second"] / one[result["suite"], row["variant"]]["tokens_per_second"]
-                    say(world, f"{result['suite']}, {row['variant']}: {row['scaling']:.3f}x the tokens/s of one GPU")
-        if options.out and world.main:
-            Path(options.out).write_text(json.dumps(summary))
-        for result in results:
-            for kernels in result.get("profiles", {}).values():
-                del kernels[40:]
-        say(world, json.dumps(summary))
+                for kernels in result.get("profiles", {}).values():
+                    del kernels[40:]
+            say(world, json.dumps(summary))
     return int(any(r["failed"] or r.get("graphs") != r.get("graphs_expected") for r in results))
 
 

@@ -1,6 +1,9 @@
-"""One run of tools/retrofit_grid.py: a decoder with memory or its twin, trained on rows of tokens and scored."""
+"""A part of retrofit_grid.py, no command, one run of it: a decoder with memory or its twin, trained on rows of tokens and scored."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another tool: run tools/retrofit_grid.py")
 
 import gc
 import math

@@ -1,6 +1,9 @@
-"""A training step as a subject of measurement: warmed up, timed in turns, profiled; used by bench_train.py."""
+"""A part of bench_train.py, no command: a training step as a subject of measurement, warmed up, timed in turns, profiled."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another tool: run tools/bench_train.py")
 
 import statistics
 import time
