@@ -114,6 +114,10 @@ def test_a_foreign_folder_says_its_separator_in_its_configuration(trained, tmp_p
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r'data.tokenizer = ".*nowhere": no file .*nowhere; use "bytes", a tokenizer.json'):
         load_tokenizer(tmp_path / "nowhere")
+    for name in ("my words", "my words/tokenizer.json"):
+        command = rf"or train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N .*--output '{tmp_path}/my words' "
+        with pytest.raises(ValueError, match=command + r"\(DATA as in data.train, N = model.vocab_size\)"):
+            load_tokenizer(tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"data.tokenizer: .*tokenizer.json is not a tokenizer.json of the tokenizers library"):
         load_tokenizer(tmp_path)

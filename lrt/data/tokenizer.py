@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,8 +170,11 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     path = Path(spec).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
+        folder = path.parent if path.suffix in (".json", ".tiktoken") else path
         raise ValueError(
-            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file'
+            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file, or '
+            f"train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N --limit-mb 2000 "
+            f"--output {shlex.quote(str(folder))} (DATA as in data.train, N = model.vocab_size)"
         )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))
