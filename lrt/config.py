@@ -2,6 +2,11 @@
 
 A recipe file holds only what differs from the defaults. ``base = "other.toml"`` inherits from one other
 recipe, and ``--set a.b=c`` overrides a single value. All mistakes of a recipe are collected and reported together.
+
+Three layers, each over the one before: the base, the file, all overrides. A layer that gives a horizon (``training.steps``,
+``tokens`` or ``tokens_per_parameter``) replaces the horizon below it; one that gives ``schedule.kind`` (``optimizer.kind``,
+``training.lr_schedule``) leaves behind what it inherits and does not use: ``schedule.kind=refine`` over a file with
+``subsets = 4`` is no mistake. Such a key beside its kind or above it is one, unless it has the default's value.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from lrt.rules import range_errors, without_replaced
 from lrt.settings import (
     CheckpointConfig,
     DataConfig,
@@ -102,20 +108,20 @@ def load_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unknown keys, wrong types or values; every mistake is listed.
     """
     path = find_recipe(name)
-    table = _read_with_base(path, chain=[])
-    errors: list[str] = []
-    for override in overrides:
-        _apply_override(table, override, errors)
-    return _recipe_from_table(table, errors, where=path.name)
+    return _with_overrides(_read_with_base(path, chain=[]), overrides, where=path.name)
 
 
 def parse_recipe(text: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from TOML text (``base`` is not allowed here)."""
-    table = tomllib.loads(text)
+    return _with_overrides(tomllib.loads(text), overrides, where="recipe")
+
+
+def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
     errors: list[str] = []
+    above: dict[str, Any] = {}
     for override in overrides:
-        _apply_override(table, override, errors)
-    return _recipe_from_table(table, errors, where="recipe")
+        _apply_override(above, override, errors)
+    return _recipe_from_table(_merge(table, above), errors, where=where)
 
 
 def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = {**without_replaced(merged[key], value, section=key), **value} if both else value
     return merged
 
 
@@ -175,7 +181,9 @@ def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) 
             cls = next(c for c in (typing.get_args(hints[key]) or (hints[key],)) if dataclasses.is_dataclass(c))
             sections[key] = _section_from_table(cls, key, value, errors)
     recipe = None
-    if not errors:
+    if errors:  # those that a whole recipe would have told
+        errors += [error for key, section in sections.items() if section for error in range_errors(key, type(section), vars(section))]
+    else:
         try:
             recipe = Recipe(**sections)
         except ValueError as error:
@@ -198,6 +206,7 @@ def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors
         except TypeError as error:
             errors.append(f"{section}.{key} = {raw!r}: expected {error}")
     if len(errors) > before:
+        errors += range_errors(section, cls, values)
         return None
     try:
         return cls(**values)

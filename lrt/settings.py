@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lrt.rules import HORIZON, range_errors, unused_errors
+
 Weights = Literal["paper"] | tuple[float, ...]
 
 
@@ -161,7 +163,6 @@ class OptimizerConfig:
     momentum: float = 0.95
     momentum_start: float = 0.85
     momentum_warmup_steps: int = 300
-    muon_steps: int = 5
     second_moment: float = 0.95
     weight_decay: float = 0.2  # Muon only; times (12/L)^2, falling linearly to 0
     embedding_lr: float = 0.3  # token and value embeddings
@@ -297,27 +298,14 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
     if not c.kv_projection and not c.residual:
         errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
-    if c.gate_channels is not None and (not _whole(c.gate_channels) or c.gate_channels < 1):
-        errors.append(f"recurrence.gate_channels = {c.gate_channels!r}: use a whole number of 1 or more, or leave it out for all channels")
-    if c.blocks is not None and (len(c.blocks) == 0 or not all(map(_whole, c.blocks))):
-        errors.append(f"recurrence.blocks = {list(c.blocks)}: name at least one block by its number 1..L, or leave it out for all")
-    if c.separator is not None and (not _whole(c.separator) or c.separator < 0):
-        errors.append(f"recurrence.separator = {c.separator!r}: token ids are whole numbers of 0 or more")
-    return errors
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    if c.blocks is not None and len(c.blocks) == 0:
+        errors.append("recurrence.blocks = []: name at least one block by its number 1..L, or leave it out for all")
+    others = {key: value for key, value in vars(c).items() if key != "source_layer"}
+    return errors + range_errors("recurrence", RecurrenceConfig, others)
 
 
 def _model_errors(c: ModelConfig) -> list[str]:
-    errors = _choice_errors("model", c)
-    for key in ("n_layers", "vocab_size", "vocab_multiple", "sequence_length", "mlp_ratio", "rope_base"):
-        if getattr(c, key) <= 0:
-            errors.append(f"model.{key} = {getattr(c, key)}: use a positive number")
-    for key in ("width", "n_heads", "n_kv_heads", "softcap", "gate_channels"):
-        if getattr(c, key) is not None and getattr(c, key) <= 0:
-            errors.append(f"model.{key} = {getattr(c, key)}: use a positive number, or leave it out")
+    errors = _choice_errors("model", c) + range_errors("model", ModelConfig, vars(c))
     if errors:
         return errors
     if c.d_model % c.heads:
@@ -334,20 +322,18 @@ def _model_errors(c: ModelConfig) -> list[str]:
 
 
 def _recipe_errors(r: Recipe) -> list[str]:
-    errors = [error for f in fields(r) if f.name not in ("model", "recurrence") for error in _choice_errors(f.name, getattr(r, f.name))]
+    errors: list[str] = []
+    for f in fields(r):
+        section = getattr(r, f.name)
+        if f.name not in ("model", "recurrence"):
+            errors += _choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
     t, m = r.training, r.model
-    given = [key for key in ("steps", "tokens", "tokens_per_parameter") if getattr(t, key) is not None]
+    given = [key for key in HORIZON if getattr(t, key) is not None]
     if len(given) > 1:
-        errors.append(f"training has {' and '.join(given)}: give exactly one of steps, tokens, tokens_per_parameter")
-    for key in given:
-        if getattr(t, key) < (0 if key == "steps" else 1e-9):
-            errors.append(f"training.{key} = {getattr(t, key)}: use a positive number")
-    if t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length:
+        unset = f"--set training.{given[-1]}=none"
+        errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
+    if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
-    if t.micro_batch < 1:
-        errors.append(f"training.micro_batch = {t.micro_batch}: use 1 or more rows")
-    if not 0 <= t.warmdown_fraction <= 1:
-        errors.append(f"training.warmdown_fraction = {t.warmdown_fraction}: use a fraction 0..1")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")

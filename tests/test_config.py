@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import typing
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +24,7 @@ from lrt.config import (
     load_recipe,
     parse_recipe,
 )
+from lrt.rules import RANGES, USED, number_types
 
 optional_int = st.one_of(st.none(), st.integers(1, 64))
 
@@ -44,11 +50,12 @@ def recipes(draw):
         )
     )
     weights = draw(st.one_of(st.just("paper"), st.just((0.1, 0.9))))
-    schedule = ScheduleConfig(kind="baseline") if recurrence is None else ScheduleConfig(weights=weights)
+    refined = st.builds(ScheduleConfig, kind=st.just("refine"), passes=st.integers(1, 4))
+    schedule = ScheduleConfig(kind="baseline") if recurrence is None else draw(st.one_of(st.just(ScheduleConfig(weights=weights)), refined))
     training = draw(st.builds(TrainingConfig, tokens=optional_int, clip_norm=st.one_of(st.none(), st.floats(0.1, 2))))
-    optimizer = draw(
-        st.builds(OptimizerConfig, betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), adamw_memory_lr=st.one_of(st.none(), st.floats(1e-6, 1)))
-    )
+    betas = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))
+    adamw = st.builds(OptimizerConfig, kind=st.just("adamw"), adamw_memory_lr=st.one_of(st.none(), st.floats(1e-6, 1)))
+    optimizer = draw(st.one_of(st.builds(OptimizerConfig, betas=betas), adamw))
     return Recipe(model=model, recurrence=recurrence, schedule=schedule, training=training, optimizer=optimizer)
 
 
@@ -117,6 +124,145 @@ def test_all_errors_at_once_with_suggestions():
 def test_values_that_do_not_fit(text, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe(text)
+
+
+# ------------------------------------------------------------------ ranges
+
+
+def section_class(hint):
+    return next(c for c in (*typing.get_args(hint), hint) if dataclasses.is_dataclass(c))
+
+
+SECTIONS = {name: section_class(hint) for name, hint in typing.get_type_hints(Recipe).items()}
+NUMBERS = [(section, key, hint) for section, cls in SECTIONS.items() for key, hint in typing.get_type_hints(cls).items() if number_types(hint)]
+
+
+def as_toml(value, hint):
+    """The number as a value of this type: in lists of one or two where the type is a tuple."""
+    arms = [arm for arm in (hint, *typing.get_args(hint)) if typing.get_origin(arm) is tuple]
+    return str([value] * (1 if Ellipsis in typing.get_args(arms[0]) else 2)) if arms else str(value)
+
+
+def refused(section, key, hint, value):
+    with pytest.raises(ValueError, match=re.escape(f"{section}.{key} = ")) as caught:
+        parse_recipe("", overrides=[f"{section}.{key}={as_toml(value, hint)}"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_table_of_ranges_has_exactly_the_numbers_of_the_recipe():
+    assert {(section, key) for section, keys in RANGES.items() for key in keys} == {(section, key) for section, key, _ in NUMBERS}
+
+
+@pytest.mark.parametrize(("section", "key", "hint"), NUMBERS, ids=[f"{s}.{k}" for s, k, _ in NUMBERS])
+@given(data=st.data())
+def test_numbers_out_of_range_are_refused_by_name(section, key, hint, data):
+    allowed, whole = RANGES[section][key], float not in number_types(hint)
+    least = math.ceil(allowed.least) if whole else allowed.least
+    below = st.integers(-(2**70), least - 1) if whole else st.floats(max_value=least, exclude_max=not allowed.above, allow_infinity=False)
+    value = data.draw(below.filter(lambda number: number != allowed.also))
+    refused(section, key, hint, value)
+    if allowed.most < math.inf:
+        reals = st.floats(min_value=allowed.most, exclude_min=not allowed.below, allow_infinity=False)
+        refused(section, key, hint, data.draw(st.integers(allowed.most + 1, 2**70) if whole else reals))
+    if not whole:
+        refused(section, key, hint, data.draw(st.sampled_from(["nan", "inf", "-inf"])))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.steps=0", "optimizer.matrix_lr=0", "optimizer.betas=[0, 0]", "parallel.shard=-1", "parallel.loss_chunk=0", "checkpoint.every=0",
+        "evaluation.every=0", "evaluation.sample_tokens=0", "training.final_lr_fraction=1", "training.clip_norm=none", "optimizer.weight_decay=0",
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_something_are_kept(setting):
+    parse_recipe("", overrides=[setting])
+
+
+def test_all_ranges_are_told_at_once():
+    sets = ["training.clip_norm=0", "optimizer.matrix_lr=-1", "optimizer.reference_batch_tokens=0", "parallel.loss_chunk=-4", "data.workers=-1"]
+    for more in ([], ["model.n_layers=0"], ["training.steps=true"], ["recurrence.separator=-1"], ["training.batch_tokens=1000"]):
+        with pytest.raises(ValueError) as caught:
+            parse_recipe("", overrides=[*sets, *more])
+        for key in (setting.split("=")[0] for setting in [*sets, *more]):
+            assert str(caught.value).count(f"{key} = ") == 1, (key, str(caught.value))
+    for words in (
+        'training.clip_norm = 0.0: use a number above 0, or "none"',
+        "parallel.loss_chunk = -4: use a whole number of 0 or more (0 = all)",
+    ):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["4", 2.5, True, None])
+def test_numbers_of_a_wrong_type_are_refused_in_code_too(value):
+    with pytest.raises(ValueError, match=r"training.micro_batch = .*: use a whole number of 1 or more"):
+        Recipe(training=TrainingConfig(micro_batch=value))
+    with pytest.raises(ValueError, match=r"model.n_layers = .*: use a whole number of 1 or more"):
+        ModelConfig(n_layers=value)
+
+
+# ------------------------------------------------------------------ what a choice leaves unused, and what replaces what
+
+
+def test_every_choice_names_every_kind_and_real_keys():
+    for (section, choice), uses in USED.items():
+        hints = typing.get_type_hints(SECTIONS[section])
+        assert set(uses) == set(typing.get_args(hints[choice]))
+        assert {key for keys in uses.values() for key in keys} <= set(hints) - {choice}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[schedule]\npasses = 2\n", r"schedule.passes = 2 has no effect with schedule.kind = 'interleaved': leave it out, or use refine"),
+        ("[schedule]\nkind = 'refine'\nsubsets = 4\n", r"schedule.subsets = 4 has no effect with schedule.kind = 'refine'.*use interleaved"),
+        ("[schedule]\nkind = 'baseline'\nweights = [1.0]\n", r"schedule.weights = .* has no effect .* use interleaved or refine"),
+        ("[optimizer]\nkind = 'adamw'\nmatrix_lr = 1.0\n", r"optimizer.matrix_lr = 1.0 has no effect with optimizer.kind = 'adamw'.*use muon"),
+        ("[optimizer]\nadamw_lr = 1.0\n", r"optimizer.adamw_lr = 1.0 has no effect with optimizer.kind = 'muon'"),
+        ("[training]\nlr_schedule = 'cosine'\nwarmdown_fraction = 0.2\n", r"training.warmdown_fraction = 0.2 has no effect .* use warmdown or wsd"),
+    ],
+)
+def test_keys_without_effect_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(text)
+    section, *lines = text.split()[0].strip("[]"), *text.strip().split("\n")[1:]
+    with pytest.raises(ValueError, match=message):
+        parse_recipe("", overrides=[f"{section}.{line.replace(' = ', '=')}" for line in lines])
+
+
+def test_a_default_is_no_mistake_and_another_kind_leaves_behind_what_it_does_not_use(tmp_path):
+    assert parse_recipe("[schedule]\nkind = 'refine'\nsubsets = 2\n").schedule == ScheduleConfig(kind="refine")
+    (tmp_path / "below.toml").write_text("[schedule]\nsubsets = 4\nweights = [0.5, 0.5]\n")
+    (tmp_path / "above.toml").write_text('base = "below.toml"\n[schedule]\nkind = "refine"\n')
+    expected = ScheduleConfig(kind="refine", weights=(0.5, 0.5))
+    assert load_recipe(tmp_path / "above.toml").schedule == expected
+    assert load_recipe(tmp_path / "below.toml", overrides=["schedule.kind=refine"]).schedule == expected
+    assert load_recipe(tmp_path / "below.toml", overrides=["schedule.kind=interleaved"]).schedule.subsets == 4
+    with pytest.raises(ValueError, match="schedule.subsets = 3 has no effect with schedule.kind = 'refine'"):
+        load_recipe(tmp_path / "above.toml", overrides=["schedule.subsets=3"])
+    dumped = dump_recipe(load_recipe(tmp_path / "below.toml"))
+    assert parse_recipe(dumped, overrides=["schedule.kind=refine"]).schedule == expected
+
+
+@pytest.mark.parametrize(("key", "value"), [("steps", 100), ("tokens", 7), ("tokens_per_parameter", 2.0)])
+def test_a_horizon_given_above_replaces_the_one_below(tmp_path, key, value):
+    none = dict.fromkeys(("steps", "tokens", "tokens_per_parameter"))
+
+    def horizon(recipe):
+        return {name: getattr(recipe.training, name) for name in none}
+
+    (tmp_path / "below.toml").write_text("[training]\ntokens_per_parameter = 10.0\nmicro_batch = 3\n")
+    (tmp_path / "above.toml").write_text(f'base = "below.toml"\n[training]\n{key} = {value}\n')
+    for recipe in (
+        load_recipe(tmp_path / "above.toml"),
+        load_recipe(tmp_path / "below.toml", overrides=[f"training.{key}={value}"]),
+        load_recipe(tmp_path / "below.toml", overrides=[f"training.{key}={value}", f"training.{'tokens' if key == 'steps' else 'steps'}=none"]),
+        parse_recipe(dump_recipe(load_recipe(tmp_path / "below.toml")), overrides=[f"training.{key}={value}"]),
+    ):
+        assert horizon(recipe) == {**none, key: value} and recipe.training.micro_batch == 3
+    assert horizon(load_recipe(tmp_path / "below.toml", overrides=["training.tokens_per_parameter=none"])) == none
+    with pytest.raises(ValueError, match=r"has steps and tokens: give exactly one of .* take back another with --set training.tokens=none"):
+        load_recipe(tmp_path / "below.toml", overrides=["training.steps=1", "training.tokens=5"])
 
 
 @pytest.mark.parametrize("key", ["gate_channels", "separator", "blocks"])
