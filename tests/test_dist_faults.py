@@ -74,6 +74,29 @@ def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gp
     assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 31))
 
 
+def alive(process):
+    """A process that runs: one whose parent is gone may wait as a zombie for somebody to ask how it ended."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_whose_torchrun_has_ended_save_and_end(tmp_path):
+    """As schedulers do with SIGUSR1, which torchrun does not know: it ends at once, and nobody would watch its ranks."""
+    first = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
+    wait_for_step(first, 5)
+    ranks = workers(first)
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)  # until the ranks, too, have let go of the pipe
+    assert first.returncode == -signal.SIGUSR1 and not any(map(alive, ranks))
+    assert re.search(r"stopped by (the end of torchrun|a signal on another rank) at step \d+ of 100000", output)
+    step = step_of(latest(tmp_path / "tiny" / "checkpoints"))
+    second = launch(tmp_path, f"training.steps={step + 2}")
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0 and "resumed from" in output, errors
+
+
 def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
     process = launch(tmp_path, "training.steps=100000", "parallel.timeout_minutes=0.1")
     wait_for_step(process, 5)

@@ -326,15 +326,54 @@ def check_export(world, folder):
 
 
 def check_mesh(world, folder):
-    replicated = recipe_of(**{"parallel.replicate": world.size})
-    numbers, seen = gradients(replicated, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
+    """Replicas, and on four ranks replicas of shards."""
     expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
-    torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
+    for replicas in (n for n in (2, 4) if world.size % n == 0):
+        recipe = recipe_of(**{"parallel.replicate": replicas})
+        numbers, seen = gradients(recipe, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
+        torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+        for name, gradient in plain.items():
+            torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
     text = rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"
     with pytest.raises(ValueError, match=text):
         build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
+
+
+def check_compiled(world, folder):
+    """Compiled blocks under FSDP have the plain model's gradients; on a GPU in half precision, with all its kernels, inside a CUDA graph."""
+    (_compiled_on_gpu if world.device.type == "cuda" else _compiled)(world)
+
+
+def _compiled(world):
+    torch._dynamo.config.recompile_limit = parallel.GRAPHS  # as the plan sets it where it compiles
+    with float64():
+        for plan, schedule in (("after_step", "interleaved"), ("after_forward", "refine"), ("AC block", "interleaved")):
+            model = awake(build_parallel(recipe_of(**PLANS[plan]), world)).train()
+            for block in model.blocks:
+                block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+            numbers, seen = look(model, world, micro_batches(world), SCHEDULES[schedule])
+            expected, plain = gradients(recipe_of(), alone(world), [rows(world)], SCHEDULES[schedule])
+            torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+            assert seen.keys() == plain.keys()
+            for name, gradient in plain.items():
+                torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=f"{plan}, {name}": f"{n}: {m}")
+
+
+def _compiled_on_gpu(world):
+    """No farther from float32 than twice the eager sharded model in the same precision."""
+    shape = {"model.width": 64, "model.n_heads": 2, "model.n_kv_heads": 2}
+    half = {**shape, "parallel.param_dtype": "bfloat16"}
+    batches = micro_batches(world) * 2
+    for more in ({}, {"recurrence.sharing": "layerwise"}, {"parallel.reshard": "after_forward"}):
+        for schedule in (lrt.interleaved(2), lrt.refine(1, weights=(0.0, 1.0))):
+            _, exact = gradients(recipe_of(**shape, **more), world, batches, schedule)
+            _, eager = gradients(recipe_of(**half, **more), world, batches, schedule)
+            model = awake(build_parallel(recipe_of(**half, **more, **{"parallel.compile": "true"}), world)).train()
+            _, seen = look(model, world, batches, schedule, runner=Runner(model, model, graphs=True))
+            assert seen.keys() == eager.keys() == exact.keys()
+            for name, gradient in exact.items():
+                far, near = ((g[name] - gradient).norm() / gradient.norm().clamp_min(1e-9) for g in (seen, eager))
+                assert far <= 2 * near + 5e-3, (more, schedule, name, float(far), float(near))
 
 
 def check_bfloat16(world, folder):
@@ -437,6 +476,7 @@ CHECKS = {
     "saved": check_saved,
     "export": check_export,
     "mesh": check_mesh,
+    "compiled": check_compiled,
     "bfloat16": check_bfloat16,
     "decoded": check_decoded,
     "gathered": check_gathered,
@@ -444,11 +484,16 @@ CHECKS = {
 }
 
 
+ON_FOUR = ("mesh", "gradients: after_step, interleaved", "optimizer", "replayed", "gathered")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     results = {}
     with open_world(recipe_of()) as world:
         for name, check in CHECKS.items():
+            if world.size > 2 and name not in ON_FOUR:
+                continue
             results[name] = "ok"
             try:
                 check(world, folder)
@@ -462,19 +507,11 @@ def main(folder: Path) -> None:
                 (folder / f"results{world.rank}.json").write_text(json.dumps(results))
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def launched(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=3)
-    torch.save({n: t.clone() for n, t in _tensors(model, optimizer).items()}, folder / "parent.pt")
-    manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
-    manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
-    assert manager.wait()
-    ranks = 2 if request.param == "cpu" else min(2, torch.cuda.device_count())  # one GPU: FSDP on one rank against a plain module
+def launch(folder, *, ranks, gpu):
+    """Results of every rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
-    if request.param == "cpu":
+    if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     found = {}
@@ -482,12 +519,39 @@ def launched(request, tmp_path_factory):
         with contextlib.suppress(FileNotFoundError):
             found[rank] = json.loads((folder / f"results{rank}.json").read_text())
     assert len(found) == ranks, result.stderr[-5000:]
-    return folder, found
+    return found
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def launched(request, tmp_path_factory):
+    folder, gpu = tmp_path_factory.mktemp("two_ranks"), request.param == "gpu"
+    recipe = recipe_of()
+    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=3)
+    torch.save({n: t.clone() for n, t in _tensors(model, optimizer).items()}, folder / "parent.pt")
+    manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
+    manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
+    assert manager.wait()
+    ranks = min(2, torch.cuda.device_count()) if gpu else 2  # one GPU: FSDP on one rank against a plain module
+    return folder, launch(folder, ranks=ranks, gpu=gpu)
+
+
+FOUR_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=FOUR_GPUS)])
+def launched_on_four(request, tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("four_ranks"), ranks=4, gpu=request.param == "gpu")
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks_equal_one(launched, name):
     for rank, results in launched[1].items():
+        assert results.get(name) == "ok", f"rank {rank}: {results.get(name, 'not reached')}"
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks_equal_one(launched_on_four, name):
+    for rank, results in launched_on_four.items():
         assert results.get(name) == "ok", f"rank {rank}: {results.get(name, 'not reached')}"
 
 

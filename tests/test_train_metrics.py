@@ -1,5 +1,7 @@
 """Records: one a step, none twice, none lost, read late; and what is said when an optional package is missing."""
 
+import errno
+import io
 import json
 import sys
 import time
@@ -30,6 +32,32 @@ def test_a_resumed_file_repeats_no_step_and_survives_a_cut_line(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 1.5), (2, 1.5), (3, 1.5), (4, 1.5), (5, 9.0)]
     JsonLines(path).close()
     assert read_records(path) == []
+
+
+def test_records_wait_for_room(tmp_path):
+    """A disk that fills up takes part of a line; the rest and all later records follow once there is room."""
+    said, room = [], [30]
+
+    class Disk(io.FileIO):
+        def write(self, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = min(room[0], len(data))
+            room[0] -= taken
+            return super().write(data[:taken])
+
+    sink = JsonLines(tmp_path / "m.jsonl", report=said.append)
+    sink._file = Disk(tmp_path / "m.jsonl", "ab")
+    for step in (1, 2, 3):
+        sink.write(record(step))
+    assert read_records(tmp_path / "m.jsonl") == [] and len(said) == 1 and "No space left on device" in said[0]
+    room[0] = 10**6
+    sink.write(record(4))
+    assert [r["step"] for r in read_records(tmp_path / "m.jsonl")] == [1, 2, 3, 4]
+    room[0] = 0
+    sink.write(record(5))
+    sink.close()
+    assert "lacks its last 1 records" in said[-1]
 
 
 def test_numbers_that_are_none_stay_valid_json(tmp_path):

@@ -114,3 +114,52 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
     assert result.returncode == 2 and "choose a folder that can be written" in result.stderr and "Traceback" not in result.stderr
     listed = run_py("--list", cwd=tmp_path)
     assert listed.returncode == 0 and "lrt_tiny" in listed.stdout and "lrt_24l" in listed.stdout
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_train_run import tiny, train_records
+from lrt.train import report, trainer
+from lrt.train.faults import NotSavedError
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+def full(): resource.setrlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]))  # no file takes more than a byte
+def room(): resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+step_of, evaluate = trainer.train_step, report.evaluate_run
+calls = []
+def step(*args, **settings):
+    calls.append(1)
+    if len(calls) in when: when[len(calls)]()
+    return step_of(*args, **settings)
+trainer.train_step = step
+recipe = tiny({folder!r}, **{{"training.steps": 10, "checkpoint.every": 2}})
+when = {{3: full, 6: room, 10: full}}
+try:
+    trainer.train(recipe)
+except NotSavedError as error:
+    print("SAID", error)
+room()
+report.evaluate_run = lambda *args: (evaluate(*args), full())[0]
+try:
+    trainer.train(recipe)
+except NotSavedError as error:
+    print("SAID", error)
+room()
+report.evaluate_run = evaluate
+assert trainer.train(recipe).bpb
+folder = trainer.Path({folder!r}) / "tiny"
+assert [r["step"] for r in train_records(folder)] == list(range(1, 11))
+assert (folder / "export" / "config.json").is_file() and not list(folder.glob(".*"))
+print("STEPS", len(calls))
+"""
+
+
+def test_a_full_disk_ends_no_run_before_its_end_and_loses_nothing(tmp_path):
+    code = FULL_DISK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert "checkpoint of step 4 was not written" in said and "its records wait in memory until there is room" in said
+    assert re.search(r"SAID the checkpoint at the end \(step 10\) could not be written: make room and give the same command", said)
+    assert re.search(r"SAID .*export could not be written \(.*\): make room .*exports from the checkpoint of step 10", said)
+    assert "STEPS 12" in said  # the second run did the two after the checkpoint of step 8 again

@@ -146,6 +146,40 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     assert result.bpb == finished.bpb
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
+    """The checkpoint comes first; the run that goes on from it begins with the evaluation, so that records are those of a whole run."""
+    sets = {"evaluation.every": 4, "evaluation.sample_tokens": 0, "checkpoint.asynchronous": "false"}
+    whole = train(tiny(tmp_path / "whole", **sets))
+
+    def cut(run, heart):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "evaluate_run", cut)
+        train(tiny(tmp_path / "cut", **sets))
+    assert step_of(latest(tmp_path / "cut" / "tiny" / "checkpoints")) == 4
+    again = train(tiny(tmp_path / "cut", **sets))
+    rows = [
+        [(r["kind"], r["step"], r.get("loss"), r.get("bpb")) for r in read_records(result.folder / "metrics.jsonl")] for result in (whole, again)
+    ]
+    assert rows[0] == rows[1] and [r[1] for r in rows[0] if r[0] == "evaluation"] == [4, 8]
+
+
+@pytest.mark.parametrize("start, count", [(2, 2), (7, 5)])
+def test_a_profile_has_the_steps_asked_for(tmp_path, start, count):
+    result = train(tiny(tmp_path, **{"metrics.profile_start": start, "metrics.profile_steps": count, "evaluation.sample_tokens": 0}))
+    (trace,) = (result.folder / "profile").iterdir()
+    assert trace.name == f"rank0_step{start}.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    updates = [e for e in events if e.get("name") == "aten::_fused_adamw_"]
+    groups = [e for e in updates if e.get("ph") == "X"]
+    steps = min(count, 8 - start + 1)  # a run that ends inside the window keeps what it has
+    assert groups and len(groups) % steps == 0
+    for wrong in (0, 9):
+        with pytest.raises(ValueError, match="metrics.profile_start"):
+            train(tiny(tmp_path / "wrong", **{"metrics.profile_start": wrong}))
+
+
 def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
     shutil.copytree(finished.folder, tmp_path / "tiny")
     again = train(tiny(tmp_path))
@@ -404,6 +438,9 @@ def test_a_hang_names_the_step(capsys):
     assert "rank 3: step 17: no progress for about" in said.getvalue() and "restart with the same command" in said.getvalue()
     assert said.getvalue().count("no progress") == 1
     quiet = io.StringIO()
+    with Heartbeat(timeout_s=0.05, stream=quiet):  # data may be fetched for long before the first step
+        time.sleep(0.2)
+    assert quiet.getvalue() == ""
     with Heartbeat(timeout_s=5.0, stream=quiet) as heart:
         heart.beat("step 1")
     assert quiet.getvalue() == ""

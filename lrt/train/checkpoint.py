@@ -107,7 +107,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = latest(path) or latest(path / "checkpoints")
     if found is None:
-        raise ValueError(f"{path} holds no checkpoint (no folder step_NNNNNNNN with complete.json): name a run folder or a checkpoint of it")
+        raise ValueError(
+            f"{path} holds no checkpoint (no folder step_NNNNNNNN with complete.json): name a run folder, a checkpoint of it, or a folder "
+            "that was exported (with config.json)"
+        )
     return found
 
 

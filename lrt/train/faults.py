@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
+import os
 import signal
 import sys
 import threading
@@ -23,16 +25,22 @@ class HangError(RuntimeError):
     """A collective did not end: another rank has died or hangs, so nothing more can be done together."""
 
 
+class NotSavedError(RuntimeError):
+    """What a run ends with could not be written."""
+
+
 class StopSignal:
     """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a clean end; a second Ctrl-C ends at once.
 
-    Used as a context; outside it, and outside the main thread, nothing is changed.
+    So does the end of torchrun, which a signal that it does not know ends at once: nobody would watch or end its ranks.
+    Used as a context; outside it, and outside the main thread, no handler is changed.
     """
 
     SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._received: str | None = None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -47,6 +55,13 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> str | None:
+        """What asks for the end; None = nothing."""
+        if self._received is None and self._launcher not in (None, os.getppid()):
+            self._received = "the end of torchrun"
+        return self._received
+
     @contextmanager
     def unheard(self) -> Iterator[None]:
         """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one.
@@ -60,9 +75,9 @@ class StopSignal:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self._received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+        self._received = signal.Signals(number).name
 
 
 def start_compile_workers() -> None:
@@ -95,8 +110,12 @@ class FiniteGuard:
             self._row = 0
             return
         self.total, self._row = self.total + 1, self._row + 1
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "rows": list(sources)}) + "\n")
+        line = json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "rows": list(sources)})
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            print(f"{self._path} cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
         if self._row >= self._limit:
             raise NonFiniteError(
                 f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite and were skipped "
@@ -118,7 +137,7 @@ class Heartbeat:
 
     def __init__(self, *, timeout_s: float, rank: int = 0, stream: Any = None) -> None:
         self._timeout, self._rank, self._stream = timeout_s, rank, stream
-        self._last, self._where, self._said = time.monotonic(), "start", False
+        self._last, self._where, self._said = math.inf, "start", False  # reading and fetching data before the first beat may take long
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
 

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -124,22 +124,36 @@ def peak_memory_gib(device: torch.device) -> float:
 class JsonLines:
     """One JSON object a line; ``kind`` tells train from evaluation.
 
+    Where the disk is full, records wait in memory until there is room, and the run goes on.
+
     Args:
         path: of the file; lines behind step ``resume_step`` are dropped, so that a resumed run repeats none.
         resume_step: steps done; 0 starts a new file.
+        report: receives one line for the user when records begin to wait.
     """
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int = 0, report: Callable[[str], None] = print) -> None:
         kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
         beside = path.with_name(path.name + ".new")
         beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         beside.replace(path)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "ab", buffering=0)
+        self._path, self._report, self._unwritten, self._stuck = path, report, b"", False
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._unwritten += (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+        try:
+            while self._unwritten:  # a disk that fills up takes a part of it
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._stuck = False
+        except OSError as error:
+            if not self._stuck:
+                self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
+            self._stuck = True
 
     def close(self) -> None:
+        if self._unwritten:
+            self._report(f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written")
         self._file.close()
 
 
@@ -254,7 +268,8 @@ class TensorBoard:
 
     def write(self, record: Record) -> None:
         for name, value in _scalars(record):
-            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            with contextlib.suppress(OSError):  # metrics.jsonl says that the disk is full, and keeps everything
+                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
     def close(self) -> None:
         self._writer.close()

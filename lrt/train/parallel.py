@@ -25,8 +25,8 @@ from lrt.loss import Scorer
 from lrt.train.distributed import World
 from lrt.types import Schedule
 
-# Memory projections and adapted blocks return views; nothing here writes into them, which is what FSDP warns of.
-warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP(KVProjection|RecurrentBlock)\) returned a view tensor")
+# These return views; nothing here writes into them, which is what FSDP warns of.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP(KVProjection|RecurrentBlock|TokenTable)\) returned a view tensor")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRAPHS = 64  # compiled variants of a block: windows x with or without memory x kinds of store x dtypes

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lrt.generation import generate
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import Heartbeat
+from lrt.train.faults import Heartbeat, NotSavedError
 from lrt.train.metrics import plot_curves, read_records
 from lrt.train.state import Run, RunResult
 from lrt.train.weights import export
@@ -20,11 +21,17 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     record = evaluate_run(run, heart)
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
-    plain = export(run.model, run.recipe, exported, run.world)
+    try:
+        plain = export(run.model, run.recipe, exported, run.world)
+        if plain is not None and exported is not None:
+            run.tokenizer.save(exported)
+    except (OSError, SafetensorError) as error:
+        raise NotSavedError(
+            f"{exported} could not be written ({error}): make room and give the same command, which exports from the checkpoint of "
+            f"step {run.state.step}"
+        ) from None
     result = dataclasses.replace(result, bpb=dict(record["bpb"]))
     if plain is not None:
-        if exported is not None:
-            run.tokenizer.save(exported)
         result = dataclasses.replace(result, sample=decode_sample(plain.to(run.world.device), run))
         if run.recipe.metrics.plot:
             try:

@@ -22,9 +22,9 @@ from lrt.train.backbones import check_tokenizer, shapes_of
 from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
 from lrt.train.distributed import World, open_world
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, StopSignal, hang_message, start_compile_workers
+from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.horizon import plan_horizon
-from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
 from lrt.train.muon import direction
 from lrt.train.optimizers import MuonAdamW, parameter_groups
 from lrt.train.parallel import named_parameters
@@ -74,6 +74,9 @@ def assemble(recipe: Recipe, world: World) -> Run:
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
     flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
+    first = recipe.metrics.profile_start
+    if first is not None and not 1 <= first <= horizon.steps:
+        raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
@@ -104,7 +107,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     manager.last_saved = state.step if resumed is not None else -1
     sinks: list[Sink] = [console] if console is not None else []
     if world.main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step))
+        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step, report=say))
         if recipe.metrics.tensorboard:
             sinks.append(TensorBoard(folder / "tensorboard"))
     if resumed is not None:
@@ -210,9 +213,12 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     late, clock = LateReader(), Clock()
     speeds: list[float] = []
     stop = False
+    if _evaluation_missed(run):
+        evaluate_run(run, heart)
     with _profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
+            profile(state.step + 1)
             with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
@@ -236,19 +242,21 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
             run.manager.poll()
-            profile(state.step)
-            if due and "evaluate" in due:
+            if "save" in due and not stop:
+                _save(run)  # first: a stop during an evaluation may end the process before it is over
+            if "evaluate" in due and not stop:
                 with clock.paused():
                     evaluate_run(run, heart)
-            if due and "save" in due and not stop:
-                _save(run)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
             stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
     if not run.manager.wait():
-        raise RuntimeError(f"the checkpoint at the end (step {state.step}) could not be written; see the lines above")
+        raise NotSavedError(
+            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on "
+            f"from the newest whole one"
+        )
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
     name = None if reached and not stop else signals.received or "a signal on another rank"
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
@@ -261,6 +269,15 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(batch.input_ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), batch.source)
+
+
+def _evaluation_missed(run: Run) -> bool:
+    """Whether a resumed run lacks the evaluation of the step it goes on from: something ended it after the checkpoint."""
+    step = run.state.step
+    if step == 0 or "evaluate" not in _due(run.recipe, step, run.horizon.steps):
+        return False
+    records = read_records(run.folder / "metrics.jsonl") if run.world.main else []
+    return not run.world.agree(int(any(r["kind"] == "evaluation" and r["step"] == step for r in records)))
 
 
 def _due(recipe: Recipe, step: int, total: int) -> set[str]:
@@ -315,25 +332,25 @@ def _save(run: Run) -> None:
 
 @contextlib.contextmanager
 def _profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """A function to call after every step; records the window that the recipe asks for."""
+    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside it has of it."""
     start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
-    if start is None:
-        yield lambda step: None
-        return
-    profiler = torch.profiler.profile()
-    running = False
+    running: torch.profiler.profile | None = None
 
-    def after(step: int) -> None:
+    def finish() -> None:
         nonlocal running
-        if step == start and not running:
-            profiler.start()
-            running = True
-        elif running and step == start + count:
-            profiler.stop()
-            running = False
+        if running is not None:
+            running.stop()
             (folder / "profile").mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{step}.json"))
+            running.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{start}.json"))
+            running = None
 
-    yield after
-    if running:
-        profiler.stop()
+    def before(step: int) -> None:
+        nonlocal running
+        if step == start:
+            running = torch.profiler.profile()
+            running.start()
+        elif start is not None and step == start + count:
+            finish()
+
+    yield before
+    finish()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -63,16 +65,29 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
-    """Take the weights of a training checkpoint or of an exported folder, and nothing else.
+    """Take the weights of a training checkpoint, of an exported folder or of a safetensors file with the model's own names, and nothing else.
 
     Raises:
-        ValueError: the folder is neither, or holds another model.
+        ValueError: it is none of these, or holds another model.
     """
-    if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
-        fill(model, named_tensors(load(path, device="cpu")))
-        return
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
-    read_tensors(find_checkpoint(path), tensors, process_group=world.checkpoint_group)
+    try:
+        if Path(path).is_file():
+            fill(model, _read_file(Path(path)))
+            return
+        if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
+            fill(model, named_tensors(load(path, device="cpu")))
+            return
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
+        read_tensors(find_checkpoint(path), tensors, process_group=world.checkpoint_group)
+    except ValueError as error:
+        raise ValueError(f"training.init_from = {path}: {error}") from None
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"not a whole safetensors file ({error})") from None
 
 
 def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
@@ -103,12 +118,15 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
         return None
     plain = _plain(recipe, tensors)
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        beside = folder.with_name(f".new_{folder.name}")
+        shutil.rmtree(beside, ignore_errors=True)
         if plain.recurrence is None and is_foreign(plain):
-            with new_folder(folder) as place:
+            with new_folder(beside) as place:
                 decoder_of(plain).save_pretrained(place)
         else:
-            save(plain, folder)
+            save(plain, beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
     return plain.eval()
 
 
