@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -10,13 +11,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
 
 
+OVERRIDE = "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a recipe; the same command again continues a run that was stopped.")
     parser.add_argument("--recipe", default="lrt_tiny", help="name in recipes/, or a path (default: lrt_tiny)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDE)
     parser.add_argument("--dry-run", action="store_true", help="say what the run would need and how long it would take, and stop")
+    parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or 8)")
     parser.add_argument("--list", action="store_true", help="list the recipes")
     args = parser.parse_args()
+    if args.gpus is not None and (not args.dry_run or args.gpus < 1):
+        parser.error("--gpus needs --dry-run and a number of 1 or more; torchrun --nproc_per_node says how many GPUs a run has")
 
     from lrt.config import load_recipe
 
@@ -29,15 +36,16 @@ def main() -> int:
         if args.dry_run:
             from lrt.train.dry_run import dry_run
 
-            world_size = os.environ.get("WORLD_SIZE")
-            print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
+            if int(os.environ.get("RANK", 0)) == 0:
+                world_size = args.gpus or os.environ.get("WORLD_SIZE")
+                print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
             return 0
-        from lrt.train.faults import HangError, NonFiniteError
+        from lrt.train.faults import HangError, NonFiniteError, NotSavedError
         from lrt.train.trainer import train
 
         try:
             train(recipe)
-        except NonFiniteError as error:
+        except (NonFiniteError, NotSavedError) as error:
             print(f"stopped: {error}", file=sys.stderr)
             return 1
         except HangError as error:
@@ -49,6 +57,11 @@ def main() -> int:
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         print(f"error: run.output: cannot use {error.filename}: {error.strerror}; choose a folder that can be written", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"stopped: {error.filename or 'run.output'}: no space left: make room and give the same command, which goes on", file=sys.stderr)
+        return 1
     return 0
 
 
