@@ -1,7 +1,8 @@
-"""The command lines of tools/generate.py and tools/bench_decode.py, on tiny models."""
+"""The command lines of tools/generate.py and tools/bench_decode.py on tiny models, and what other tools refuse."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def test_generate_answers_line_by_line_and_takes_an_empty_prompt(folder):
         (["--prompt", "a", "--prefill", "fast"], "--prefill fast: use exact, refine:K"),
         (["--prompt", "a", "--prefill", "refine:0"], "--prefill refine:0"),
         (["--prompt", "a", "--top-k", "300"], "top_k = 300: use 1..257"),
+        (["--prompt", "a", "--prefill", "fixed_point:a"], "fixed_point:GROUPS:TOL"),
+        (["--prompt", "a", "--device", "abacus"], "--device abacus: not usable here"),
         (["--file", "/nowhere/at/all"], "no such file"),
+        (["--file", sys.executable], "cannot be read as UTF-8 text"),
     ],
 )
 def test_generate_refuses_in_one_line(folder, args, message):
@@ -74,6 +78,34 @@ def test_the_benchmark_ends_with_one_json_object():
     assert {row["batch"] for row in result["decode"]} == {1, 2}
     assert [row["method"] for row in result["prefill"]] == ["plain", "refine(1)", "fixed_point(5 sweeps)", "exact"]
     assert all(row["us_per_step"] > 0 and row["share_of_copy"] > 0 for row in result["decode"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bench_decode.py", "--tiny", "--model", "nowhere"], "--model: nowhere holds no config.json"),
+        (["bench_decode.py", "--tiny", "--no-prefill", "--no-decode"], "nothing to time"),
+        (["measure_tolerance.py", "--recipe", "nowhere"], "recipe 'nowhere' not found"),
+        (["measure_tolerance.py", "--model", "nowhere"], "nowhere holds no config.json"),
+        (["measure_tolerance.py", "--recipe", "baseline_tiny"], "a model without recurrence has nothing to measure"),
+        (["measure_tolerance.py", "--out", "file"], "--out file: a file; name a folder"),
+        (["extract_smollm2.py", "."], ". already exists: choose a new folder"),
+    ],
+)
+def test_tools_refuse_in_one_line(args, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = importlib.import_module(args[0].removesuffix(".py"))
+    assert tool.main(args[1:]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("error: ") and out.err.count("\n") == 1 and message in out.err
+
+
+@pytest.mark.parametrize("name, command", [("timing", "bench_train"), ("bench_suites", "bench_train"), ("retrofit_training", "retrofit_grid")])
+def test_parts_of_tools_name_the_command(name, command):
+    out = subprocess.run([sys.executable, "-S", TOOLS / f"{name}.py", "--help"], capture_output=True, text=True)  # -S: no package is there
+    assert out.returncode == 1 and out.stderr == f"this file is a part of another tool: run tools/{command}.py\n"
 
 
 def test_stop_strings_end_a_row_at_the_token_that_completes_them(folder):

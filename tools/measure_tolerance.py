@@ -34,23 +34,44 @@ TOLS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
 GAP = 0.001  # bits per byte
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="lrt_tiny", help="of the model: its data are scored; trained first unless --model is given")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--model", help="a folder that lrt.save wrote")
-    parser.add_argument("--out", default="measured")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--sweeps", type=int, default=8)
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    args = parser.parse_args()
-    recipe = lrt.load_recipe(args.recipe, overrides=args.set)
+    add = parser.add_argument
+    add("--recipe", default="lrt_tiny", help="of the model: its data are scored; trained first unless --model is given (default: lrt_tiny)")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting that wins over the recipe; may be given several times")
+    add("--model", metavar="FOLDER", help="a folder that lrt.save wrote")
+    add("--out", metavar="FOLDER", default="measured", help="for residuals.png and tolerance.json (default: measured)")
+    add("--rows", type=at_least_one, metavar="N", default=16, help="validation rows that are scored (default: 16)")
+    add("--sweeps", type=at_least_one, metavar="N", default=8, help="sweeps at most (default: 8)")
+    add("--groups", type=at_least_one, metavar="N", nargs="+", default=[1, 2, 4, 8, 16], help="numbers of groups (default: 1 2 4 8 16)")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"], help="precisions (default: both)")
+    args = parser.parse_args(arguments)
+    try:
+        measure(args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of 1 or more")
+    return int(text)
+
+
+def measure(args: argparse.Namespace) -> None:
+    recipe, out = lrt.load_recipe(args.recipe, overrides=args.set), Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file; name a folder")
     if args.model is None:
+        if recipe.recurrence is None:
+            raise ValueError(f"--recipe {args.recipe}: a model without recurrence has nothing to measure; use one with a [recurrence] section")
         from lrt.train.trainer import train
 
         train(recipe)
         args.model = newest_model(Path(recipe.run.output) / recipe.run.name)
+    check(args.model, recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, targets, sizes = scored_rows(recipe, args.rows, device)
     result: dict[str, Any] = {"model": args.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
@@ -74,11 +95,22 @@ def main() -> None:
         result["default"][name] = largest_tol([row for row in result["by_tol"] if row["dtype"] == name])
         print(f"{name}: largest tol whose gap is under {GAP} bpb for {args.groups} groups, as are all smaller ones: {result['default'][name]}\n")
         del model, score, hidden, memory
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     picture(result["by_sweep"], out / "residuals.png")
     (out / "tolerance.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
+
+
+def check(folder: str, recipe: Any) -> None:
+    """Refuse a model that cannot be measured on the recipe's data."""
+    model = lrt.load(folder)
+    if model.recurrence is None:
+        raise ValueError(f"--model {folder}: a model without recurrence has nothing to measure")
+    if model.vocab_size != recipe.model.vocab_size:
+        raise ValueError(
+            f"--model {folder} has {model.vocab_size} tokens, but the recipe's model.vocab_size is {recipe.model.vocab_size}: "
+            "name the recipe that it was trained with, --recipe"
+        )
 
 
 # ------------------------------------------------------------------ what is scored
@@ -124,7 +156,7 @@ def run_exactly(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """Token by token: the last block's output and the memory, each (B, T, D)."""
     batch, length = tokens.shape
     state = DecodeState.empty(model, batch=batch, capacity=length)
-    assert state.memory is not None, "a model without recurrence has nothing to measure"
+    assert state.memory is not None
     active = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     column = torch.zeros(1, dtype=torch.int64, device=tokens.device)
     hidden, memory = (state.memory.new_zeros(batch, length, model.backbone.width) for _ in range(2))
@@ -259,9 +291,9 @@ def newest_model(folder: Path) -> str:
     """The exported model below a run's folder."""
     found = sorted((p.parent for p in folder.rglob("config.json") if (p.parent / "model.safetensors").is_file()), key=lambda p: p.stat().st_mtime)
     if not found:
-        sys.exit(f"error: {folder} holds no exported model: set checkpoint.export_at_end = true, or name one with --model")
+        raise ValueError(f"{folder} holds no exported model: set checkpoint.export_at_end = true, or name one with --model")
     return str(found[-1])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
