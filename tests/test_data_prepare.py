@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -217,9 +222,79 @@ def test_the_tool_trains_tokenizes_and_inspects(tool, shards, tmp_path, capsys):
     assert "documents        30\n" in shown and "bytes            1,710" in shown
     assert tool.main(["inspect", "--train", str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: data.train = ") and error.count("\n") == 1
+    assert error.startswith("error: --train ") and error.count("\n") == 1
     assert tool.main(["train-tokenizer", "--train", str(shards), "--vocab-size", "100", "--output", tok]) == 2
     assert "--vocab-size 100 is too small: 256 bytes and the separator need 257 or more" in capsys.readouterr().err
+
+
+def test_the_tool_names_its_own_options(tool, shards, tmp_path, capsys):
+    def said(*arguments, code=2):
+        assert tool.main(list(arguments)) == code
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    out = ("--tokenizer", "bytes", "--processes", "1", "--output", str(tmp_path / "out"))
+    assert f"error: --train '{tmp_path}/data.train': no such file" in said("tokenize", "--train", f"{tmp_path}/data.train", *out)
+    assert "error: --train 'data.train': no such file" in said("tokenize", "--train", "data.train", *out)
+    assert 'error: --text-column "words" is not in ' in said("tokenize", "--train", str(shards), "--text-column", "words", *out)
+    missing = said("inspect", "--train", str(shards), "--tokenizer", "none")
+    assert missing.startswith('error: --tokenizer "none": no file none; use ') and "(DATA as in --train, N = model.vocab_size)" in missing
+    (shards / "part_1.parquet").write_text("no parquet")
+    assert said("tokenize", "--train", str(shards), *out).endswith("replace the file, or give --on-corrupt skip\n")
+    for command in (["train-tokenizer"], ["tokenize", "--tokenizer", "bytes"]):
+        file = str(shards / "part_0.parquet")
+        for place, why in ((file, "is a file"), (f"{file}/in", "cannot be made (Not a directory)")):
+            message = f"error: --output {place} {why}: give a folder, new or one that the same command began\n"
+            assert said(*command, "--train", str(shards), "--output", place) == message
+
+
+def test_a_full_disk_is_one_line(tool, shards, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lrt.data.prepare.write_shard", full)
+    out = str(tmp_path / "out")
+    assert tool.main(["tokenize", "--train", str(shards), "--tokenizer", "bytes", "--processes", "1", "--output", out]) == 1
+    assert capsys.readouterr().err == f"error: {out}: No space left on device; mend that and give the same command again\n"
+
+
+@pytest.mark.parametrize(
+    "option", [("--sequence-length", "0"), ("--limit-tokens", "-1"), ("--buffer-documents", "many"), ("--sequence-length", "1.5")]
+)
+def test_numbers_that_make_no_sense_are_refused(tool, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        tool.main(["inspect", "--train", "demo", *option])
+    assert end.value.code == 2 and f"argument {option[0]}: {option[1]}: give a whole number of 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "inspect"])
+def test_help_explains_every_option_and_shows_an_example(tool, command, capsys):
+    with pytest.raises(SystemExit) as end:
+        tool.main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and f"example: python tools/prepare_data.py {command} --train " in shown
+    choices = next(action.choices for action in tool._parser()._actions if action.choices)
+    for action in choices[command]._actions:
+        assert action.help and action.option_strings[-1] in shown
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("group", [True, False], ids=["as Ctrl-C", "to one process"])
+def test_an_interruption_is_one_line_and_the_same_command_goes_on(group, tmp_path):
+    rows = 1500
+    write_parquet(tmp_path / "a.parquet", [f"document {i}" for i in range(rows)], row_group_size=1)
+    root, out = Path(__file__).parent.parent, tmp_path / "out"
+    command = [sys.executable, str(root / "tools" / "prepare_data.py"), "tokenize", "--train", str(tmp_path / "a.parquet"), "--output", str(out)]
+    command += ["--tokenizer", "bytes", "--processes", "2", "--shard-documents", "1"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 60
+    while not list(out.glob("shard_*.json")) and time.monotonic() < end:
+        time.sleep(0.02)
+    (os.killpg if group else os.kill)(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=20)
+    assert (run.returncode, error) == (130, "interrupted: the same command goes on with the shards that are missing\n")
+    assert 0 < len(list(out.glob("shard_*.json"))) < rows and not (out / "manifest.json").exists()
 
 
 def test_inspect_counts_what_packing_costs(tmp_path):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +48,14 @@ def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, li
         limit_bytes: stop reading after so many bytes of text; None = all.
 
     Raises:
-        ValueError: the vocabulary is too small, or the data are bad.
+        ValueError: the vocabulary is too small, the data are bad, or the folder cannot be made.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
 
     if vocab_size < 257:
         raise ValueError(f"--vocab-size {vocab_size} is too small: 256 bytes and the separator need 257 or more")
+    folder = _output_folder(output)
     documents = _text_documents(data)
     tokenizer = HFTokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
@@ -59,8 +64,8 @@ def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, li
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(_texts(documents, limit_bytes=limit_bytes, on_corrupt=data.on_corrupt), trainer=trainer)
     trained = FileTokenizer(tokenizer.to_str(), bos=BOS)
-    trained.save(output)
-    np.save(Path(output) / "token_bytes.npy", trained.token_bytes())
+    trained.save(folder)
+    np.save(folder / "token_bytes.npy", trained.token_bytes())
     return trained
 
 
@@ -82,9 +87,8 @@ def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, sha
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     tokenizer = load_tokenizer(data.tokenizer)
+    folder = _output_folder(output)
     documents = _text_documents(data)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     shards = _shard_groups(documents, shard_documents)
     job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": [len(groups) for _, groups in shards]}
     finished = _finished(folder, job)
@@ -95,10 +99,11 @@ def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, sha
     entries = {name: json.loads(path.read_text(encoding="utf-8")) for name, _ in shards if (path := folder / f"{name}.json").is_file()}
     todo = [(name, groups) for name, groups in shards if name not in entries]
     columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("shards  {task.fields[tokens]:.0f} M tokens"))
-    with Progress(*columns, TimeRemainingColumn()) as progress:
+    work = closing(_in_processes(data, folder=folder, dtype=dtype, todo=todo, processes=processes))
+    with Progress(*columns, TimeRemainingColumn()) as progress, work as written:
         tokens = sum(entry["tokens"] for entry in entries.values())
         task = progress.add_task("", total=len(shards), completed=len(entries), tokens=tokens / 1e6)
-        for entry in _in_processes(data, folder=folder, dtype=dtype, todo=todo, processes=processes):
+        for entry in written:
             entries[entry["name"]] = entry
             tokens += entry["tokens"]
             progress.update(task, advance=1, tokens=tokens / 1e6)
@@ -180,6 +185,16 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
 # ------------------------------------------------------------------ pieces of the above
 
 
+def _output_folder(output: str | Path) -> Path:
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
+        raise ValueError(f"--output {folder} {why}: give a folder, new or one that the same command began") from None
+    return folder
+
+
 def _text_documents(data: DataConfig) -> TextDocuments:
     if split_files(data, split="train")[0].suffix == ".bin":
         raise ValueError(f"data.train = {data.train!r} is tokenized already: give text or parquet files")
@@ -240,28 +255,51 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _in_processes(
     data: DataConfig, *, folder: Path, dtype: str, todo: list[tuple[str, list[int]]], processes: int
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     if processes <= 1:
         _open_in_process(data)
         for name, groups in todo:
             yield _write_one(folder, name, groups, dtype, data.on_corrupt)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_open_in_process, initargs=(data,)) as pool:
-        futures = [pool.submit(_write_one, folder, name, groups, dtype, data.on_corrupt) for name, groups in todo]
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_open_in_process, initargs=(data, stop))
+    try:
+        with _interrupts_ignored():  # which the processes that submit starts inherit: Ctrl-C reaches them too
+            futures = [pool.submit(_write_one, folder, name, groups, dtype, data.on_corrupt) for name, groups in todo]
         for future in as_completed(futures):
             yield future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"--processes {processes}: one of them did not start, ran out of memory or was ended from outside; give fewer, the same command goes on"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
-_opened: dict[str, Documents] = {}  # of this worker process
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others may not set it
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
-def _open_in_process(data: DataConfig) -> None:
+_opened: dict[str, Any] = {}  # of this worker process
+
+
+def _open_in_process(data: DataConfig, stop: Any = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _opened["documents"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train")
+    _opened["documents"], _opened["stop"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train"), stop
 
 
 def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:
-    documents = _opened["documents"]
+    documents, stop = _opened["documents"], _opened["stop"]
     skipped = 0
 
     def tokens() -> Iterator[np.ndarray]:
@@ -270,6 +308,8 @@ def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrup
             size = int(documents.sizes[group])
             try:
                 for begin in range(0, size, 256):
+                    if stop is not None and stop.is_set():
+                        raise InterruptedError(f"{name} is not needed any more")
                     yield from documents.read(group, range(begin, min(size, begin + 256)))
             except CorruptShard:
                 if on_corrupt == "stop":
