@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="lrt_tiny", help="name in recipes/, or a path (default: lrt_tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDE)
     parser.add_argument("--dry-run", action="store_true", help="say what the run would need and how long it would take, and stop")
-    parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or 8)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or up to 8)")
     parser.add_argument("--list", action="store_true", help="list the recipes")
     args = parser.parse_args()
     if args.gpus is not None and (not args.dry_run or args.gpus < 1):

@@ -19,7 +19,6 @@ from lrt.data import Batch
 from lrt.train import trainer, weights
 from lrt.train.checkpoint import latest, read_rest, step_of
 from lrt.train.distributed import World
-from lrt.train.dry_run import dry_run
 from lrt.train.faults import FiniteGuard, Heartbeat, NonFiniteError, StopSignal
 from lrt.train.metrics import read_records
 from lrt.train.optimizers import MuonAdamW, parameter_groups
@@ -343,29 +342,7 @@ def test_batches_that_ranks_cannot_share_are_refused():
     assert plan_horizon(by_ratio, parameters, world_size=1).steps == round(2 * parameters.scaling / 256)
 
 
-# ------------------------------------------------------------------ dry run, faults
-
-
-@pytest.mark.parametrize("name", ["lrt_24l", "lrt_tiny"])
-def test_dry_run_answers_without_data(name):
-    start = time.perf_counter()
-    text = dry_run(load_recipe(name), world_size=8)
-    assert time.perf_counter() - start < 15
-    for words in ("tokens_per_parameter", "memory projections", "FLOPs a token", "FLOPs a step", "expected memory of one GPU", "fits", "assumed MFU"):
-        assert words in text
-
-
-def test_dry_run_counts_memory_by_the_plan():
-    def total(**sets):
-        recipe = load_recipe("lrt_24l", overrides=[f"{k}={v}" for k, v in sets.items()])
-        text = dry_run(recipe, world_size=8)
-        return float(re.search(r"expected memory of one GPU, GiB: ([\d.]+)", text)[1])
-
-    whole = total()
-    assert total(**{"parallel.activation_checkpointing": "block"}) < 0.5 * whole
-    assert total(**{"training.micro_batch": 32}) > 2 * whole
-    assert total(**{"parallel.reshard": "after_forward"}) < whole
-    assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l", overrides=["training.micro_batch=32"]), world_size=8)
+# ------------------------------------------------------------------ faults
 
 
 def test_a_signal_during_the_last_steps_leaves_the_last_evaluation_to_the_same_command(tmp_path, monkeypatch):
@@ -383,49 +360,6 @@ def test_a_signal_during_the_last_steps_leaves_the_last_evaluation_to_the_same_c
     assert (stopped.stopped, stopped.step, stopped.bpb) == ("SIGTERM", steps, {}) and calls[-1]
     finished = train(recipe)
     assert (finished.stopped, finished.step, len(calls)) == (None, steps, steps) and finished.bpb
-
-
-STEP, BARE, FULL = True, False, "model.window_pattern=L"  # with the optimizer, or forward and backward alone; no windows
-MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs, what ran, peak GiB
-    (f"baseline_12l {FULL}", 16, 32768, 1, BARE, 14.6),
-    (f"lrt_12l schedule.kind=refine {FULL}", 16, 32768, 1, BARE, 25.7),
-    (f"lrt_12l {FULL}", 16, 32768, 1, BARE, 25.9),
-    (f"lrt_12l_layerwise {FULL}", 16, 32768, 1, BARE, 27.2),
-    ("lrt_12l", 16, 32768, 1, BARE, 26.7),
-    ("lrt_12l", 16, 131072, 1, STEP, 29.7),
-    (f"baseline_20l {FULL}", 8, 16384, 1, BARE, 23.1),
-    (f"lrt_20l schedule.kind=refine {FULL}", 8, 16384, 1, BARE, 38.5),
-    (f"lrt_20l {FULL}", 8, 16384, 1, BARE, 38.8),
-    (f"lrt_20l schedule.subsets=4 {FULL}", 8, 16384, 1, BARE, 43.8),
-    (f"lrt_20l_layerwise {FULL}", 8, 16384, 1, BARE, 41.0),
-    (f"baseline_20l {FULL}", 8, 32768, 2, BARE, 22.3),
-    (f"lrt_20l {FULL}", 8, 32768, 2, BARE, 38.1),
-    (f"lrt_20l {FULL}", 8, 524288, 2, BARE, 42.9),
-    (f"lrt_20l parallel.reshard=after_forward {FULL}", 8, 32768, 2, BARE, 35.7),
-    ("lrt_12l", 16, 262144, 2, STEP, 29.7),
-    ("lrt_24l", 4, 32768, 1, STEP, 46.4),
-]
-
-
-@pytest.mark.parametrize(("name", "rows", "batch", "gpus", "whole", "gib"), MEASURED)
-def test_the_memory_estimate_is_near_what_was_measured(name, rows, batch, gpus, whole, gib):
-    from lrt.accounting import count_parameters
-    from lrt.train.backbones import shapes_of
-    from lrt.train.dry_run import expected_memory
-    from lrt.train.horizon import plan_horizon
-
-    file, *sets = name.split()
-    recipe = load_recipe(file, overrides=[*sets, f"training.micro_batch={rows}", f"training.batch_tokens={batch}"])
-    model = shapes_of(recipe)
-    horizon = plan_horizon(recipe, count_parameters(model), world_size=gpus)
-    assert horizon.rows == rows
-    expected = expected_memory(recipe, model, horizon, world_size=gpus)
-    if not whole:
-        expected = expected._replace(optimizer=0.0, update=0.0)
-    counted = expected._replace(kept_gradients=0.0) if gpus == 1 else expected  # a replayed graph asks the allocator for nothing
-    assert counted.total == pytest.approx(gib, rel=0.03)
-    line = f"| `{name}` | {rows} x 2048 | {gpus} | {'whole step' if whole else 'forward + backward'} | {gib} | {counted.total:.1f} |"
-    assert line in (ROOT / "docs" / "train.md").read_text()
 
 
 def test_a_hang_names_the_step(capsys):

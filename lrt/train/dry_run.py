@@ -13,7 +13,7 @@ from lrt.families.description import part
 from lrt.kernels import BLOCK
 from lrt.model import LatentRecurrentModel
 from lrt.train.backbones import is_native, shapes_of
-from lrt.train.horizon import Horizon, plan_horizon
+from lrt.train.horizon import Horizon, plan_horizon, shards_of
 from lrt.types import Schedule
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
@@ -78,7 +78,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     """
     parallel, parameters, schedule, native = recipe.parallel, count_parameters(model), model.train_schedule, is_native(recipe)
     size = 2 if parallel.param_dtype == "bfloat16" else 4
-    shards = world_size // parallel.replicate if parallel.shard == -1 else parallel.shard
+    shards = shards_of(parallel, world_size)
     n_layers, width = len(model.blocks), model.backbone.width
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     by_muon, stack = _muon_numbers(model) if recipe.optimizer.kind == "muon" else (0, 0)
@@ -128,7 +128,7 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
         world_size: GPUs to plan for; None = 8, or fewer where the batch cannot be shared by 8.
 
     Raises:
-        ValueError: the recipe has no horizon, or its batch cannot be dealt to the GPUs.
+        ValueError: the recipe has no horizon, the GPUs make no mesh, or the batch cannot be dealt to them.
     """
     model = shapes_of(recipe)
     parameters = count_parameters(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lrt.accounting import Parameters
-from lrt.config import Recipe
+from lrt.config import ParallelConfig, Recipe
 
 
 class Horizon(NamedTuple):
@@ -27,8 +27,9 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
         world_size: processes.
 
     Raises:
-        ValueError: no horizon is given, or the batch cannot be dealt to the ranks.
+        ValueError: no horizon is given, the ranks make no mesh, or the batch cannot be dealt to them.
     """
+    shards_of(recipe.parallel, world_size)
     training, length = recipe.training, recipe.model.sequence_length
     if training.steps is not None:
         steps = training.steps
@@ -47,3 +48,19 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
     here = rows // world_size
     forward = max(n for n in range(1, min(training.micro_batch, here) + 1) if here % n == 0)
     return Horizon(steps, forward, here // forward, training.batch_tokens, steps * training.batch_tokens)
+
+
+def shards_of(config: ParallelConfig, world_size: int) -> int:
+    """Ranks that share one copy of the parameters.
+
+    Raises:
+        ValueError: replicate x shard is not the number of processes.
+    """
+    shards = world_size // max(1, config.replicate) if config.shard == -1 else config.shard
+    if min(config.replicate, shards) < 1 or config.replicate * shards != world_size:
+        processes = f"{world_size} process{'es' * (world_size != 1)}"
+        raise ValueError(
+            f"parallel.replicate = {config.replicate} x parallel.shard = {config.shard} does not make {processes}: "
+            f"choose replicate so that it divides {world_size}, and shard = -1 for the rest"
+        )
+    return shards

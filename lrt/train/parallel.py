@@ -23,6 +23,7 @@ from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
 from lrt.train.distributed import World
+from lrt.train.horizon import shards_of
 from lrt.types import Schedule
 
 # These return views; nothing here writes into them, which is what FSDP warns of.
@@ -118,12 +119,7 @@ def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
     Raises:
         ValueError: they do not multiply to the number of processes.
     """
-    shard = world.size // config.replicate if config.shard == -1 else config.shard
-    if config.replicate < 1 or shard < 1 or config.replicate * shard != world.size:
-        raise ValueError(
-            f"parallel.replicate = {config.replicate} x parallel.shard = {config.shard} does not make {world.size} processes: "
-            f"choose replicate so that it divides {world.size}, and shard = -1 for the rest"
-        )
+    shard = shards_of(config, world.size)
     if config.replicate == 1:
         return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(world.device.type, (config.replicate, shard), mesh_dim_names=("replicate", "shard"))
