@@ -8,6 +8,7 @@ appendix B, there without the causal half). Embedding look-ups count nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ import torch
 
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
-# Dense bf16 peak of one device, FLOP/s, by a part of the name that the driver reports (vendor datasheets).
+# Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets; halved where they count sparsity).
 PEAK_FLOPS = (
-    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("GH200", 989e12), ("H100", 989e12), ("H200", 989e12),
-    ("GB200", 2500e12), ("B200", 2250e12), ("A100", 312e12), ("MI300X", 1307e12), ("MI325X", 1307e12), ("MI250X", 191.5e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200 NVL", 835e12), ("H200", 989e12), ("GH200", 989e12),
+    ("B200", 2250e12), ("GB200", 2500e12), ("B300", 2250e12), ("GB300", 2500e12), ("A100", 312e12), ("L40S", 362e12),
+    ("MI300X", 1307e12), ("MI325X", 1307e12), ("MI250X", 191.5e12),
 )  # fmt: skip
+PART_OF_ONE = re.compile(r"\bMIG\b|\bGRID\b|-\d+[ABCQ]$")  # an instance or a virtual GPU, which has a share of the device
 
 
 class Parameters(NamedTuple):
@@ -165,8 +168,10 @@ def kv_bytes(model: RecurrentDecoder, length: int, *, bytes_per_number: int = 2)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS if name.lower() in device_name.lower()), None)
+    """Dense bf16 FLOP/s of a whole device by its name; None where it is not known, and for a part of one."""
+    if PART_OF_ONE.search(device_name):
+        return None
+    return next((peak for name, peak in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)), None)
 
 
 def mfu(flops_per_second: float, device_name: str) -> float | None:
