@@ -272,24 +272,36 @@ def losses_and_gradients(model, tokens, schedule, **options):
     return [torch.stack([out.loss.detach(), *out.groups]), *(torch.cat(part) for part in wide)]
 
 
+EARLY_STOP = lrt.refine(1, weights=(0.0, 1.0))  # the first pass ends at the source block
+STEPS = [
+    ("L", {}, (lrt.refine(1), EARLY_STOP, lrt.interleaved(2))),
+    ("SL", {}, (lrt.refine(1), EARLY_STOP, lrt.interleaved(2))),
+    ("L", {}, (lrt.interleaved(3), lrt.interleaved(4))),  # the subsets of three are not equally long
+    ("SL", {}, (lrt.interleaved(3), lrt.interleaved(4))),
+    ("SL", {"documents": True}, (lrt.interleaved(2),)),
+    ("SL", {"sharing": "layerwise"}, (EARLY_STOP, lrt.interleaved(2), lrt.interleaved(3))),
+]
+
+
 @gpu_test
 @torch._dynamo.config.patch(recompile_limit=64)
-@pytest.mark.parametrize("pattern, documents", [("L", False), ("SL", False), ("SL", True)])
-def test_compiled_steps_against_float32(pattern, documents):
+@pytest.mark.parametrize("pattern, options, schedules", STEPS)
+def test_compiled_steps_against_float32(pattern, options, schedules):
     """Whole steps: the compiled half-precision model against an eager float32 one, and the eager half one as the yardstick."""
-    schedules = (lrt.interleaved(2),) if documents else (lrt.refine(1), lrt.interleaved(2))
-    compare_steps("cuda", pattern, documents, schedules, backend="inductor")
+    compare_steps("cuda", pattern, schedules, backend="inductor", **options)
 
 
-def compare_steps(device, pattern, documents, schedules, *, backend, length=256):
+def compare_steps(device, pattern, schedules, *, backend, documents=False, sharing="shared", length=256):
     torch._dynamo.reset()
     config = ModelConfig(n_layers=2, width=256, vocab_size=512, sequence_length=length, window_pattern=pattern)
-    wide = build_model(config, RecurrenceConfig(separator=3), device=device)
+    recurrence = RecurrenceConfig(separator=3, sharing=sharing)
+    wide = build_model(config, recurrence, device=device)
     wide.init_weights()
     for parameter in wide.parameters():  # the initial output projections are zero and would hide everything
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-    half, fast = (build_model(config, RecurrenceConfig(separator=3), device=device, dtype=torch.bfloat16) for _ in range(2))
+    assert wide.source < len(wide.blocks) and length % 3  # else there were no early stop, and no uneven subsets
+    half, fast = (build_model(config, recurrence, device=device, dtype=torch.bfloat16) for _ in range(2))
     for model in (half, fast):
         model.load_state_dict(wide.state_dict())
     wide.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
@@ -300,12 +312,14 @@ def compare_steps(device, pattern, documents, schedules, *, backend, length=256)
     options = {"document_ids": (tokens[:, :-1] == 3).cumsum(1)} if documents else {}
     for schedule in schedules:
         exact, plain, got = (losses_and_gradients(model, tokens, schedule, **options) for model in (wide, half, fast))
-        assert_no_worse(got, plain, exact, f"{schedule}, windows {pattern}", floor=1e-2)  # few scales: their errors are luck
+        assert_no_worse(got, plain, exact, f"{schedule}, {sharing}, windows {pattern}", floor=1e-2)  # few scales: their errors are luck
 
 
-def test_compiled_steps_are_eager_steps():
+@torch._dynamo.config.patch(recompile_limit=64)
+@pytest.mark.parametrize("pattern, options, schedules", STEPS[-2:])  # the others take half a minute
+def test_compiled_steps_are_eager_steps(pattern, options, schedules):
     """The same comparison on the CPU, where only the graph capture differs from eager."""
-    compare_steps("cpu", "SL", False, (lrt.interleaved(2),), backend="aot_eager", length=32)
+    compare_steps("cpu", pattern, schedules, backend="aot_eager", length=32, **options)
 
 
 # ------------------------------------------------------------------ tensors that every block reads
