@@ -289,7 +289,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["settings", "config", "types", "registration"],
+    ["rules", "settings", "config", "types", "registration"],
     ["attention", "kernels", "mixing", "mix_kernels", "decode_kernels", "accounting", "shards", "data"],
     ["recurrence"],
     ["loss", "schedules"],
