@@ -71,6 +71,9 @@ with StopSignal() as signals:
     with signals.unheard():
         start_compile_workers()
         os.kill(os.getpid(), signal.SIGUSR1)
+    until = time.monotonic() + 10  # another thread may take it, and tells this one
+    while signals.received is None and time.monotonic() < until:
+        time.sleep(0.01)
     assert signals.received == "SIGUSR1"  # late, not lost
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.5)
