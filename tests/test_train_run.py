@@ -186,10 +186,14 @@ def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
 
 
 def test_warm_start_takes_the_weights_alone(finished, tmp_path):
-    for number, source in enumerate((finished.folder, finished.folder / "export")):
+    (weights_file,) = (finished.folder / "export").glob("*.safetensors")
+    for number, source in enumerate((finished.folder, finished.folder / "export", weights_file)):
         recipe = tiny(tmp_path, **{"run.name": f"warm{number}", "training.init_from": str(source), "training.steps": 0})
         result = train(recipe)
         assert result.step == 0 and result.bpb == pytest.approx(finished.bpb)
+    (tmp_path / "cut.safetensors").write_bytes(weights_file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"training.init_from = .*cut.safetensors: not a whole safetensors file"):
+        train(tiny(tmp_path, **{"run.name": "cut", "training.init_from": str(tmp_path / "cut.safetensors")}))
 
 
 def test_only_memory_parameters_train_in_stage_memory(finished, tmp_path):

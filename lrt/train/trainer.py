@@ -214,7 +214,8 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     speeds: list[float] = []
     stop = False
     if _evaluation_missed(run):
-        evaluate_run(run, heart)
+        with clock.paused():
+            evaluate_run(run, heart)
     with _profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
