@@ -266,6 +266,11 @@ def natural_order(groups: Sequence[Tensor]) -> Tensor:
     return torch.cat([whole, *rest], dim=1) if rest else whole
 
 
+def takes_mask(*, length: int, groups: int, window: int | None) -> bool:
+    """Whether FlexAttention is faster than ``merged_attention``: with a window, or from four groups on that fill its blocks."""
+    return window is not None or (groups >= 4 and length % (BLOCK * groups) == 0)
+
+
 def block_mask(
     *, length: int, groups: int, residue: int, window: int | None, documents: Tensor | None, device: torch.device
 ) -> BlockMask | None:
@@ -294,7 +299,7 @@ def block_mask(
 @cache  # captured graphs read masks: none may be dropped
 @torch.inference_mode(False)  # an evaluation inside inference mode may come first, and a backward cannot use what was made there
 def _static_block_mask(length: int, groups: int, residue: int, window: int | None, device: torch.device) -> BlockMask | None:
-    if window is None and not (groups >= 4 and length % (BLOCK * groups) == 0):
+    if not takes_mask(length=length, groups=groups, window=window):
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import HfHubHTTPError
 from test_data_sources import first_batch, texts_of, write_shards
 
 from lrt.config import DataConfig
@@ -98,7 +99,7 @@ def test_a_dataset_of_the_hub_is_fetched_and_split(hub, shards, monkeypatch):
 
 def test_what_cannot_be_fetched_says_why(monkeypatch):
     def offline(*_, **__):
-        raise RuntimeError("no route\nto host")  # the errors of a connection are of any class
+        raise HfHubHTTPError.__bases__[0]("no route\nto host")  # of the library that the hub connects with, whichever it is
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -204,10 +204,8 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_names_and_counts(kind,
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("prepare_data", Path(__file__).parent.parent / "tools" / "prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    return importlib.import_module("prepare_data")
 
 
 def test_the_tool_trains_tokenizes_and_inspects(tool, shards, tmp_path, capsys):
@@ -265,7 +263,7 @@ def test_a_full_disk_is_one_line(tool, shards, tmp_path, capsys, monkeypatch):
 def test_numbers_that_make_no_sense_are_refused(tool, option, capsys):
     with pytest.raises(SystemExit) as end:
         tool.main(["inspect", "--train", "demo", *option])
-    assert end.value.code == 2 and f"argument {option[0]}: {option[1]}: give a whole number of 1 or more" in capsys.readouterr().err
+    assert end.value.code == 2 and f"argument {option[0]}: {option[1]!r}: use a whole number of 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "inspect"])

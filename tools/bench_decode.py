@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from options import at_least
 
 import lrt
 from lrt import accounting, decoding, prefill
@@ -94,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--sizes", nargs="+", default=["d12", "d20"], choices=list(SIZES), help="models of random weights (default: d12 d20)")
-    add("--batches", nargs="+", type=at_least_one, default=[1, 8, 64], metavar="N", help="rows that decode together (default: 1 8 64)")
-    add("--contexts", nargs="+", type=at_least_one, default=[1024, 8192], metavar="N", help="tokens in the cache while decoding (default: 1024 8192)")
-    add("--rounds", type=at_least_one, default=15, metavar="N", help="turns of each variant; the median counts (default: 15)")
-    add("--steps", type=at_least_one, default=20, metavar="N", help="tokens a turn (default: 20)")
-    add("--prompt", type=at_least_one, default=2048, metavar="N", help="tokens of the prefill benchmark (default: 2048)")
+    add("--batches", nargs="+", type=at_least(1), default=[1, 8, 64], metavar="N", help="rows that decode together (default: 1 8 64)")
+    add("--contexts", nargs="+", type=at_least(1), default=[1024, 8192], metavar="N", help="tokens in the cache while decoding (default: 1024 8192)")
+    add("--rounds", type=at_least(1), default=15, metavar="N", help="turns of each variant; the median counts (default: 15)")
+    add("--steps", type=at_least(1), default=20, metavar="N", help="tokens a turn (default: 20)")
+    add("--prompt", type=at_least(1), default=2048, metavar="N", help="tokens of the prefill benchmark (default: 2048)")
     add("--no-prefill", action="store_true", help="time decoding alone")
     add("--no-decode", action="store_true", help="time prefill alone")
     add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without the kernels of lrt.fused")
@@ -106,12 +107,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--tiny", action="store_true", help="a tiny model on the CPU")
     add("--profile", action="store_true", help="also print the kernels of one step (shared, first context); GPU only")
     return parser
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of 1 or more")
-    return int(text)
 
 
 def make_model(config: ModelConfig, recurrence: RecurrenceConfig | None, device: torch.device, dtype: torch.dtype):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from options import at_least
 
 import lrt
 from lrt.config import ModelConfig, ParallelConfig
@@ -77,16 +78,16 @@ def parser(text: str) -> argparse.ArgumentParser:
     add("--suites", nargs="+", default=["d12"], choices=sorted(SUITES), metavar="SUITE", help=f"shapes: {', '.join(SUITES)} (default: d12)")
     add("--variants", nargs="*", default=variants, choices=list(VARIANTS), metavar="VARIANT",
         help=f"what is trained: {', '.join(map(repr, VARIANTS))} (default: all but interleaved(4))")  # fmt: skip
-    add("--turns", type=_at_least(1), default=4, help="rounds in which every variant is timed (default: 4)")
-    add("--steps", type=_at_least(1), default=4, help="timed steps of a variant in a round (default: 4)")
-    add("--rows", type=_at_least(1), help="rows a GPU, instead of the suite's")
-    add("--accumulation", type=_at_least(1), default=1, help="micro-batches a timed step (default: 1)")
+    add("--turns", type=at_least(1), default=4, help="rounds in which every variant is timed (default: 4)")
+    add("--steps", type=at_least(1), default=4, help="timed steps of a variant in a round (default: 4)")
+    add("--rows", type=at_least(1), help="rows a GPU, instead of the suite's")
+    add("--accumulation", type=at_least(1), default=1, help="micro-batches a timed step (default: 1)")
     add("--plan", choices=["single", "fsdp", "fsdp-graph"], help="default: single on one process, fsdp-graph on several GPUs, fsdp on several CPUs")
     add("--reshard", default=plain.reshard, choices=["after_step", "after_forward"],
         help=f"when FSDP frees gathered parameters (default: {plain.reshard})")  # fmt: skip
     add("--checkpointing", default="none", choices=["none", "block", "selective"],
         help="activation checkpointing, as the recipe's parallel.activation_checkpointing (default: none)")  # fmt: skip
-    add("--loss-chunk", type=_at_least(0), default=plain.loss_chunk,
+    add("--loss-chunk", type=at_least(0), default=plain.loss_chunk,
         help=f"tokens whose logits are held at once, 0 = all (default: {plain.loss_chunk})")  # fmt: skip
     add("--backend", help="of torch.compile, instead of the trainer's; on a CPU: aot_eager")
     add("--reference", metavar="PATH", help="checkout of the official code, timed too")
@@ -98,15 +99,6 @@ def parser(text: str) -> argparse.ArgumentParser:
     add("--against", metavar="JSON", help="what --out wrote for the same suites and variants on one GPU: prints the scaling")
     add("--out", metavar="JSON", help="write the JSON there too, after every suite: what is cut keeps the suites before")
     return made
-
-
-def _at_least(least: int) -> Any:
-    def whole(text: str) -> int:
-        if not text.strip().lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of {least} or more")
-        return int(text)
-
-    return whole
 
 
 def timed(options: argparse.Namespace) -> list[str]:

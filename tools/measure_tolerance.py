@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from options import at_least
 
 import lrt
 from lrt import decoding
@@ -41,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting that wins over the recipe; may be given several times")
     add("--model", metavar="FOLDER", help="a folder that lrt.save wrote")
     add("--out", metavar="FOLDER", default="measured", help="for residuals.png and tolerance.json (default: measured)")
-    add("--rows", type=at_least_one, metavar="N", default=16, help="validation rows that are scored (default: 16)")
-    add("--sweeps", type=at_least_one, metavar="N", default=8, help="sweeps at most (default: 8)")
-    add("--groups", type=at_least_one, metavar="N", nargs="+", default=[1, 2, 4, 8, 16], help="numbers of groups (default: 1 2 4 8 16)")
+    add("--rows", type=at_least(1), metavar="N", default=16, help="validation rows that are scored (default: 16)")
+    add("--sweeps", type=at_least(1), metavar="N", default=8, help="sweeps at most (default: 8)")
+    add("--groups", type=at_least(1), metavar="N", nargs="+", default=[1, 2, 4, 8, 16], help="numbers of groups (default: 1 2 4 8 16)")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"], help="precisions (default: both)")
     args = parser.parse_args(arguments)
     try:
@@ -52,12 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of 1 or more")
-    return int(text)
 
 
 def measure(args: argparse.Namespace) -> None:

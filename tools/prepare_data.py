@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+from options import at_least  # noqa: E402
+
 from lrt.config import DataConfig  # noqa: E402
 from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer  # noqa: E402
 
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a byte-level BPE tokenizer",
         after_interrupt="nothing was written; the same command begins anew (--limit-mb reads less)",
     )
-    command.add_argument("--vocab-size", type=_count, default=32768, help="ids, the separator included (default: 32768)")
+    command.add_argument("--vocab-size", type=at_least(1), default=32768, help="ids, the separator included (default: 32768)")
     command.add_argument("--output", required=True, help="folder for tokenizer.json and token_bytes.npy")
     command.add_argument("--limit-mb", type=_amount, default=None, help="read only so many MB of text (default: all)")
 
@@ -128,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--tokenizer", required=True, help=tokenizer)
     command.add_argument("--output", required=True, help="folder for the shards and manifest.json")
-    command.add_argument("--processes", type=_count, default=os.cpu_count() or 1, help="processes that tokenize (default: all cores)")
-    command.add_argument("--shard-documents", type=_count, default=65536, help="documents of a shard, at least (default: 65536)")
+    command.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="processes that tokenize (default: all cores)")
+    command.add_argument("--shard-documents", type=at_least(1), default=65536, help="documents of a shard, at least (default: 65536)")
 
     command = add(
         "inspect",
@@ -138,16 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         after_interrupt="nothing was changed; --limit-tokens looks at less",
     )
     command.add_argument("--tokenizer", default="bytes", help=f"{tokenizer} (default: bytes)")
-    command.add_argument("--sequence-length", type=_count, default=2048, help="T of the rows (default: 2048)")
-    command.add_argument("--buffer-documents", type=_count, default=256, help="documents among which the best fit is sought (default: 256)")
-    command.add_argument("--limit-tokens", type=_count, default=None, help="stop after so many tokens (default: all)")
+    command.add_argument("--sequence-length", type=at_least(1), default=2048, help="T of the rows (default: 2048)")
+    command.add_argument("--buffer-documents", type=at_least(1), default=256, help="documents among which the best fit is sought (default: 256)")
+    command.add_argument("--limit-tokens", type=at_least(1), default=None, help="stop after so many tokens (default: all)")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number of 1 or more")
-    return int(text)
 
 
 def _amount(text: str) -> float:

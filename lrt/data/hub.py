@@ -59,7 +59,7 @@ def download(spec: str, *, key: str) -> str:
             folder = huggingface_hub.snapshot_download(
                 repository, repo_type="dataset", revision=revision or None, allow_patterns=patterns
             )
-    except Exception as error:  # the hub's own, the file system's, and those of the library it connects with, which changes
+    except _failures() as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{key} = {spec!r} could not be fetched ({first_line}): check the name and the connection, or give local files"
@@ -74,12 +74,19 @@ def _list(repository: str, *, revision: str | None, patterns: list[str]) -> _Lis
 
     try:
         info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
-    except Exception:
+    except _failures():
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".parquet")}
     wanted = list(filter_repo_objects(sizes, allow_patterns=patterns))
     cached = {file for file in wanted if isinstance(try_to_load_from_cache(repository, file, revision=info.sha, repo_type="dataset"), str)}
     return _Listing(list(sizes), wanted, [sizes[file] for file in wanted if file not in cached])
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """Errors of the file system, the hub, and (the base of the hub's own) the library that it connects with, which differs by version."""
+    from huggingface_hub.utils import HfHubHTTPError
+
+    return (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 def _announce(spec: str, listing: _Listing) -> None:

@@ -10,7 +10,7 @@ from lrt.accounting import count_parameters, training_flops
 from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
-from lrt.kernels import BLOCK
+from lrt.kernels import takes_mask
 from lrt.model import LatentRecurrentModel
 from lrt.train.backbones import is_native, shapes_of
 from lrt.train.horizon import Horizon, plan_horizon, shards_of
@@ -52,13 +52,13 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
     Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
-    keeps that copy for each subset (``lrt.kernels.block_mask`` says where it is used).
+    keeps that copy for each subset (``lrt.kernels.takes_mask`` says where it is used).
     """
     subsets = min(getattr(schedule, "subsets", 1), length)
     config = getattr(model.backbone, "config", None)
     cut = isinstance(config, ModelConfig) and config.attention_reset is not None
-    everywhere = cut or (subsets >= 4 and length % (BLOCK * subsets) == 0)
-    reordered = sum(everywhere or (block.window is not None and block.window < length - 1) for block in model.blocks)
+    windows = (None if block.window is None or block.window >= length - 1 else block.window for block in model.blocks)
+    reordered = sum(cut or takes_mask(length=length, groups=subsets, window=window) for window in windows)
     projected = sum(block.projection is not None for block in model.blocks)
     pairs = projected + reordered * (subsets - 1)
     return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs * (schedule.token_compute - 1)

@@ -138,18 +138,17 @@ class JsonLines:
         beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         beside.replace(path)
         self._file = open(path, "ab", buffering=0)
-        self._path, self._report, self._unwritten, self._stuck = path, report, b"", False
+        self._path, self._report, self._unwritten = path, report, b""
 
     def write(self, record: Record) -> None:
+        waits = bool(self._unwritten)
         self._unwritten += (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         try:
             while self._unwritten:  # a disk that fills up takes a part of it
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-            self._stuck = False
         except OSError as error:
-            if not self._stuck:
+            if not waits:
                 self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
-            self._stuck = True
 
     def close(self) -> None:
         if self._unwritten:
