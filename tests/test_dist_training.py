@@ -106,8 +106,8 @@ def look(model, world, batches, schedule, *, rate=0.0, runner=None):
     seen = {}
 
     class Look:
-        def step(self, finite):
-            assert finite
+        def step(self, finite, scale):
+            assert finite and scale is None
             for name, p in named_parameters(model):
                 if p.grad is not None:
                     seen[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()

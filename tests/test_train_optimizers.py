@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lrt.config import OptimizerConfig, TrainingConfig, parse_recipe
 from lrt.train import muon
-from lrt.train.optimizers import MuonAdamW, gradient_norm, group_of, parameter_groups, scale_gradients
-from lrt.train.rates import lr_scale, rates_at
+from lrt.train.optimizers import MuonAdamW, clip_factor, gradient_norm, group_of, parameter_groups
+from lrt.train.rates import Rates, lr_scale, rates_at
 
 SHAPES = {
     "backbone.embedding.weight": (32, 8),
@@ -155,18 +155,48 @@ def test_adamw_everywhere_has_two_rates():
     assert [name for name, _ in groups["memory"]["params"]] == ["memory_projection.key.weight"]
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
+def test_compiled_parts_do_the_same_in_place_and_once_for_all_rates():
+    params = [(f"w{i}", torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i)))) for i in range(2)]
+    twins = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in params]
+    group = {"name": "m", "kind": "muon", "lr": 0.02, "betas": (0.95, 0.95), "eps": 1e-10, "weight_decay": 0.5}
+    compiled = MuonAdamW([{**group, "params": params}], compile=True)
+    eager = MuonAdamW([{**group, "params": twins}])
+    tensors = [p for _, p in params] + [compiled.state[p]["momentum"] for _, p in params]
+    places = [t.data_ptr() for t in tensors]
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for step, (scale, finite) in enumerate([(1.0, 1.0), (0.25, 1.0), (math.nan, 0.0), (0.5, 1.0)]):
+        for optimizer, named in ((compiled, params), (eager, twins)):
+            optimizer.set_rates(Rates(lr_scale=1.0 / (step + 1), momentum=0.85 + 0.03 * step, decay_scale=1.0 - 0.2 * step))
+            set_gradients(named, step)
+            if not finite:
+                named[0][1].grad.fill_(math.nan)
+            optimizer.step(finite=torch.tensor(finite), scale=torch.tensor(scale))
+            optimizer.zero_grad()
+    assert graphs["unique_graphs"] == before + 3
+    assert [t.data_ptr() for t in tensors] == places
+    for (_, ours), (_, theirs) in zip(params, twins):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        for key, value in compiled.state[ours].items():
+            torch.testing.assert_close(value, eager.state[theirs][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, math.nan])
+def test_a_step_that_is_not_finite_changes_nothing(scale):
     params = small_model()
     optimizer = MuonAdamW(parameter_groups(params, small_recipe()))
+    scale = None if scale is None else torch.tensor(scale)
     set_gradients(params, 1)
     optimizer.step(finite=torch.tensor(1.0))
-    before = [p.detach().clone() for _, p in params] + [t.clone() for t in optimizer.named_state().values()]
+    tensors = [p.detach() for _, p in params] + list(optimizer.named_state().values())
+    before, places = [t.clone() for t in tensors], [t.data_ptr() for t in tensors]
     for _, p in params:
-        p.grad.fill_(float("nan"))
+        p.grad.fill_(math.nan)
     norm = gradient_norm(p for _, p in params)
-    optimizer.step(finite=torch.isfinite(norm))
+    optimizer.step(finite=torch.isfinite(norm), scale=scale)
     after = [p.detach() for _, p in params] + list(optimizer.named_state().values())
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(map(torch.atleast_1d, before), map(torch.atleast_1d, after)))
+    assert [t.data_ptr() for t in after] == places
     set_gradients(params, 2)
     optimizer.step(finite=torch.isfinite(gradient_norm(p for _, p in params)))
     assert not any(torch.equal(a, b.detach()) for a, (_, b) in zip(before, params))
@@ -188,10 +218,27 @@ def test_clipping_is_global():
     only = [p for _, p in params]
     norm = gradient_norm(only)
     torch.testing.assert_close(norm, torch.cat([p.grad.flatten() for p in only]).norm())
-    scale_gradients(only, norm=norm, clip_norm=0.5)
-    torch.testing.assert_close(gradient_norm(only), torch.tensor(0.5), rtol=1e-4, atol=0)
-    scale_gradients(only, norm=gradient_norm(only), clip_norm=9.0)
-    torch.testing.assert_close(gradient_norm(only), torch.tensor(0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(norm * clip_factor(norm, clip_norm=0.5), torch.tensor(0.5), rtol=1e-4, atol=0)
+    assert clip_factor(norm, clip_norm=2 * float(norm)) == 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(scale=st.floats(1e-3, 1.0), seed=st.integers(0, 999))
+def test_a_factor_of_the_gradients_is_as_good_as_scaled_gradients(scale, seed):
+    named = small_model(seed), small_model(seed)
+    optimizers = [MuonAdamW(parameter_groups(params, small_recipe())) for params in named]
+    for step in range(3):
+        for params in named:
+            set_gradients(params, seed + step)
+        for _, p in named[1]:
+            p.grad *= scale
+        optimizers[0].step(scale=torch.tensor(scale))
+        optimizers[1].step()
+    for (name, ours), (_, theirs) in zip(*named):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4, msg=name)  # as of the plain formula, above
+    for (name, ours), theirs in zip(optimizers[0].named_state().items(), optimizers[1].named_state().values()):
+        tight = {} if "second_moment" not in name else {"rtol": 2e-3, "atol": 2e-4}
+        torch.testing.assert_close(ours, theirs, **tight, msg=name)
 
 
 @given(

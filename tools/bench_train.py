@@ -269,12 +269,10 @@ def whole_steps(
     key: str, variant: Variant, models: dict[str | None, Built], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Whole steps and bare forward + backward of one variant, taking turns."""
-    from lrt.train.muon import direction
     from lrt.train.optimizers import MuonAdamW, parameter_groups
 
     recipe, built = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
-    compiled = torch.compile(direction, fullgraph=True, dynamic=False) if options.backend is None else direction
-    optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), direction=compiled)
+    optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), compile=options.backend is None)
     options_of = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
     bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
     whole = Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer), **options_of)

@@ -10,7 +10,7 @@ arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,6 +124,55 @@ def second_moment_like(parameter: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
 
 
+# ------------------------------------------------------------------ number by number, on this rank's rows
+
+
+def averages(gradients: Sequence[Tensor], momenta: Sequence[Tensor], *, momentum: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Update running means in place, and stack the Nesterov averages that follow from them.
+
+    Args:
+        gradients, momenta: N of one shape (r, C).
+        momentum: 0-D, coefficient of the running mean.
+        scale: 0-D, factor of the gradients; at 0 a mean takes the place of its gradient, and so stays exactly what it was.
+        dtype: of the stack.
+
+    Returns:
+        (N, r, C).
+    """
+    stack = []
+    for gradient, mean in zip(gradients, momenta):
+        gradient = torch.where(scale > 0, gradient * scale, mean)  # NaN * 0 is NaN
+        mean.copy_(gradient.lerp(mean, momentum))
+        stack.append(gradient.lerp(mean, momentum).to(dtype))
+    return torch.cat(stack).view(len(stack), *gradients[0].shape)
+
+
+def apply_updates(masters: Sequence[Tensor], updates: Sequence[Tensor], *, lr: Tensor, weight_decay: Tensor) -> None:
+    """Change masters in place, with a weight decay that acts only where it agrees with the update's sign.
+
+    Args:
+        masters, updates: N of one shape (r, C); updates in any dtype.
+        lr, weight_decay: 0-D.
+    """
+    for master, update in zip(masters, updates):
+        update = update.to(master.dtype)
+        decay = weight_decay * (master * (update * master >= 0))
+        master.sub_((update + decay) * lr)
+
+
+class Parts(NamedTuple):
+    """What a step runs on a stack: whole matrices in the middle, this rank's rows before and after."""
+
+    averages: Callable[..., Tensor] = averages
+    direction: Direction = direction
+    apply_updates: Callable[..., None] = apply_updates
+
+    def compiled(self) -> Parts:
+        """The same in few kernels, made once a shape: numbers that change from step to step are tensors."""
+        compiled: list[Any] = [torch.compile(part, fullgraph=True, dynamic=False) for part in self]
+        return Parts(*compiled)
+
+
 # ------------------------------------------------------------------ one step on one stack
 
 
@@ -137,7 +186,8 @@ def muon_step(
     beta2: float,
     weight_decay: float,
     finite: Tensor,
-    direction: Direction = direction,
+    scale: Tensor | None = None,
+    parts: Parts = Parts(),
 ) -> None:
     """Update matrices of one shape in place, each orthogonalized whole by one rank.
 
@@ -150,32 +200,28 @@ def muon_step(
         beta2: coefficient of the second moment.
         weight_decay: cautious: it acts only where it agrees with the update's sign.
         finite: 0-D on the device, 1.0 = do the step, 0.0 = leave everything as it was.
-        direction: from momentum-averaged gradients to update; compiled once a shape by the trainer.
+        scale: 0-D on the device, factor of the gradients, above 0; None = 1.
+        parts: the mathematics, eager or compiled.
 
     Departs: the reference computes lr and weight decay in bf16; here the masters see float32.
     """
     layout = layout_of(params[0])
     rows, columns = params[0].shape
-    gradient = torch.stack([gradient_of(p) for p in params])
-    gradient = torch.where(finite.bool(), gradient, 0.0)  # NaN * 0 is NaN, so rates of 0 alone would not do
-    average = torch.stack([local(m) for m in momenta])
-    average.lerp_(gradient, (1.0 - momentum) * finite)
-    torch._foreach_copy_([local(m) for m in momenta], list(average.unbind()))
-    nesterov = gradient.lerp_(average, momentum)
+    gradients = [gradient_of(p) for p in params]
     # The computation's dtype also travels between the ranks: the same rounding, half the bytes.
-    nesterov = nesterov.to(GPU_DTYPE if nesterov.is_cuda else nesterov.dtype)
+    dtype = GPU_DTYPE if finite.is_cuda else gradients[0].dtype
+    scale = finite if scale is None else torch.where(finite.bool(), scale, 0.0)
+    means = [local(m) for m in momenta]
+    nesterov = parts.averages(gradients, means, momentum=torch.full_like(finite, momentum), scale=scale, dtype=dtype)
 
     moments = torch.stack(list(second_moments))
-    update, moments = _on_owners(nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: direction(g, m, rate=(1.0 - beta2) * finite))
+    rate = (1.0 - beta2) * finite
+    update, moments = _on_owners(nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: parts.direction(g, m, rate=rate))
     torch._foreach_copy_(list(second_moments), list(moments.unbind()))
 
+    lr = lr * max(1.0, rows / columns) ** 0.5
     masters = [local(p) for p in params]
-    weights = torch.stack(masters)
-    update = update.to(weights.dtype)
-    agrees = update * weights >= 0
-    change = update.add_(weights * agrees, alpha=weight_decay)
-    weights.sub_(change * (lr * max(1.0, rows / columns) ** 0.5 * finite))
-    torch._foreach_copy_(masters, list(weights.unbind()))
+    parts.apply_updates(masters, update.unbind(), lr=lr * finite, weight_decay=torch.full_like(finite, weight_decay))
 
 
 def _on_owners(

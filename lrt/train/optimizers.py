@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lrt.config import OptimizerConfig, Recipe
-from lrt.train.muon import Direction, direction, gradient_of, layout_of, local, muon_step, second_moment_like
+from lrt.train.muon import Direction, Parts, direction, gradient_of, layout_of, local, muon_step, second_moment_like
 from lrt.train.rates import Rates
 
 # ------------------------------------------------------------------ the table of parameter groups
@@ -116,24 +116,29 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: as ``parameter_groups`` gives them.
-        direction: Muon's whole-matrix part; pass it compiled to run it as one kernel graph a shape.
+        direction: Muon's whole-matrix part.
+        compile: run Muon's parts compiled, each once a shape.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, direction: Direction = direction) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, direction: Direction = direction, compile: bool = False) -> None:
         super().__init__(groups, defaults={})
-        self._direction = direction
+        parts = Parts(direction=direction)
+        self._parts = parts.compiled() if compile else parts
         for group in self.param_groups:
             group["base_lr"], group["base_weight_decay"] = group["lr"], group["weight_decay"]
             for parameter in group["params"]:
                 self.state[parameter] = _fresh_state(parameter, kind=group["kind"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, finite: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, finite: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        """Update every parameter that has a gradient; the gradients are not to be read afterwards.
 
         Args:
             closure: not supported.
             finite: 0-D tensor on the device; where it is 0 nothing changes, neither parameters nor state. None = 1.
+            scale: 0-D float32 tensor on the device, the factor of all gradients, as ``clip_factor`` gives it. None = 1.
         """
         if closure is not None:
             raise ValueError("MuonAdamW.step takes no closure: compute the gradients first")
@@ -143,11 +148,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             flag = torch.ones((), device=local(params[0]).device) if finite is None else finite.float()
             if group["kind"] == "muon":
-                self._muon(params, group, flag)
+                self._muon(params, group, flag, scale)
             else:
-                self._adamw(params, group, flag)
+                self._adamw(params, group, flag, scale)
 
-    def _muon(self, params: list[Tensor], group: dict[str, Any], finite: Tensor) -> None:
+    def _muon(self, params: list[Tensor], group: dict[str, Any], finite: Tensor, scale: Tensor | None) -> None:
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for parameter in params:
             by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
@@ -161,10 +166,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 beta2=group["betas"][1],
                 weight_decay=group["weight_decay"],
                 finite=finite,
-                direction=self._direction,
+                scale=scale,
+                parts=self._parts,
             )
 
-    def _adamw(self, params: list[Tensor], group: dict[str, Any], finite: Tensor) -> None:
+    def _adamw(self, params: list[Tensor], group: dict[str, Any], finite: Tensor, scale: Tensor | None) -> None:
         params = [p for p in params if local(p).numel()]  # a rank may hold no row of a small parameter
         if not params:
             return
@@ -178,6 +184,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [s["step"] for s in states],
             fused=True,  # the one kernel of torch that knows found_inf
             found_inf=1.0 - finite,
+            grad_scale=None if scale is None else scale.reciprocal(),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -222,8 +229,6 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return square.sqrt()
 
 
-@torch.no_grad()
-def scale_gradients(parameters: Iterable[Tensor], *, norm: Tensor, clip_norm: float) -> None:
-    """Scale all gradients so that their global norm is at most ``clip_norm``."""
-    gradients = [gradient_of(p) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+def clip_factor(norm: Tensor, *, clip_norm: float) -> Tensor:
+    """The factor that makes the gradients' global norm at most ``clip_norm``: 0-D, for ``MuonAdamW.step``."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)

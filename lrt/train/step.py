@@ -12,7 +12,7 @@ from lrt.data import Batch
 from lrt.loss import IGNORE
 from lrt.train.distributed import World
 from lrt.train.metrics import Late
-from lrt.train.optimizers import MuonAdamW, gradient_norm, scale_gradients
+from lrt.train.optimizers import MuonAdamW, clip_factor, gradient_norm
 from lrt.train.parallel import free_gathered, reduce_gradients
 from lrt.train.replay import Runner, forward_backward
 from lrt.types import Schedule
@@ -79,11 +79,8 @@ def train_step(
     free_gathered(model)
     assert scores is not None
     scores = world.total(torch.cat([scores, scores.new_full((1,), float(stop))]))
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(model.parameters())
     finite = torch.isfinite(norm) & torch.isfinite(scores[0])
-    if clip_norm is not None:
-        scale_gradients(parameters, norm=norm, clip_norm=clip_norm)
-    optimizer.step(finite=finite)
+    optimizer.step(finite=finite, scale=None if clip_norm is None else clip_factor(norm, clip_norm=clip_norm))
     optimizer.zero_grad(set_to_none=True)
     return torch.cat([scores[:1], norm[None], finite[None].to(norm.dtype), scores[-1:], scores[1:-1]])

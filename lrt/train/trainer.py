@@ -25,7 +25,6 @@ from lrt.train.evaluation import evaluate_run
 from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.horizon import plan_horizon
 from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
-from lrt.train.muon import direction
 from lrt.train.optimizers import MuonAdamW, parameter_groups
 from lrt.train.parallel import named_parameters
 from lrt.train.rates import Rates, rates_at
@@ -86,8 +85,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     model = build_parallel(recipe, world)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
-    compiled = torch.compile(direction, fullgraph=True, dynamic=False) if recipe.parallel.compile else direction
-    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), direction=compiled)
+    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
     state = TrainState()
     if resumed is not None:
         state = _resume(resumed, model, optimizer, loader, world)
