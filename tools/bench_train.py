@@ -51,6 +51,9 @@ def recipe_of(suite: Suite, sharing: str | None, parallel: ParallelConfig) -> Re
     )
 
 
+RECIPE_TOKENS = 524288  # of a step by the recipes
+
+
 # ------------------------------------------------------------------ steps to be timed
 
 
@@ -80,8 +83,8 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
     return step
 
 
-def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any) -> Callable[[], None]:
-    """Data, forward, backward, norm, clipping and the optimizer, as the trainer does them."""
+def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int) -> Callable[[], None]:
+    """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     from lrt.data import Batch, build_loader, load_tokenizer
     from lrt.train.step import train_step
 
@@ -90,9 +93,9 @@ def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimi
     loader = iter(build_loader(recipe.data, tokenizer=load_tokenizer(recipe.data.tokenizer), **options))
 
     def step() -> None:
-        batch = next(loader)
-        batch = Batch(batch.input_ids.to(world.device, non_blocking=True), batch.targets.to(world.device, non_blocking=True), batch.source)
-        train_step(built.model, optimizer, [batch], schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner)
+        rows = [next(loader) for _ in range(accumulation)]
+        batches = [Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows]
+        train_step(built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner)
 
     return step
 
@@ -141,7 +144,8 @@ class Built(NamedTuple):
     def bytes(self) -> int:
         modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
         tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        sums = 0 if self.runner is None or self.runner.sums is None else self.runner.sums.bytes
+        return sums + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
@@ -268,25 +272,37 @@ def run_suite(
 def whole_steps(
     key: str, variant: Variant, models: dict[str | None, Built], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Whole steps and bare forward + backward of one variant, taking turns."""
+    """Whole steps of one and of many micro-batches, and bare forward + backward of one, taking turns."""
     from lrt.train.optimizers import MuonAdamW, parameter_groups
 
     recipe, built = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
     optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), compile=options.backend is None)
-    options_of = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
+    micro_batches = max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
+    options_of: dict[str, Any] = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
     bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
-    whole = Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer), **options_of)
-    whole.warm_up()
+    one, many = (
+        Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of) for count in (1, micro_batches)
+    )
+    for whole in (one, many):
+        whole.warm_up()
     for _ in range(options.turns):
         bare.measure(options.steps)
-        whole.measure(options.steps)
-    ms, bare_ms = whole.row()["ms"], bare.row()["ms"]
-    accumulation = max(1, round(524288 / (suite.rows * suite.length * world.size)))  # the recipes' batch
-    outside = ms - bare_ms
+        one.measure(options.steps)
+        many.measure(1)
+    ms, whole_ms, many_ms = (subject.row()["ms"] for subject in (bare, one, many))
     return {
-        "variant": key, "ms": ms, "forward_backward_ms": bare_ms, "outside_share": outside / ms, "host_syncs": whole.syncs or "none",
-        "outside_share_at_524288_tokens": outside / (bare_ms * accumulation + outside), "recompiles": whole.recompiles,
+        "variant": key, "forward_backward_ms": ms, "ms": whole_ms, "outside_share": 1 - ms / whole_ms,
+        "micro_batches": micro_batches, "ms_of_many": many_ms, "outside_share_of_many": 1 - micro_batches * ms / many_ms,
+        "host_syncs": one.syncs or many.syncs or "none", "recompiles": one.recompiles + many.recompiles,
+        "kernels_outside": outside(profiled(one), profiled(bare)) if options.profile else [],
     }  # fmt: skip
+
+
+def outside(whole: list[tuple[str, int, float]], bare: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+    """Kernels of a whole step less those of its forward and backward: name, calls, milliseconds."""
+    known = {name: (calls, ms) for name, calls, ms in bare}
+    rest = [(name, calls - known.get(name, (0, 0))[0], ms - known.get(name, (0, 0.0))[1]) for name, calls, ms in whole]
+    return sorted((row for row in rest if row[1] > 0), key=lambda row: -row[2])
 
 
 # ------------------------------------------------------------------ the report
@@ -320,9 +336,12 @@ def details(result: dict[str, Any]) -> list[str]:
     for w in result.get("whole_steps", ()):
         lines.append(
             f"whole step, {w['variant']}: {w['ms']:.2f} ms, forward + backward {w['forward_backward_ms']:.2f}; "
-            f"outside {100 * w['outside_share']:.1f} % ({100 * w['outside_share_at_524288_tokens']:.2f} % at 524288 tokens); "
-            f"host syncs: {w['host_syncs']}"
+            f"outside {100 * w['outside_share']:.1f} %; of {w['micro_batches']} micro-batches: {w['ms_of_many']:.1f} ms, "
+            f"outside {100 * w['outside_share_of_many']:.2f} %; host syncs: {w['host_syncs']}"
         )
+        if w["kernels_outside"]:
+            lines.append(f"kernels outside forward and backward: {sum(k[2] for k in w['kernels_outside']):.2f} ms")
+            lines += [f"  {ms:8.3f} ms x{calls:<5d} {kernel}" for kernel, calls, ms in w["kernels_outside"][:30]]
     for name, kernels in result.get("profiles", {}).items():
         lines.append(f"kernels of {name}: {sum(k[2] for k in kernels):.2f} ms")
         lines += [f"  {ms:8.3f} ms x{calls:<5d} {kernel}" for kernel, calls, ms in kernels[:30]]
@@ -367,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
                 run_suite(name, world, options, one=one, keep=keep)
         finally:
             for result in results:
-                for kernels in result.get("profiles", {}).values():
+                for kernels in (*result.get("profiles", {}).values(), *(w["kernels_outside"] for w in result.get("whole_steps", ()))):
                     del kernels[40:]
             say(world, json.dumps(summary))
     return int(any(r["failed"] or r.get("graphs") != r.get("graphs_expected") for r in results))

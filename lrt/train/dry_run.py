@@ -29,7 +29,7 @@ class Memory(NamedTuple):
     masters: float  # float32 parameters, this rank's rows
     copies: float  # parameters in the dtype of the computation: gathered ones, or the working copy of one GPU
     optimizer: float
-    kept_gradients: float  # float32, of the micro-batches before: all of them, or this rank's rows
+    kept_gradients: float  # float32, from micro-batch to micro-batch: all of them, or this rank's rows
     activations: float
     logits: float  # of a chunk, and the head's gradient
     update: float  # all gradients and what the optimizer's step takes beside them, when the activations are gone
@@ -100,14 +100,18 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     else:
         logits = (2 + (groups if chunk == tokens else 1)) * 4.0 * chunk * model.vocab_size
     gradients = 4.0 * trained / shards
+    if world_size == 1:  # sums that are always there (lrt.train.sums)
+        kept_gradients = gradients
+    else:
+        kept_gradients = (4.0 * trained if parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0
     parts = Memory(
         masters=4.0 * parameters.total / shards,
         copies=size * copied,
         optimizer=4.0 * (2.0 * trained - by_muon) / shards,
-        kept_gradients=(4.0 * trained if world_size > 1 and parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0,
+        kept_gradients=kept_gradients,
         activations=size * (tokens * (kept[parallel.activation_checkpointing] * n_layers * passes + more) + one_block),
         logits=logits,
-        update=gradients + 6 * 4.0 * stack / shards,  # Muon stacks gradients, momenta, updates and weights
+        update=gradients + 12.0 * stack / shards,  # Muon stacks averages and updates, in half precision, and what orthogonalizes them
     )
     return Memory(*(part / 2**30 for part in parts))
 

@@ -2,8 +2,9 @@
 
 A step of a small model is some thousand kernels of a few microseconds; launched one by one, the processor is slower
 than the GPU. A graph launches them at once. It is captured for each shape and plan of passes, after the compiler has
-run, and replayed on copies of the inputs. On one GPU the masters stay in float32 beside a working copy, and nothing is
-gathered; on several, FSDP (``lrt.train.parallel``) does both, and its collectives are part of the graph.
+run, and replayed on copies of the inputs. On one GPU the masters stay in float32 beside a working copy, whose gradients
+are added up in float32 (``lrt.train.sums``); on several, FSDP (``lrt.train.parallel``) does both, and its collectives are
+part of the graph.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from lrt.config import ParallelConfig
 from lrt.train.distributed import World, register_graph
 from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallelize, reduce_gradients, token_tables
+from lrt.train.sums import Sums
 from lrt.types import Pass, Schedule
 
-GRAPHS = 4  # plans captured at most, each with gradients of its own: a schedule with more runs the others eagerly
+GRAPHS = 4  # plans captured at most, with FSDP each with gradients of its own: a schedule with more runs the others eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
@@ -35,7 +37,11 @@ def forward_backward(
 
 
 class Place(NamedTuple):
-    """Where a micro-batch stands in its step: the first gathers parameters, the last reduces gradients and frees both."""
+    """Where a micro-batch stands in its step.
+
+    With FSDP the first gathers parameters, and the last reduces gradients and frees both. A working copy's first writes the
+    sums of gradients, the others add to them.
+    """
 
     first: bool = True
     last: bool = True
@@ -69,6 +75,7 @@ class Runner:
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
+        self.sums = None if compute is model else Sums(self._masters, compute)
         self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
@@ -99,24 +106,28 @@ class Runner:
         Raises:
             ValueError: a micro-batch differs from the first of its step.
         """
-        place = Place(first, last) if getattr(self.compute, "reduces_once", False) else Place()
+        if self.sums is not None:
+            place = Place(first=not self.sums.adopt())
+            places: tuple[Place, ...] = (place,)
+        else:
+            place = Place(first, last) if getattr(self.compute, "reduces_once", False) else Place()
+            places = ALONE if place in ALONE else ACCUMULATED
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
-        key = (tuple(input_ids.shape), schedule, plan, place in ALONE)
-        if place.first:
+        key = (tuple(input_ids.shape), schedule, plan, places is not ACCUMULATED)
+        if first:
             self._begun = key
         elif key != self._begun:
             raise ValueError("a micro-batch has another shape, schedule or plan than the first of its step, whose gradients wait for it")
         if self._graphs is None or (key not in self._graphs and len(self._graphs) == GRAPHS):
-            scores = self._run(input_ids, targets, schedule, seed, valid_targets, last=place.last)
-            self._hand_over(self._take_gradients())
+            scores, gradients = self._run(input_ids, targets, schedule, seed, valid_targets, place=place)
+            self._hand_over(gradients)
             return scores
-        if key not in self._graphs:
-            places = ALONE if place in ALONE else ACCUMULATED
-            self._graphs[key] = self._capture(places, input_ids, targets, schedule, seed, valid_targets)
+        if place not in self._graphs.get(key, {}):
+            new = self._capture(places, input_ids, targets, schedule, seed, valid_targets, warm=key in self._graphs)
+            self._graphs[key] = {**self._graphs.get(key, {}), **new}
         captured = self._graphs[key][place]
-        for master, *known in zip(self._masters, *(one.gradients for places in self._graphs.values() for one in places.values())):
-            if master.grad is not None and any(master.grad is gradient for gradient in known):
-                master.grad = master.grad.clone()  # the replay may overwrite it: graphs share their memory
+        if self.sums is None:
+            self._keep_apart()
         captured.input_ids.copy_(input_ids, non_blocking=True)
         captured.targets.copy_(targets, non_blocking=True)
         captured.valid.copy_(valid_targets, non_blocking=True)
@@ -124,21 +135,30 @@ class Runner:
         self._hand_over(captured.gradients)
         return captured.scores.clone()
 
-    def _run(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, last: bool = True) -> Tensor:
+    def _run(
+        self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, place: Place
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Scores of one micro-batch, and the gradients that it leaves, one a master."""
         self.refresh()
-        reduce_gradients(self.compute, schedule, now=last)
+        if self.sums is not None:
+            self.sums.begin(add=not place.first)
+        reduce_gradients(self.compute, schedule, now=place.last)
         scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
-        if last:
+        if place.last:
             free_gathered(self.compute)
-        return scores
+        if self.sums is not None:
+            return scores, self.sums.end()
+        gradients = tuple(p.grad for p in self._masters)
+        for master in self._masters:
+            master.grad = None
+        return scores, gradients
 
-    def _take_gradients(self) -> tuple[Tensor | None, ...]:
-        """The working copy's gradients in the masters' dtype; none are left behind."""
-        taken = []
-        for working, master in zip(self._working, self._masters):
-            taken.append(None if working.grad is None else working.grad.to(master.dtype))
-            working.grad = None
-        return tuple(taken)
+    def _keep_apart(self) -> None:
+        """Copy gradients that lie where a graph has its own: the replay may overwrite them, since graphs share their memory."""
+        assert self._graphs is not None
+        for master, *known in zip(self._masters, *(one.gradients for places in self._graphs.values() for one in places.values())):
+            if master.grad is not None and any(master.grad is gradient for gradient in known):
+                master.grad = master.grad.clone()
 
     @torch.no_grad()
     def _hand_over(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -148,25 +168,26 @@ class Runner:
                 continue
             if master.grad is None:
                 master.grad = gradient
-            else:
+            elif master.grad is not gradient:  # a sum has it already
                 more.append((master.grad, gradient))
         if more:
             torch._foreach_add_([old for old, _ in more], [new for _, new in more])
 
     def _capture(
-        self, places: tuple[Place, ...], input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor
+        self, places: tuple[Place, ...], input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, warm: bool
     ) -> dict[Place, Captured]:
         """One graph for each place, in the order in which they will be replayed: what one leaves behind the next takes up."""
-        kept = [p.grad for p in self._masters]  # token tables are shared, so the passes below would add to them
+        kept = [p.grad for p in self._masters]
+        if self.sums is not None and not warm:  # the passes below overwrite the sums
+            kept = [None if gradient is None else gradient.clone() for gradient in kept]
         for master in self._masters:
             master.grad = None
         inputs = input_ids.clone(), targets.clone(), torch.as_tensor(valid, device=input_ids.device).clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._run(*inputs[:2], schedule, seed, inputs[2])
-                self._take_gradients()
+            for _ in range(0 if warm else WARM_UP):
+                self._run(*inputs[:2], schedule, seed, inputs[2], place=Place())
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # the graph's own pool will hold what the passes above took
@@ -175,11 +196,12 @@ class Runner:
             graph = torch.cuda.CUDAGraph()
             register_graph(graph)
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                scores = self._run(*inputs[:2], schedule, seed, inputs[2], last=place.last)
-                gradients = self._take_gradients()
+                scores, gradients = self._run(*inputs[:2], schedule, seed, inputs[2], place=place)
             captured[place] = Captured(graph, *inputs, scores, gradients)
         for master, gradient in zip(self._masters, kept):
             master.grad = gradient
+        if self.sums is not None:
+            self.sums.adopt()
         return captured
 
 
