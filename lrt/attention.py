@@ -156,6 +156,16 @@ class Buffer(NamedTuple):
         return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
 
 
+def gradient_spacing(store: Any) -> int:
+    """How many positions lie between those of a pass in the gradient of its keys that comes from later passes.
+
+    FlexAttention reads keys in natural order. With two groups exactly one later pass reads them, and its gradient comes
+    as it is; with more, or from other kernels, gradients come added up, side by side.
+    """
+    natural = isinstance(store, Buffer) and len(store.keys) == 2 and store.mask is not None and not isinstance(store.mask, Tensor)
+    return 2 if natural else 1
+
+
 class Transient(NamedTuple):
     """A store of a pass whose keys and values nobody reads afterwards: the block returns none, and no gradient comes back through them."""
 

@@ -88,7 +88,7 @@ class DecoderBlock(nn.Module):
 
     def project_mixed(
         self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None,
-        hand_on: bool = False,
+        hand_on: int = 0,
     ) -> Mixed:  # fmt: skip
         """``project``, the gates of the memory, and ``finish_kv`` at once: one product and one kernel.
 
@@ -97,7 +97,7 @@ class DecoderBlock(nn.Module):
             context: of these positions.
             gate: the local and remote gates; None: nothing but this block's own keys and values.
             memory_key, memory_value: (B, P, G, K); None = zero.
-            hand_on: later passes read keys and values: give their gradients paths of their own.
+            hand_on: above 0, later passes read keys and values: give their gradients paths of their own; see ``lrt.mixing.mix``.
         """
         token_value = None if self.value_gate is None else context.token_value
         gates = [g.weight for g in (gate, None if token_value is None else self.value_gate) if g is not None]

@@ -46,7 +46,7 @@ def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) ->
 
 def mix(
     joint: Tensor, *, cos: Tensor, sin: Tensor, heads: int, groups: int, local: bool, norm: bool,
-    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None, hand_on: bool = False,
+    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None, hand_on: int = 0,
 ) -> Mixed:  # fmt: skip
     """Finish queries, keys and values.
 
@@ -59,7 +59,8 @@ def mix(
         norm: QK-norm.
         memory_key, memory_value: (B, P, G, K), gated and added; only with ``local``.
         token_value: (B, P, G K), gated and added to the values.
-        hand_on: give the gradients that reach keys and values from elsewhere paths of their own.
+        hand_on: give the gradients that reach keys and values from elsewhere paths of their own, which expect them laid out
+            with this many positions from one to the next; 0: no paths.
     """
     width = 2 * cos.shape[-1]
     query, key, value, *paths = _forward(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, hand_on)
@@ -68,7 +69,7 @@ def mix(
 
 def reference(
     joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: bool = False,
+    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the kernels compute, in plain torch."""
     token = token_value is not None
@@ -98,7 +99,7 @@ def reference(
 @torch.library.custom_op("lrt::mix", mutates_args=())
 def _forward(
     joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: bool,
+    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lrt import mix_kernels
 
@@ -155,10 +156,13 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _results(joint: Tensor, heads: int, groups: int, width: int, hand_on: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _results(joint: Tensor, heads: int, groups: int, width: int, hand_on: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, _ = joint.shape
     query, key, value = (joint.new_empty(batch, length, n, width) for n in (heads, groups, groups))
-    key_path, value_path = (joint.new_empty(batch if hand_on else 0, length, groups, width) for _ in range(2))  # never read nor written
+    # Never read nor written: a compiled block copies a gradient that is not laid out as the result that it belongs to.
+    position = groups * width
+    layout = (length * hand_on * position, hand_on * position, width, 1)
+    key_path, value_path = (joint.new_empty_strided((batch if hand_on else 0, length, groups, width), layout) for _ in range(2))
     return query, key, value, key_path, value_path
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.passes import PassResult, Row, by_group, in_order, run_schedule
+from lrt.passes import PassResult, Row, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Refine, baseline, from_config, interleaved, sequential
 from lrt.types import Backbone, Block, Output, Schedule
@@ -40,6 +40,8 @@ class LatentRecurrentModel(nn.Module):
     ) -> None:
         super().__init__()
         self._assemble(backbone, blocks, recurrence, train_schedule)
+
+    twins: Any = None  # (model, index of a pass) -> the model that runs it; a trainer keeps the gradients of passes apart with it
 
     def _assemble(self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, train_schedule: Schedule | None) -> None:
         """Register the parts; separate, because the Hugging Face face has another base class to initialize before."""
@@ -131,7 +133,7 @@ class LatentRecurrentModel(nn.Module):
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = _restore(in_order(self.backbone.logits(final), places), back)
-        memory = _last_memory(results, len(weights) - 1)
+        memory = last_memory(results, len(weights) - 1)
         loss: Tensor | None = None
         losses: tuple[Tensor, ...] = ()
         if targets is not None:
@@ -341,12 +343,3 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _restore(values: Tensor, back: Tensor | None) -> Tensor:
     """Undo the alignment of (B, T, ...); padding on the left repeats the first position."""
     return values if back is None else values.gather(1, back[..., None].expand_as(values))
-
-
-def _last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:
-    members = [r for r in results if r.plan.group == group]
-    if members[0].memory is None:
-        return None
-    memory = torch.cat([r.memory for r in members if r.memory is not None], dim=1)
-    places = torch.arange(memory.shape[1], device=memory.device)
-    return in_order(memory, torch.cat([places[r.plan.positions] for r in members]))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
 from lrt.fan import Branch, Branched, attached, branch, branch_compiled, fan_out, split
-from lrt.kernels import block_mask, usable
+from lrt.kernels import block_mask, natural_order, usable
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, Later, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
 
@@ -199,6 +199,10 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
     return loop(model, row, plan, schedule)
 
 
+def _for_pass(model: Any, index: int) -> RecurrentDecoder:
+    return model if getattr(model, "twins", None) is None or not torch.is_grad_enabled() else model.twins(model, index)
+
+
 def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions: plain causal attention, no buffer."""
     length = row.hidden.shape[1]
@@ -206,9 +210,9 @@ def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: S
     stores = [Transient(store) for store in _whole_row(model, row)]
     results: list[PassResult] = []
     received = None
-    for step in plan:
+    for index, step in enumerate(plan):
         only_feeds = weights[step.group] == 0 and step is not plan[-1]
-        out = run_blocks(model, row.hidden, row.contexts, received, stores=stores, stop=model.source if only_feeds else None)
+        out = run_blocks(_for_pass(model, index), row.hidden, row.contexts, received, stores=stores, stop=model.source if only_feeds else None)
         results.append(PassResult(step, out.hidden, out.memory))
         if step is not plan[-1]:
             assert out.memory is not None
@@ -233,8 +237,8 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
 
     def received(residue: int) -> Tensor:
         count = memory[residue].shape[1]
-        before = memory[residue - 1] if residue else F.pad(memory[-1], (0, 0, 1, 0))
-        return reset_memory(before[:, :count], None if starts is None else starts[residue])
+        before = memory[residue - 1][:, :count] if residue else F.pad(memory[-1][:, : count - 1], (0, 0, 1, 0))
+        return reset_memory(before, None if starts is None else starts[residue])
 
     def refresh() -> None:
         for residue in set(range(subsets)) - visited:
@@ -243,7 +247,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
                 fresh = model.blocks[layer].refresh(inputs[layer][residue], newest[layer], at_hand(contexts[residue][layer]))
                 keys[layer][residue], values[layer][residue] = fresh
 
-    for step in plan[1:]:
+    for index, step in enumerate(plan[1:], start=1):
         residue = step.start
         visited.add(residue)  # its own keys are about to be fresh
         if schedule.kv_refresh:
@@ -253,7 +257,7 @@ def _interleave(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedul
         if step is plan[-1]:
             stores = [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: a compiled first block would otherwise be a graph of its own.
-        out = run_blocks(model, hidden[residue].contiguous(), contexts[residue], received(residue), stores=stores)
+        out = run_blocks(_for_pass(model, index), hidden[residue].contiguous(), contexts[residue], received(residue), stores=stores)
         assert out.memory is not None
         results.append(PassResult(step, out.hidden, out.memory))
         if step is plan[-1]:
@@ -344,6 +348,15 @@ def by_group(results: Sequence[PassResult], groups: int) -> list[tuple[Tensor, T
         hidden = members[0].hidden if len(members) == 1 else torch.cat([r.hidden for r in members], dim=1)
         merged.append((hidden, torch.cat([places[r.plan.positions] for r in members])))
     return merged
+
+
+def last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:
+    """m[t] (B, T, D) of the positions of a loss group; None for a model without recurrence."""
+    members = sorted((r for r in results if r.plan.group == group), key=lambda r: r.plan.start)
+    parts = [r.memory for r in members if r.memory is not None]
+    if not parts:
+        return None
+    return natural_order(parts) if len(parts) == members[0].plan.step else torch.cat(parts, dim=1)
 
 
 def in_order(values: Tensor, positions: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import Transient
+from lrt.attention import Transient, gradient_spacing
 from lrt.types import KV, Block, KVStore, MemoryInput, Projection
 
 
@@ -136,7 +136,7 @@ class RecurrentBlock(nn.Module):
         if isinstance(kv, Transient):
             hidden, projection = self._mix(hidden, memory, context)
             return self.block.attend(hidden, projection, context, kv.store)[0], None, None
-        hidden, projection = self._mix(hidden, memory, context, hand_on=torch.is_grad_enabled())
+        hidden, projection = self._mix(hidden, memory, context, hand_on=gradient_spacing(kv) if torch.is_grad_enabled() else 0)
         return self.block.attend(hidden, projection, context, kv)
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
@@ -150,7 +150,7 @@ class RecurrentBlock(nn.Module):
         _, projection = self._mix(hidden, memory._replace(gain=None), context)
         return self.block.finish_kv(projection, context)
 
-    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: bool = False) -> tuple[Tensor, Any]:
+    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0) -> tuple[Tensor, Any]:
         hidden = self.block.enter(hidden, context)
         if memory is not None and memory.gain is not None:
             hidden = hidden + memory.gain.to(hidden.dtype) * memory.state

@@ -123,7 +123,7 @@ def cases(draw):
         "memory": local and draw(st.booleans()),
         "token": draw(st.booleans()),
         "norm": draw(st.booleans()),
-        "hand_on": draw(st.booleans()),
+        "hand_on": draw(st.sampled_from([0, 1, 2])),
         "seed": draw(st.integers(0, 99)),
     }
 

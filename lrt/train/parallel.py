@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.utils.checkpoint
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -50,8 +51,9 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
             model.blocks[index] = checkpointed(block, selective=config.activation_checkpointing == "selective")
     if config.compile:
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-        for block in model.blocks:  # dynamic=False: a second pass length is a second graph, not one graph for any length
-            block.compile(fullgraph=True, dynamic=False)
+        # Torch 2.13's default. Before, gradients in FlexAttention's order were copied on their way into a block (lrt.attention.gradient_spacing).
+        torch._functorch.config.guess_tangent_strides_as_outputs = True
+        compile_blocks(model)
         if isinstance(getattr(model.backbone, "head", None), Head):
             compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
             model.backbone.head.scorer = Scorer(*compiled)
@@ -86,6 +88,12 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile every block; blocks of one kind share their graphs."""
+    for block in model.blocks:  # dynamic=False: a second pass length is a second graph, not one graph for any length
+        block.compile(fullgraph=True, dynamic=False)
 
 
 def _anchored(table: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

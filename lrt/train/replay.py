@@ -75,7 +75,7 @@ class Runner:
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
-        self.sums = None if compute is model else Sums(self._masters, compute)
+        self.sums = None if compute is model else Sums(self._masters, compute, apart=graphs)
         self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one

@@ -1,20 +1,30 @@
 """Gradients of a working copy, added up in the masters' precision where they stay.
 
 The micro-batches of a step each give a gradient of every parameter. Kept apart and added afterwards, they cost 12 bytes
-of traffic a number and micro-batch, and those of token tables, most of whose rows are zero, as much as the others.
+of traffic a number and micro-batch, and those of token tables, most of whose rows are zero, as much as the others. The
+passes of a schedule give gradients of the same weights too, which autograd adds one by one and rounds to half precision
+each time; here they are read once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrt.backbone import lookup
-from lrt.train.parallel import named_parameters, token_tables
+from lrt.passes import compiled
+from lrt.train.parallel import compile_blocks, named_parameters, token_tables
+
+HAS_TRITON = find_spec("triton") is not None
+BLOCK = 2048  # numbers a program adds
+
+# ------------------------------------------------------------------ token tables
 
 
 def add_rows(total: Tensor, tokens: Tensor, rows: Tensor) -> None:
@@ -46,35 +56,75 @@ def _look_up(look_up: Callable[..., Tensor], add: Callable[..., None], tokens: T
     return _LookUp.apply(weight, tokens, dtype, look_up, add)
 
 
+# ------------------------------------------------------------------ weights
+
+
+def add_parts(total: Tensor, parts: Sequence[Tensor], *, add: bool) -> None:
+    """Add tensors of one shape to ``total``, or put their sum in its place, in its dtype."""
+    if HAS_TRITON and total.is_cuda and all(x.is_contiguous() for x in (total, *parts)):
+        from lrt.train import sum_kernels
+
+        size = total.numel()
+        for start in range(0, len(parts), 4):
+            some = list(parts[start : start + 4])
+            given = some + some[:1] * (4 - len(some))
+            sum_kernels.add_kernel[(-(-size // BLOCK),)](total, *given, size, COUNT=len(some), ADD=add or start > 0, BLOCK=BLOCK)
+        return
+    for part in parts:
+        if add:
+            total.add_(part)
+        else:
+            total.copy_(part)
+        add = True
+
+
+def twin_of(model: Any) -> Any:
+    """A model with the same weights, whose blocks and memory have parameters of their own for the gradients; the rest is the model's."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    twin = copy.copy(model)
+    twin.twins = None
+    twin._modules = dict(model._modules)
+    for name in ("blocks", "memory_projection", "injection"):
+        if model._modules.get(name) is not None:
+            twin._modules[name] = copy.deepcopy(model._modules[name], memo)
+    if compiled(model):
+        compile_blocks(twin)
+    return twin
+
+
+# ------------------------------------------------------------------ the sums
+
+
 class Sums:
     """One sum for each master, at an address that graphs can write to.
 
-    A gradient is added when the backward pass has it, and let go. That of a compiled token table is never made: the
-    gradients of its rows are added where they belong.
+    The gradient of a compiled token table is never made: the gradients of its rows are added where they belong.
 
     Args:
         masters: what the gradients are for.
         compute: the working copy, with a parameter for each master; token tables may be the masters themselves.
+        apart: give every pass after the first a twin of ``compute``, so that autograd hands out the gradients of each, and
+            they are added here in one kernel and rounded never; otherwise it adds them one by one in the copy's dtype.
     """
 
-    def __init__(self, masters: Sequence[Tensor], compute: nn.Module) -> None:
+    def __init__(self, masters: Sequence[Tensor], compute: Any, *, apart: bool = False) -> None:
         self._masters = masters
         self._totals = [torch.zeros_like(m) if m.requires_grad else None for m in masters]
-        self._shared: list[int] = []
+        self._leaves = [[parameter] for _, parameter in named_parameters(compute)]
+        self._twins: list[Any] = []
+        self._shared = [index for index, (leaf,) in enumerate(self._leaves) if leaf is masters[index]]
         self._tables: set[int] = set()
-        self._written: set[int] = set()  # totals that hold something to add to
-        self._given: set[int] = set()  # masters that got a gradient since begin
+        self._read: set[int] = set()  # tables that got gradients since begin
         self._kept: list[Tensor | None] = []
-        for index, (_, parameter) in enumerate(named_parameters(compute)):
-            if parameter is masters[index]:
-                self._shared.append(index)
-            elif parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(partial(self._take, index))
+        self._add = False
         for table in token_tables(compute):
             for index in self._shared:
                 if masters[index] is table.weight and table.weight.requires_grad and table.lookup is not lookup:
                     self._tables.add(index)
                     table.lookup = partial(_look_up, table.lookup, partial(self._take_rows, index))
+        if apart:
+            compute.twins = self._twin
 
     @property
     def bytes(self) -> int:
@@ -95,8 +145,7 @@ class Sums:
 
     def begin(self, *, add: bool) -> None:
         """Before a forward whose gradients are added to the totals, or take their place."""
-        self._written = set(range(len(self._totals)) if add else self._tables)
-        self._given = set()
+        self._add, self._read = add, set()
         self._kept = [self._masters[index].grad for index in self._shared]
         for index in self._shared:
             self._masters[index].grad = None  # autograd would add to it
@@ -104,31 +153,35 @@ class Sums:
             for index in self._tables:
                 self._total(index).zero_()
 
+    @torch.no_grad()
     def end(self) -> tuple[Tensor | None, ...]:
         """After the backward: for each master its total, or None if it got no gradient."""
+        given = set(self._read)
+        for index, leaves in enumerate(self._leaves):
+            parts = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            if parts:
+                add_parts(self._total(index), parts, add=self._add or index in self._tables)
+                given.add(index)
+            for leaf in leaves:
+                leaf.grad = None
         for index, kept in zip(self._shared, self._kept):
-            if self._masters[index].grad is not None:
-                self._take(index, self._masters[index])
             self._masters[index].grad = kept
-        return tuple(total if index in self._given else None for index, total in enumerate(self._totals))
+        return tuple(total if index in given else None for index, total in enumerate(self._totals))
 
     def _total(self, index: int) -> Tensor:
         total = self._totals[index]
         assert total is not None
         return total
 
-    @torch.no_grad()
-    def _take(self, index: int, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        total = self._total(index)
-        if index in self._written:
-            total.add_(parameter.grad)
-        else:
-            total.copy_(parameter.grad)
-        self._written.add(index)
-        self._given.add(index)
-        parameter.grad = None
-
     def _take_rows(self, index: int, tokens: Tensor, rows: Tensor) -> None:
-        self._given.add(index)
+        self._read.add(index)
         _add_rows_compiled()(self._total(index), tokens, rows)
+
+    def _twin(self, compute: Any, index: int) -> Any:
+        """The model of a pass: ``compute`` for the first, then its twins."""
+        while len(self._twins) < index:
+            self._twins.append(twin_of(compute))
+            for leaves, (_, parameter) in zip(self._leaves, named_parameters(self._twins[-1])):
+                if parameter is not leaves[0]:
+                    leaves.append(parameter)
+        return self._twins[index - 1] if index else compute
