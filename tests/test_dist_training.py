@@ -326,14 +326,15 @@ def check_export(world, folder):
 
 
 def check_mesh(world, folder):
-    """Replicas, and on four ranks replicas of shards."""
-    expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
-    for replicas in (n for n in (2, 4) if world.size % n == 0):
-        recipe = recipe_of(**{"parallel.replicate": replicas})
-        numbers, seen = gradients(recipe, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
-        torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
-        for name, gradient in plain.items():
-            torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6)
+    """Replicas, and on four ranks replicas of shards, in double precision."""
+    with float64():
+        expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
+        for replicas in (n for n in (2, 4) if world.size % n == 0):
+            recipe = recipe_of(**{"parallel.replicate": replicas})
+            numbers, seen = gradients(recipe, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
+            torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
+            for name, gradient in plain.items():
+                torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
     text = rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"
     with pytest.raises(ValueError, match=text):
         build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
