@@ -159,8 +159,8 @@ class Buffer(NamedTuple):
 def gradient_spacing(store: Any) -> int:
     """How many positions lie between those of a pass in the gradient of its keys that comes from later passes.
 
-    FlexAttention reads keys in natural order. With two groups exactly one later pass reads them, and its gradient comes
-    as it is; with more, or from other kernels, gradients come added up, side by side.
+    FlexAttention reads keys in natural order. With two groups in turn one later pass reads them, and its gradient comes
+    as it is; with more, or from other kernels, gradients come added up, side by side. A gradient that comes otherwise is copied.
     """
     natural = isinstance(store, Buffer) and len(store.keys) == 2 and store.mask is not None and not isinstance(store.mask, Tensor)
     return 2 if natural else 1

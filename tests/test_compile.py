@@ -156,7 +156,7 @@ def test_a_replay_leaves_the_gradients_of_other_graphs_alone():
             replayed.append(self.number)
 
     runner._graphs = {
-        (tuple(tokens.shape), s, s.plan(16), True): {
+        (tuple(tokens.shape), s, s.plan(16), False): {
             Place(): Captured(Graph(n), tokens.clone(), targets.clone(), torch.tensor(32), torch.zeros(2), gradients[n])
         }
         for n, s in enumerate(schedules)

@@ -1,5 +1,6 @@
 """Sums of gradients: whatever came before and however a table is read, they are those of plain PyTorch."""
 
+import contextlib
 import copy
 from unittest import mock
 
@@ -14,7 +15,7 @@ from lrt.backbone import lookup
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
 from lrt.passes import compiled
-from lrt.train.parallel import token_tables
+from lrt.train.parallel import checkpointed, token_tables
 from lrt.train.replay import Runner, working_copy
 from lrt.train.sums import Sums, add_parts, twin_of
 
@@ -129,6 +130,118 @@ def test_frozen_parameters_cost_nothing():
     assert all(p.grad is None for p in model.backbone.parameters()) and any(p.grad is not None for p in trained)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_exception_loses_no_earlier_micro_batch_or_the_whole_step(gpu):
+    """In the forward nothing has been added yet; in the backward a part has, so nothing of the step is left, in no parameter."""
+    model = small()
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=gpu)
+    for seed in (0, 2):
+        add_plain(plain, seed, SCHEDULES[2])
+    add_ours(runner, 0, SCHEDULES[2])
+    wrong = torch.full((2, 8), 99)
+    with pytest.raises(ValueError, match="99"):
+        runner.forward_backward(wrong, wrong, schedule=SCHEDULES[2], seed=0, valid_targets=torch.tensor(16))
+    add_ours(runner, 2, SCHEDULES[2])
+    assert_same(model, plain)
+
+    with mock.patch("lrt.passes.reset_memory", lambda received, starts: Failing.apply(received)), pytest.raises(RuntimeError, match="cut"):
+        add_ours(runner, 0, SCHEDULES[2])  # after the last pass, whose blocks have their gradients
+    assert all(p.grad is None for p in (*model.parameters(), *runner.compute.parameters()))
+    plain.zero_grad(set_to_none=True)
+    add_plain(plain, 1, SCHEDULES[2])
+    add_ours(runner, 1, SCHEDULES[2])
+    assert_same(model, plain)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("cut")
+
+
+def test_a_table_that_is_also_read_as_a_weight():
+    """A tied head: rows of the table and the gradient of the whole matrix come to one sum."""
+    model = small()
+    model.backbone.head.weight = model.backbone.embedding.weight
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
+    for seed in range(2):
+        add_plain(plain, seed, SCHEDULES[2])
+        add_ours(runner, seed, SCHEDULES[2])
+    assert_same(model, plain)
+
+
+# ------------------------------------------------------------------ graphs, played on a CPU
+
+
+class Graph:
+    """What a CUDA graph does, by running again what was captured; nothing in python changes."""
+
+    def replay(self):
+        runner = self.runner
+        kept = [p.grad for p in runner.model.parameters()]
+        for parameter in runner.model.parameters():
+            parameter.grad = None
+        scores, _ = runner._run(*self.arguments, place=self.place)
+        for parameter, gradient in zip(runner.model.parameters(), kept):
+            parameter.grad = gradient
+        self.scores.copy_(scores)
+
+
+@contextlib.contextmanager
+def played(runner):
+    """Captures of this runner become ``Graph``; a capture computes nothing, so the sums are what they were before."""
+    run = runner._run
+
+    @contextlib.contextmanager
+    def capture(graph, **_):
+        before = [total.clone() for total in runner.sums._totals]
+
+        def recorded(*arguments, place):
+            graph.runner, graph.arguments, graph.place = runner, arguments, place
+            graph.scores, gradients = run(*arguments, place=place)
+            return graph.scores, gradients
+
+        runner._run = recorded
+        yield
+        del runner._run
+        for total, value in zip(runner.sums._totals, before):
+            total.copy_(value)
+
+    stream = mock.Mock()
+    with contextlib.ExitStack() as stack:
+        for name, value in {"graph": capture, "CUDAGraph": Graph, "Stream": stream, "stream": lambda s: contextlib.nullcontext()}.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
+        for name in ("current_stream", "synchronize", "empty_cache"):
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", stream))
+        stack.enter_context(mock.patch("lrt.train.replay.register_graph", stream))
+        yield
+
+
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_graphs_write_or_add_as_the_step_needs(data):
+    """Any order of plans, on top of gradients of other plans and of the masters' own, over sums that hold anything."""
+    model = small()
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
+    runner._graphs = {}
+    with played(runner):
+        for _ in range(3):
+            model.zero_grad(set_to_none=True), plain.zero_grad(set_to_none=True)
+            for total in runner.sums._totals:
+                total.fill_(float("nan"))
+            for seed in range(data.draw(st.integers(1, 3))):
+                if data.draw(st.booleans()):
+                    add_plain(model, seed, SCHEDULES[2]), add_plain(plain, seed, SCHEDULES[2])
+                schedule = data.draw(st.sampled_from(SCHEDULES))
+                add_plain(plain, seed, schedule)
+                add_ours(runner, seed, schedule)
+            assert_same(model, plain)
+
+
 # ------------------------------------------------------------------ twins
 
 
@@ -142,11 +255,12 @@ def test_a_twin_shares_weights_and_compiled_graphs_and_nothing_else():
 
     compile_blocks(model)
     with mock.patch("lrt.train.sums.compile_blocks", compile_blocks):
-        twin = twin_of(model)
+        twin, own = twin_of(model)
     pairs = list(zip(model.named_parameters(), twin.named_parameters(), strict=True))
     assert all(a == b and p.data_ptr() == q.data_ptr() for (a, p), (b, q) in pairs)
     apart = {name for (name, p), (_, q) in pairs if p is not q}
     assert apart == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    assert all(own[id(p)] is q for (_, p), (_, q) in pairs if p is not q)
     assert compiled(twin) and twin.blocks[0] is not model.blocks[0] and twin.backbone is model.backbone
     graphs = []
     for one in (model, twin, model):
@@ -174,9 +288,33 @@ def test_an_evaluation_makes_no_twins():
     runner = runner_of(model, gpu=True)
     with torch.no_grad():
         runner.refresh().score(*batch(0), SCHEDULES[2])
-    assert runner.sums._twins == []
+    assert runner.compute.twins.made == []
     add_ours(runner, 0, SCHEDULES[2])
-    assert len(runner.sums._twins) == 2
+    assert len(runner.compute.twins.made) == 2
+
+
+def test_many_passes_share_the_last_twin():
+    """Gradients of passes are held until the backward's end, so their number has a limit."""
+    model = small()
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
+    schedule = lrt.interleaved(3, sweeps=2, order="random")
+    add_ours(runner, 0, schedule)
+    tokens, targets = batch(0)
+    generator = torch.Generator().manual_seed(0)
+    plain(tokens, targets=targets, schedule=schedule, valid_targets=torch.tensor(16), generator=generator).loss.backward()
+    assert_same(model, plain)
+    assert len(runner.compute.twins.made) == 3 and max(map(len, runner.sums._leaves)) == 4
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_twins_of_checkpointed_blocks(selective):
+    model = small()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpointed(block, selective=selective)
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
+    add_plain(plain, 0, SCHEDULES[2])
+    add_ours(runner, 0, SCHEDULES[2])
+    assert_same(model, plain)
 
 
 @pytest.mark.gpu

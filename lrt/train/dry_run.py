@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+import torch
+
 from lrt.accounting import count_parameters, training_flops
 from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
@@ -14,6 +16,7 @@ from lrt.kernels import takes_mask
 from lrt.model import LatentRecurrentModel
 from lrt.train.backbones import is_native, shapes_of
 from lrt.train.horizon import Horizon, plan_horizon, shards_of
+from lrt.train.sums import TWINS
 from lrt.types import Schedule
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
@@ -32,11 +35,11 @@ class Memory(NamedTuple):
     kept_gradients: float  # float32, from micro-batch to micro-batch: all of them, or this rank's rows
     activations: float
     logits: float  # of a chunk, and the head's gradient
-    update: float  # all gradients and what the optimizer's step takes beside them, when the activations are gone
+    update: float  # all gradients, and what adds those of the passes or what the optimizer's step takes, when the activations are gone
 
     @property
     def total(self) -> float:
-        """The peak: at the end of the last forward, or in the optimizer's step."""
+        """The peak: at the end of the last forward, or after its backward."""
         return self.masters + self.copies + self.optimizer + max(self.kept_gradients + self.activations + self.logits, self.update)
 
 
@@ -65,7 +68,7 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
 
 
 def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
-    """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md).
+    """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md says what they count).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
@@ -102,7 +105,11 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     gradients = 4.0 * trained / shards
     if world_size == 1:  # sums that are always there (lrt.train.sums)
         kept_gradients = gradients
+        blocks = [p.numel() for part in (model.blocks, model.memory_projection) if part is not None for p in part.parameters() if p.requires_grad]
+        plan = schedule.plan(recipe.model.sequence_length, generator=torch.Generator().manual_seed(0))
+        of_passes = size * sum(blocks) * (1 if schedule.token_compute == 1 else min(len(plan), 1 + TWINS))
     else:
+        of_passes = 0.0
         kept_gradients = (4.0 * trained if parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0
     parts = Memory(
         masters=4.0 * parameters.total / shards,
@@ -111,7 +118,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
         kept_gradients=kept_gradients,
         activations=size * (tokens * (kept[parallel.activation_checkpointing] * n_layers * passes + more) + one_block),
         logits=logits,
-        update=gradients + 12.0 * stack / shards,  # Muon stacks averages and updates, in half precision, and what orthogonalizes them
+        update=gradients + max(of_passes, 12.0 * stack / shards),  # Muon stacks averages, updates and what orthogonalizes them, in half precision
     )
     return Memory(*(part / 2**30 for part in parts))
 

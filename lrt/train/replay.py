@@ -22,7 +22,7 @@ from lrt.train.parallel import DTYPES, free_gathered, named_parameters, parallel
 from lrt.train.sums import Sums
 from lrt.types import Pass, Schedule
 
-GRAPHS = 4  # plans captured at most, with FSDP each with gradients of its own: a schedule with more runs the others eagerly
+GRAPHS = 4  # plans captured at most, each as up to three graphs: a schedule with more runs the others eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
@@ -39,15 +39,15 @@ def forward_backward(
 class Place(NamedTuple):
     """Where a micro-batch stands in its step.
 
-    With FSDP the first gathers parameters, and the last reduces gradients and frees both. A working copy's first writes the
-    sums of gradients, the others add to them.
+    With FSDP the first gathers parameters, and the last reduces gradients and frees both. With a working copy the first is the
+    one that finds no gradients: it writes the sums, the others add to them.
     """
 
     first: bool = True
     last: bool = True
 
 
-ALONE = (Place(),)
+ALONE: tuple[Place, ...] = (Place(),)
 ACCUMULATED = (Place(last=False), Place(first=False, last=False), Place(first=False))  # captured in this order
 
 
@@ -93,6 +93,8 @@ class Runner:
     ) -> Tensor:
         """Add the gradients of one micro-batch to the masters'.
 
+        With a working copy these are buffers that the next step overwrites. After an exception in the backward they are gone.
+
         Args:
             input_ids, targets: (B, T).
             schedule: passes of the forward.
@@ -106,14 +108,14 @@ class Runner:
         Raises:
             ValueError: a micro-batch differs from the first of its step.
         """
+        place, places = Place(), ALONE
         if self.sums is not None:
             place = Place(first=not self.sums.adopt())
-            places: tuple[Place, ...] = (place,)
-        else:
-            place = Place(first, last) if getattr(self.compute, "reduces_once", False) else Place()
-            places = ALONE if place in ALONE else ACCUMULATED
+            places = (place,)
+        elif getattr(self.compute, "reduces_once", False) and not (first and last):
+            place, places = Place(first, last), ACCUMULATED
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
-        key = (tuple(input_ids.shape), schedule, plan, places is not ACCUMULATED)
+        key = (tuple(input_ids.shape), schedule, plan, places is ACCUMULATED)
         if first:
             self._begun = key
         elif key != self._begun:
@@ -143,7 +145,12 @@ class Runner:
         if self.sums is not None:
             self.sums.begin(add=not place.first)
         reduce_gradients(self.compute, schedule, now=place.last)
-        scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+        try:
+            scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+        except BaseException:
+            if self.sums is not None:
+                self.sums.abandon()
+            raise
         if place.last:
             free_gathered(self.compute)
         if self.sums is not None:

@@ -1,4 +1,4 @@
-"""A Triton kernel that adds several gradients of a weight to their sum: each number is read once and written once.
+"""A Triton kernel that adds up to four gradients of a weight to their sum: each number is read once and written once.
 
 Imported only where triton is; ``lrt.train.sums`` launches it.
 """

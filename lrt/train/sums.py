@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lrt.train.parallel import compile_blocks, named_parameters, token_tables
 
 HAS_TRITON = find_spec("triton") is not None
 BLOCK = 2048  # numbers a program adds
+TWINS = 3  # at most: their gradients are held until the backward's end, and one kernel adds four
 
 # ------------------------------------------------------------------ token tables
 
@@ -78,10 +80,17 @@ def add_parts(total: Tensor, parts: Sequence[Tensor], *, add: bool) -> None:
         add = True
 
 
-def twin_of(model: Any) -> Any:
-    """A model with the same weights, whose blocks and memory have parameters of their own for the gradients; the rest is the model's."""
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+# ------------------------------------------------------------------ a pass's own parameters
+
+
+def twin_of(model: Any) -> tuple[Any, dict[int, nn.Parameter]]:
+    """A model with the same weights, whose blocks and memory have parameters of their own for the gradients; the rest is the model's.
+
+    Returns:
+        The twin, as it is now: ``eval()`` of the model does not reach it; and its parameters by the identity of the model's.
+    """
+    own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()} | own
     twin = copy.copy(model)
     twin.twins = None
     twin._modules = dict(model._modules)
@@ -90,7 +99,30 @@ def twin_of(model: Any) -> Any:
             twin._modules[name] = copy.deepcopy(model._modules[name], memo)
     if compiled(model):
         compile_blocks(twin)
-    return twin
+    return twin, own
+
+
+class Twins:
+    """The model of each pass: itself for the first, then a twin for each; passes beyond the last twin share it.
+
+    Args:
+        leaves: for each of the model's parameters, the tensors that get its gradients; twins add theirs.
+    """
+
+    def __init__(self, leaves: list[list[nn.Parameter]]) -> None:
+        self._leaves = leaves
+        self.made: list[Any] = []
+
+    def __call__(self, model: Any, index: int) -> Any:
+        index = min(index, TWINS)
+        while len(self.made) < index:
+            twin, own = twin_of(model)
+            self.made.append(twin)
+            used = {id(parameter) for parameter in twin.parameters()}
+            for leaves in self._leaves:
+                if id(own[id(leaves[0])]) in used:
+                    leaves.append(own[id(leaves[0])])
+        return self.made[index - 1] if index else model
 
 
 # ------------------------------------------------------------------ the sums
@@ -103,16 +135,16 @@ class Sums:
 
     Args:
         masters: what the gradients are for.
-        compute: the working copy, with a parameter for each master; token tables may be the masters themselves.
-        apart: give every pass after the first a twin of ``compute``, so that autograd hands out the gradients of each, and
-            they are added here in one kernel and rounded never; otherwise it adds them one by one in the copy's dtype.
+        compute: the working copy, with a parameter for each master; token tables may be the masters themselves. It is not to be
+            copied afterwards, nor differentiated but between ``begin`` and ``end``.
+        apart: give passes after the first twins of ``compute``, so that autograd hands out the gradients of each, and they are
+            added here in one kernel, unrounded; otherwise it adds them one by one in the copy's dtype.
     """
 
     def __init__(self, masters: Sequence[Tensor], compute: Any, *, apart: bool = False) -> None:
         self._masters = masters
         self._totals = [torch.zeros_like(m) if m.requires_grad else None for m in masters]
         self._leaves = [[parameter] for _, parameter in named_parameters(compute)]
-        self._twins: list[Any] = []
         self._shared = [index for index, (leaf,) in enumerate(self._leaves) if leaf is masters[index]]
         self._tables: set[int] = set()
         self._read: set[int] = set()  # tables that got gradients since begin
@@ -124,7 +156,7 @@ class Sums:
                     self._tables.add(index)
                     table.lookup = partial(_look_up, table.lookup, partial(self._take_rows, index))
         if apart:
-            compute.twins = self._twin
+            compute.twins = Twins(self._leaves)
 
     @property
     def bytes(self) -> int:
@@ -147,8 +179,8 @@ class Sums:
         """Before a forward whose gradients are added to the totals, or take their place."""
         self._add, self._read = add, set()
         self._kept = [self._masters[index].grad for index in self._shared]
-        for index in self._shared:
-            self._masters[index].grad = None  # autograd would add to it
+        for leaf in chain(*self._leaves):  # of tables too: autograd would add to theirs
+            leaf.grad = None
         if not add:
             for index in self._tables:
                 self._total(index).zero_()
@@ -162,11 +194,21 @@ class Sums:
             if parts:
                 add_parts(self._total(index), parts, add=self._add or index in self._tables)
                 given.add(index)
-            for leaf in leaves:
-                leaf.grad = None
+        self._restore()
+        return tuple(total if index in given else None for index, total in enumerate(self._totals))
+
+    def abandon(self) -> None:
+        """After an exception: gradients of earlier micro-batches stay, unless the backward has begun; then all are gone."""
+        begun = bool(self._read) or any(leaf.grad is not None for leaf in chain(*self._leaves))
+        self._restore()
+        for master in self._masters if begun else ():
+            master.grad = None
+
+    def _restore(self) -> None:
+        for leaf in chain(*self._leaves):
+            leaf.grad = None
         for index, kept in zip(self._shared, self._kept):
             self._masters[index].grad = kept
-        return tuple(total if index in given else None for index, total in enumerate(self._totals))
 
     def _total(self, index: int) -> Tensor:
         total = self._totals[index]
@@ -176,12 +218,3 @@ class Sums:
     def _take_rows(self, index: int, tokens: Tensor, rows: Tensor) -> None:
         self._read.add(index)
         _add_rows_compiled()(self._total(index), tokens, rows)
-
-    def _twin(self, compute: Any, index: int) -> Any:
-        """The model of a pass: ``compute`` for the first, then its twins."""
-        while len(self._twins) < index:
-            self._twins.append(twin_of(compute))
-            for leaves, (_, parameter) in zip(self._leaves, named_parameters(self._twins[-1])):
-                if parameter is not leaves[0]:
-                    leaves.append(parameter)
-        return self._twins[index - 1] if index else compute
