@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # FlexAttention brings the compiler along, a second of every 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # FlexAttention skips blocks of this many queries and keys
-# Of FlexAttention's forward on Hopper, heads of 128: 9 % less time than its own choice (docs/log.md, 15). Its backward has no better.
+# Of FlexAttention's forward on Hopper, heads of 128: 9 % less time than its own choice (docs/log.md, 16). Its backward has no better.
 TILES: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 
 

@@ -35,13 +35,13 @@ class LatentRecurrentModel(nn.Module):
         ValueError: a setting of ``recurrence`` does not fit this decoder.
     """
 
+    twins: Any = None  # a trainer keeps the gradients of passes apart with it
+
     def __init__(
         self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, *, train_schedule: Schedule | None = None
     ) -> None:
         super().__init__()
         self._assemble(backbone, blocks, recurrence, train_schedule)
-
-    twins: Any = None  # (model, index of a pass) -> the model that runs it; a trainer keeps the gradients of passes apart with it
 
     def _assemble(self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, train_schedule: Schedule | None) -> None:
         """Register the parts; separate, because the Hugging Face face has another base class to initialize before."""

@@ -199,8 +199,8 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
     return loop(model, row, plan, schedule)
 
 
-def _for_pass(model: Any, index: int) -> RecurrentDecoder:
-    return model if getattr(model, "twins", None) is None or not torch.is_grad_enabled() else model.twins(model, index)
+def _for_pass(model: RecurrentDecoder, index: int) -> RecurrentDecoder:
+    return model if model.twins is None or not torch.is_grad_enabled() else model.twins(model, index)
 
 
 def _refine(model: RecurrentDecoder, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:

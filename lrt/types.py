@@ -146,6 +146,7 @@ class RecurrentDecoder(Protocol):
     injection: Any  # ResidualInjection or None
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
+    twins: Any  # (model, index of a pass) -> the decoder with the same weights that runs it; None: the model itself
 
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output."""

@@ -52,7 +52,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
     if config.compile:
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         # Torch 2.13's default. Before, gradients in FlexAttention's order were copied on their way into a block (lrt.attention.gradient_spacing).
-        torch._functorch.config.guess_tangent_strides_as_outputs = True
+        if not getattr(torch._functorch.config, "guess_tangent_strides_as_outputs", True):
+            torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
         if isinstance(getattr(model.backbone, "head", None), Head):
             compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]

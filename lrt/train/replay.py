@@ -100,13 +100,14 @@ class Runner:
             schedule: passes of the forward.
             seed: for schedules that draw their order.
             valid_targets: number of targets that normalises the loss.
-            first, last: of the step's micro-batches, all of one shape and seed; the gradients may be there only after the last.
+            first, last: of the step's micro-batches; with FSDP all are of one shape and seed, and the gradients may be there only
+                after the last.
 
         Returns:
             1-D: the loss, then the loss of every group.
 
         Raises:
-            ValueError: a micro-batch differs from the first of its step.
+            ValueError: with FSDP, a micro-batch differs from the first of its step.
         """
         place, places = Place(), ALONE
         if self.sums is not None:
@@ -116,7 +117,7 @@ class Runner:
             place, places = Place(first, last), ACCUMULATED
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
         key = (tuple(input_ids.shape), schedule, plan, places is ACCUMULATED)
-        if first:
+        if first or places is not ACCUMULATED:
             self._begun = key
         elif key != self._begun:
             raise ValueError("a micro-batch has another shape, schedule or plan than the first of its step, whose gradients wait for it")
@@ -124,10 +125,10 @@ class Runner:
             scores, gradients = self._run(input_ids, targets, schedule, seed, valid_targets, place=place)
             self._hand_over(gradients)
             return scores
-        if place not in self._graphs.get(key, {}):
-            new = self._capture(places, input_ids, targets, schedule, seed, valid_targets, warm=key in self._graphs)
-            self._graphs[key] = {**self._graphs.get(key, {}), **new}
-        captured = self._graphs[key][place]
+        graphs = self._graphs.setdefault(key, {})
+        if place not in graphs:
+            graphs.update(self._capture(places, input_ids, targets, schedule, seed, valid_targets, warm=bool(graphs)))
+        captured = graphs[place]
         if self.sums is None:
             self._keep_apart()
         captured.input_ids.copy_(input_ids, non_blocking=True)

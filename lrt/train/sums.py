@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lrt.backbone import lookup
+from lrt.mixing import HAS_TRITON
 from lrt.passes import compiled
 from lrt.train.parallel import compile_blocks, named_parameters, token_tables
 
-HAS_TRITON = find_spec("triton") is not None
 BLOCK = 2048  # numbers a program adds
 TWINS = 3  # at most: their gradients are held until the backward's end, and one kernel adds four
 
@@ -62,15 +61,12 @@ def _look_up(look_up: Callable[..., Tensor], add: Callable[..., None], tokens: T
 
 
 def add_parts(total: Tensor, parts: Sequence[Tensor], *, add: bool) -> None:
-    """Add tensors of one shape to ``total``, or put their sum in its place, in its dtype."""
+    """Add one to four tensors of one shape to ``total``, or put their sum in its place, in its dtype."""
     if HAS_TRITON and total.is_cuda and all(x.is_contiguous() for x in (total, *parts)):
         from lrt.train import sum_kernels
 
-        size = total.numel()
-        for start in range(0, len(parts), 4):
-            some = list(parts[start : start + 4])
-            given = some + some[:1] * (4 - len(some))
-            sum_kernels.add_kernel[(-(-size // BLOCK),)](total, *given, size, COUNT=len(some), ADD=add or start > 0, BLOCK=BLOCK)
+        size, given = total.numel(), [*parts, *[parts[0]] * (1 + TWINS - len(parts))]
+        sum_kernels.add_kernel[(-(-size // BLOCK),)](total, *given, size, COUNT=len(parts), ADD=add, BLOCK=BLOCK)
         return
     for part in parts:
         if add:
