@@ -16,6 +16,7 @@ from lrt.train.faults import FiniteGuard
 from lrt.train.horizon import Horizon
 from lrt.train.metrics import Recorder
 from lrt.train.optimizers import MuonAdamW
+from lrt.train.provenance import RunFile
 from lrt.train.replay import Runner
 
 
@@ -72,3 +73,4 @@ class Run:
     guard: FiniteGuard
     say: Callable[[str], None]
     state: TrainState
+    told: RunFile | None = None  # run.json, of the rank that writes
