@@ -23,9 +23,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="a TOML file")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of every run; may be repeated")
-    parser.add_argument("--minutes", type=float, help="start nothing new after this time (default: the spec's budget_minutes)")
-    parser.add_argument("--side-by-side", type=int, metavar="N", help="runs at once on one device (default: the spec's side_by_side)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of every run; may be repeated",
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="start nothing new after this time (default: the spec's budget_minutes)"
+    )
+    parser.add_argument(
+        "--side-by-side", type=int, metavar="N", help="runs at once on one device (default: the spec's side_by_side)"
+    )
     parser.add_argument("--devices", metavar="0,1", help="GPUs to use (default: all that are visible)")
     parser.add_argument("--show", action="store_true", help="print the table of what is done, and stop")
     args = parser.parse_args()
@@ -40,9 +50,19 @@ def main() -> int:
             devices = args.devices.split(",") if args.devices else visible_devices()
             minutes = sweep.budget_minutes if args.minutes is None else args.minutes
             launch = [sys.executable, str(ROOT / "recipes" / "run.py")]
-            summary = run_sweep(sweep, args.out, launch=launch, devices=devices, minutes=minutes, say=lambda text: print(text, flush=True))
+            summary = run_sweep(
+                sweep,
+                args.out,
+                launch=launch,
+                devices=devices,
+                minutes=minutes,
+                say=lambda text: print(text, flush=True),
+            )
             failed = summary.failed > 0
-            print(f"\n{summary.done} done, {summary.failed} failed, {summary.left} left" + (f"; {summary.stopped}" if summary.stopped else ""))
+            print(
+                f"\n{summary.done} done, {summary.failed} failed, {summary.left} left"
+                + (f"; {summary.stopped}" if summary.stopped else "")
+            )
             if summary.left:
                 print("the same command goes on")
         print("\n" + table(sweep, Results(args.out / "results.jsonl"), folder=args.out))

@@ -79,7 +79,9 @@ def read_run(folder: str | Path) -> RunFolder:
     folder = Path(folder)
     metrics, about = folder / "metrics.jsonl", folder / "run.json"
     if not metrics.is_file():
-        raise ValueError(f"{folder} holds no metrics.jsonl: name the folder of a training run, run.output/run.name of its recipe")
+        raise ValueError(
+            f"{folder} holds no metrics.jsonl: name the folder of a training run, run.output/run.name of its recipe"
+        )
     records = read_records(metrics)
     kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "evaluation")}
     found: Record = {}

@@ -36,7 +36,9 @@ class RunFile:
         self._path, self._began = path, time.monotonic()
         earlier: list[Record] = []
         if path.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours: this attempt is told all the same
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError
+            ):  # cut short, or not ours: this attempt is told all the same
                 earlier = list(json.loads(path.read_text(encoding="utf-8"))["attempts"])
         self._attempt = {"started": _now(), **about, "from_step": start, "state": "running"}
         self._content = {"steps": steps, "data": data, "attempts": [*earlier, self._attempt]}
@@ -49,7 +51,12 @@ class RunFile:
             state: ``done``, ``stopped: SIGNAL`` or ``failed: REASON``; an attempt that was killed stays ``running``.
             step: steps done.
         """
-        self._attempt |= {"ended": _now(), "seconds": round(time.monotonic() - self._began, 3), "step": step, "state": state}
+        self._attempt |= {
+            "ended": _now(),
+            "seconds": round(time.monotonic() - self._began, 3),
+            "step": step,
+            "state": state,
+        }
         self._write()
 
     def _write(self) -> None:
@@ -87,8 +94,13 @@ def provenance(device: torch.device, *, world_size: int) -> Record:
 def commit(package: Path = PACKAGE) -> Record:
     """Git commit of the code, and whether tracked files differ from it; both None where the code is not from a checkout."""
     try:
-        _git(package, "ls-files", "--error-unmatch", "__init__.py")  # installed inside somebody else's repository, it is not its code
-        return {"commit": _git(package, "rev-parse", "HEAD"), "changed": bool(_git(package, "status", "--porcelain", "--untracked-files=no"))}
+        _git(
+            package, "ls-files", "--error-unmatch", "__init__.py"
+        )  # installed inside somebody else's repository, it is not its code
+        return {
+            "commit": _git(package, "rev-parse", "HEAD"),
+            "changed": bool(_git(package, "status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "changed": None}
 

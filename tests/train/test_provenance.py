@@ -25,7 +25,13 @@ def test_every_start_of_a_run_is_told(tmp_path, monkeypatch):
     assert content["steps"] == 8 and set(content["data"]) == {"train", "validation", "tokenizer"}
     for attempt in content["attempts"]:
         assert attempt["versions"]["torch"] == torch.__version__ and attempt["versions"]["lrt"] == lrt.__version__
-        assert attempt["world_size"] == 1 and attempt["host"] and attempt["device"] and attempt["command"] and attempt["seconds"] > 0
+        assert (
+            attempt["world_size"] == 1
+            and attempt["host"]
+            and attempt["device"]
+            and attempt["command"]
+            and attempt["seconds"] > 0
+        )
 
 
 def test_data_are_told_apart(tmp_path):
@@ -38,7 +44,11 @@ def test_data_are_told_apart(tmp_path):
             sets[f"data.{split}"] = str(tmp_path / name / f"{split}.txt")
         train(tiny(tmp_path / name, **sets))
         found.append(json.loads((tmp_path / name / "tiny" / "run.json").read_text())["data"])
-    assert found[0] == found[1] and found[0]["train"] != found[2]["train"] and found[0]["validation"] != found[2]["validation"]
+    assert (
+        found[0] == found[1]
+        and found[0]["train"] != found[2]["train"]
+        and found[0]["validation"] != found[2]["validation"]
+    )
 
 
 def test_a_failure_is_told(tmp_path, monkeypatch):

@@ -41,7 +41,9 @@ while step < total and not stop:
 if stop and step < total:
     state("stopped: SIGTERM"); sys.exit(0)
 score = (rate - 0.02) ** 2 * 1e4 + int(sets["run.seed"]) / 100
-bpb = {"zero": score, "parallel": score, "decode": score} if sets.get("recurrence") == "false" else {"zero": 9.0, "parallel": 0.0, "decode": score + 1}
+bpb = {"zero": 9.0, "parallel": 0.0, "decode": score + 1}
+if sets.get("recurrence") == "false":
+    bpb = {"zero": score, "parallel": score, "decode": score}
 open(path, "a").write(json.dumps({"kind": "evaluation", "step": step, "tokens": 100 * step, "bpb": bpb}) + "\\n")
 state("done")
 """
@@ -104,7 +106,9 @@ def lines(folder):
 def test_a_spec_is_its_runs(tmp_path):
     sweep = spec(tmp_path)
     assert [(r.twin, r.point, r.plain) for r in sweep.tuning] == [
-        (twin, (f"optimizer.matrix_lr={rate}",), twin == "plain") for twin in ("plain", "lrt") for rate in (0.01, 0.02, 0.04)
+        (twin, (f"optimizer.matrix_lr={rate}",), twin == "plain")
+        for twin in ("plain", "lrt")
+        for rate in (0.01, 0.02, 0.04)
     ]
     assert [(r.label, r.seed) for r in sweep.compared({})] == [("as it comes", 3)]  # the others wait for their rates
     runs = sweep.compared({"plain": ("optimizer.matrix_lr=0.01",), "lrt": ("optimizer.matrix_lr=0.04",)})
@@ -113,14 +117,21 @@ def test_a_spec_is_its_runs(tmp_path):
         ("plain", 2), ("refine passes=1 weights=paper", 2), ("refine passes=2 weights=paper", 2),
     ]  # fmt: skip
     recipe = load_recipe(runs[1].recipe, overrides=runs[1].overrides)
-    assert (recipe.schedule.passes, recipe.optimizer.matrix_lr, recipe.run.seed, recipe.training.steps) == (1, 0.04, 1, 4)
+    assert (recipe.schedule.passes, recipe.optimizer.matrix_lr, recipe.run.seed, recipe.training.steps) == (
+        1,
+        0.04,
+        1,
+        4,
+    )
     assert load_recipe(runs[0].recipe, overrides=runs[0].overrides).recurrence is None
     assert len({r.name for r in (*sweep.tuning, *runs)}) == 6 + 7
 
 
 def test_a_run_has_another_name_when_something_that_matters_changes(tmp_path):
     before = {r.label: r.name for r in spec(tmp_path).tuning}
-    assert {r.label: r.name for r in spec(tmp_path, SPEC.replace("side_by_side = 2", "side_by_side = 1")).tuning} == before
+    assert {
+        r.label: r.name for r in spec(tmp_path, SPEC.replace("side_by_side = 2", "side_by_side = 1")).tuning
+    } == before
     other = {r.label: r.name for r in spec(tmp_path, overrides=["optimizer.momentum=0.9"]).tuning}
     assert not set(other.values()) & set(before.values())
 
@@ -133,17 +144,37 @@ def test_a_run_has_another_name_when_something_that_matters_changes(tmp_path):
         ("seeds = [1, 2]", "seeds = [1, 1]", "seeds = [1, 1]: use a list of different whole numbers"),
         ("seeds = [1, 2]", "seeds = []", "seeds = []: use a list"),
         ('name = "plain"\n', "", "runs[0].name is missing"),
-        ('name = "plain"\ntwin = "plain"', 'name = "plain"\ntwin = "plan"', "there is no [twins.plan]; there are: plain, lrt"),
+        (
+            'name = "plain"\ntwin = "plain"',
+            'name = "plain"\ntwin = "plan"',
+            "there is no [twins.plan]; there are: plain, lrt",
+        ),
         ('recipe = "lrt_tiny"', 'recipe = "lrt_tinny"', "did you mean lrt_tiny.toml?"),
         ("training.steps=4", "training.stepps=4", "unknown key 'training.stepps'; did you mean 'training.steps'?"),
         ("training.steps=2", "training.steps=many", "training.steps = 'many'"),
-        ('"optimizer.matrix_lr" = [0.01, 0.02, 0.04]', '"optimizer.matrix_lr" = []', "tune.grid = {'optimizer.matrix_lr': []}: use a table of lists of different values"),
+        (
+            "[0.01, 0.02, 0.04]",
+            "[]",
+            "tune.grid = {'optimizer.matrix_lr': []}: use a table of lists of different values",
+        ),
         ("[0.01, 0.02, 0.04]", "[0.01, 0.01]", "use a table of lists of different values"),
-        ('["schedule.kind=refine"]', '["schedule.kind=refine", "optimizer.matrix_lr=0.1"]', "optimizer.matrix_lr is tuned for its twin"),
-        ('["schedule.kind=refine"]', '["schedule.kind=refine", "run.seed=7"]', "run.seed is the sweep's to set: use seeds"),
+        (
+            '["schedule.kind=refine"]',
+            '["schedule.kind=refine", "optimizer.matrix_lr=0.1"]',
+            "optimizer.matrix_lr is tuned for its twin",
+        ),
+        (
+            '["schedule.kind=refine"]',
+            '["schedule.kind=refine", "run.seed=7"]',
+            "run.seed is the sweep's to set: use seeds",
+        ),
         ('name = "as it comes"\nseeds = [3]', 'name = "plain"', "'plain' stands for two settings"),
         ('name = "as it comes"\nseeds = [3]', 'name = "again"\ntwin = "plain"', "again is the same run as plain"),
-        ("[twins.lrt]", '[twins.lrt]\nset = ["evaluation.modes=[\\"parallel\\"]"]', 'lacks "decode", by which rates are chosen'),
+        (
+            "[twins.lrt]",
+            '[twins.lrt]\nset = ["evaluation.modes=[\\"parallel\\"]"]',
+            'lacks "decode", by which rates are chosen',
+        ),
         ("[[runs]]", "[[runs]", "not valid TOML"),
     ],
 )
@@ -163,7 +194,10 @@ def test_a_spec_without_runs_and_one_that_is_not_there(tmp_path):
         spec(tmp_path, overrides=["training.steps"])
 
 
-@pytest.mark.parametrize("value", [3, 0.5, True, "a \"b\" é", [1, 2], ["a"], [{"until": 0.7, "kind": "baseline"}, {"until": 1.0, "mix": [{"share": 1.0}]}]])
+PHASES = [{"until": 0.7, "kind": "baseline"}, {"until": 1.0, "mix": [{"share": 1.0, "kind": "baseline"}]}]
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, 'a "b" é', [1, 2], ["a"], PHASES])
 def test_values_of_a_grid_reach_the_command_line_as_they_are(value):
     if sys.version_info >= (3, 11):
         import tomllib
@@ -180,7 +214,10 @@ def test_rates_are_found_by_twin_and_the_compared_runs_start_with_them(tmp_path,
     summary = run_sweep(sweep, tmp_path / "out", launch=launch, devices=["0", "5"], say=said.append)
     assert summary == (13, 0, 0, None)
     found = lines(tmp_path / "out")
-    assert all(r["state"] == "done" and r["data"] == {"train": "abc"} and r["seconds"] == pytest.approx(r["steps"] / 2) for r in found)
+    assert all(
+        r["state"] == "done" and r["data"] == {"train": "abc"} and r["seconds"] == pytest.approx(r["steps"] / 2)
+        for r in found
+    )
     compared = [r for r in found if r["stage"] == "compare" and r["twin"]]
     assert len(compared) == 6 and all("optimizer.matrix_lr=0.02" in r["overrides"] for r in compared)
     assert {r["device"] for r in found} == {"0", "5"}
@@ -190,7 +227,12 @@ def test_rates_are_found_by_twin_and_the_compared_runs_start_with_them(tmp_path,
     assert "rates of lrt: optimizer.matrix_lr=0.02 (1.0100)\n" in text
     (row,) = [line.split() for line in text.splitlines() if line.startswith("plain ")]
     assert row == ["plain", "2/2", "4", "400", "2e+07", *["0.0150", "±0.0071"] * 3, "2"]
-    assert run_sweep(sweep, tmp_path / "out", launch=["false"], devices=[None], say=said.append) == (13, 0, 0, None)  # nothing is done twice
+    assert run_sweep(sweep, tmp_path / "out", launch=["false"], devices=[None], say=said.append) == (
+        13,
+        0,
+        0,
+        None,
+    )  # nothing is done twice
     assert len(lines(tmp_path / "out")) == 13
 
 
@@ -198,7 +240,10 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_said(tmp_path, launch):
     sweep = spec(tmp_path, SPEC.replace("[0.01, 0.02, 0.04]", "[0.03, 0.04, 0.02]"))
     said = []
     run_sweep(sweep, tmp_path / "out", launch=launch, devices=[None], say=said.append)
-    assert "rates of plain: optimizer.matrix_lr=0.02 (0.0100); at the edge of the grid: optimizer.matrix_lr: widen it" in said
+    assert (
+        "rates of plain: optimizer.matrix_lr=0.02 (0.0100); at the edge of the grid: optimizer.matrix_lr: widen it"
+        in said
+    )
     assert choose(sweep, Results(tmp_path / "out" / "results.jsonl"))["lrt"].at_edge == ["optimizer.matrix_lr"]
 
 
@@ -209,7 +254,9 @@ def test_a_failed_run_ends_no_sweep_and_is_tried_again(tmp_path, launch, monkeyp
     assert run_sweep(sweep, tmp_path / "out", launch=launch, devices=[None], say=said.append) == (1, 1, 0, None)
     bad, good = lines(tmp_path / "out")
     assert (bad["state"], bad["error"], good["state"]) == ("failed", "stopped: 3 steps in a row are not finite", "done")
-    assert "seed 1 failed: stopped: 3 steps" in table(sweep, Results(tmp_path / "out" / "results.jsonl"), folder=tmp_path / "out")
+    assert "seed 1 failed: stopped: 3 steps" in table(
+        sweep, Results(tmp_path / "out" / "results.jsonl"), folder=tmp_path / "out"
+    )
     (tmp_path / "repaired").touch()
     assert run_sweep(sweep, tmp_path / "out", launch=launch, devices=[None], say=said.append) == (2, 0, 0, None)
     assert [r["state"] for r in lines(tmp_path / "out")] == ["failed", "done", "done"]
@@ -218,7 +265,9 @@ def test_a_failed_run_ends_no_sweep_and_is_tried_again(tmp_path, launch, monkeyp
 def test_a_failed_point_of_the_grid_leaves_the_choice_to_the_others(tmp_path, launch, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = 'grid = {"training.max_skipped" = [20, 21]}'
-    text = f'recipe = "lrt_tiny"\nset = ["training.steps=2"]\n[twins.a]\n[tune]\n{grid}\n[[runs]]\nname = "x"\ntwin = "a"'
+    text = (
+        f'recipe = "lrt_tiny"\nset = ["training.steps=2"]\n[twins.a]\n[tune]\n{grid}\n[[runs]]\nname = "x"\ntwin = "a"'
+    )
     said = []
     summary = run_sweep(spec(tmp_path, text), tmp_path / "out", launch=launch, devices=[None], say=said.append)
     assert summary == (0, 2, 0, None) and "rates of a: no point of the grid worked" in said
@@ -231,18 +280,21 @@ def test_nothing_new_starts_once_the_time_is_over(tmp_path, launch):
 
 
 def command(folder):
-    return [
-        sys.executable, "-c", "import sys; from pathlib import Path; from lrt.train.sweep import pool, spec\n"
-        f"pool.run_sweep(spec.read_spec({str(folder / 'spec.toml')!r}), Path({str(folder / 'out')!r}), launch=[sys.executable, {str(folder / 'fake.py')!r}], "
-        "devices=[None], say=lambda text: print(text, flush=True))",
-    ]  # fmt: skip
+    code = (
+        "import sys; from pathlib import Path; from lrt.train.sweep import pool, spec; folder = Path(sys.argv[1])\n"
+        "pool.run_sweep(spec.read_spec(folder / 'spec.toml'), folder / 'out', launch=[sys.executable, str(folder / 'fake.py')], "
+        "devices=[None], say=lambda text: print(text, flush=True))"
+    )
+    return [sys.executable, "-c", code, str(folder)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_continued_gives_the_same_table(tmp_path, launch, number):
     sweep, whole, cut = spec(tmp_path, SHORT), tmp_path / "whole", tmp_path / "out"
     run_sweep(sweep, whole, launch=launch, devices=[None], say=lambda text: None)
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True, env={**os.environ, "PAUSE": "0.03"})
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.PIPE, text=True, env={**os.environ, "PAUSE": "0.03"}
+    )
     while "start  lrt" not in process.stdout.readline():  # rates are found, the compared runs begin
         pass
     time.sleep(0.4)
@@ -255,7 +307,11 @@ def test_interrupted_and_continued_gives_the_same_table(tmp_path, launch, number
                 break
         except ValueError:
             time.sleep(0.1)
-    half = [p for p in (cut / "runs").iterdir() if json.loads((p / "run.json").read_text())["attempts"][0]["state"] == "stopped: SIGTERM"]
+    half = [
+        p
+        for p in (cut / "runs").iterdir()
+        if json.loads((p / "run.json").read_text())["attempts"][0]["state"] == "stopped: SIGTERM"
+    ]
     assert half  # saved, at a step in between
     assert run_sweep(sweep, cut, launch=launch, devices=[None], say=lambda text: None) == (4, 0, 0, None)
     steps = [[json.loads(line)["step"] for line in (p / "metrics.jsonl").read_text().splitlines()][:-1] for p in half]
@@ -270,12 +326,19 @@ def test_a_run_that_ended_unseen_is_written_down_not_run_again(tmp_path, launch)
     path = tmp_path / "out" / "results.jsonl"
     kept = path.read_text().splitlines(keepends=True)
     path.write_text("".join(kept[:-2]) + kept[-2][:40])  # killed while writing
-    assert run_sweep(sweep, tmp_path / "out", launch=["false"], devices=[None], say=lambda text: None) == (13, 0, 0, None)
+    assert run_sweep(sweep, tmp_path / "out", launch=["false"], devices=[None], say=lambda text: None) == (
+        13,
+        0,
+        0,
+        None,
+    )
 
 
 def test_two_sweeps_in_one_folder_are_refused(tmp_path, launch):
     with locked(tmp_path / "out"):
-        with pytest.raises(ValueError, match=f"in use by another sweep .process {os.getpid()} on .* choose another --out"):
+        with pytest.raises(
+            ValueError, match=f"in use by another sweep .process {os.getpid()} on .* choose another --out"
+        ):
             run_sweep(spec(tmp_path), tmp_path / "out", launch=launch, devices=[None])
 
 

@@ -124,10 +124,19 @@ class _Pool:
     """Processes of a sweep and what came of them."""
 
     def __init__(
-        self, sweep: Sweep, folder: Path, *, launch: Sequence[str], devices: Sequence[str | None], lock: int, say: Callable[[str], None]
+        self,
+        sweep: Sweep,
+        folder: Path,
+        *,
+        launch: Sequence[str],
+        devices: Sequence[str | None],
+        lock: int,
+        say: Callable[[str], None],
     ) -> None:
         self._sweep, self._folder, self._launch, self._lock, self._say = sweep, folder, list(launch), lock, say
-        self._slots = [Slot(device, number) for number in range(sweep.side_by_side) for device in devices]  # one on each device first
+        self._slots = [
+            Slot(device, number) for number in range(sweep.side_by_side) for device in devices
+        ]  # one on each device first
         self._results = Results(folder / "results.jsonl")
         self._failed: set[str] = set()  # in this call
         self._chosen: set[str] = set()
@@ -146,14 +155,20 @@ class _Pool:
             if choice.decided and twin not in self._chosen:
                 self._chosen.add(twin)
                 edge = f"; at the edge of the grid: {', '.join(choice.at_edge)}: widen it" if choice.at_edge else ""
-                found = "no point of the grid worked" if choice.point is None else f"{', '.join(choice.point)} ({choice.score:.4f}){edge}"
+                found = (
+                    "no point of the grid worked"
+                    if choice.point is None
+                    else f"{', '.join(choice.point)} ({choice.score:.4f}){edge}"
+                )
                 self._say(f"rates of {twin}: {found}")
         return [*self._sweep.tuning, *self._sweep.compared(rates)]
 
     def waiting(self) -> list[PlannedRun]:
         """Runs that can start now, in order."""
         under_way = {child.run.name for child in self.children.values()}
-        return [run for run in self.planned() if not self._results.done(run) and run.name not in self._failed | under_way]
+        return [
+            run for run in self.planned() if not self._results.done(run) and run.name not in self._failed | under_way
+        ]
 
     def collect_finished(self) -> None:
         """Write down runs that ended when no sweep was there to see it."""
@@ -172,7 +187,12 @@ class _Pool:
         """Give every free slot a run."""
         for slot, run in zip([slot for slot in self._slots if slot not in self.children], waiting):
             sets = [*run.overrides, f"run.output={self._folder.resolve() / 'runs'}", f"run.name={run.name}"]
-            line = [*self._launch, "--recipe", str(run.recipe), *(word for override in sets for word in ("--set", override))]
+            line = [
+                *self._launch,
+                "--recipe",
+                str(run.recipe),
+                *(word for override in sets for word in ("--set", override)),
+            ]
             log = open(self._folder / "logs" / f"{run.name}.log", "ab")
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(slot), pass_fds=(self._lock,),
@@ -197,14 +217,18 @@ class _Pool:
                 continue
             self._close(slot)
             error = None if code == 0 and self._ended(child.run) else _error(code, Path(child.log.name))
-            record = result(child.run, self._where(child.run), seconds=time.monotonic() - child.began, error=error, device=str(slot))
+            record = result(
+                child.run, self._where(child.run), seconds=time.monotonic() - child.began, error=error, device=str(slot)
+            )
             self._results.add(record)
             if record["state"] == "failed":
                 self._failed.add(child.run.name)
                 self._say(f"{_now()} FAILED {child.run.name}: {record['error']} ({child.log.name})")
             else:
                 score = score_of(child.run, record)
-                self._say(f"{_now()} done   {child.run.name}  {score:.4f} bits per byte, {record['wall_seconds']:.0f} s")
+                self._say(
+                    f"{_now()} done   {child.run.name}  {score:.4f} bits per byte, {record['wall_seconds']:.0f} s"
+                )
 
     def stop(self, reason: str) -> None:
         """End all runs, which save first; the same sweep goes on with them."""
@@ -215,7 +239,9 @@ class _Pool:
         for slot, child in list(self.children.items()):
             child.process.wait()
             if self._ended(child.run):
-                self._results.add(result(child.run, self._where(child.run), seconds=time.monotonic() - child.began, device=str(slot)))
+                self._results.add(
+                    result(child.run, self._where(child.run), seconds=time.monotonic() - child.began, device=str(slot))
+                )
             self._close(slot)
 
     def kill(self) -> None:
@@ -260,7 +286,10 @@ def _end_with_parent() -> None:
 def _error(code: int, log: Path) -> str:
     """Why a run failed, in one line: what it said last."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith(("error:", "stopped:"))), lines[-1] if lines else "it said nothing")
+    said = next(
+        (line for line in reversed(lines) if line.startswith(("error:", "stopped:"))),
+        lines[-1] if lines else "it said nothing",
+    )
     if code < 0:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}; last line: {said}"

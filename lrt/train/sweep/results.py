@@ -30,7 +30,9 @@ class Results:
         self._path = path
         self._found: dict[str, Record] = {}
         if path.is_file():
-            self._found = {record["run"]: record for record in read_records(path) if isinstance(record, dict) and "run" in record}
+            self._found = {
+                record["run"]: record for record in read_records(path) if isinstance(record, dict) and "run" in record
+            }
 
     def add(self, record: Record) -> None:
         """Write a line so that a kill or a crash of the machine cannot take it."""
@@ -50,7 +52,9 @@ class Results:
         return (self.of(run) or {}).get("state") == "done"
 
 
-def result(run: PlannedRun, folder: Path, *, seconds: float, error: str | None = None, device: str | None = None) -> Record:
+def result(
+    run: PlannedRun, folder: Path, *, seconds: float, error: str | None = None, device: str | None = None
+) -> Record:
     """A run's line.
 
     Args:
@@ -157,13 +161,18 @@ def table(sweep: Sweep, results: Results, *, folder: Path) -> str:
         results: of its folder.
         folder: of the sweep: runs without a result tell how far they are.
     """
-    choices = choose(sweep, results, failed=[run.name for run in sweep.tuning if (results.of(run) or {}).get("state") == "failed"])
+    choices = choose(
+        sweep, results, failed=[run.name for run in sweep.tuning if (results.of(run) or {}).get("state") == "failed"]
+    )
     parts = []
     if sweep.tuning:
         parts.append("tuning\n" + _rows(sweep.tuning, results, folder))
         for twin, choice in choices.items():
             if choice.point is None:
-                parts.append(f"rates of {twin}: " + ("no point of the grid worked" if choice.decided else "not all points are done"))
+                parts.append(
+                    f"rates of {twin}: "
+                    + ("no point of the grid worked" if choice.decided else "not all points are done")
+                )
                 continue
             edge = f"; at the edge of the grid: {', '.join(choice.at_edge)}: widen it" if choice.at_edge else ""
             parts.append(f"rates of {twin}: {', '.join(choice.point)} ({choice.score:.4f}){edge}")
@@ -218,7 +227,10 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     last = len(widths) - 1
     return "\n".join(
-        "  ".join(cell.ljust(w) if i in (0, last) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines
+        "  ".join(
+            cell.ljust(w) if i in (0, last) else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
     )
 
 

@@ -51,7 +51,11 @@ else:  # pragma: no cover - exercised on Python 3.10 only
     import tomli as tomllib
 
 Point = tuple[str, ...]  # overrides that belong together
-OWN = {"run.seed": "seeds", "run.name": "name", "run.output": "--out"}  # keys of a recipe that a sweep sets, and what says so
+OWN = {
+    "run.seed": "seeds",
+    "run.name": "name",
+    "run.output": "--out",
+}  # keys of a recipe that a sweep sets, and what says so
 
 
 class SpecError(ValueError):
@@ -192,7 +196,9 @@ def _are(values: Any, kind: type) -> bool:
 
 
 def _are_different(values: Any) -> bool:
-    return isinstance(values, list) and len(values) > 0 and all(value not in values[:i] for i, value in enumerate(values))
+    return (
+        isinstance(values, list) and len(values) > 0 and all(value not in values[:i] for i, value in enumerate(values))
+    )
 
 
 def _is_whole(value: Any) -> bool:
@@ -206,10 +212,13 @@ class _Reader:
         self._folder, self._errors = folder, errors
 
     def sweep(self, table: Mapping[str, Any], last: Point) -> Sweep | None:
-        top = self._section("", table, ("recipe", "set", "seeds", "side_by_side", "threads", "budget_minutes", "twins", "tune", "runs"))
+        top = self._section(
+            "", table, ("recipe", "set", "seeds", "side_by_side", "threads", "budget_minutes", "twins", "tune", "runs")
+        )
         below = {"recipe": top.get("recipe", "lrt_tiny"), "set": top.get("set", []), "seeds": top.get("seeds", [1])}
         twins = {
-            name: self._under(below, self._section(f"twins.{name}.", twin, ("recipe", "set"))) for name, twin in top.get("twins", {}).items()
+            name: self._under(below, self._section(f"twins.{name}.", twin, ("recipe", "set")))
+            for name, twin in top.get("twins", {}).items()
         }
         stage = self._section("tune.", top.get("tune", {}), ("set", "seeds", "grid"))
         if "tune" in top and not stage.get("grid"):
@@ -219,10 +228,15 @@ class _Reader:
         runs = top.get("runs", [])
         if not runs and "tune" not in top:
             self._errors.append("no runs: add at least one table [[runs]] with a name")
-        settings = [s for number, run in enumerate(runs) for s in self._settings_of(f"runs[{number}].", run, below, twins)]
+        settings = [
+            s for number, run in enumerate(runs) for s in self._settings_of(f"runs[{number}].", run, below, twins)
+        ]
         twins = {name: self._under(twin, stage) for name, twin in twins.items()}
         tuning = [
-            s for name, twin in twins.items() if stage.get("grid") for s in self._grid("tune", f"tune {name}", name, twin, stage["grid"])
+            s
+            for name, twin in twins.items()
+            if stage.get("grid")
+            for s in self._grid("tune", f"tune {name}", name, twin, stage["grid"])
         ]
         if self._errors:
             return None
@@ -235,7 +249,10 @@ class _Reader:
         for key, value in table.items():
             if key not in keys:
                 close = difflib.get_close_matches(key, keys, n=1)
-                self._errors.append(f"unknown key {where}{key}" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(keys)}"))
+                self._errors.append(
+                    f"unknown key {where}{key}"
+                    + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(keys)}")
+                )
             elif not _KINDS[key][0](value):
                 self._errors.append(f"{where}{key} = {value!r}: use {_KINDS[key][1]}")
             else:
@@ -251,11 +268,16 @@ class _Reader:
             self._errors.append(f"{where}name is missing: give the run a name")
         twin = given.get("twin")
         if twin is not None and twin not in twins:
-            self._errors.append(f"{where}twin = {twin!r}: there is no [twins.{twin}]; there are: {', '.join(twins) or 'none'}")
-        merged = self._under(twins.get(twin, below), {key: value for key, value in given.items() if key not in ("name", "twin")})
+            self._errors.append(
+                f"{where}twin = {twin!r}: there is no [twins.{twin}]; there are: {', '.join(twins) or 'none'}"
+            )
+        own = {key: value for key, value in given.items() if key not in ("name", "twin")}
+        merged = self._under(below if twin is None else twins.get(twin, below), own)
         return self._grid("compare", given.get("name", ""), twin, merged, given.get("grid", {}))
 
-    def _grid(self, stage: str, label: str, twin: str | None, merged: Mapping[str, Any], grid: Mapping[str, list[Any]]) -> list[Setting]:
+    def _grid(
+        self, stage: str, label: str, twin: str | None, merged: Mapping[str, Any], grid: Mapping[str, list[Any]]
+    ) -> list[Setting]:
         path = self._folder / str(merged["recipe"])
         recipe = path if path.is_file() else find_recipe(merged["recipe"])
         return [
@@ -271,7 +293,9 @@ class _Reader:
             for point in _product(grid)
         ]
 
-    def _checked(self, settings: Any, tuning: Any, top: Any, axes: Mapping[str, list[Any]], last: Point) -> Sweep | None:
+    def _checked(
+        self, settings: Any, tuning: Any, top: Any, axes: Mapping[str, list[Any]], last: Point
+    ) -> Sweep | None:
         """The sweep, when a recipe can be made of every run with every point that its twin may get."""
         points = tuple(_point(point) for point in _product(axes)) if axes else ()
         seen: dict[tuple[str, Point, str], str] = {}
@@ -328,7 +352,9 @@ def _runs(setting: Setting, rates: Point, last: Point) -> list[PlannedRun]:
         recipe = load_recipe(setting.recipe, overrides=overrides)
         plain = recipe.recurrence is None
         if setting.stage == "tune" and not plain and "decode" not in recipe.evaluation.modes:
-            raise RecipeError(f'evaluation.modes = {list(recipe.evaluation.modes)} lacks "decode", by which rates are chosen: add it')
+            raise RecipeError(
+                f'evaluation.modes = {list(recipe.evaluation.modes)} lacks "decode", by which rates are chosen: add it'
+            )
         runs.append(
             PlannedRun(
                 label=setting.label, stage=setting.stage, twin=setting.twin, point=(*setting.point, *rates), seed=seed,
@@ -340,15 +366,21 @@ def _runs(setting: Setting, rates: Point, last: Point) -> list[PlannedRun]:
 
 def fingerprint(recipe: Recipe) -> str:
     """sha256 of what differs from the defaults, without the run's name and folder: a key that the library gains changes nothing."""
-    different = {}
+    different: dict[str, Any] = {}
     for section in dataclasses.fields(recipe):
         values = getattr(recipe, section.name)
         if values is None:
             different[section.name] = None
             continue
         default = type(values)()
-        keys = [f.name for f in dataclasses.fields(values) if (section.name, f.name) not in (("run", "name"), ("run", "output"))]
-        different |= {f"{section.name}.{k}": getattr(values, k) for k in keys if getattr(values, k) != getattr(default, k)}
+        keys = [
+            f.name
+            for f in dataclasses.fields(values)
+            if (section.name, f.name) not in (("run", "name"), ("run", "output"))
+        ]
+        different |= {
+            f"{section.name}.{k}": getattr(values, k) for k in keys if getattr(values, k) != getattr(default, k)
+        }
     return hashlib.sha256(json.dumps(different, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()
 
 
@@ -375,7 +407,9 @@ def toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False, default=str)  # numbers, true, false and texts are written alike in JSON and TOML
+    return json.dumps(
+        value, ensure_ascii=False, default=str
+    )  # numbers, true, false and texts are written alike in JSON and TOML
 
 
 def _shown(value: Any) -> str:
