@@ -15,25 +15,27 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from lrt import serialization
 from lrt.config import RecurrenceConfig
-from lrt.decoding.state import DecodeState
 from lrt.decoding.step import absorb
+from lrt.huggingface.cache import RecurrentCache
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment
 from lrt.serialization.adapted import decoder_of
 from lrt.types import Output, Schedule
 
-SMALLEST_CAPACITY = 64  # tokens of a fresh cache; it doubles when full
+OLD_NAME = "past_key_values"  # of the cache, before transformers 5.24 called it "cache"; both names work with every version
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else OLD_NAME  # the name that this version's generate uses
 
 
 class LRTConfig(PretrainedConfig):
     """config.json of a saved model, as transformers holds it."""
 
     model_type = "lrt"
-    keys_to_ignore_at_inference = ["past_key_values", "memory", "groups"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
 
 @dataclass
@@ -45,76 +47,31 @@ class LRTOutput(ModelOutput):
         logits: (B, T, V); None unless asked for.
         memory: (B, T, D) m[t], or (B, 1, D) of the last token when a cache is used.
         groups: detached loss of each group, initialization first; None without targets.
-        past_key_values: the cache, when one is used.
+        cache: the RecurrentCache, when one is used; ``past_key_values``, its name before transformers 5.24, reads it too.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] | None = None
-    past_key_values: Cache | None = None
-
-
-class RecurrentCache(Cache):
-    """Keys, values and the memory of every row, as ``generate`` of transformers passes them around.
-
-    Rows are kept without their padding: row b has consumed as many tokens as its mask has ones.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.state: DecodeState | None = None
-        self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def room(self, model: LatentRecurrentModel, batch: int, tokens: int) -> DecodeState:
-        """The state with room for ``tokens`` more, which it then counts as seen."""
-        self.columns += tokens
-        if self.state is None:
-            self.state = DecodeState.empty(model, batch=batch, capacity=max(SMALLEST_CAPACITY, self.columns))
-        elif self.columns > self.state.capacity:
-            larger = DecodeState.empty(model, batch=self.state.batch, capacity=2 * self.columns)
-            larger.put(range(self.state.batch), self.state)
-            self.state = larger
-        if self.state.batch != batch:
-            raise ValueError(f"this cache holds {self.state.batch} rows, but {batch} came: start with a fresh cache, or select rows of this one")
-        return self.state
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None:
-            self.state = self.state.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.fork(repeats)
-
-    def reset(self) -> None:
-        self.state, self.columns = None, 0
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "this cache cannot be cut back: the memory of an earlier token is gone once a later one is decoded, so assisted and "
-            "prompt-lookup decoding are not possible; use greedy, sampling or beams, or lrt.DecodeState with keep_at"
-        )
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError("RecurrentCache carries the memory of an lrt model and works with no other model")
+    cache: Cache | None = None
 
     @property
-    def is_compileable(self) -> bool:
-        return False
+    def past_key_values(self) -> Cache | None:
+        return self.cache
 
-    @property
-    def is_initialized(self) -> bool:
-        return self.state is not None
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_field(key))
 
-    def __len__(self) -> int:
-        return 0 if self.state is None else len(self.state.keys)
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_field(key))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(_field(key), default)
+
+
+def _field(key: Any) -> Any:
+    return "cache" if key == OLD_NAME else key
 
 
 class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
@@ -143,8 +100,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         cls, decoder: Any, backbone: Any, blocks: Sequence[Any], recurrence: RecurrenceConfig, *, train_schedule: Schedule | None
     ) -> LRTForCausalLM:
         """The model that adapts ``decoder``, memory parameters not initialized."""
-        model = cls._bare(LatentRecurrentModel(backbone, blocks, recurrence, train_schedule=train_schedule), decoder)
-        return model
+        return cls._bare(LatentRecurrentModel(backbone, blocks, recurrence, train_schedule=train_schedule), decoder)
 
     @classmethod
     def of(cls, model: LatentRecurrentModel) -> LRTForCausalLM:
@@ -182,6 +138,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         return_logits: bool | None = None,
         *,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -197,7 +154,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
         Args:
-            past_key_values: a RecurrentCache; the new tokens are then decoded one after the other, exactly.
+            cache: a RecurrentCache; the new tokens are then decoded one after the other, exactly.
+            past_key_values: the name of ``cache`` before transformers 5.24.
             use_cache: start such a cache (``generate`` does).
             num_items_in_batch: valid targets that normalise the loss (Trainer passes it), as ``valid_targets``.
             logits_to_keep: with a cache: logits of so many last tokens; 0 = all new ones.
@@ -212,12 +170,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             raise ValueError("pass input_ids: value embeddings and separators are found by token id, so inputs_embeds is not supported")
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported: out.memory is the state of the source block")
-        if past_key_values is not None and not isinstance(past_key_values, RecurrentCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}, which would drop the recurrent memory: leave it out, or pass "
-                "lrt.huggingface.causal_lm.RecurrentCache()"
-            )
-        if past_key_values is None and not (use_cache and not self.training and labels is None and targets is None):
+        cache = _one_cache(cache, past_key_values)
+        if cache is None and not (use_cache and not self.training and labels is None and targets is None):
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
                 return_logits = True if return_logits is None and not self.training else return_logits
@@ -229,7 +183,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         else:
             if labels is not None or targets is not None or schedule is not None or document_ids is not None:
                 raise ValueError("with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply")
-            result = self._decode(input_ids, attention_mask, RecurrentCache() if past_key_values is None else past_key_values, logits_to_keep)
+            result = self._decode(input_ids, attention_mask, RecurrentCache() if cache is None else cache, logits_to_keep)
         return result.to_tuple() if return_dict is False else result
 
     @torch.no_grad()
@@ -247,7 +201,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         last = inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True)
         hidden = hidden.gather(1, torch.minimum(back.expand(batch, -1), last)[..., None].expand_as(hidden))
         memory = None if state.memory is None else state.memory[:, None].clone()
-        return LRTOutput(logits=self.backbone.logits(hidden[:, -keep:] if keep else hidden), memory=memory, past_key_values=cache)
+        return LRTOutput(logits=self.backbone.logits(hidden[:, -keep:] if keep else hidden), memory=memory, cache=cache)
 
     # -------------------------------------------------------------- generate
 
@@ -257,14 +211,15 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
         if generation_config.use_cache is False:
             raise ValueError("use_cache=False would decode without memory: leave it out, the memory is part of the cache")
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = RecurrentCache()
+        given = _one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
+        model_kwargs[CACHE] = RecurrentCache() if given is None else given
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        seen = past_key_values.get_seq_length() if isinstance(past_key_values, RecurrentCache) else 0
-        inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": True}
+        held = _one_cache(cache, past_key_values)
+        seen = 0 if held is None else held.get_seq_length()
+        inputs = {"input_ids": input_ids[:, seen:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
 
     # -------------------------------------------------------------- folders
@@ -285,15 +240,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         backend = kwargs.pop("attn_implementation", None)
         hub = {k: v for k in ("revision", "token", "cache_dir", "local_files_only") if (v := kwargs.pop(k, None)) is not None}
         hub.pop("token", None) if hub.get("token") is False else None
-        harmless = (
-            "trust_remote_code",
-            "_from_auto",
-            "adapter_kwargs",
-            "code_revision",
-            "low_cpu_mem_usage",
-            "use_safetensors",
-            "output_loading_info",
-        )
+        harmless = {"trust_remote_code", "_from_auto", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "use_safetensors"}
+        harmless.add("output_loading_info")
         unknown = [k for k, v in kwargs.items() if k not in harmless and v is not None]
         if unknown or args:
             raise ValueError(
@@ -364,6 +312,17 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.head
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
+    """The cache that came under one of its two names."""
+    given = past_key_values if cache is None else cache
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two caches: pass one of them, past_key_values is the old name of cache")
+    if given is not None and not isinstance(given, RecurrentCache):
+        name = OLD_NAME if cache is None else "cache"
+        raise ValueError(f"{name} is a {type(given).__name__}, which would drop the recurrent memory: leave it out, or pass lrt.huggingface.RecurrentCache()")
+    return given
 
 
 def face_of(out: Output) -> LRTOutput:

@@ -94,6 +94,27 @@ def test_a_cache_goes_on_where_it_stopped(model: Any, tokens: torch.Tensor) -> N
     assert torch.equal(second, model.generate(tokens, max_new_tokens=73, **SETTINGS))
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_its_old_and_its_new_name(model: Any, tokens: torch.Tensor, name: str) -> None:
+    """transformers 5.24 renamed past_key_values to cache, in outputs and in arguments."""
+    cache = RecurrentCache()
+    with torch.no_grad():
+        out = model(tokens[:, :6], **{name: cache})
+        assert out[name] is getattr(out, name) is out.get(name) is out.to_tuple()[-1] is cache and name in out
+        rest = model(tokens[:, 6:], **{name: out[name]})
+        torch.testing.assert_close(rest.logits, model(tokens, schedule=lrt.sequential()).logits[:, 6:])
+        assert model(tokens).get(name, 3) == 3 and name not in model(tokens)
+    ready = model.prepare_inputs_for_generation(torch.cat([tokens, tokens[:, :2]], dim=1), **{name: cache})
+    assert ready["cache"] is cache and ready["input_ids"].shape == (2, 2)
+    first = model.generate(tokens, max_new_tokens=3, **SETTINGS, return_dict_in_generate=True)
+    more = model.generate(first.sequences, max_new_tokens=2, **SETTINGS, **{name: first.past_key_values})
+    assert torch.equal(more, model.generate(tokens, max_new_tokens=5, **SETTINGS))
+    with pytest.raises(ValueError, match=f"{name} is a DynamicCache, which would drop the recurrent memory"):
+        model(tokens, **{name: transformers.DynamicCache()})
+    with pytest.raises(ValueError, match="cache and past_key_values are two caches"):
+        model(tokens, cache=cache, past_key_values=RecurrentCache())
+
+
 def test_logits_of_a_padded_prompt_end_with_the_next_token(model: Any, tokens: torch.Tensor) -> None:
     mask = torch.ones_like(tokens)
     mask[0, 6:] = 0
