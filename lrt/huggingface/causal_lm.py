@@ -321,7 +321,10 @@ def _one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
         raise ValueError("cache and past_key_values are two caches: pass one of them, past_key_values is the old name of cache")
     if given is not None and not isinstance(given, RecurrentCache):
         name = OLD_NAME if cache is None else "cache"
-        raise ValueError(f"{name} is a {type(given).__name__}, which would drop the recurrent memory: leave it out, or pass lrt.huggingface.RecurrentCache()")
+        raise ValueError(
+            f"{name} is a {type(given).__name__}, which would drop the recurrent memory: leave it out, or pass "
+            f"lrt.huggingface.RecurrentCache()"
+        )
     return given
 
 
