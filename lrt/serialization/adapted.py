@@ -94,7 +94,7 @@ def load_whole(
     foreign = decoder_of(shape)
     theirs = {id(t): name for name, t in reversed(list(foreign.state_dict(keep_vars=True).items()))}
     ours = {name: theirs[id(t)] for name, t in shape.state_dict(keep_vars=True).items() if id(t) in theirs}
-    state = {ours[name]: t.read() for name, t in tensors.items() if name in ours}
+    state = {ours[name]: t.own() for name, t in tensors.items() if name in ours}
     # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
     backend = config["adapted"].get("attention")
     more = {"attn_implementation": backend} if backend in ("eager", "sdpa", "flex_attention") else {}
@@ -103,7 +103,7 @@ def load_whole(
     model = adapt(decoder.to(device), RecurrenceConfig(**config["recurrence"]), train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:
-            parameter.data = tensors[name].read().to(device=parameter.device, dtype=dtype)
+            parameter.data = tensors[name].own(device=parameter.device, dtype=dtype)
     return model.eval()
 
 

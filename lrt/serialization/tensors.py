@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,18 @@ class LazyTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def own(self, *, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in memory of its own, aligned as torch aligns every tensor.
+
+        What ``read`` gives may begin at any address of a file's bytes, where kernels may sum in another order: only a copy
+        gives the same bits as the tensor that was saved.
+
+        Args:
+            device: None = CPU.
+            dtype: None = as stored.
+        """
+        return self.read().to(device=device, dtype=dtype, copy=True)
 
 
 def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
