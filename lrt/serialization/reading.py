@@ -38,5 +38,5 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
         return load_whole(folder, config, tensors, train_schedule=schedule_of(config), dtype=dtype, device=device)
     model = model_from_config(config, device="meta")
     check_shapes(str(folder), tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    model.load_state_dict({n: t.read().to(device=device, dtype=dtype or t.dtype) for n, t in tensors.items()}, assign=True)
+    model.load_state_dict({n: t.own(device=device, dtype=dtype) for n, t in tensors.items()}, assign=True)
     return model.eval()
