@@ -8,7 +8,7 @@ import torch
 from test_train_run import tiny
 
 import lrt
-from lrt.train.faults import StopSignal
+from lrt.train.monitor.faults import StopSignal
 from lrt.train.provenance import PACKAGE, RunFile, commit, provenance
 from lrt.train.trainer import train
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from lrt.eval.runs import read_run
-from lrt.train.faults import StopSignal
+from lrt.train.monitor.faults import StopSignal
 from lrt.train.sweep.results import Results, choose, result, score_of
 from lrt.train.sweep.spec import PlannedRun, Sweep
 
