@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lrt.config import DataConfig
 from lrt.data.batch import Batch, make_batch
+from lrt.data.documents import Documents
 from lrt.data.packing import Packer, Row
-from lrt.data.sources import Documents, open_documents
+from lrt.data.sources import open_documents
 from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order
 from lrt.data.tokenizer import Tokenizer
 
