@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import causal_attention, rotate
+from lrt.attention import causal_attention
 from lrt.families.description import Family, Geometry, part
+from lrt.rotary import rotate
 from lrt.types import KV, KVStore, Projection
 
 
