@@ -221,7 +221,8 @@ def _unnamed(module: nn.Module, mentioned: dict[str, str], *, prefix: str) -> li
     """Children with parameters, and parameters of its own, that the description does not mention."""
     named = {path.removeprefix(prefix).split(".")[0] for path in mentioned if path.startswith(prefix)}
     children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
-    return [prefix + name for name in (*children, *module._parameters) if name not in named]
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return [prefix + name for name in (*children, *own) if name not in named]
 
 
 def _field_for(name: str) -> str:

@@ -16,7 +16,8 @@ def residual_dropout(attention: Any) -> float:
 
 LLAMA = Family(name="llama", rotary="model.rotary_emb", attention_in=("input_layernorm",), mlp_in=("post_attention_layernorm",), window=window_of)
 SMOLLM3 = replace(LLAMA, name="smollm3", rotates=uses_rope)
-STARCODER2 = replace(LLAMA, name="starcoder2", output_dropout=residual_dropout, embedding_dropout="embedding_dropout")
+SEED_OSS = replace(LLAMA, name="seed_oss", output_dropout=residual_dropout)
+STARCODER2 = replace(SEED_OSS, name="starcoder2", embedding_dropout="embedding_dropout")
 OLMO = replace(LLAMA, name="olmo", clip="clip_qkv")
 GRANITE = replace(
     LLAMA, name="granite", embedding_factor="embedding_multiplier", residual_factor="residual_multiplier", logit_divisor="logits_scaling"
