@@ -66,7 +66,7 @@ def take_apart(decoder: nn.Module, family: Family | None = None) -> tuple[Family
                 break
     if found:
         return found[min(found, key=lambda name: tried[name].error)]
-    name = min(tried, key=lambda name: tried[name].error)
+    name = min(tried, key=lambda name: (-tried[name].passed, tried[name].error))
     raise ValueError(
         f"this {type(decoder).__name__} has the structure of {name!r}, but computes something else: {tried[name].words}. Describe what it does: "
         "lrt.adapt(model, family=lrt.Family(...)); docs/adapt.md"

@@ -72,24 +72,20 @@ class FamilyBlock(nn.Module):
         normed = self._through(self.family.attention_in, hidden)
         if self.family.fused is not None:
             assert self.family.split is not None
-            heads = self.family.split(part(self.layer, self.family.fused)(normed), self.geometry)
-        else:
-            names = (self.family.query, self.family.key, self.family.value)
-            query, key, value = (part(self.layer, name)(normed).unflatten(-1, (-1, self.geometry.head_dim)) for name in names)
-            heads = query, key, value
-        if self.clip is not None:
-            query, key, value = (x.clamp(-self.clip, self.clip) for x in heads)
-            heads = query, key, value
-        return Projection(normed, *heads)
+            return Projection(normed, *self.family.split(part(self.layer, self.family.fused)(normed), self.geometry))
+        heads = (-1, self.geometry.head_dim)
+        names = (self.family.query, self.family.key, self.family.value)
+        query, key, value = (part(self.layer, name)(normed).unflatten(-1, heads) for name in names)
+        return Projection(normed, query, key, value)
 
     def finish_kv(self, projection: Projection, context: Context) -> KV:
         key = self._ready(projection.query, projection.key, context)[1]
-        return KV(key.transpose(1, 2), projection.value)
+        return KV(key.transpose(1, 2), self._clipped(projection.value))
 
     def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
         attention = part(self.layer, self.family.attention)
         query, key = self._ready(projection.query, projection.key, context)
-        value = projection.value
+        value = self._clipped(projection.value)
         sinks = None if self.family.sinks is None else getattr(attention, self.family.sinks)
         if kv is None:
             mixed = self._attention(query, key, value.transpose(1, 2), context.mask, sinks)
@@ -157,10 +153,13 @@ class FamilyBlock(nn.Module):
         return None if getattr(config, "_attn_implementation", None) == "sdpa" else self.softcap
 
     def _norm(self, path: str | None, x: Tensor) -> Tensor:
-        if path is None:
-            return x
-        norm = part(self.layer, path)
-        return norm(x.flatten(-2)).unflatten(-1, x.shape[-2:]) if self.norm_whole[path] else norm(x)
+        if path is not None:
+            norm = part(self.layer, path)
+            x = norm(x.flatten(-2)).unflatten(-1, x.shape[-2:]) if self.norm_whole[path] else norm(x)
+        return self._clipped(x)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def _mlp(self, x: Tensor) -> Tensor:
         for path in self.family.mlp_parts:

@@ -75,7 +75,7 @@ class Family:
         query, key, value: projections of a block; unused when ``fused`` is given.
         fused: one projection that makes all three; ``split`` takes it apart.
         split: (output, Geometry) -> query, key, value, each (B, P, heads, K).
-        clip: config key of a bound on the absolute value of queries, keys and values.
+        clip: config key of a bound on the absolute value of queries, keys and values, after their norms.
         output: projection back to the width.
         query_norm, key_norm: norms of queries and keys, over a head or over the whole projection.
         norm_after_rotation: they come after RoPE; otherwise before.
