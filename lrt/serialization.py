@@ -31,7 +31,7 @@ from lrt.adapted_folder import (
 )  # fmt: skip
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model
-from lrt.schedules import Baseline, Interleaved, Refine, from_config
+from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.shards import check_shapes, in_memory, open_folder, write_folder
 from lrt.types import Schedule
 
@@ -160,8 +160,9 @@ def _schedule(config: dict[str, Any]) -> Schedule:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
 
 
-def schedule_to_table(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as the keys of a recipe's [schedule] section."""
+def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
+    """A schedule as the keys of a recipe's [schedule] section; of a mixture, its member with most passes."""
+    schedule = single(schedule)
     if isinstance(schedule, Interleaved):
         return {"kind": "interleaved", **dataclasses.asdict(schedule)}
     if isinstance(schedule, Refine):

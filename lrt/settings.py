@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lrt.rules import HORIZON, range_errors, unused_errors
+from lrt.rules import HORIZON, SHARES_SUM_WITHIN, range_errors, unused_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -129,7 +129,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class PassesConfig:
     """The passes of a training step; the same names as the functions lrt.interleaved(...) and so on."""
 
     kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"
@@ -141,6 +141,36 @@ class ScheduleConfig:
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     cut_gradient: bool = False  # no gradient from one pass into the passes before
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareConfig(PassesConfig):
+    """A member of a mixture."""
+
+    share: float  # of the steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchConfig(PassesConfig):
+    """Passes, or a mixture of them, for a part of the steps or for all."""
+
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
+    mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
+    ramp: int = 0  # steps in which gains and memory projections grow from zero to what init = "paper" gives; 0 = they begin with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig(StretchConfig):
+    """A part of a run with a schedule of its own."""
+
+    until: float  # share of the steps at which it ends, 1.0 for the last phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(StretchConfig):
+    """The schedule of a run, or its phases, one after the other."""
+
+    phases: tuple[PhaseConfig, ...] | None = None  # beside them no other key is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +202,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     reference_batch_tokens: int = 524288  # all rates times sqrt(batch_tokens / this)
+    rate_scale: float = 1.0  # all rates times this: the axis that a search of rates varies
     kind: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for adapted models
     adamw_lr: float = 3e-4  # kind = "adamw": rate of the backbone
     adamw_memory_lr: float | None = None  # kind = "adamw": rate of the memory parameters; None = adamw_lr
@@ -179,9 +210,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter
+    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter, compute
     tokens: int | None = None
     tokens_per_parameter: float | None = None  # parameters = matrices + head of the twin without memory
+    compute: int | None = None  # tokens on which the twin without memory would spend the run's FLOPs
     batch_tokens: int = 524288  # tokens an optimizer step, over all ranks
     micro_batch: int = 16  # rows a forward on one rank; the rest is gradient accumulation
     lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"
@@ -192,6 +224,7 @@ class TrainingConfig:
     max_skipped: int = 20  # stop after this many steps in a row with a non-finite loss or gradient
     stage: Literal["all", "memory"] = "all"  # memory: train only the memory parameters
     init_from: str | None = None  # warm start: a training checkpoint or an exported folder
+    branch_from: str | None = None  # another run or its checkpoint: go on with its weights, optimizer, loader and step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +354,74 @@ def _model_errors(c: ModelConfig) -> list[str]:
     return errors
 
 
+def _schedule_errors(c: ScheduleConfig) -> list[str]:
+    """Phases and mixtures that do not fit together."""
+    if c.phases is None:
+        return _mixture_errors("schedule", c)
+    beside = [f.name for f in fields(c) if f.name != "phases" and getattr(c, f.name) != f.default]
+    errors = [f"schedule.{name} = {getattr(c, name)!r} has no effect beside schedule.phases: give it to a phase, or leave it out" for name in beside]
+    ends = [phase.until for phase in c.phases]
+    if not ends:
+        errors.append("schedule.phases = []: give at least one phase, or schedule.kind")
+    elif all(isinstance(end, (int, float)) for end in ends) and (sorted(set(ends)) != ends or ends[-1] != 1):
+        errors.append(f"schedule.phases end at until = {ends}: use rising shares of the steps, the last 1.0")
+    for index, phase in enumerate(c.phases):
+        where = f"schedule.phases[{index}]"
+        errors += _choice_errors(where, phase) + unused_errors(where, phase) + _mixture_errors(where, phase)
+    return errors
+
+
+def _mixture_errors(where: str, c: StretchConfig) -> list[str]:
+    if c.kind != "mixture":
+        return []
+    if not c.mix:
+        return [f"{where}.mix = []: a mixture needs members, such as mix = [{{share = 1.0, kind = \"refine\"}}]"]
+    errors = []
+    shares = [member.share for member in c.mix]
+    if all(isinstance(share, (int, float)) for share in shares) and abs(sum(shares) - 1) > SHARES_SUM_WITHIN:
+        errors.append(f"{where}.mix has shares that sum to {sum(shares):.6g}: they must sum to 1")
+    for index, member in enumerate(c.mix):
+        errors += _choice_errors(f"{where}.mix[{index}]", member) + unused_errors(f"{where}.mix[{index}]", member)
+    return errors
+
+
+def _stretches(c: ScheduleConfig) -> list[tuple[str, StretchConfig]]:
+    """The phases of a run and where each stands; one where there are no phases."""
+    return [("schedule", c)] if c.phases is None else [(f"schedule.phases[{i}]", phase) for i, phase in enumerate(c.phases)]
+
+
+def _kinds(where: str, c: StretchConfig) -> list[tuple[str, str]]:
+    """Every kind of passes in a phase, by the key that names it."""
+    if c.kind != "mixture":
+        return [(f"{where}.kind", c.kind)]
+    return [(f"{where}.mix[{i}].kind", member.kind) for i, member in enumerate(c.mix)]
+
+
+def _entrance_errors(r: Recipe) -> list[str]:
+    """Where memory is used, trained or let in, but cannot be."""
+    stretches = _stretches(r.schedule)
+    kinds = [_kinds(where, c) for where, c in stretches]
+    with_memory = [any(kind != "baseline" for _, kind in found) for found in kinds]
+    errors = []
+    if r.recurrence is None:
+        for key, kind in (pair for found in kinds for pair in found if pair[1] != "baseline"):
+            errors.append(f'{key} = {kind!r} needs memory, but recurrence is off: use kind = "baseline", or switch recurrence on')
+    elif r.training.stage == "memory":
+        for (where, _), used in zip(stretches, with_memory):
+            if not used:
+                errors.append(f'training.stage = "memory" has nothing to train where {where} is plain: use stage = "all", or passes with memory')
+    for index, (where, c) in enumerate(stretches):
+        if not c.ramp or not with_memory[index]:
+            continue
+        if any(with_memory[:index]):
+            errors.append(f"{where}.ramp = {c.ramp} has no effect: memory came in before; give it to the first phase with memory")
+        elif r.recurrence is not None and r.recurrence.init == "identity":
+            errors.append(f'{where}.ramp = {c.ramp} has no effect with recurrence.init = "identity", which is zero: leave it out, or use init = "paper"')
+        elif r.training.init_from is not None:
+            errors.append(f"{where}.ramp = {c.ramp} would add the values of recurrence.init to those of training.init_from: leave one out")
+    return errors
+
+
 def _recipe_errors(r: Recipe) -> list[str]:
     errors: list[str] = []
     for f in fields(r):
@@ -337,8 +438,9 @@ def _recipe_errors(r: Recipe) -> list[str]:
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
-    if r.recurrence is None and r.schedule.kind != "baseline":
-        errors.append(f'schedule.kind = {r.schedule.kind!r} needs memory, but recurrence is off: use kind = "baseline", or switch recurrence on')
+    if t.init_from is not None and t.branch_from is not None:
+        errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
+    errors += _schedule_errors(r.schedule) + _entrance_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
             try:
