@@ -1,23 +1,24 @@
 """lrt: Latent Recurrent Transformers (arXiv 2605.26797) in PyTorch."""
 
-from lrt import prefill
 from lrt.adaptation import adapt, release
 from lrt.config import RecipeError, RecurrenceConfig, load_recipe
+from lrt.decoding import prefill
+from lrt.decoding.session import generate
+from lrt.decoding.state import DecodeState
 from lrt.families import Family
-from lrt.generation import generate
+from lrt.huggingface.registration import register_lazily
 from lrt.model import LatentRecurrentModel, build
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection
-from lrt.registration import register_lazily
 from lrt.schedules import baseline, chunked, interleaved, mixture, refine, sequential
 from lrt.serialization import load, save
-from lrt.state import DecodeState
 from lrt.types import Output
 
 __version__ = "0.1.0"
 __all__ = [
     "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock",
     "ResidualInjection",
-    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill", "refine", "release", "save", "sequential",
+    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill", "refine", "release", "save",
+    "sequential",
 ]  # fmt: skip
 
 register_lazily()

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lrt.config import ScheduleConfig, Weights
-from lrt.rules import SHARES_SUM_WITHIN
+from lrt.config.ranges import SHARES_SUM_WITHIN
 from lrt.types import Pass, Schedule
 
 Order = Literal["ascending", "rotated", "random"]

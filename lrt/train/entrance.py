@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrt.train.muon import local
+from lrt.train.optim.muon import local
 from lrt.train.timetable import Timetable
 
 
@@ -41,7 +41,9 @@ class Entrance:
     def advance(self, step: int) -> None:
         """After the update of a step (0-based): the next part, as long as the ramp lasts."""
         if self.start <= step < self.start + self.steps:
-            torch._foreach_add_([local(p) for p in self.parameters], [local(w) for w in self.wholes], alpha=1 / self.steps)
+            torch._foreach_add_(
+                [local(p) for p in self.parameters], [local(w) for w in self.wholes], alpha=1 / self.steps
+            )
 
 
 def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter]) -> Entrance | None:
@@ -52,4 +54,6 @@ def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter]) -> Entra
         memory: the parameters of the recurrence, with their initial values.
     """
     stretch = timetable.entrance
-    return Entrance.of(memory, start=stretch.start, steps=stretch.ramp) if stretch is not None and stretch.ramp else None
+    return (
+        Entrance.of(memory, start=stretch.start, steps=stretch.ramp) if stretch is not None and stretch.ramp else None
+    )

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from lrt.accounting import Parameters, training_flops
 from lrt.config import ParallelConfig, Recipe
+from lrt.config.ranges import HORIZON
 from lrt.model import LatentRecurrentModel
-from lrt.rules import HORIZON
 from lrt.schedules import Mixture, baseline, phases_of
-from lrt.train.backbones import shapes_of, without_memory
-from lrt.types import Schedule
+from lrt.train.checkpoint.starting_model import shapes_of, without_memory
 
 
 class Horizon(NamedTuple):
@@ -76,19 +75,23 @@ def steps_of(recipe: Recipe, parameters: Parameters) -> int:
 def relative_compute(recipe: Recipe) -> float:
     """FLOPs of the recipe's mean step over those of its twin without memory, which trains plainly on as many tokens."""
     twin = without_memory(shapes_of(replace(recipe, training=replace(recipe.training, stage="all"))))
-    model, length = shapes_of(recipe), recipe.model.sequence_length
+    return mean_flops(recipe, shapes_of(recipe)) / training_flops(twin, baseline(), recipe.model.sequence_length)
+
+
+def mean_flops(recipe: Recipe, model: LatentRecurrentModel) -> float:
+    """FLOPs of the mean step, a token of data: the mean over the phases of the recipe and the shares of their mixtures.
+
+    Args:
+        recipe: ``schedule`` and ``model.sequence_length`` are read.
+        model: its shapes, with ``requires_grad`` as it trains.
+    """
     mean, begin = 0.0, 0.0
     for phase in phases_of(recipe.schedule):
-        mean += (phase.until - begin) * expected_flops(model, phase.schedule, length)
+        members = phase.schedule.members if isinstance(phase.schedule, Mixture) else ((1.0, phase.schedule),)
+        step = sum(share * training_flops(model, schedule, recipe.model.sequence_length) for share, schedule in members)
+        mean += (phase.until - begin) * step
         begin = phase.until
-    return mean / training_flops(twin, baseline(), length)
-
-
-def expected_flops(model: LatentRecurrentModel, schedule: Schedule | Mixture, length: int) -> float:
-    """FLOPs of a step, a token of data; of a mixture, the mean over the shares of its members."""
-    if isinstance(schedule, Mixture):
-        return sum(share * training_flops(model, member, length) for share, member in schedule.members)
-    return training_flops(model, schedule, length)
+    return mean
 
 
 def shards_of(config: ParallelConfig, world_size: int) -> int:

@@ -63,7 +63,11 @@ class Timetable:
         """Every schedule that may run, each once."""
         found: dict[Schedule, None] = {}
         for stretch in self.stretches:
-            members = [schedule for _, schedule in stretch.schedule.members] if isinstance(stretch.schedule, Mixture) else [stretch.schedule]
+            members = (
+                [schedule for _, schedule in stretch.schedule.members]
+                if isinstance(stretch.schedule, Mixture)
+                else [stretch.schedule]
+            )
             found.update(dict.fromkeys(members))
         return tuple(found)
 
@@ -89,7 +93,9 @@ def plan_timetable(recipe: Recipe, *, steps: int) -> Timetable:
                 f"choose values of until farther apart, or a longer horizon"
             )
         if steps and phase.ramp > stop - start:
-            raise ValueError(f"{key}.ramp = {phase.ramp}, but the phase has {stop - start} steps: use at most so many, or a longer phase")
+            raise ValueError(
+                f"{key}.ramp = {phase.ramp}, but the phase has {stop - start} steps: use at most so many, or a longer phase"
+            )
         stretches.append(Stretch(start, stop, phase.schedule, phase.ramp))
         start = stop
     return Timetable(tuple(stretches), recipe.run.seed)

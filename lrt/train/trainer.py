@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,23 +19,23 @@ from lrt.accounting import Parameters, count_parameters, peak_flops, training_fl
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.schedules import describe
-from lrt.train.backbones import check_tokenizer, shapes_of
-from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors, stored_recipe
-from lrt.train.distributed import World, open_world
+from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors, stored_recipe
+from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
+from lrt.train.checkpoint.weights import build_parallel, warm_start
+from lrt.train.distributed.graphs import make_runner
+from lrt.train.distributed.parallel import named_parameters
+from lrt.train.distributed.world import World, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.horizon import plan_horizon, steps_of
-from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
-from lrt.train.optimizers import MuonAdamW, is_memory, parameter_groups
-from lrt.train.parallel import named_parameters
-from lrt.train.rates import Rates, rates_at
-from lrt.train.replay import make_runner
+from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
+from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.report import finish
-from lrt.train.state import Run, RunResult, TrainState
+from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import Timetable, check_borders, plan_timetable
-from lrt.train.weights import build_parallel, warm_start
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -78,7 +77,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
     timetable = plan_timetable(recipe, steps=horizon.steps)
-    flops = functools.cache(functools.partial(training_flops, shapes, length=recipe.model.sequence_length))
+    flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
         raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
@@ -255,7 +254,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 run.entrance.advance(state.step)
             state.step += 1
             state.tokens += run.horizon.batch_tokens
-            state.flops += run.horizon.batch_tokens * run.flops_a_token(schedule)
+            state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
             late.push(state.step, numbers, Passed(rates, schedule, state.flops, sources, *clock.lap()))
             due = _due(recipe, state.step, total)
@@ -325,7 +324,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
     speeds.append(speed)
     device = run.world.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    flops = speed * run.flops_a_token(passed.schedule)
+    flops = speed * run.flops_a_token[passed.schedule]
     run.recorder.write(
         {
             "kind": "train",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lrt
-from lrt.accounting import training_flops
-from lrt.config import parse_recipe
+from lrt.accounting import count_parameters, training_flops
+from lrt.config import ScheduleConfig, parse_recipe
 from lrt.schedules import Mixture
-from lrt.train.checkpoint import latest, read_rest, step_of
-from lrt.train.backbones import shapes_of
-from lrt.train.metrics import read_records
+from lrt.train.checkpoint.checkpoint import latest, read_rest, step_of
+from lrt.train.checkpoint.starting_model import shapes_of
+from lrt.train.horizon import plan_horizon
+from lrt.train.monitor.metrics import read_records
 from lrt.train.timetable import Stretch, Timetable, check_borders, plan_timetable
 from lrt.train.trainer import train
 
@@ -53,7 +55,8 @@ modes = ["parallel"]
 sample_tokens = 0
 """
 LATE = 'schedule.phases=[{until=0.5, kind="baseline"}, {until=1.0, kind="refine", passes=1}]'
-MIXED = 'schedule.phases=[{until=0.25, kind="baseline"}, {until=1.0, kind="mixture", mix=[{share=0.5, kind="baseline"}, {share=0.3, kind="refine"}, {share=0.2, kind="interleaved", order="random"}]}]'
+MIX = '[{share=0.5, kind="baseline"}, {share=0.3, kind="refine"}, {share=0.2, kind="interleaved", order="random"}]'
+MIXED = f'schedule.phases=[{{until=0.25, kind="baseline"}}, {{until=1.0, kind="mixture", mix={MIX}}}]'
 
 
 def tiny(folder, *sets, name="tiny"):
@@ -80,7 +83,10 @@ def is_of_memory(name):
 
 def test_borders_are_rounded_shares_of_the_steps():
     def stretches(steps):
-        return [(s.start, s.stop, s.plain) for s in plan_timetable(parse_recipe(TINY, overrides=[LATE]), steps=steps).stretches]
+        return [
+            (s.start, s.stop, s.plain)
+            for s in plan_timetable(parse_recipe(TINY, overrides=[LATE]), steps=steps).stretches
+        ]
 
     assert stretches(8) == [(0, 4, True), (4, 8, False)]
     assert stretches(11) == [(0, 6, True), (6, 11, False)]  # round(5.5)
@@ -122,11 +128,43 @@ def test_a_border_that_was_crossed_stays():
     short, long = (plan_timetable(parse_recipe(TINY, overrides=[LATE]), steps=steps) for steps in (8, 12))
     check_borders(long, before=short, step=4)  # step 4 would have been the first with memory, and is not done
     for step in (5, 8):
-        with pytest.raises(ValueError, match=rf"moves the borders of schedule.phases from steps \[4\] to \[6\], but step {step} is reached"):
+        with pytest.raises(
+            ValueError,
+            match=rf"moves the borders of schedule.phases from steps \[4\] to \[6\], but step {step} is reached",
+        ):
             check_borders(long, before=short, step=step)
     check_borders(short, before=long, step=4)
     with pytest.raises(ValueError, match=r"from steps \[6\] to \[4\], but step 5 is reached"):
         check_borders(short, before=long, step=5)
+
+
+# ------------------------------------------------------------------ the horizon in compute
+
+
+def test_compute_is_what_the_twin_would_spend_on_so_many_tokens():
+    """Steps that cost r times the twin's are r times fewer, every phase and share counted by its part."""
+
+    def relative(schedule):
+        recipe = parse_recipe(TINY)
+        twin = replace(recipe, recurrence=None, schedule=ScheduleConfig(kind="baseline"))
+        return training_flops(shapes_of(recipe), schedule, 32) / training_flops(shapes_of(twin), lrt.baseline(), 32)
+
+    def steps(*sets, compute=256 * 1000):
+        recipe = parse_recipe(TINY, overrides=[f"training.compute={compute}", *sets])
+        return plan_horizon(recipe, count_parameters(shapes_of(recipe)), world_size=1).steps
+
+    one, two = relative(lrt.baseline()), relative(lrt.refine(1))
+    assert steps("recurrence=false", "schedule.kind=baseline") == 1000 and 1 <= one < 1.02 < two < 2.1
+    assert steps("schedule.kind=refine") == round(1000 / two)
+    assert steps(LATE) == round(1000 / (0.5 * one + 0.5 * two))
+    mixed = 0.25 * one + 0.75 * (0.5 * one + 0.3 * two + 0.2 * relative(lrt.interleaved(2)))
+    assert steps(MIXED) == round(1000 / mixed)
+    assert steps(LATE, compute=1) == 1
+    assert steps("schedule.kind=refine", "training.stage=memory") > steps(
+        "schedule.kind=refine"
+    )  # frozen matrices get no gradient
+    with pytest.raises(ValueError, match="training has steps and compute: give exactly one of"):
+        parse_recipe("", overrides=["training.steps=1", "training.compute=5"])
 
 
 # ------------------------------------------------------------------ runs
@@ -139,7 +177,9 @@ def late(tmp_path_factory):
 
 def test_a_plain_phase_is_the_plain_twins_training_bit_for_bit(late, tmp_path):
     """Memory is there and rests: neither its parameters nor their optimizer state move, and the rest moves as if it were not there."""
-    twin = train(tiny(tmp_path, "recurrence=false", "schedule.kind=baseline", "checkpoint.every=2", "checkpoint.keep_last=9"))
+    twin = train(
+        tiny(tmp_path, "recurrence=false", "schedule.kind=baseline", "checkpoint.every=2", "checkpoint.keep_last=9")
+    )
     ours, theirs, fresh = tensors_at(late.folder, 4), tensors_at(twin.folder, 4), tensors_at(late.folder, 2)
     assert {name for name in ours if not is_of_memory(name)} == set(theirs)
     for name, tensor in theirs.items():
@@ -158,10 +198,14 @@ def test_after_the_border_everything_trains(late):
     assert not still
     assert [len(r["groups"]) for r in steps_of(late)] == [1] * 4 + [2] * 4
     assert [r["schedule"] for r in steps_of(late)] == ["baseline"] * 4 + ["refine(1)"] * 4
-    assert lrt.build(late_recipe := tiny("unused", LATE)).train_schedule == lrt.refine(1) and late_recipe.schedule.phases
+    assert (
+        lrt.build(late_recipe := tiny("unused", LATE)).train_schedule == lrt.refine(1) and late_recipe.schedule.phases
+    )
 
 
-@pytest.mark.parametrize("sets", [[LATE], [MIXED], [LATE, "recurrence.init=identity"]], ids=["late", "mixed", "identity"])
+@pytest.mark.parametrize(
+    "sets", [[LATE], [MIXED], [LATE, "recurrence.init=identity"]], ids=["late", "mixed", "identity"]
+)
 def test_resumed_across_a_border_equals_uninterrupted_bit_for_bit(tmp_path, sets):
     whole = train(tiny(tmp_path / "whole", *sets, "checkpoint.every=1", "checkpoint.keep_last=99"))
     for step in (1, 3, 4, 5):
@@ -188,7 +232,9 @@ def test_flops_are_the_sum_over_what_ran(tmp_path):
 
 def test_a_horizon_that_moves_a_crossed_border_is_refused(late, tmp_path):
     shutil.copytree(late.folder, tmp_path / "tiny")
-    with pytest.raises(ValueError, match=r"from steps \[4\] to \[8\], but step 8 is reached: keep the horizon.*training.branch_from"):
+    with pytest.raises(
+        ValueError, match=r"from steps \[4\] to \[8\], but step 8 is reached: keep the horizon.*training.branch_from"
+    ):
         train(tiny(tmp_path, LATE, "training.steps=16"))
     for step in (6, 8):
         shutil.rmtree(tmp_path / "tiny" / "checkpoints" / f"step_{step:08d}")
