@@ -1,7 +1,7 @@
 """Run many settings of a recipe: ``python tools/sweep.py SPEC.toml --out FOLDER``.
 
-What a spec holds is in ``lrt.train.sweep.spec``; examples are in tools/experiments/frontier. The same command goes on after any
-interruption and skips what is done. FOLDER/results.jsonl has one line a run.
+What a spec holds is in ``lrt.train.sweep.spec``; examples are in tools/experiments/frontier. The same command goes on
+after any interruption and skips what is done. FOLDER/results.jsonl has one line a run.
 """
 
 from __future__ import annotations

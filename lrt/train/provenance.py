@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: run.json tells its data and, for every start, code, versions, command and machine."""
+"""Where a run's numbers come from: run.json holds its data and, for every start, code, command and machine."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def provenance(device: torch.device, *, world_size: int) -> Record:
 
 
 def commit(package: Path = PACKAGE) -> Record:
-    """Git commit of the code, and whether tracked files differ from it; both None where the code is not from a checkout."""
+    """Git commit of the code, and whether tracked files differ from it; both None without a checkout."""
     try:
         _git(
             package, "ls-files", "--error-unmatch", "__init__.py"

@@ -206,6 +206,14 @@ def test_values_of_a_grid_reach_the_command_line_as_they_are(value):
     assert tomllib.loads(f"value = {toml_value(value)}")["value"] == value
 
 
+SPECS = [p for p in (ROOT / "tools" / "experiments").glob("*/*.toml") if "[[runs]]" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_projects_own_sweeps_can_start(path):
+    assert read_spec(path).settings
+
+
 # ------------------------------------------------------------------ running
 
 

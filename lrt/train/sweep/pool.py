@@ -1,4 +1,4 @@
-"""Runs of a sweep as processes, several on each device; what is interrupted goes on when the same sweep starts again."""
+"""Runs of a sweep as processes, several on each device; the same sweep again goes on after an interruption."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Child:
     run: PlannedRun
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    log_start: int  # bytes that earlier starts wrote
     began: float
 
 
@@ -66,8 +67,8 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{folder} is in use by another sweep ({file.read().strip() or 'unknown process'}), or by runs that it left and that still "
-                "save: wait for it, or choose another --out"
+                f"{folder} is in use by another sweep ({file.read().strip() or 'unknown process'}), or by runs that it left "
+                "and that still save: wait for it, or choose another --out"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -86,7 +87,8 @@ def run_sweep(
 ) -> Summary:
     """Run everything that a sweep still lacks.
 
-    A run that failed is tried once more in every call. Ctrl-C and SIGTERM end the runs, which save first; a second Ctrl-C kills them.
+    A run that failed is tried once more in every call. Ctrl-C and SIGTERM end the runs, which save first; a second
+    Ctrl-C kills them.
 
     Args:
         sweep: what to run.
@@ -195,11 +197,12 @@ class _Pool:
             ]
             log = open(self._folder / "logs" / f"{run.name}.log", "ab")
             process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(slot), pass_fds=(self._lock,),
+                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(slot),
+                pass_fds=(self._lock,),  # a sweep that is killed leaves its folder locked until its runs have saved
                 start_new_session=True,  # Ctrl-C reaches the sweep alone, which tells its runs
                 preexec_fn=_end_with_parent,
             )  # fmt: skip
-            self.children[slot] = Child(run, process, log, time.monotonic())
+            self.children[slot] = Child(run, process, log, log.tell(), time.monotonic())
             self._say(f"{_now()} start  {run.name}  on {slot}")
 
     def _environment(self, slot: Slot) -> dict[str, str]:
@@ -216,7 +219,11 @@ class _Pool:
             if code is None:
                 continue
             self._close(slot)
-            error = None if code == 0 and self._ended(child.run) else _error(code, Path(child.log.name))
+            error = (
+                None
+                if code == 0 and self._ended(child.run)
+                else _error(code, Path(child.log.name).read_bytes()[child.log_start :])
+            )
             record = result(
                 child.run, self._where(child.run), seconds=time.monotonic() - child.began, error=error, device=str(slot)
             )
@@ -283,9 +290,9 @@ def _end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _error(code: int, log: Path) -> str:
+def _error(code: int, log: bytes) -> str:
     """Why a run failed, in one line: what it said last."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.decode("utf-8", errors="replace").splitlines() if line.strip()]
     said = next(
         (line for line in reversed(lines) if line.startswith(("error:", "stopped:"))),
         lines[-1] if lines else "it said nothing",

@@ -196,7 +196,8 @@ def _rows(runs: Iterable[PlannedRun], results: Results, folder: Path) -> str:
         scores = [[r["bpb"][mode] for r in done if r["bpb"].get(mode) is not None] for mode in MODES]
         last = done[-1] if done else {}
         lines.append([
-            label, f"{len(done)}/{len(members)}", _count(last.get("steps")), _count(last.get("tokens")), _power(last.get("flops")),
+            label, f"{len(done)}/{len(members)}",
+            _count(last.get("steps")), _count(last.get("tokens")), _power(last.get("flops")),
             *(mean_and_deviation(values) for values in scores),
             f"{statistics.fmean(r['seconds'] for r in done):.0f}" if done else "-", _remarks(members, results, folder),
         ])  # fmt: skip

@@ -25,8 +25,8 @@
     set = ["schedule.kind=refine"]
     grid = {"schedule.passes" = [1, 2]}     # every combination is a run
 
-Overrides are one layer over the recipe. In it a later one wins: the sweep's, the twin's, the stage's or the run's, a point of
-the grid, the rates that were found, and those of the command line.
+Overrides are one layer over the recipe. In it a later one wins: the sweep's, the twin's, the stage's or the run's, a
+point of the grid, the rates that were found, and those of the command line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +175,16 @@ def read_spec(path: str | Path, *, overrides: Sequence[str] = ()) -> Sweep:
     return sweep
 
 
-_KINDS: dict[str, tuple[Any, str]] = {
-    "recipe": (lambda v: isinstance(v, str), "the name or path of a recipe"),
-    "set": (lambda v: _are(v, str), 'a list of overrides, such as ["training.steps=100"]'),
-    "seeds": (lambda v: _are(v, int) and v and min(v) >= 0 and len(set(v)) == len(v), "a list of different whole numbers of 0 or more"),
-    "grid": (lambda v: isinstance(v, dict) and all(map(_are_different, v.values())), "a table of lists of different values, one a key of the recipe"),
-    "side_by_side": (lambda v: _is_whole(v), "a whole number of 1 or more"),
-    "threads": (lambda v: _is_whole(v), "a whole number of 1 or more"),
-    "budget_minutes": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0, "a number of minutes above 0"),
-    "name": (lambda v: isinstance(v, str) and bool(re.search("[A-Za-z0-9]", v)), "a text with a letter or a digit"),
-    "twin": (lambda v: isinstance(v, str), "the name of a table [twins.NAME]"),
-    "twins": (lambda v: isinstance(v, dict) and all(isinstance(x, dict) for x in v.values()), "tables [twins.NAME]"),
-    "tune": (lambda v: isinstance(v, dict), "a table [tune]"),
-    "runs": (lambda v: _are(v, dict), "tables [[runs]]"),
-}  # fmt: skip
+def _are_seeds(value: Any) -> bool:
+    return _are(value, int) and len(value) > 0 and min(value) >= 0 and _are_different(value)
+
+
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_are_different, value.values()))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _are(values: Any, kind: type) -> bool:
@@ -203,6 +199,22 @@ def _are_different(values: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a key: what it may be, in code and in words
+    "recipe": (lambda v: isinstance(v, str), "the name or path of a recipe"),
+    "set": (lambda v: _are(v, str), 'a list of overrides, such as ["training.steps=100"]'),
+    "seeds": (_are_seeds, "a list of different whole numbers of 0 or more"),
+    "grid": (_is_grid, "a table of lists of different values, one a key of the recipe"),
+    "side_by_side": (_is_whole, "a whole number of 1 or more"),
+    "threads": (_is_whole, "a whole number of 1 or more"),
+    "budget_minutes": (_is_time, "a number of minutes above 0"),
+    "name": (lambda v: isinstance(v, str) and bool(re.search("[A-Za-z0-9]", v)), "a text with a letter or a digit"),
+    "twin": (lambda v: isinstance(v, str), "the name of a table [twins.NAME]"),
+    "twins": (lambda v: isinstance(v, dict) and _are([*v.values()], dict), "tables [twins.NAME]"),
+    "tune": (lambda v: isinstance(v, dict), "a table [tune]"),
+    "runs": (lambda v: _are(v, dict), "tables [[runs]]"),
+}
 
 
 class _Reader:
@@ -365,7 +377,10 @@ def _runs(setting: Setting, rates: Point, last: Point) -> list[PlannedRun]:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 of what differs from the defaults, without the run's name and folder: a key that the library gains changes nothing."""
+    """sha256 of what differs from the defaults, without the run's name and folder.
+
+    A key that the library gains changes nothing.
+    """
     different: dict[str, Any] = {}
     for section in dataclasses.fields(recipe):
         values = getattr(recipe, section.name)
