@@ -14,6 +14,7 @@ from lrt.engine.compiled import is_compiled
 from lrt.families import dismantle, recognise
 from lrt.families.blocks import on_device
 from lrt.families.description import Family
+from lrt.huggingface.registration import hugging_face_model
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline
 from lrt.types import Schedule
@@ -50,9 +51,8 @@ def adapt(
     backbone, blocks = dismantle(decoder, family or recognise(decoder))
     known: Any = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
-        from lrt.huggingface.causal_lm import LRTForCausalLM
-
-        adapted: LatentRecurrentModel = LRTForCausalLM.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
+        face = hugging_face_model()
+        adapted: LatentRecurrentModel = face.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
     else:
         adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
     adapted.original = (model,)
