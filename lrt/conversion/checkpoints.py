@@ -27,6 +27,7 @@ from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_folder
+from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
 
@@ -122,8 +123,6 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: there is none, or it is not whole.
     """
-    from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
-
     if step is not None:
         places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)
         folders = [place for place in places if step_of(place) == step and place.is_dir()]

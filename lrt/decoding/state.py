@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.passes import run_blocks
+from lrt.forward import run_blocks
 from lrt.types import PassOutput
 
 FORMAT = 1
