@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .sources import CorruptShard, fingerprint_files
-from .tokenizer import Tokenizer
+from lrt.data.documents import CorruptShard, fingerprint_files
+from lrt.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"

@@ -70,7 +70,7 @@ def evaluate_bpb(
         reduce: sums a tensor over ranks; None = one process.
         progress: called after every batch and mode.
         decode: what scores mode ``decode``, tokens and targets (B, T) -> nats (B, T), such as
-            ``lambda *rows: lrt.scoring.score(lrt.accelerate(model), *rows)[0]``; None = the model itself, block by block.
+            ``lambda *rows: lrt.decoding.scoring.score(lrt.accelerate(model), *rows)[0]``; None = the model itself, block by block.
 
     Returns:
         One result a mode. A model without recurrence scores the same in every mode.

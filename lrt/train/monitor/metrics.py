@@ -1,0 +1,330 @@
+"""What a run says of itself: JSONL always, rows on the console, TensorBoard and a PNG where wanted.
+
+Numbers of a step are read one step late, when the device has them anyway, so that reading never waits
+for work that was only just queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lrt.eval.runs import Record, read_records
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------ late reading
+
+
+class Late(NamedTuple):
+    """Numbers of an earlier step."""
+
+    step: int
+    values: list[float]
+    note: Any  # what ``push`` was given beside them
+
+
+class LateReader:
+    """Device tensors in, host numbers out one step later."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, Any, Any]] = deque()
+
+    def push(self, step: int, values: Tensor, note: Any = None) -> None:
+        """Start copying a 1-D tensor of numbers to the host.
+
+        Args:
+            step: that they belong to.
+            values: on any device.
+            note: handed back by ``pop``.
+        """
+        event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, values, event, note))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the device still works on what was pushed last."""
+        return bool(self._waiting) and self._waiting[-1][2] is not None and not self._waiting[-1][2].query()
+
+    def pop(self, *, keep: int = 1) -> Iterator[Late]:
+        """Numbers of all steps but the newest ``keep``; on the CPU of all, since nothing is queued there."""
+        while self._waiting and (len(self._waiting) > keep or self._waiting[0][2] is None):
+            step, values, event, note = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()  # of that step, not of what was queued since
+            yield Late(step, values.tolist(), note)
+
+
+class Clock:
+    """Seconds of training between two steps, and how many of them were spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self, late: LateReader) -> Iterator[None]:
+        """Time inside counts as waiting for data, unless the device has work until its end."""
+        start = time.perf_counter()
+        yield
+        if not late.busy:
+            self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, a profile) is no training time."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, share of them spent waiting for data)."""
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self._start - self._paused)
+        share = min(1.0, self._waited / seconds)
+        self._start, self._waited, self._paused = now, 0.0, 0.0
+        return seconds, share
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the device, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# ------------------------------------------------------------------ sinks
+
+
+class JsonLines:
+    """One JSON object a line; ``kind`` tells train from evaluation.
+
+    Where the disk is full, records wait in memory until there is room, and the run goes on.
+
+    Args:
+        path: of the file; lines behind step ``resume_step`` are dropped, so that a resumed run repeats none.
+        resume_step: steps done; 0 starts a new file.
+        report: receives one line for the user when records begin to wait.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0, report: Callable[[str], None] = print) -> None:
+        kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
+        beside = path.with_name(path.name + ".new")
+        beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        beside.replace(path)
+        self._file = open(path, "ab", buffering=0)
+        self._path, self._report, self._unwritten = path, report, b""
+
+    def write(self, record: Record) -> None:
+        waits = bool(self._unwritten)
+        self._unwritten += (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
+        try:
+            while self._unwritten:  # a disk that fills up takes a part of it
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waits:
+                self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
+
+    def close(self) -> None:
+        if self._unwritten:
+            self._report(f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written")
+        self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is none becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Console:
+    """A progress bar and a row every few steps.
+
+    Args:
+        total: steps of the run.
+        start: steps already done.
+        every: steps between rows.
+    """
+
+    HEADER = f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} {'data':>6} {'GiB':>6}"
+
+    def __init__(self, *, total: int, start: int, every: int) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total, self._every, self._rows = total, max(1, every), 0
+        self.console = RichConsole(highlight=False, soft_wrap=True)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._progress.add_task("training", total=total, completed=start)
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def write(self, record: Record) -> None:
+        if record["kind"] == "evaluation":
+            scores = "  ".join(f"{mode} {value:.4f}" for mode, value in record["bpb"].items())
+            self.say(f"{record['step']:>8} bits per byte: {scores}  ({record['seconds']:.0f} s)")
+            for line in memory_table(record):
+                self.say(f"{'':>8} {line}")
+            return
+        if record["kind"] != "train":
+            return
+        step = record["step"]
+        self._progress.update(self._task, completed=step)
+        if step % self._every and step not in (1, self._total):
+            return
+        if self._rows % 40 == 0:
+            self.say(self.HEADER)
+        self._rows += 1
+        groups = " ".join(f"{group:.3f}" for group in record["groups"])
+        mfu = f"{100 * record['mfu']:.1f}%" if "mfu" in record else "-"
+        skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
+        self.say(
+            f"{step:>8} {record['loss']:>8.4f}  {groups:<20} {record['lr_scale']:>7.4f} {record['grad_norm']:>9.3g} "
+            f"{record['tokens_per_second']:>10,.0f} {mfu:>6} {100 * record['data_wait']:>5.1f}% {record['peak_memory_gib']:>6.2f}{skipped}"
+        )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+TABLE = (  # of an evaluation's record: what a line says, and the key of its numbers, one a block
+    ("norm of the source's output", "source_norm", "mean"), ("norm of the memory", "memory_norm", "mean"),
+    ("local gate, mean", "local_gate", "mean"), ("local gate, std", "local_gate", "std"),
+    ("memory gate, mean", "memory_gate", "mean"), ("memory gate, std", "memory_gate", "std"),
+    ("injected memory / residual", "injection_ratio", "mean"),
+    ("memory / local keys", "key_ratio", "mean"), ("memory / local values", "value_ratio", "mean"),
+)  # fmt: skip
+
+
+def memory_table(record: Record) -> list[str]:
+    """What the memory does, a line a statistic: least, median and most over the blocks; empty without memory.
+
+    Args:
+        record: of an evaluation, with ``activations`` and ``recurrence``.
+    """
+    activations, parameters = record.get("activations") or {}, record.get("recurrence") or {}
+    rows = [(title, activations[key][of]) for title, key, of in TABLE if key in activations]
+    rows += [(title, parameters[key]) for title, key in (("gain g", "gains"), ("residual scale a", "residual_scales")) if key in parameters]
+    if not activations:
+        return []
+    lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]
+    return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Raises:
+        ValueError: the package is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError('metrics.tensorboard = true needs the package tensorboard: pip install "lrt[tensorboard]"') from None
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        for name, value in _scalars(record):
+            with contextlib.suppress(OSError):  # metrics.jsonl says that the disk is full, and keeps everything
+                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: Record) -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, (dict, list, tuple)):
+            inside = value if isinstance(value, dict) else {str(i): v for i, v in enumerate(value)}
+            yield from ((f"{name}/{key}", number) for key, number in _scalars(inside))
+        elif isinstance(value, (int, float)) and name != "step":
+            yield name, value
+
+
+class Recorder:
+    """Hands every record to every sink."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+
+    def write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+# ------------------------------------------------------------------ curves
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Draw loss, bits per byte, gradient norm and learning rate into a PNG.
+
+    Args:
+        records: of a metrics.jsonl.
+        path: of the PNG.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('metrics.plot = true needs matplotlib: pip install "lrt[plot]", or set metrics.plot = false') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
+    scores = [r for r in records if r["kind"] == "evaluation"]
+    figure, ((top, right), (low, last)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    steps = [r["step"] for r in train]
+    for group in range(len(train[0]["groups"]) if train else 0):
+        top.plot(steps, [r["groups"][group] for r in train], linewidth=0.8, label=f"group {group}" if group else "initialization")
+    top.set(title="training loss of each group (nats a token)", xlabel="step")
+    for mode in scores[0]["bpb"] if scores else ():
+        right.plot([r["step"] for r in scores], [r["bpb"][mode] for r in scores], marker="o", label=mode)
+    right.set(title="held-out bits per byte", xlabel="step")
+    low.plot(steps, [r["grad_norm"] for r in train], linewidth=0.8)
+    low.set(title="gradient norm", xlabel="step", yscale="log")
+    last.plot(steps, [r["lr_scale"] for r in train], linewidth=0.8)
+    last.set(title="share of the learning rate", xlabel="step")
+    for axes in (top, right):
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
