@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.forward import Row
 from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment
-from lrt.passes import PassResult, Row, by_group, in_order, last_memory, run_schedule
+from lrt.passes import PassResult, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Refine, baseline, from_config, interleaved, sequential
 from lrt.types import Backbone, Block, Output, Schedule

@@ -28,6 +28,7 @@ from lrt.serialization import config_of, model_from_config, native_config, read_
 from lrt.serialization.adapted import load_whole, without_ties
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder, open_saved
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
+from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
 
@@ -123,8 +124,6 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: there is none, or it is not whole.
     """
-    from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
-
     if step is not None:
         places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)
         folders = [place for place in places if step_of(place) == step and place.is_dir()]

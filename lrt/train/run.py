@@ -17,6 +17,7 @@ from lrt.train.horizon import Horizon
 from lrt.train.monitor.faults import FiniteGuard
 from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
+from lrt.train.provenance import RunFile
 
 
 @dataclass
@@ -72,3 +73,4 @@ class Run:
     guard: FiniteGuard
     say: Callable[[str], None]
     state: TrainState
+    told: RunFile | None = None  # run.json, of the rank that writes

@@ -18,6 +18,7 @@ from torch import Tensor
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
+from lrt.eval.runs import read_records
 from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, warm_start
@@ -27,9 +28,10 @@ from lrt.train.distributed.world import World, open_world
 from lrt.train.evaluation import evaluate_run
 from lrt.train.horizon import plan_horizon
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
+from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
@@ -56,9 +58,13 @@ def train(recipe: Recipe) -> RunResult:
         with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
             run = assemble(recipe, world)
             try:
-                return _loop(run, signals, heart)
-            except NonFiniteError:
-                run.manager.wait()
+                result = _loop(run, signals, heart)
+                _tell(run, "done" if result.stopped is None else f"stopped: {result.stopped}")
+                return result
+            except BaseException as error:
+                _tell(run, f"failed: {error or type(error).__name__}")
+                if isinstance(error, NonFiniteError):
+                    run.manager.wait()
                 raise
             finally:
                 run.recorder.close()
@@ -114,10 +120,21 @@ def assemble(recipe: Recipe, world: World) -> Run:
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
     runner = make_runner(model, recipe.parallel, world)
+    told = None
+    if world.main:
+        data = {"train": loader.fingerprint, "validation": validation.fingerprint, "tokenizer": tokenizer.fingerprint}
+        about = provenance(world.device, world_size=world.size)
+        told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(sinks), guard, say, state,
+        manager, Recorder(sinks), guard, say, state, told,
     )  # fmt: skip
+
+
+def _tell(run: Run, state: str) -> None:
+    """Write into run.json how this attempt ended."""
+    if run.told is not None:
+        run.told.end(state, step=run.state.step)
 
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:

@@ -42,11 +42,11 @@ from retrofit_training import bits_per_byte, free, prepare, share_one_graph, tra
 import lrt  # noqa: E402
 from lrt.config import Recipe, RecipeError  # noqa: E402
 from lrt.decoding import step as decoding  # noqa: E402
+from lrt.eval.runs import read_records  # noqa: E402
 from lrt.recurrence import RecurrentBlock  # noqa: E402
 from lrt.serialization.decoders import open_decoder, open_tokenizer  # noqa: E402
 from lrt.train.distributed.graphs import single_device  # noqa: E402
 from lrt.train.distributed.world import World  # noqa: E402
-from lrt.train.monitor.metrics import read_records  # noqa: E402
 
 RECIPE = "retrofit_smollm2.toml"
 
