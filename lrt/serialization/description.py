@@ -85,8 +85,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if "lrt_format" not in config:
+    if not isinstance(config, dict) or "lrt_format" not in config:
         raise ValueError(f"{path}: not written by lrt.save (no lrt_format); to adapt a plain decoder use lrt.adapt")
     if config["lrt_format"] > FORMAT:
         raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
+    if config.get("model_type") != "lrt":
+        raise ValueError(f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed')
     return config

@@ -185,7 +185,15 @@ def read_rest(folder: Path) -> Loaded:
     """The part of a checkpoint that is not tensors of the model or the optimizer."""
     meta = json.loads((folder / "meta.json").read_text())
     files = [folder / _rank_file(rank) for rank in range(meta["world_size"])]
-    return Loaded(meta, [torch.load(file, weights_only=True, map_location="cpu") for file in files])
+    return Loaded(meta, [_read_rank(file) for file in files])
+
+
+def _read_rank(file: Path) -> Any:
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: refused, not a whole file of this trainer ({reason})") from None
 
 
 def _rank_file(rank: int) -> str:
