@@ -186,7 +186,7 @@ class Family:
 
 def text_config(decoder: Any) -> Any:
     """Config of a decoder, or of the text part of one that also sees or hears; None where there is none."""
-    config = getattr(decoder, "config", None)
+    config: Any = getattr(decoder, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

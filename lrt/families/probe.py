@@ -57,7 +57,7 @@ def departure(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
     modes = {module: module.training for module in (*decoder.modules(), *backbone.modules(), *blocks)}
     devices = sorted({p.device.index for p in decoder.parameters() if p.device.type == "cuda" and p.device.index is not None})
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        stack.callback(_restore, modes)
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(narrow_windows(backbone, blocks, decoder))
         size = min(_length(blocks), getattr(backbone.config, "max_position_embeddings", None) or _length(blocks))
@@ -72,6 +72,11 @@ def departure(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
                 return found._replace(passed=passed)
             worst = max(worst, found.error)
     return Departure(worst, None)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _length(blocks: list[FamilyBlock]) -> int:
@@ -158,8 +163,8 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
     if _error(loss, mine.to(loss.device)) > max(_limit(loss.dtype), _limit(theirs.dtype)):
         return Departure(
             float("inf"),
-            f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: it adds a loss of its own, which passes over "
-            "the memory would leave out. A mixture of experts adds its router's balance loss: set config.output_router_logits = False",
+            f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: it adds a loss of its own, which would "
+            "be left out here. A mixture of experts adds its router's balance loss: set config.output_router_logits = False",
         )
     return Departure(error, None)
 

@@ -253,7 +253,7 @@ def flex_groups(
         return softcap * torch.tanh(score / softcap)
 
     tiled = query.is_cuda and query.shape[-1] == 128 and query.shape[1] >= BLOCK and _generation(query.device.index) == 9
-    out = flex_attention(
+    out: Any = flex_attention(  # type: ignore[call-overload]
         query.transpose(1, 2), natural_order(keys).transpose(1, 2), natural_order(values).transpose(1, 2),
         score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[2] != keys[0].shape[2],
         kernel_options=TILES if tiled else None, return_lse=sinks is not None,

@@ -163,4 +163,4 @@ def test_memory_enters_a_decoder_with_sinks_and_clips(tokens: Tensor) -> None:
             found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()
         for name, expected in found[0].items():
-            torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{family} {name}: {text}")
+            torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, at=f"{family} {name}": f"{at}: {text}")

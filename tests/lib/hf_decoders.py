@@ -28,7 +28,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 PLAIN: dict[str, Any] = ROPE | {"head_dim": 8, "pad_token_id": 0}
 EXPERTS: dict[str, Any] = PLAIN | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-VISION: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+VISION: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 8, "patch_size": 4}
 # Described in families/ beside the ones above: one a description, and one a choice that it makes.
 DESCRIBED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", PLAIN),
