@@ -128,8 +128,8 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 @pytest.mark.parametrize(
     "package, use, text",
     [
-        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'pip install "lrt\[plot\]", or set metrics.plot = false'),
-        ("torch.utils.tensorboard", TensorBoard, r'pip install "lrt\[tensorboard\]"'),
+        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'pip install -e "\.\[plot\]" .*, or set metrics.plot = false'),
+        ("torch.utils.tensorboard", TensorBoard, r'pip install -e "\.\[tensorboard\]"'),
     ],
 )
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, use, text):

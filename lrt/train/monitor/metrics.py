@@ -253,7 +253,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError('metrics.tensorboard = true needs the package tensorboard: pip install "lrt[tensorboard]"') from None
+            mend = 'pip install -e ".[tensorboard]" in a checkout of lrt'
+            raise ValueError(f"metrics.tensorboard = true needs the package tensorboard: {mend}") from None
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
@@ -305,7 +306,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('metrics.plot = true needs matplotlib: pip install "lrt[plot]", or set metrics.plot = false') from None
+        raise ValueError('metrics.plot = true needs matplotlib: pip install -e ".[plot]" in a checkout of lrt, or set metrics.plot = false') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
