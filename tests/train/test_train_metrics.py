@@ -138,6 +138,13 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, use, text):
         use(tmp_path)
 
 
+@pytest.mark.parametrize("counts", [(1, 2, 3), (3, 1, 2)])
+def test_curves_of_a_run_whose_schedule_changes(tmp_path, counts):
+    rows = [record(step, groups=[1.0] * count) for step, count in enumerate(counts, start=1)]
+    plot_curves(rows, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
 def test_curves_of_a_run_without_evaluations(tmp_path):
     plot_curves([record(1), record(2), record(3, loss=None, groups=[None, None], grad_norm=None)], tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 10_000
