@@ -291,9 +291,11 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 TIERS = [
     ["config", "types", "padding", "rotary", "huggingface.registration"],
     ["kernels"],
-    ["attention", "accounting", "data"],
+    ["attention", "data"],
     ["recurrence"],
     ["loss", "schedules"],
+    ["accounting", "forward"],
+    ["engine"],
     ["backbone", "families", "passes"],
     ["model"],
     ["adaptation"],
