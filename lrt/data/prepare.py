@@ -19,7 +19,7 @@ import numpy as np
 from ..config import DataConfig
 from .packing import Packer, Piece
 from .sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
-from .stream import in_order
+from .stream import read_in_order
 from .tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from .tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
 
@@ -139,20 +139,20 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
     """
     tokenizer = load_tokenizer(data.tokenizer)
     documents = open_documents(data, tokenizer=tokenizer, split="train")
-    widths = tokenizer.token_bytes()
     lengths: list[int] = []
     total_bytes = 0
 
     def pieces() -> Iterator[Piece]:
         nonlocal total_bytes
         tokens = 0
-        for piece in in_order(documents, on_corrupt=data.on_corrupt):
+        for group, document, (ids, sizes) in read_in_order(documents.measure, documents.sizes, on_corrupt=data.on_corrupt):
             if limit_tokens is not None and tokens >= limit_tokens:
                 return
-            lengths.append(len(piece.tokens))
-            tokens += len(piece.tokens)
-            total_bytes += int(widths[piece.tokens].sum())
-            yield piece
+            if len(ids):
+                lengths.append(len(ids))
+                tokens += len(ids)
+                total_bytes += int(sizes.sum())
+                yield Piece(group, document, 0, ids)
 
     source = pieces()
     packer = Packer(lambda: next(source, None), length=sequence_length + 1, bos_id=tokenizer.bos_id, buffer=data.buffer_documents)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..config import DataConfig
-from .tokenizer import Tokenizer
+from .tokenizer import Measured, Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
 KINDS = (
@@ -46,6 +46,14 @@ class Documents(Protocol):
 
         Raises:
             CorruptShard: the file cannot be read.
+        """
+
+    def measure(self, group: int, documents: Sequence[int]) -> list[Measured]:
+        """The same, with the bytes that each token stands for.
+
+        Raises:
+            CorruptShard: the file cannot be read.
+            ValueError: there are no texts, and the tokenizer does not tell their bytes.
         """
 
 
@@ -81,6 +89,10 @@ class TextDocuments:
             if len(self._held) > GROUPS_HELD:
                 self._held.popitem(last=False)
         return self._held[group]
+
+    def measure(self, group: int, documents: Sequence[int]) -> list[Measured]:
+        texts = self.texts(group)
+        return self._tokenizer.measure([texts[i] for i in documents])
 
     def read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
         texts = self.texts(group)
@@ -218,7 +230,7 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
             skipped += 1
     documents: Documents
     if tokenized:
-        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], skipped=skipped)
+        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], tokenizer=tokenizer, skipped=skipped)
     else:
         documents = TextDocuments(opened, tokenizer, skipped=skipped)
     if not documents.sizes.sum():
