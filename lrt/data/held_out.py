@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,22 @@ class ValidationLoader:
             self._given = first
             yield self._batch(mine + [self._padding] * (self._rows - len(mine)))
         self._given = 0
+
+    def count_batches(self) -> int:
+        """Batches of a round on each rank; packs every row to know it."""
+        step = self._rows * self._world_size
+        number = 0
+        while self._reach((number + 1) * step) > number * step:
+            number += 1
+        return number
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """First document of each file, and one more than its last."""
+        found: dict[str, tuple[int, int]] = {}
+        for group, (first, stop) in enumerate(itertools.pairwise(self.first_of_group.tolist())):
+            name = self._documents.name(group).rpartition("[")[0]
+            found[name] = (found[name][0] if name in found else first, stop)
+        return found
 
     @property
     def documents_reached(self) -> int:
