@@ -1,16 +1,16 @@
 """lrt: Latent Recurrent Transformers (arXiv 2605.26797) in PyTorch."""
 
-from lrt import prefill
 from lrt.adaptation import adapt, release
 from lrt.config import RecipeError, RecurrenceConfig, load_recipe
+from lrt.decoding import prefill
+from lrt.decoding.session import generate
+from lrt.decoding.state import DecodeState
 from lrt.families import Family
-from lrt.generation import generate
+from lrt.huggingface.registration import register_lazily
 from lrt.model import LatentRecurrentModel, build
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection
-from lrt.registration import register_lazily
 from lrt.schedules import baseline, chunked, interleaved, refine, sequential
 from lrt.serialization import load, save
-from lrt.state import DecodeState
 from lrt.types import Output
 
 __version__ = "0.1.0"

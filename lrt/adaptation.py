@@ -49,7 +49,7 @@ def adapt(
     backbone, blocks = dismantle(decoder, family or recognise(decoder))
     known: Any = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
-        from lrt.hf import LRTForCausalLM
+        from lrt.huggingface.causal_lm import LRTForCausalLM
 
         adapted: LatentRecurrentModel = LRTForCausalLM.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
     else:

@@ -1,4 +1,4 @@
-"""RoPE, masks by position, and attention over the kinds of key/value store.
+"""Masks by position, and attention over the kinds of key/value store.
 
 Layout of queries, keys and values: (B, P, heads, K). Legend: B batch, P positions of the pass,
 N keys, H query heads, G key/value heads, K head width.
@@ -13,41 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt.kernels import flex_groups, merged_attention, usable
+from lrt.kernels.attention import flex_groups, merged_attention, usable
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask: TypeAlias = "Tensor | BlockMask | None"
-
-# ------------------------------------------------------------------ rotary positions
-
-
-def rope_tables(positions: Tensor, head_dim: int, *, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles.
-
-    Args:
-        positions: (P,) or (B, P) token positions.
-        head_dim: K.
-        base: RoPE base.
-        dtype: float32, or bfloat16 to reproduce the official tables.
-
-    Returns:
-        cos, sin: (1 or B, P, 1, K/2). The angles are computed in float32, in float64 when dtype is.
-    """
-    exact = torch.promote_types(dtype, torch.float32)
-    channels = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device)
-    angles = positions.to(exact)[..., None] * (1.0 / (base ** (channels / head_dim)))
-    if angles.ndim == 2:
-        angles = angles[None]
-    return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last dimension of x (B, P, heads, K); result in the wider dtype of x and the tables."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
-
 
 # ------------------------------------------------------------------ masks
 
@@ -117,7 +88,7 @@ def grouped_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, residue: int, window: int | None, scale: float,
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S; see ``lrt.kernels``."""
+    """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S; see ``lrt.kernels.attention``."""
     if len(keys) == 1:
         return causal_attention(query, keys[0], values[0], window=window, scale=scale, softcap=softcap)
     if softcap is None and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import causal_attention, rope_tables, rotate
+from lrt.attention import causal_attention
 from lrt.config import ModelConfig
+from lrt.kernels.mixing import Mixed, columns, mix, usable
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
-from lrt.mixing import Mixed, columns, mix, usable
 from lrt.recurrence import Gate
+from lrt.rotary import rope_tables, rotate
 from lrt.types import KV, Handed, KVStore, Later, Projection
 
 
@@ -97,7 +98,7 @@ class DecoderBlock(nn.Module):
             context: of these positions.
             gate: the local and remote gates; None: nothing but this block's own keys and values.
             memory_key, memory_value: (B, P, G, K); None = zero.
-            hand_on: above 0, later passes read keys and values: give their gradients paths of their own; see ``lrt.mixing.mix``.
+            hand_on: above 0, later passes read keys and values: give their gradients paths of their own; see ``lrt.kernels.mixing.mix``.
         """
         token_value = None if self.value_gate is None else context.token_value
         gates = [g.weight for g in (gate, None if token_value is None else self.value_gate) if g is not None]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.loss import IGNORE, group_losses, weighted_loss
+from lrt.padding import alignment
 from lrt.passes import PassResult, Row, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Refine, baseline, from_config, interleaved, sequential
@@ -301,20 +302,6 @@ def _check_range(name: str, ids: Tensor, size: int) -> None:
 
 
 # ------------------------------------------------------------------ padding
-
-
-def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices that move every row's first real token to position 0, what is real there, and the way back.
-
-    Padding on the right needs nothing in a causal decoder, so only the left is moved; no host sync.
-    """
-    real = attention_mask.bool()
-    length = real.shape[1]
-    places = torch.arange(length, device=real.device)[None]
-    shift = (real.cumsum(1) == 0).sum(1, keepdim=True)
-    forth = (places + shift).clamp_max(length - 1)
-    inside = (places + shift < length) & real.gather(1, forth)
-    return forth, inside, (places - shift).clamp_min(0)
 
 
 def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, Transient, causal_mask
-from lrt.fan import Branch, Branched, attached, branch, branch_compiled, fan_out, split
-from lrt.kernels import block_mask, natural_order, usable
+from lrt.kernels.attention import block_mask, natural_order, usable
+from lrt.kernels.gradients import Branch, Branched, attached, branch, branch_compiled, fan_out, split
 from lrt.recurrence import reset_memory, shift_right
 from lrt.types import KV, KVStore, Later, MemoryInput, Pass, PassOutput, RecurrentDecoder, Schedule
 

@@ -40,7 +40,7 @@ def main() -> int:
                 world_size = args.gpus or os.environ.get("WORLD_SIZE")
                 print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
             return 0
-        from lrt.train.faults import HangError, NonFiniteError, NotSavedError
+        from lrt.train.monitor.faults import HangError, NonFiniteError, NotSavedError
         from lrt.train.trainer import train
 
         try:

@@ -17,7 +17,7 @@ from lrt.conversion.official import name_table, native_from_official, native_ten
 from lrt.loss import IGNORE
 from lrt.passes import in_order
 from lrt.serialization import model_from_config
-from lrt.shards import in_memory
+from lrt.serialization.tensors import in_memory
 
 GOLDEN = Path(__file__).parent / "golden"
 RECURRENT = ("lrt_mha", "lrt_gqa", "lrt_no_scales")

@@ -19,9 +19,9 @@ from strategies import VOCABULARY, models, rows
 import lrt
 from lrt.accounting import count_parameters, forward_flops, kv_bytes, mean_keys, mfu, training_flops
 from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.decoding.state import fingerprint
 from lrt.eval import evaluate_bpb
 from lrt.model import build_model
-from lrt.state import fingerprint
 from lrt.types import MemoryInput, Projection
 
 TINY = ModelConfig(n_layers=3, width=16, n_heads=2, vocab_size=VOCABULARY, sequence_length=16)
@@ -289,30 +289,16 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["rules", "settings", "config", "types", "registration"],
-    ["attention", "kernels", "mixing", "mix_kernels", "decode_kernels", "accounting", "shards", "data"],
+    ["config", "types", "padding", "rotary"],
+    ["kernels"],
+    ["attention", "accounting", "data"],
     ["recurrence"],
     ["loss", "schedules"],
-    ["fan"],
     ["backbone", "families", "passes"],
     ["model"],
-    ["serialization", "adapted_folder", "adaptation"],
-    [
-        "state",
-        "prompts",
-        "spans",
-        "recorded",
-        "sampling",
-        "fused",
-        "acceleration",
-        "decoding",
-        "scoring",
-        "prefill",
-        "prefix_cache",
-        "generation",
-        "conversion",
-        "hf",
-    ],
+    ["serialization", "adaptation"],
+    ["decoding"],
+    ["huggingface", "conversion"],
     ["eval"],
     ["train"],
 ]

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import lrt
-from lrt import decoding, prefill, scoring
-from lrt.acceleration import accelerate
 from lrt.data.tokenizer import check_vocabulary, load_tokenizer
-from lrt.generation import start, stop_at
-from lrt.sampling import Sampling
+from lrt.decoding import prefill, scoring
+from lrt.decoding import step as decoding
+from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.sampling import Sampling
+from lrt.decoding.session import start, stop_at
 
 
 def main() -> None:

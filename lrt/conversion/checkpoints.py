@@ -16,17 +16,17 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lrt.adaptation import adapt
-from lrt.adapted_folder import load_whole, without_ties
 from lrt.config import Recipe, ScheduleConfig, parse_recipe
 from lrt.conversion.official import native_from_official, native_tensors
-from lrt.conversion.reading import Logits, OfficialReading, Precision
-from lrt.conversion.running import filled_model, native_logits
+from lrt.conversion.official_reference import Logits, OfficialReading, Precision
+from lrt.conversion.streamed_model import filled_model, native_logits
 from lrt.conversion.tokenizers import Files, read_files, read_nanochat, without_hub_files
 from lrt.data.tokenizer import load_tokenizer
 from lrt.model import build
 from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
-from lrt.shards import LazyTensor, check_shapes, in_memory, open_folder
+from lrt.serialization.adapted import load_whole, without_ties
+from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_folder
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
 
@@ -122,7 +122,7 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: there is none, or it is not whole.
     """
-    from lrt.train.checkpoint import find_checkpoint, step_of
+    from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
 
     if step is not None:
         places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
-from lrt.conversion.lazy import rows, stacked
 from lrt.model import build_model
 from lrt.schedules import from_config
 from lrt.serialization import model_from_config, native_config, schedule_to_table
-from lrt.shards import LazyTensor, check_shapes
+from lrt.serialization.lazy import rows, stacked
+from lrt.serialization.tensors import LazyTensor, check_shapes
 
 LINEARS = {
     "attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out",

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 from lrt.conversion.checkpoints import Checkpoint
 from lrt.conversion.kinds import KINDS, read_base
-from lrt.conversion.lazy import cast, common_dtype
 from lrt.conversion.tokenizers import read_files, read_nanochat
 from lrt.conversion.verification import Verification, verify
 from lrt.serialization import new_folder
+from lrt.serialization.lazy import cast, common_dtype
 
 SHARD_SIZE = 5 * 10**9
 

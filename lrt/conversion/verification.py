@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lrt.conversion.checkpoints import Checkpoint
-from lrt.conversion.reading import Mode, Precision
-from lrt.shards import check_shapes
+from lrt.conversion.official_reference import Mode, Precision
+from lrt.serialization.tensors import check_shapes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest logit, or of 1
 KEEP_BYTES = 2 << 30  # float32 bytes up to which a model is held while it is run

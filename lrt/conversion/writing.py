@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from lrt.adapted_folder import model_card
 from lrt.conversion.checkpoints import Checkpoint, is_memory
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer
-from lrt.shards import LazyTensor, write_folder
+from lrt.serialization.adapted import model_card
+from lrt.serialization.tensors import LazyTensor, write_folder
 
 Progress = Callable[[int], None]  # bytes written since the last call
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..config import DataConfig
-from .batch import make_batch
-from .packing import Packer, Piece, Row
-from .sources import Documents
-from .stream import read_in_order
-from .tokenizer import Measured
+from lrt.config import DataConfig
+from lrt.data.batch import make_batch
+from lrt.data.packing import Packer, Piece, Row
+from lrt.data.sources import Documents
+from lrt.data.stream import read_in_order
+from lrt.data.tokenizer import Measured
 
 NOT_SCORED = -1
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..config import DataConfig
-from .batch import Batch, make_batch
-from .held_out import ValidationLoader
-from .sources import Documents, open_documents
-from .stream import Plan, Span, Stream, deal_again, fresh_state, in_order, read_in_order
-from .tokenizer import Tokenizer
+from lrt.config import DataConfig
+from lrt.data.batch import Batch, make_batch
+from lrt.data.held_out import ValidationLoader
+from lrt.data.sources import Documents, open_documents
+from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order, read_in_order
+from lrt.data.tokenizer import Tokenizer
 
 PREFETCH = 4  # batches that each worker prepares ahead
 

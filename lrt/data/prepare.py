@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import DataConfig
-from .packing import Packer, Piece
-from .sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
-from .stream import read_in_order
-from .tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
-from .tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
+from lrt.config import DataConfig
+from lrt.data.packing import Packer, Piece
+from lrt.data.sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
+from lrt.data.stream import read_in_order
+from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
+from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
 
 
 class CorpusReport(NamedTuple):

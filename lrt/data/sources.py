@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..config import DataConfig
-from .tokenizer import Measured, Tokenizer
+from lrt.config import DataConfig
+from lrt.data.tokenizer import Measured, Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
 KINDS = (
@@ -209,7 +209,7 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
     Raises:
         ValueError: nothing there, no held-out part, or wrong contents; the message names the recipe key.
     """
-    from .tokenized import TokenizedDocuments, check_shard, check_tokenizer, read_manifest
+    from lrt.data.tokenized import TokenizedDocuments, check_shard, check_tokenizer, read_manifest
 
     key = "data.train" if split == "train" or data.validation == "auto" else "data.validation"
     files = split_files(data, split=split)
@@ -274,12 +274,12 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
     if spec == "demo":
         return sorted(DEMO.glob(f"*_{demo}.txt"))
     if spec.startswith("hf://"):
-        from .hub import download
+        from lrt.data.hub import download
 
         return find_files(download(spec, key=key), key=key)
     path = Path(spec).expanduser()
     if path.is_dir():
-        from .tokenized import MANIFEST, UNFINISHED, shard_paths
+        from lrt.data.tokenized import MANIFEST, UNFINISHED, shard_paths
 
         if (path / MANIFEST).is_file():
             return shard_paths(path)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .sources import CorruptShard, fingerprint_files
-from .tokenizer import Measured, Tokenizer
+from lrt.data.sources import CorruptShard, fingerprint_files
+from lrt.data.tokenizer import Measured, Tokenizer
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrt.attention import causal_attention, rotate
+from lrt.attention import causal_attention
 from lrt.families.description import Family, Geometry, part
+from lrt.rotary import rotate
 from lrt.types import KV, KVStore, Projection
 
 

@@ -110,8 +110,9 @@ class FamilyDecoder(nn.Module):
         create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
         places = torch.arange(hidden.shape[1], device=hidden.device)
         given = {"config": self.config, "inputs_embeds": hidden, "input_embeds": hidden, "cache_position": places}
+        given |= {"cache": None, "past_key_values": None}  # its name since transformers 5.24, and before
         accepted = inspect.signature(create).parameters
-        mask = create(attention_mask=None, past_key_values=None, **{k: v for k, v in given.items() if k in accepted})
+        mask = create(attention_mask=None, **{k: v for k, v in given.items() if k in accepted})
         if mask is None:  # remembered: while a CUDA graph is captured, transformers makes the mask that it otherwise leaves out
             self._unmasked.add((implementation, hidden.shape[1], window))
         return mask

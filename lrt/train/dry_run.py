@@ -12,11 +12,11 @@ from lrt.accounting import count_parameters, training_flops
 from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
-from lrt.kernels import takes_mask
+from lrt.kernels.attention import takes_mask
 from lrt.model import LatentRecurrentModel
-from lrt.train.backbones import is_native, shapes_of
+from lrt.train.checkpoint.starting_model import is_native, shapes_of
+from lrt.train.distributed.gradient_sums import TWINS
 from lrt.train.horizon import Horizon, plan_horizon, shards_of
-from lrt.train.sums import TWINS
 from lrt.types import Schedule
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
@@ -55,7 +55,7 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
     Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
-    keeps that copy for each subset (``lrt.kernels.takes_mask`` says where it is used).
+    keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets = min(getattr(schedule, "subsets", 1), length)
     config = getattr(model.backbone, "config", None)
@@ -87,7 +87,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     by_muon, stack = _muon_numbers(model) if recipe.optimizer.kind == "muon" else (0, 0)
     if world_size > 1:
         copied = parameters.total if parallel.reshard == "after_step" else 2 * parameters.total / n_layers
-    else:  # token tables are not copied (lrt.train.replay)
+    else:  # token tables are not copied (lrt.train.distributed.graphs)
         tables = parameters.embedding + parameters.value_embeddings if native else 0
         copied = parameters.total - tables if size < 4 else 0
     every = activation_numbers(model)
@@ -103,7 +103,7 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
     else:
         logits = (2 + (groups if chunk == tokens else 1)) * 4.0 * chunk * model.vocab_size
     gradients = 4.0 * trained / shards
-    if world_size == 1:  # sums that are always there (lrt.train.sums)
+    if world_size == 1:  # sums that are always there (lrt.train.distributed.gradient_sums)
         kept_gradients = gradients
         blocks = [p.numel() for part in (model.blocks, model.memory_projection) if part is not None for p in part.parameters() if p.requires_grad]
         plan = schedule.plan(recipe.model.sequence_length, generator=torch.Generator().manual_seed(0))

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lrt import decoding, prefill
-from lrt.acceleration import accelerate
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.loader import ValidationLoader
+from lrt.decoding import prefill
+from lrt.decoding import step as decoding
+from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.fast.one_token import can_fuse
 from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
-from lrt.fused import can_fuse
 from lrt.schedules import baseline
-from lrt.train.distributed import World
-from lrt.train.faults import Heartbeat
-from lrt.train.parallel import free_gathered, fsdp_modules
-from lrt.train.state import Run
+from lrt.train.distributed.parallel import free_gathered, fsdp_modules
+from lrt.train.distributed.world import World
+from lrt.train.monitor.faults import Heartbeat
+from lrt.train.run import Run
 
 
 def evaluate(

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lrt.generation import generate
+from lrt.decoding.session import generate
+from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import Heartbeat, NotSavedError
-from lrt.train.metrics import plot_curves, read_records
-from lrt.train.state import Run, RunResult
-from lrt.train.weights import export
+from lrt.train.monitor.faults import Heartbeat, NotSavedError
+from lrt.train.monitor.metrics import plot_curves, read_records
+from lrt.train.run import Run, RunResult
 
 
 def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:

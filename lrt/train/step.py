@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lrt.data import Batch
 from lrt.loss import IGNORE
-from lrt.train.distributed import World
-from lrt.train.metrics import Late
-from lrt.train.optimizers import MuonAdamW, clip_factor, gradient_norm
-from lrt.train.parallel import free_gathered, reduce_gradients
-from lrt.train.replay import Runner, forward_backward
+from lrt.train.distributed.graphs import Runner, forward_backward
+from lrt.train.distributed.parallel import free_gathered, reduce_gradients
+from lrt.train.distributed.world import World
+from lrt.train.monitor.metrics import Late
+from lrt.train.optim.groups import MuonAdamW, clip_factor, gradient_norm
 from lrt.types import Schedule
 
 

@@ -18,21 +18,21 @@ from torch import Tensor
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
-from lrt.train.backbones import check_tokenizer, shapes_of
-from lrt.train.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
-from lrt.train.distributed import World, open_world
+from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
+from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
+from lrt.train.checkpoint.weights import build_parallel, warm_start
+from lrt.train.distributed.graphs import make_runner
+from lrt.train.distributed.parallel import named_parameters
+from lrt.train.distributed.world import World, open_world
 from lrt.train.evaluation import evaluate_run
-from lrt.train.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.horizon import plan_horizon
-from lrt.train.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
-from lrt.train.optimizers import MuonAdamW, parameter_groups
-from lrt.train.parallel import named_parameters
-from lrt.train.rates import Rates, rates_at
-from lrt.train.replay import make_runner
+from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
+from lrt.train.optim.groups import MuonAdamW, parameter_groups
+from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.report import finish
-from lrt.train.state import Run, RunResult, TrainState
+from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
-from lrt.train.weights import build_parallel, warm_start
 
 # ------------------------------------------------------------------ putting a run together
 

@@ -1,0 +1,49 @@
+"""Settings: their ranges, their dataclasses, and recipes in TOML. No torch."""
+
+from lrt.config.recipes import (
+    RecipeError,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_folders,
+    recipe_to_table,
+)
+from lrt.config.settings import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    RecurrenceConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    Weights,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RecipeError",
+    "RecurrenceConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "Weights",
+    "dump_recipe",
+    "find_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_folders",
+    "recipe_to_table",
+]

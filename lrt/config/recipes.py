@@ -1,0 +1,244 @@
+"""A recipe's TOML, in and out, no torch. The settings themselves are in ``lrt.config.settings``.
+
+A recipe file holds only what differs from the defaults. ``base = "other.toml"`` inherits from one other
+recipe, and ``--set a.b=c`` overrides a single value. All mistakes of a recipe are collected and reported together.
+
+Three layers, each over the one before: the base, the file, all overrides. A layer that gives a horizon (``training.steps``,
+``tokens`` or ``tokens_per_parameter``) replaces the horizon below it; one that gives ``schedule.kind`` (``optimizer.kind``,
+``training.lr_schedule``) leaves behind what it inherits and does not use: ``schedule.kind=refine`` over a file with
+``subsets = 4`` is no mistake. Such a key beside its kind or above it is one, unless it has the default's value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from lrt.config.ranges import range_errors, without_replaced
+from lrt.config.settings import (
+    Recipe,
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - exercised on Python 3.10 only
+    import tomli as tomllib
+
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message lists every mistake found."""
+
+
+# ------------------------------------------------------------------ TOML in
+
+
+def recipe_folders() -> list[Path]:
+    """Folders in which a recipe's bare name is looked up, in order."""
+    here = Path(__file__).resolve().parent.parent  # lrt/, which holds recipes/ in a wheel
+    return [Path.cwd(), Path.cwd() / "recipes", here / "recipes", here.parent / "recipes"]
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Path of the recipe called ``name``: a path, or a name in recipes/ (with or without .toml).
+
+    Raises:
+        ValueError: there is no such recipe; the message lists those that exist.
+    """
+    folders = recipe_folders()
+    for candidate in (str(name), f"{name}.toml"):
+        for folder in folders:
+            path = folder / candidate
+            if path.is_file():
+                return path
+    known = sorted({p.name for folder in folders[1:] if folder.is_dir() for p in folder.glob("*.toml")})
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    raise RecipeError(f"recipe {str(name)!r} not found{hint} Recipes here: {', '.join(known) or 'none'}")
+
+
+def load_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or by name.
+
+    Args:
+        name: a path, or the name of a recipe in ``recipes/``.
+        overrides: strings ``section.key=value`` that win over the file (value in TOML syntax, or bare text).
+
+    Raises:
+        RecipeError: unknown keys, wrong types or values; every mistake is listed.
+    """
+    path = find_recipe(name)
+    return _with_overrides(_read_with_base(path, chain=[]), overrides, where=path.name)
+
+
+def parse_recipe(text: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from TOML text (``base`` is not allowed here)."""
+    return _with_overrides(tomllib.loads(text), overrides, where="recipe")
+
+
+def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    errors: list[str] = []
+    above: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(above, override, errors)
+    return _recipe_from_table(_merge(table, above), errors, where=where)
+
+
+def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path.name}: not valid TOML: {error}") from None
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if chain:
+        raise RecipeError(f"{chain[0].name}: base = {path.name!r} has a base of its own ({base!r}): at most one level is allowed")
+    beside = path.parent / str(base)
+    below = _read_with_base(beside if beside.is_file() else find_recipe(base), chain=[path])
+    return _merge(below, table)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = {**without_replaced(merged[key], value, section=key), **value} if both else value
+    return merged
+
+
+def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> None:
+    path, equals, raw = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) not in (1, 2) or not all(keys):
+        errors.append(f"--set {override!r}: write section.key=value, such as training.steps=100")
+        return
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    if len(keys) == 1:
+        table[keys[0]] = value
+        return
+    section = table.get(keys[0])
+    if not isinstance(section, dict):
+        section = table[keys[0]] = {}
+    section[keys[1]] = value
+
+
+def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) -> Recipe:
+    sections: dict[str, Any] = {}
+    hints = typing.get_type_hints(Recipe)
+    for key, value in table.items():
+        if key not in hints:
+            errors.append(_unknown("section", key, list(hints)))
+        elif key == "recurrence" and value in (False, "none"):
+            sections[key] = None
+        elif not isinstance(value, Mapping):
+            off = ", or recurrence = false for the twin without memory" if key == "recurrence" else ""
+            errors.append(f"{key} = {value!r}: expected a table [{key}]{off}")
+        else:
+            cls = next(c for c in (typing.get_args(hints[key]) or (hints[key],)) if dataclasses.is_dataclass(c))
+            sections[key] = _section_from_table(cls, key, value, errors)
+    recipe = None
+    if errors:  # those that a whole recipe would have told
+        errors += [error for key, section in sections.items() if section for error in range_errors(key, type(section), vars(section))]
+    else:
+        try:
+            recipe = Recipe(**sections)
+        except ValueError as error:
+            errors.append(str(error))
+    if recipe is None:
+        raise RecipeError(f"{where}: " + "\n  ".join(errors))
+    return recipe
+
+
+def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    before = len(errors)
+    for key, raw in table.items():
+        if key not in hints:
+            errors.append(_unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in hints]))
+            continue
+        try:
+            values[key] = _convert(raw, hints[key])
+        except TypeError as error:
+            errors.append(f"{section}.{key} = {raw!r}: expected {error}")
+    if len(errors) > before:
+        errors += range_errors(section, cls, values)
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        errors.append(str(error))
+        return None
+
+
+def _convert(raw: Any, hint: Any) -> Any:
+    """``raw`` as the type ``hint``; TypeError names what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        if type(None) in args and raw == "none":
+            return None
+        expected = []
+        for option in args:
+            if option is type(None):
+                expected.append('"none"')
+                continue
+            try:
+                return _convert(raw, option)
+            except TypeError as error:
+                expected.append(str(error))
+        raise TypeError(" or ".join(expected))
+    if origin is Literal:
+        if raw in args and isinstance(raw, str):
+            return raw
+        close = difflib.get_close_matches(str(raw), [str(a) for a in args], n=1)
+        raise TypeError(f"one of {', '.join(map(str, args))}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    if origin is tuple:
+        if not isinstance(raw, (list, tuple)):
+            raise TypeError("a list")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(item, args[0]) for item in raw)
+        if len(raw) != len(args):
+            raise TypeError(f"a list of {len(args)} values")
+        return tuple(_convert(item, arg) for item, arg in zip(raw, args))
+    if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        return float(raw)
+    if hint is int and isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if hint in (bool, str) and isinstance(raw, hint):
+        return raw
+    raise TypeError({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint)))
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+
+
+# ------------------------------------------------------------------ TOML out
+
+
+def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values, None written as "none" (TOML has no null)."""
+    table: dict[str, Any] = {}
+    for section in dataclasses.fields(recipe):
+        value = getattr(recipe, section.name)
+        table[section.name] = False if value is None else {k: "none" if v is None else v for k, v in dataclasses.asdict(value).items()}
+    # A bare key must stand before the first table.
+    return dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as TOML text; parse_recipe(dump_recipe(r)) == r."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe_to_table(recipe))

@@ -1,0 +1,351 @@
+"""Every setting of a run as frozen dataclasses, with its default and its meaning beside it; no torch.
+
+Values that do not fit are refused where they are made. Reading and writing TOML is ``lrt.config``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from lrt.config.ranges import HORIZON, range_errors, unused_errors
+
+Weights = Literal["paper"] | tuple[float, ...]
+
+
+# ------------------------------------------------------------------ the settings of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceConfig:
+    """How the previous token's latent state enters the decoder (spec: paper section 3)."""
+
+    sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
+    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3)
+    kv_projection: bool = True  # memory enters keys and values
+    residual: bool = True  # memory is added to the block's input
+    gate_channels: int | None = None  # channels that the gates read; None = all
+    blocks: tuple[int, ...] | None = None  # blocks that receive memory, 1..L; None = all
+    memory_norm: Literal["rms", "final"] = "rms"  # parameter-free RMSNorm, or the backbone's own final norm
+    separator: int | None = None  # token id at which the received memory is zero
+    init: Literal["paper", "identity"] = "paper"  # from scratch, or leaving a pretrained model unchanged
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks) if isinstance(self.blocks, (list, tuple)) else (self.blocks,))
+        _raise_all(_recurrence_errors(self))
+
+    def source_index(self, n_layers: int) -> int:
+        """Number of the source block, 1..n_layers.
+
+        Raises:
+            ValueError: the block does not exist in a model of ``n_layers`` blocks.
+        """
+        source = self.source_layer
+        if source is None:
+            return max(1, round(2 * n_layers / 3))
+        if isinstance(source, float):
+            return min(n_layers, max(1, round(source * n_layers)))
+        if not 1 <= source <= n_layers:
+            raise ValueError(
+                f"recurrence.source_layer = {source}, but the model has {n_layers} blocks: use 1..{n_layers}, or a fraction such as 0.67"
+            )
+        return source
+
+    def block_indices(self, n_layers: int) -> tuple[int, ...]:
+        """Zero-based indices of the blocks that receive memory.
+
+        Raises:
+            ValueError: a listed block does not exist in a model of ``n_layers`` blocks.
+        """
+        if self.blocks is None:
+            return tuple(range(n_layers))
+        bad = [b for b in self.blocks if not 1 <= b <= n_layers]
+        if bad:
+            raise ValueError(
+                f"recurrence.blocks = {list(self.blocks)}: {bad} not in the model, which has {n_layers} blocks: use numbers 1..{n_layers}"
+            )
+        return tuple(sorted({b - 1 for b in self.blocks}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The nanochat-style decoder (spec section 5)."""
+
+    n_layers: int = 12
+    width: int | None = None  # D; None = 64 a layer
+    n_heads: int | None = None  # query heads; None = heads of width 128
+    n_kv_heads: int | None = None  # key/value heads (GQA); None = n_heads
+    vocab_size: int = 32768  # logits beyond it are cropped
+    vocab_multiple: int = 64  # rows of the embeddings are padded to a multiple of this
+    sequence_length: int = 2048  # T of training; a short window sees T/2 tokens back
+    mlp_ratio: float = 4.0
+    window_pattern: str = "SSSL"  # S short, L long, tiled over the blocks; the last is always long
+    value_embeddings: Literal["all", "alternating", "none"] = "all"
+    embedding_residual: bool = True  # x <- a x + b x_0
+    residual_scales: bool = True  # the learned a
+    qk_norm: bool = True
+    softcap: float | None = 15.0  # logits <- c tanh(logits / c); "none" switches it off
+    rope_base: float = 10000.0
+    rope_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 reproduces the official tables
+    gate_channels: int | None = None  # channels that the value-embedding gate reads; None = all
+    attention_reset: int | None = None  # token id of the separator at which attention is cut too; None = never
+
+    @property
+    def d_model(self) -> int:
+        return self.width if self.width is not None else 64 * self.n_layers
+
+    @property
+    def heads(self) -> int:
+        return self.n_heads if self.n_heads is not None else max(1, self.d_model // 128)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads if self.n_kv_heads is not None else self.heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.heads
+
+    @property
+    def padded_vocab(self) -> int:
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens that each block sees before the current one; None = all."""
+        short = self.sequence_length // 2
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layers)]
+        return tuple(short if kind == "S" and i < self.n_layers - 1 else None for i, kind in enumerate(pattern))
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether block ``layer`` (zero-based) adds a token-indexed value embedding."""
+        if self.value_embeddings == "alternating":
+            return layer % 2 == (self.n_layers - 1) % 2
+        return self.value_embeddings == "all"
+
+    def __post_init__(self) -> None:
+        _raise_all(_model_errors(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The passes of a training step; the same names as the functions lrt.interleaved(...) and so on."""
+
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"
+    subsets: int = 2  # S of interleaved
+    sweeps: int = 1  # sweeps of interleaved
+    order: Literal["ascending", "rotated", "random"] = "ascending"
+    kv_refresh: bool = False
+    passes: int = 1  # K of refine
+    chunks: int = 1  # C of chunked: tokens a chunk
+    weights: Weights = "paper"  # loss weight of each group, initialization first
+    cut_gradient: bool = False  # no gradient from one pass into the passes before
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = "demo"  # "demo", a parquet/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
+    validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train
+    text_column: str = "text"
+    tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
+    workers: int = 0  # processes that read and tokenize; 0 = in the training process
+    buffer_documents: int = 256  # documents among which a row's best fit is searched
+    shuffle_seed: int | None = None  # None = run.seed
+    on_corrupt: Literal["stop", "skip"] = "stop"  # a shard that cannot be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """One table of parameter groups (spec section 5); AdamW rates at width 768 scale with (D/768)^-0.5."""
+
+    matrix_lr: float = 0.02  # Muon: block matrices, memory projections, gates
+    momentum: float = 0.95
+    momentum_start: float = 0.85
+    momentum_warmup_steps: int = 300
+    second_moment: float = 0.95
+    weight_decay: float = 0.2  # Muon only; times (12/L)^2, falling linearly to 0
+    embedding_lr: float = 0.3  # token and value embeddings
+    head_lr: float = 0.004
+    scale_lr: float = 0.005  # a
+    injection_lr: float = 0.5  # b and g
+    betas: tuple[float, float] = (0.8, 0.95)
+    eps: float = 1e-10
+    reference_batch_tokens: int = 524288  # all rates times sqrt(batch_tokens / this)
+    kind: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for adapted models
+    adamw_lr: float = 3e-4  # kind = "adamw": rate of the backbone
+    adamw_memory_lr: float | None = None  # kind = "adamw": rate of the memory parameters; None = adamw_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter
+    tokens: int | None = None
+    tokens_per_parameter: float | None = None  # parameters = matrices + head of the twin without memory
+    batch_tokens: int = 524288  # tokens an optimizer step, over all ranks
+    micro_batch: int = 16  # rows a forward on one rank; the rest is gradient accumulation
+    lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"
+    warmup_steps: int = 0
+    warmdown_fraction: float = 0.5
+    final_lr_fraction: float = 0.0
+    clip_norm: float | None = None  # global gradient norm; "none" = no clipping
+    max_skipped: int = 20  # stop after this many steps in a row with a non-finite loss or gradient
+    stage: Literal["all", "memory"] = "all"  # memory: train only the memory parameters
+    init_from: str | None = None  # warm start: a training checkpoint or an exported folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    replicate: int = 1  # data-parallel replicas, each sharded
+    shard: int = -1  # ranks that share one copy of the parameters; -1 = all that remain
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    compile: bool = True  # compile each block and the loss
+    cuda_graphs: bool = True  # on a GPU and compiled: forward and backward of a micro-batch are one CUDA graph
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # computation; masters are always float32
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
+    timeout_minutes: float = 10.0  # a collective that takes longer stops the run
+    loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
+
+    @property
+    def reduces_once(self) -> bool:
+        """Whether gradients of several ranks are summed once a step; not where micro-batches would be added up in bfloat16."""
+        return self.reshard == "after_step" and "float32" in (self.param_dtype, self.reduce_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; 0 = only at the end
+    keep_last: int = 2
+    keep_every: int = 0  # also keep every n-th step for good; 0 = none
+    asynchronous: bool = True
+    resume: bool = True  # continue from the newest whole checkpoint of the same run
+    export_at_end: bool = True  # safetensors + config.json beside the checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    every: int = 10  # steps between console rows; the JSONL has every step
+    tensorboard: bool = False
+    plot: bool = True  # PNG of the curves at the end
+    profile_start: int | None = None  # first step of a torch.profiler window
+    profile_steps: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 0  # steps; 0 = only at the end
+    tokens: int = 65536  # held-out tokens scored, the same in every mode
+    batch: int = 16  # rows a forward
+    modes: tuple[str, ...] = ("zero", "parallel", "decode")
+    buckets: int = 4  # position buckets of the report
+    sample_prompt: str = "The "
+    sample_tokens: int = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "lrt"
+    output: str = "runs"  # the run writes to output/name
+    seed: int = 1
+    backbone: str = "native"  # "native", or a folder with a Hugging Face decoder to adapt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run needs to know; recurrence None is the matched twin without memory."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recurrence: RecurrenceConfig | None = field(default_factory=RecurrenceConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _raise_all(_recipe_errors(self))
+
+
+# ------------------------------------------------------------------ rules that types cannot say
+
+
+def _raise_all(errors: list[str]) -> None:
+    if errors:
+        raise ValueError("; ".join(errors))
+
+
+def _choice_errors(section: str, c: Any) -> list[str]:
+    """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
+    hints = get_type_hints(type(c))
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    wrong = [name for name, allowed in choices.items() if getattr(c, name) not in allowed]
+    return [f"{section}.{name} = {getattr(c, name)!r}: use one of {', '.join(choices[name])}" for name in wrong]
+
+
+def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
+    errors = _choice_errors("recurrence", c)
+    source = c.source_layer
+    if isinstance(source, bool) or not isinstance(source, (int, float, type(None))):
+        errors.append(f"recurrence.source_layer = {source!r}: use a block number 1..L, a fraction such as 0.67, or leave it out")
+    elif isinstance(source, float) and not 0 < source < 1:
+        errors.append(f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; a block number is a whole number 1..L")
+    elif isinstance(source, int) and source < 1:
+        errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
+    if not c.kv_projection and not c.residual:
+        errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
+    if c.blocks is not None and len(c.blocks) == 0:
+        errors.append("recurrence.blocks = []: name at least one block by its number 1..L, or leave it out for all")
+    others = {key: value for key, value in vars(c).items() if key != "source_layer"}
+    return errors + range_errors("recurrence", RecurrenceConfig, others)
+
+
+def _model_errors(c: ModelConfig) -> list[str]:
+    errors = _choice_errors("model", c) + range_errors("model", ModelConfig, vars(c))
+    if errors:
+        return errors
+    if c.d_model % c.heads:
+        errors.append(f"model.width = {c.d_model} is not a multiple of n_heads = {c.heads}: choose n_heads that divides the width")
+    elif c.head_dim % 2:
+        errors.append(f"model.width / n_heads = {c.head_dim} is odd, but RoPE rotates pairs: choose an even head width")
+    if c.heads % c.kv_heads:
+        errors.append(f"model.n_kv_heads = {c.kv_heads} does not divide n_heads = {c.heads}: choose a divisor")
+    if not c.window_pattern or set(c.window_pattern) - set("SL"):
+        errors.append(f"model.window_pattern = {c.window_pattern!r}: use letters S (short) and L (long), such as SSSL")
+    if c.gate_channels is not None and c.gate_channels > c.d_model:
+        errors.append(f"model.gate_channels = {c.gate_channels} is more than the width {c.d_model}: use at most {c.d_model}")
+    return errors
+
+
+def _recipe_errors(r: Recipe) -> list[str]:
+    errors: list[str] = []
+    for f in fields(r):
+        section = getattr(r, f.name)
+        if f.name not in ("model", "recurrence"):
+            errors += _choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
+    t, m = r.training, r.model
+    given = [key for key in HORIZON if getattr(t, key) is not None]
+    if len(given) > 1:
+        unset = f"--set training.{given[-1]}=none"
+        errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
+    if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
+        errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
+    bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
+    if bad:
+        errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
+    if r.recurrence is None and r.schedule.kind != "baseline":
+        errors.append(f'schedule.kind = {r.schedule.kind!r} needs memory, but recurrence is off: use kind = "baseline", or switch recurrence on')
+    if r.recurrence is not None and r.run.backbone == "native":
+        for check in (r.recurrence.source_index, r.recurrence.block_indices):
+            try:
+                check(m.n_layers)
+            except ValueError as error:
+                errors.append(str(error))
+        channels = r.recurrence.gate_channels
+        if channels is not None and channels > m.d_model:
+            errors.append(f"recurrence.gate_channels = {channels} is more than the width {m.d_model}: use at most {m.d_model}")
+    return errors

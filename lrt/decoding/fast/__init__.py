@@ -1,0 +1,1 @@
+"""Decoding and prefill on the kernels and CUDA graphs of a native model."""

@@ -1,0 +1,141 @@
+"""One token for every row of a state: the step of decoding and of exact prefill.
+
+The step works on static tensors and never asks the device for anything, so the same function runs
+eagerly, under ``torch.compile``, or replayed as a CUDA graph.
+
+Legend: B batch, N slots, L blocks, D width, G key/value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.attention import Cache
+from lrt.decoding.state import DecodeState, slot_positions
+from lrt.passes import run_blocks
+from lrt.recurrence import reset_memory
+
+Action = Callable[[], None]  # a step on static tensors
+Runner = Callable[[Action, "Tensor"], Action]  # how steps run: (step, static ``active`` (B,)) -> step
+
+
+def separator_of(model: Any) -> int | None:
+    """Token at which the received memory is zero; None = none."""
+    return None if model.recurrence is None else model.recurrence.separator
+
+
+def attention_cut_of(model: Any) -> int | None:
+    """Token at which attention is cut too (native models); None = none."""
+    return getattr(getattr(model.backbone, "config", None), "attention_reset", None)
+
+
+@torch.no_grad()
+def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+    """Let every active row of ``state`` consume one token, in place.
+
+    Args:
+        model: a RecurrentDecoder.
+        state: its rows; must have room for one token.
+        tokens: (B,) token ids.
+        active: (B,) bool; other rows stay as they are.
+
+    Returns:
+        (B, D) output of the last block.
+    """
+    model = getattr(model, "one_token", model)
+    if hasattr(model, "absorb"):
+        return model.absorb(state, tokens, active)
+    positions = state.lengths[:, None]
+    cut = attention_cut_of(model)
+    if cut is not None:
+        state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
+    hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+    received = None
+    if state.memory is not None:
+        separator = separator_of(model)
+        received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
+    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state))
+    state.lengths.add_(active)
+    if state.memory is not None and out.memory is not None:
+        torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
+        keep_memory(state)
+    return out.hidden[:, 0]
+
+
+@torch.no_grad()
+def decode_one_token(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+    """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``absorb``."""
+    hidden = absorb(model, state, tokens, active)
+    return getattr(model, "one_token", model).backbone.logits(hidden[:, None])[:, 0]
+
+
+def keep_memory(state: DecodeState) -> None:
+    """Keep the memory of rows whose length is one of ``kept_at``."""
+    if state.kept is not None and state.memory is not None:
+        here = torch.stack([state.lengths == length for length in state.kept_at], dim=1)[..., None]
+        state.kept.copy_(torch.where(here, state.memory[:, None], state.kept))
+
+
+def masked_caches(state: DecodeState) -> list[Cache]:
+    """The stores of one token a row: where its key goes, and which slots it sees."""
+    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    for key in state.keys:
+        slots = key.shape[1]
+        if slots not in shared:
+            held = slot_positions(state.lengths, slots)
+            shared[slots] = state.lengths.remainder(slots)[:, None], (held >= state.document_starts[:, None])[:, None, None]
+    return [Cache(key, value, *shared[key.shape[1]]) for key, value in zip(state.keys, state.values)]
+
+
+class WithoutMemory:
+    """A model whose memory is never received: memory mode ``zero``, to see what the memory changes.
+
+    Args:
+        model: a LatentRecurrentModel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.plain = self
+        self._model = model
+        self.recurrence, self.source, self.receivers, self.memory_projection, self.injection = None, 0, (), None, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+
+# ------------------------------------------------------------------ how a step runs
+
+
+def eager(step: Action, active: Tensor) -> Action:
+    """Run the step as it is."""
+    return step
+
+
+def graphed(step: Action, active: Tensor) -> Action:
+    """Capture the step as a CUDA graph and replay it; elsewhere than on CUDA, run it as it is.
+
+    While the step warms up no row is active, so nothing but a spare slot of the caches changes.
+    """
+    if active.device.type != "cuda":
+        return step
+    before = active.clone()
+    active.fill_(False)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+        step()
+    active.copy_(before)
+
+    def replay(inputs: Action = step) -> None:  # which must live as long: the graph knows only where its tensors were
+        graph.replay()
+
+    return replay

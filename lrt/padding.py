@@ -1,0 +1,77 @@
+"""Rows that begin at column 0: alignment of padding, and checks of prompts.
+
+Legend: B batch, T columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices that move every row's first real token to position 0, what is real there, and the way back.
+
+    Padding on the right needs nothing in a causal decoder, so only the left is moved; no host sync.
+    """
+    real = attention_mask.bool()
+    length = real.shape[1]
+    places = torch.arange(length, device=real.device)[None]
+    shift = (real.cumsum(1) == 0).sum(1, keepdim=True)
+    forth = (places + shift).clamp_max(length - 1)
+    inside = (places + shift < length) & real.gather(1, forth)
+    return forth, inside, (places - shift).clamp_min(0)
+
+
+def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """The real tokens (B,) of each row.
+
+    Raises:
+        ValueError: a row without a token, or a token that the model does not know.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
+    counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
+    if lengths is not None:
+        counts = lengths.to(device=tokens.device, dtype=torch.int64)
+    if counts.numel() == 0 or int(counts.min()) < 1:
+        raise ValueError("the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in every row")
+    real = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+    known = torch.where(real, tokens, tokens[:, :1])
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= model.backbone.vocab_size:
+        raise ValueError(
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has {model.backbone.vocab_size} entries "
+            f"(0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
+        )
+    return counts
+
+
+def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompt and mask on a device.
+
+    Raises:
+        ValueError: one is no tensor.
+    """
+    for name, given in (("the prompt", tokens), ("attention_mask", attention_mask)):
+        if not isinstance(given, (Tensor, type(None))) or tokens is None:
+            raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
+    return tokens.to(device), None if attention_mask is None else attention_mask.to(device)
+
+
+def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows (B, T) that begin at column 0, and their lengths (B,).
+
+    Raises:
+        ValueError: the mask does not fit, or has holes.
+    """
+    if attention_mask is None:
+        return tokens, None
+    if attention_mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but the prompt {tuple(tokens.shape)}: they must match")
+    forth, inside, _ = alignment(attention_mask)
+    if bool((inside[:, 1:] & ~inside[:, :-1]).any()):
+        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
+    return tokens.gather(1, forth), inside.sum(1)

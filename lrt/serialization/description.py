@@ -1,0 +1,91 @@
+"""config.json of a model's folder: what describes the model, in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
+from lrt.model import LatentRecurrentModel, build_model
+from lrt.schedules import Baseline, Interleaved, Refine, from_config
+from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
+from lrt.types import Schedule
+
+FORMAT = 1
+
+
+def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any]:
+    """config.json of a model; its keys also make it a Hugging Face config of type "lrt".
+
+    Args:
+        decoder: the foreign decoder inside; None = as the model remembers.
+    """
+    if decoder is None and is_foreign(model):
+        decoder = decoder_of(model)
+    return {
+        "model_type": "lrt",
+        "architectures": ["LRTForCausalLM"],
+        "lrt_format": FORMAT,
+        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "recurrence": None if model.recurrence is None else dataclasses.asdict(model.recurrence),
+        "schedule": schedule_to_table(model.train_schedule),
+        **({"model": dataclasses.asdict(model.backbone.config)} if decoder is None else describe_decoder(decoder)),
+    }
+
+
+def native_config(model: LatentRecurrentModel) -> dict[str, Any]:
+    """config.json of a native model."""
+    return config_of(model)
+
+
+def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRecurrentModel:
+    """The model that a config.json describes, parameters not initialized."""
+    recurrence = config.get("recurrence")
+    if "adapted" in config:
+        return skeleton(config, schedule_of(config))
+    try:
+        model = build_model(ModelConfig(**config["model"]), None if recurrence is None else RecurrenceConfig(**recurrence), device=device)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
+    model.train_schedule = schedule_of(config)
+    return model
+
+
+def schedule_of(config: dict[str, Any]) -> Schedule:
+    """The training schedule that a config.json names."""
+    try:
+        return from_config(ScheduleConfig(**config["schedule"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
+
+
+def schedule_to_table(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as the keys of a recipe's [schedule] section."""
+    if isinstance(schedule, Interleaved):
+        return {"kind": "interleaved", **dataclasses.asdict(schedule)}
+    if isinstance(schedule, Refine):
+        return {"kind": "refine", "passes": schedule.passes, "weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
+    return {"kind": "baseline"} if isinstance(schedule, Baseline) else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a saved folder.
+
+    Raises:
+        ValueError: there is none, or it is not JSON, or of a newer format.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json: give a folder that lrt.save wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if "lrt_format" not in config:
+        raise ValueError(f"{path}: not written by lrt.save (no lrt_format); to adapt a plain decoder use lrt.adapt")
+    if config["lrt_format"] > FORMAT:
+        raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
+    return config

@@ -1,0 +1,42 @@
+"""Reading a model's folder that ``lrt.save`` wrote. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.model import LatentRecurrentModel
+from lrt.serialization.adapted import load_adapter, load_whole
+from lrt.serialization.description import model_from_config, read_config, schedule_of
+from lrt.serialization.tensors import check_shapes, open_folder
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None) -> LatentRecurrentModel:
+    """Read a model that ``save`` wrote.
+
+    Args:
+        folder: with safetensors (whole or in shards) and config.json.
+        dtype: of the parameters; None = as saved.
+        device: None = CPU.
+        base: the decoder that a folder of ``adapter_only=True`` was made for; it becomes part of the model.
+        family: as in ``lrt.adapt``, for a decoder that needs it.
+
+    Raises:
+        ValueError: not such a folder, its tensors do not fit its config, or ``base`` is missing or another decoder.
+    """
+    config = read_config(folder)
+    tensors = open_folder(folder)
+    if config.get("adapter_only"):
+        if base is not None and (device is not None or dtype is not None):
+            base = base.to(device=device, dtype=dtype)
+        return load_adapter(folder, config, tensors, base, family=family, train_schedule=schedule_of(config))
+    if base is not None:
+        raise ValueError(f"{folder} holds a whole model: leave base out")
+    if "adapted" in config:
+        return load_whole(folder, config, tensors, train_schedule=schedule_of(config), dtype=dtype, device=device)
+    model = model_from_config(config, device="meta")
+    check_shapes(str(folder), tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    model.load_state_dict({n: t.own(device=device, dtype=dtype) for n, t in tensors.items()}, assign=True)
+    return model.eval()

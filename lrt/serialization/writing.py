@@ -1,0 +1,90 @@
+"""Writing a model as a folder: safetensors, config.json and a model card.
+
+A folder is written beside its place and renamed, so a broken save leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.model import LatentRecurrentModel
+from lrt.serialization.adapted import is_foreign, model_card, refuse_whole, without_ties
+from lrt.serialization.description import config_of
+from lrt.serialization.tensors import in_memory, write_folder
+
+
+def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | None = None) -> Path:
+    """Write a model to ``folder``: safetensors, config.json and a model card.
+
+    Args:
+        model: the model, on any device.
+        folder: must not exist yet, or be empty.
+        adapter_only: only the memory parameters of an adapted model, a few MB; ``load`` then needs its decoder.
+        shard_size: bytes of the largest file; None = one file.
+
+    Raises:
+        ValueError: the folder is in use, or this model cannot be saved so.
+    """
+    with new_folder(folder) as place:
+        write_model(model, place, adapter_only=adapter_only, shard_size=shard_size)
+    return Path(folder)
+
+
+def write_model(
+    model: LatentRecurrentModel,
+    place: Path,
+    *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    adapter_only: bool = False,
+    shard_size: int | None = None,
+) -> None:
+    """Write a model's files into a folder that exists; see ``save``.
+
+    Args:
+        tensors: gathered elsewhere, under the names of ``model.state_dict()``; None = the model's own.
+    """
+    if adapter_only and model.original is None:
+        raise ValueError("adapter_only = True, but this model was not made by lrt.adapt: save it whole")
+    if is_foreign(model) and not adapter_only:
+        refuse_whole(model)
+    config = config_of(model) | ({"adapter_only": True} if adapter_only else {})
+    every = model.state_dict() if tensors is None else tensors
+    chosen = {name: every[name] for name in model.memory_parameters()} if adapter_only else without_ties(model, every)
+    write_folder(place, in_memory(chosen), shard_size=shard_size)
+    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (place / "README.md").write_text(model_card(config), encoding="utf-8")
+    settings: Any = getattr(model, "generation_config", None)
+    if settings is not None:
+        settings.save_pretrained(place)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder that appears at its place only when the block ends without an error.
+
+    Raises:
+        ValueError: something is already there.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{folder} already exists: choose a new folder, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield place
+        os.chmod(place, 0o755)
+        if target.exists():
+            target.rmdir()
+        place.rename(target)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise

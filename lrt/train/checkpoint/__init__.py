@@ -1,0 +1,1 @@
+"""Checkpoints of a run, weights that it starts from, and what it exports."""

@@ -1,0 +1,184 @@
+"""The model that a recipe trains: native, or a Hugging Face decoder from a folder with memory around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.adaptation import adapt
+from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
+from lrt.model import LatentRecurrentModel, build
+from lrt.schedules import baseline, from_config
+from lrt.serialization import load, model_from_config
+from lrt.train.optim.groups import is_memory
+
+OF_ANY_BACKBONE = ("sequence_length",)  # keys of [model] that a decoder from a folder leaves open
+
+
+def is_native(recipe: Recipe) -> bool:
+    return recipe.run.backbone == "native"
+
+
+def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
+    """The recipe's model on the meta device, what does not train frozen: to count and to plan with; no weights are read.
+
+    Raises:
+        ValueError: as ``read_backbone``.
+    """
+    if is_native(recipe):
+        return freeze(build(recipe, device="meta"), recipe)
+    folder, config = _open(recipe)
+    with torch.device("meta"):
+        if "lrt_format" in config:
+            return _prepared(model_from_config(config), recipe)
+        transformers = _transformers()
+        return _adapted(folder, recipe, lambda: transformers.AutoModelForCausalLM.from_config(_config_of(folder), dtype=torch.float32))
+
+
+def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
+    """The model around the decoder in ``run.backbone``: on the CPU, in float32, in training mode.
+
+    Args:
+        recipe: the folder is one of Hugging Face, or one that ``lrt.save`` wrote for an adapted model.
+
+    Raises:
+        ValueError: the folder cannot be used, or a setting of the recipe does not fit it.
+    """
+    folder, config = _open(recipe)
+    if "lrt_format" in config:
+        return _prepared(load(folder, dtype=torch.float32), recipe)
+    # Nothing is unpickled and no code of the folder runs.
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    return _adapted(folder, recipe, lambda: _transformers().AutoModelForCausalLM.from_pretrained(folder, **options))
+
+
+def freeze(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
+    """Let only the parameters of ``training.stage`` train.
+
+    Raises:
+        ValueError: there is no memory to train.
+    """
+    if recipe.training.stage == "memory":
+        if recipe.recurrence is None:
+            raise ValueError('training.stage = "memory", but recurrence is off: use stage = "all", or switch recurrence on')
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_memory(name))
+    return model
+
+
+def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of the data.
+        vocab_size: rows of the model's vocabulary.
+
+    Raises:
+        ValueError: it has more ids than the model, or the decoder's folder holds another one.
+    """
+    if is_native(recipe):
+        return check_vocabulary(tokenizer, vocab_size)
+    folder = Path(recipe.run.backbone).expanduser()
+    given, mend = f'data.tokenizer = "{recipe.data.tokenizer}"', f'set data.tokenizer = "{recipe.run.backbone}"'
+    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f'{given} is not the tokenizer of run.backbone = "{folder}", whose token ids mean other words: {mend}')
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of {vocab_size}: use the '
+            "tokenizer that it was trained with"
+        )
+
+
+# ------------------------------------------------------------------ folders
+
+
+def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
+    folder = Path(recipe.run.backbone).expanduser()
+    key = f'run.backbone = "{recipe.run.backbone}"'
+    if not (folder / "config.json").is_file():
+        what = "holds no config.json" if folder.is_dir() else "is no folder"
+        raise ValueError(f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model')
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{key}: config.json is not valid JSON: {error}") from None
+    _check_settings(recipe)
+    if "lrt_format" in config:
+        _check_saved(recipe, config, key)
+    elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
+        raise ValueError(f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"')
+    if "quantization_config" in config:
+        raise ValueError(f"{key} is quantized, and its matrices cannot train: save it dequantized first")
+    return folder, config
+
+
+def _check_settings(recipe: Recipe) -> None:
+    """Refuse what the decoder in the folder decides itself."""
+    default = ModelConfig()
+    given = {f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(default) if f.name not in OF_ANY_BACKBONE}
+    idle = [f"model.{name} = {value}" for name, value in given.items() if value != getattr(default, name)]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would have no effect: the decoder in run.backbone decides this; leave it out of the recipe")
+    if recipe.optimizer.kind != "adamw":
+        raise ValueError(
+            f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: set optimizer.kind = "adamw" '
+            "for a decoder from run.backbone"
+        )
+
+
+def _check_saved(recipe: Recipe, config: dict[str, Any], key: str) -> None:
+    """Refuse a folder of ``lrt.save`` that holds another model than the recipe describes."""
+    if "adapted" not in config:
+        raise ValueError(f'{key} holds a native model: set run.backbone = "native" and training.init_from to this folder')
+    if config.get("adapter_only"):
+        raise ValueError(f"{key} holds the memory alone: lrt.load it with base=, lrt.save the whole model, and give that folder")
+    if recipe.recurrence is None:
+        raise ValueError(f"{key} was trained with memory, but recurrence is off: give the decoder's own folder, or switch recurrence on")
+    stored = dataclasses.asdict(RecurrenceConfig(**config["recurrence"]))
+    here = dataclasses.asdict(recipe.recurrence)
+    different = [f"recurrence.{k} = {stored[k]!r} there, {v!r} here" for k, v in here.items() if k != "init" and v != stored[k]]
+    if different:
+        raise ValueError(f"{key} holds another recurrence than the recipe: {'; '.join(different)}: use the folder's settings")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError('run.backbone names a Hugging Face folder: pip install "lrt[hf]"') from None
+    return transformers
+
+
+def _config_of(folder: Path) -> Any:
+    return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _adapted(folder: Path, recipe: Recipe, make: Callable[[], Any]) -> LatentRecurrentModel:
+    """Adapt the decoder that ``make`` returns; memory starts at zero, so no seed is involved."""
+    try:
+        decoder = make()
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f'run.backbone = "{folder}" cannot be read as a causal language model: {" ".join(str(error).split())}') from None
+    model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
+    return _prepared(_without_memory(model) if recipe.recurrence is None else model, recipe)
+
+
+def _without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
+    """The decoder inside an adapted model, unchanged: the twin that trains on the same tokens."""
+    plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
+    plain.original = model.original
+    return plain
+
+
+def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
+    model.backbone.loss_chunk = recipe.parallel.loss_chunk
+    model.train_schedule = baseline() if recipe.recurrence is None else from_config(recipe.schedule)
+    return freeze(model.train(), recipe)

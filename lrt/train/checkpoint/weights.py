@@ -1,0 +1,141 @@
+"""Parameters in and out of a (sharded) model: building, filling, gathering."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lrt.config import Recipe
+from lrt.model import LatentRecurrentModel, build
+from lrt.serialization import load, new_folder, save
+from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.train.checkpoint.checkpoint import find_checkpoint, read_tensors
+from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
+from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
+from lrt.train.distributed.world import World
+from lrt.train.optim.muon import layout_of, local
+
+
+def build_parallel(recipe: Recipe, world: World) -> LatentRecurrentModel:
+    """The recipe's model on this rank, planned, with the values that training starts from.
+
+    They are the same whatever the number of ranks: each rank makes the whole model for a moment and keeps its rows.
+    A native model is planned on the meta device and has the values of ``lrt.build``; a decoder from a folder may tie
+    weights and hold tables that an empty model loses, so it is read before it is planned.
+    """
+    native = is_native(recipe)
+    model = shapes_of(recipe) if native else read_backbone(recipe).to(world.device)
+    if not world.working_copy:  # otherwise the plan is the copy's (lrt.train.distributed.graphs)
+        parallelize(model, recipe.parallel, world)
+    if native:
+        model.to_empty(device=world.device)
+        fill(model, named_tensors(build(recipe, device=world.device)))
+    return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that the plain model gives them."""
+    return {**dict(named_parameters(model)), **{name.replace(WRAPPED, ""): buffer for name, buffer in model.named_buffers()}}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a model, each rank its rows.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    for name, parameter in named_tensors(model).items():
+        whole = tensors.get(name)
+        if whole is None or whole.shape != parameter.shape:
+            got = "nothing" if whole is None else f"shape {tuple(whole.shape)}"
+            raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be filled from {got}: the weights belong to another model")
+        layout = layout_of(parameter)
+        if layout is not None:
+            counts = layout.rows(whole.shape[0])
+            whole = whole.narrow(0, min(sum(counts[: layout.rank]), whole.shape[0]), counts[layout.rank])
+        local(parameter).copy_(whole)
+
+
+def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
+    """Take the weights of a training checkpoint, of an exported folder or of a safetensors file with the model's own names, and nothing else.
+
+    Raises:
+        ValueError: it is none of these, or holds another model.
+    """
+    try:
+        if Path(path).is_file():
+            fill(model, _read_file(Path(path)))
+            return
+        if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
+            fill(model, named_tensors(load(path, device="cpu")))
+            return
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
+        read_tensors(find_checkpoint(path), tensors, process_group=world.checkpoint_group)
+    except ValueError as error:
+        raise ValueError(f"training.init_from = {path}: {error}") from None
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"not a whole safetensors file ({error})") from None
+
+
+def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, under plain names; empty on other ranks."""
+    whole = {}
+    for name, tensor in named_tensors(model).items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.main:
+            whole[name] = full.detach().cpu()
+    return whole
+
+
+def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) -> LatentRecurrentModel | None:
+    """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
+    the recipe continues a decoder without memory.
+
+    Args:
+        model: plain or parallel; every rank must call this.
+        recipe: of the model.
+        folder: None = write nothing.
+        world: the processes.
+
+    Returns:
+        The plain model on the CPU in evaluation mode on rank 0, None on other ranks.
+    """
+    tensors = gather(model, world)
+    if not world.main:
+        return None
+    plain = _plain(recipe, tensors)
+    if folder is not None:
+        beside = folder.with_name(f".new_{folder.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        if plain.recurrence is None and is_foreign(plain):
+            with new_folder(beside) as place:
+                decoder_of(plain).save_pretrained(place)
+        else:
+            save(plain, beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    return plain.eval()
+
+
+def _plain(recipe: Recipe, tensors: Mapping[str, Tensor]) -> LatentRecurrentModel:
+    """The recipe's model with these values."""
+    if not is_native(recipe):
+        plain = read_backbone(recipe)
+        fill(plain, tensors)
+        return plain
+    plain = build(recipe, device="meta")
+    plain.load_state_dict(tensors, assign=True)
+    return plain

@@ -1,0 +1,1 @@
+"""Processes, the parallel plan, CUDA graphs, and sums of gradients on one GPU."""

@@ -1,0 +1,1 @@
+"""Metrics, sinks, and what ends a run early."""

@@ -1,0 +1,1 @@
+"""Groups of parameters, Muon with AdamW, and rates by step."""

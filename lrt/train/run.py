@@ -1,0 +1,74 @@
+"""The values of a run that its parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt.accounting import Parameters
+from lrt.config import Recipe
+from lrt.data import Tokenizer
+from lrt.train.checkpoint.checkpoint import CheckpointManager
+from lrt.train.distributed.graphs import Runner
+from lrt.train.distributed.world import World
+from lrt.train.horizon import Horizon
+from lrt.train.monitor.faults import FiniteGuard
+from lrt.train.monitor.metrics import Recorder
+from lrt.train.optim.groups import MuonAdamW
+
+
+@dataclass
+class TrainState:
+    """Exactly what resuming needs beside tensors and loaders."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        folder: of the run.
+        step: optimizer steps done.
+        stopped: signal that ended it early; None when it reached its end.
+        bpb: bits per byte by memory mode; empty when it was stopped.
+        tokens_per_second: of training, over all ranks.
+        parameters: of the model.
+        sample: decoded text; None where none was made.
+    """
+
+    folder: Path
+    step: int
+    stopped: str | None
+    bpb: dict[str, float]
+    tokens_per_second: float
+    parameters: int
+    sample: str | None = None
+
+
+@dataclass
+class Run:
+    """The parts of a run, put together once and used by the loop."""
+
+    recipe: Recipe
+    world: World
+    folder: Path
+    horizon: Horizon
+    parameters: Parameters
+    flops_a_token: float
+    model: Any
+    runner: Runner | None
+    optimizer: MuonAdamW
+    tokenizer: Tokenizer
+    loader: Any
+    validation: Any
+    manager: CheckpointManager
+    recorder: Recorder
+    guard: FiniteGuard
+    say: Callable[[str], None]
+    state: TrainState

@@ -1,0 +1,139 @@
+"""Runs of two ranks that lose one: killed and restarted by torchrun, hung, and resumed on another number of ranks."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_run import ROOT, TINY
+
+from lrt.config import parse_recipe
+from lrt.train.checkpoint.checkpoint import latest, read_rest, step_of
+from lrt.train.distributed.world import open_world, register_graph
+from lrt.train.monitor.faults import HangError
+from lrt.train.monitor.metrics import read_records
+
+pytestmark = pytest.mark.dist
+
+
+def launch(folder, *sets, ranks=2, options=(), gpu=False):
+    (folder / "r.toml").write_text(TINY)
+    pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_step(process, step):
+    while True:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        if re.match(rf" +{step} ", line):
+            return
+
+
+def workers(process):
+    """Process ids of the ranks, in order."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(item[5:]) for item in environment if item.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = int(child)
+    return [found[rank] for rank in sorted(found)]
+
+
+ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64")  # with CUDA graphs, by default
+TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=TWO_GPUS)])
+def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gpu):
+    sets, options = ("checkpoint.every=4", *(ON_GPUS if gpu else ())), {"gpu": gpu}
+    first = launch(tmp_path, "training.steps=24", *sets, options=("--max-restarts=1",), **options)
+    wait_for_step(first, 9)
+    os.kill(workers(first)[1], signal.SIGKILL)
+    output, errors = first.communicate(timeout=300 if gpu else 120)
+    assert first.returncode == 0, errors
+    assert re.search(r"resumed from .*step_\d+", output)
+    folder = tmp_path / "tiny"
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 25))
+    assert step_of(latest(folder / "checkpoints")) == 24
+
+    second = launch(tmp_path, "training.steps=30", *sets, ranks=1, **options)
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert "resumed from" in output and [r.meta["world_size"] for r in map(read_rest, [latest(folder / "checkpoints")])] == [1]
+    assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 31))
+
+
+def alive(process):
+    """A process that runs: one whose parent is gone may wait as a zombie for somebody to ask how it ended."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_whose_torchrun_has_ended_save_and_end(tmp_path):
+    """As schedulers do with SIGUSR1, which torchrun does not know: it ends at once, and nobody would watch its ranks."""
+    first = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
+    wait_for_step(first, 5)
+    ranks = workers(first)
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)  # until the ranks, too, have let go of the pipe
+    assert first.returncode == -signal.SIGUSR1 and not any(map(alive, ranks))
+    assert re.search(r"stopped by (the end of torchrun|a signal on another rank) at step \d+ of 100000", output)
+    step = step_of(latest(tmp_path / "tiny" / "checkpoints"))
+    second = launch(tmp_path, f"training.steps={step + 2}")
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 0 and "resumed from" in output, errors
+
+
+def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
+    process = launch(tmp_path, "training.steps=100000", "parallel.timeout_minutes=0.1")
+    wait_for_step(process, 5)
+    stopped = workers(process)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if line.startswith("stopped: step"):  # how the waiting rank ends
+            break
+    os.kill(stopped, signal.SIGKILL)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode != 0
+    named = r"step \d+: no progress for about 0.1 minutes \(parallel.timeout_minutes\): a rank has died or hangs"
+    assert re.search(f"rank 0: {named}", seen), seen + rest  # said before the process group gives up
+    assert re.search(f"stopped: {named}", seen), seen + rest
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, HangError])
+def test_graphs_are_let_go_of_before_the_process_group_is_left(monkeypatch, error):
+    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not. After a hang nothing is left in order."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # one process is sharded on a CPU alone
+    seen = []
+
+    class Graph:
+        def reset(self):
+            seen.append(torch.distributed.is_initialized())
+
+    graph = Graph()
+    expected = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with expected, open_world(parse_recipe("", overrides=["parallel.param_dtype=bfloat16"])) as world:
+        assert world.sharded
+        register_graph(graph)
+        if error is not None:
+            raise error
+    if error is HangError:
+        assert seen == [] and torch.distributed.is_initialized()
+        torch.distributed.destroy_process_group()
+    else:
+        assert seen == [True] and not torch.distributed.is_initialized()
