@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt
+from lrt.adaptation import adapt, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
@@ -168,14 +168,7 @@ def _adapted(folder: Path, recipe: Recipe, make: Callable[[], Any]) -> LatentRec
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f'run.backbone = "{folder}" cannot be read as a causal language model: {" ".join(str(error).split())}') from None
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
-    return _prepared(_without_memory(model) if recipe.recurrence is None else model, recipe)
-
-
-def _without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
-    """The decoder inside an adapted model, unchanged: the twin that trains on the same tokens."""
-    plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
-    plain.original = model.original
-    return plain
+    return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
