@@ -15,10 +15,11 @@ import torch
 
 from lrt.adaptation import adapt, without_memory
 from lrt.config import Recipe, RecurrenceConfig, load_recipe
-from lrt.conversion.kinds import KINDS, is_plain, kind_of
+from lrt.conversion.kinds import KINDS, kind_of
 from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, model_from_config
+from lrt.serialization.decoders import is_plain, open_decoder
 
 
 @dataclass(frozen=True)
@@ -166,19 +167,8 @@ def _step(export: Path) -> int | None:
 
 
 def _decoder(folder: Path) -> Any:
-    """The decoder in a folder: native, or of Hugging Face. No code of the folder runs, nothing is fetched."""
-    if not is_plain(folder):
-        return open_model(folder).model
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        raise ValueError(f'{folder} holds a Hugging Face decoder: pip install "lrt[hf]"') from None
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be read as a causal language model: {' '.join(str(error).split())}") from None
+    """The decoder in a folder: native, or of Hugging Face."""
+    return open_decoder(folder, dtype="auto") if is_plain(folder) else open_model(folder).model
 
 
 def _from_checkpoint(folder: Path) -> LatentRecurrentModel:

@@ -11,8 +11,8 @@ import torch
 
 from lrt.config import DataConfig
 from lrt.data.batch import make_batch
+from lrt.data.documents import Documents
 from lrt.data.packing import Packer, Piece, Row
-from lrt.data.sources import Documents
 from lrt.data.stream import read_in_order
 from lrt.data.tokenizer import Measured
 

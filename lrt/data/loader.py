@@ -15,8 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lrt.config import DataConfig
 from lrt.data.batch import Batch, make_batch
+from lrt.data.documents import Documents
 from lrt.data.held_out import ValidationLoader
-from lrt.data.sources import Documents, open_documents
+from lrt.data.sources import open_documents
 from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order, read_in_order
 from lrt.data.tokenizer import Tokenizer
 
@@ -198,6 +199,11 @@ class TrainLoader:
         for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self._data.workers)):
             states[self._order[worker]] = state
         return states
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the documents: the same data, wherever they lie."""
+        return self._documents.fingerprint
 
     @property
     def epoch(self) -> int:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Packer, Piece, Row
-from lrt.data.sources import CorruptShard, Documents
 
 Found = TypeVar("Found")
 READ_AHEAD = 64  # documents tokenized at once
