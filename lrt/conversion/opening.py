@@ -20,6 +20,8 @@ from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import is_plain, open_decoder
+from lrt.train.checkpoint.checkpoint import find_checkpoint, latest, read_tensors, step_of
+from lrt.train.checkpoint.starting_model import is_native, read_backbone
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,6 @@ def find_model(path: str | Path) -> Path:
     Raises:
         ValueError: there is no model at all.
     """
-    from lrt.train.checkpoint.checkpoint import latest, step_of
-
     place = Path(path).expanduser()
     if not str(path).strip():
         raise ValueError("the folder's name is empty: name a folder with a model")
@@ -173,9 +173,6 @@ def _decoder(folder: Path) -> Any:
 
 def _from_checkpoint(folder: Path) -> LatentRecurrentModel:
     """The weights of a training checkpoint, in the model of its recipe."""
-    from lrt.train.checkpoint.checkpoint import find_checkpoint, read_tensors
-    from lrt.train.checkpoint.starting_model import is_native, read_backbone
-
     checkpoint = find_checkpoint(folder)
     recipe = load_recipe(str(checkpoint / "recipe.toml"))
     model = build(recipe) if is_native(recipe) else read_backbone(recipe)
