@@ -10,6 +10,8 @@ from typing import NamedTuple
 from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_decoder, read_hf, read_lrt, read_official
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
+from lrt.serialization.decoders import is_plain
+from lrt.serialization.renewal import config_file
 
 
 class Kind(NamedTuple):
@@ -45,7 +47,7 @@ def kind_of(path: Path) -> str:
     Raises:
         ValueError: none that is known.
     """
-    if (path / "config.json").is_file():
+    if config_file(path).is_file():
         if is_plain(path):
             raise ValueError(f"{path}: a Hugging Face model that lrt did not write: lrt.adapt makes it recurrent, --base takes it as it is")
         config = read_config(path)
@@ -61,9 +63,3 @@ def kind_of(path: Path) -> str:
 def read_base(path: Path) -> Checkpoint:
     """The decoder of an adapter: a checkpoint of any kind, or a plain Hugging Face decoder."""
     return read_decoder(path) if is_plain(path) else KINDS[kind_of(path)].read(path)
-
-
-def is_plain(path: Path) -> bool:
-    """Whether it is a Hugging Face folder that lrt did not write."""
-    config = path / "config.json"
-    return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8")
