@@ -24,7 +24,7 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     try:
-        plain = export(run.model, run.recipe, exported, run.world)
+        plain = export(run.model, run.recipe, exported, run.world, step=run.state.step)
         if plain is not None and exported is not None:
             run.tokenizer.save(exported)
     except (OSError, SafetensorError) as error:
