@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     return whole
 
 
-def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) -> LatentRecurrentModel | None:
+def export(
+    model: nn.Module, recipe: Recipe, folder: Path | None, world: World, *, step: int | None = None
+) -> LatentRecurrentModel | None:
     """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
     the recipe continues a decoder without memory.
 
@@ -109,6 +112,7 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
         recipe: of the model.
         folder: None = write nothing.
         world: the processes.
+        step: of the run; config.json says it, so that an export that is older than a checkpoint is known.
 
     Returns:
         The plain model on the CPU in evaluation mode on rank 0, None on other ranks.
@@ -123,7 +127,13 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
                 decoder_of(plain).save_pretrained(place)
             else:
                 write_model(plain, place)
+            if step is not None:
+                _add_step(place / "config.json", step)
     return plain.eval()
+
+
+def _add_step(config: Path, step: int) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"step": step}, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(recipe: Recipe, tensors: Mapping[str, Tensor]) -> LatentRecurrentModel:
