@@ -13,6 +13,7 @@ from lrt.eval.runs import read_records
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.faults import Heartbeat, NotSavedError
+from lrt.train.monitor.host import data_was_the_limit, share_waited
 from lrt.train.monitor.metrics import plot_curves
 from lrt.train.run import Run, RunResult
 
@@ -59,10 +60,12 @@ def decode_sample(model: Any, run: Run) -> str | None:
 def summary(run: Run, result: RunResult) -> str:
     """The final table, the sample, and where everything lies."""
     parts = run.parameters
+    waited = share_waited(read_records(run.folder / "metrics.jsonl"))
     rows = [
         *((f"bits per byte, {mode}", f"{value:.4f}") for mode, value in result.bpb.items()),
         ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
+        ("waiting for data", f"{100 * waited:.1f} % of the time"),
         ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
         ("skipped steps", f"{run.state.skipped}"),
         ("unreadable texts", f"{run.loader.skipped}"),
@@ -72,4 +75,6 @@ def summary(run: Run, result: RunResult) -> str:
     if result.sample is not None:
         lines += ["", "sample:", *(f"  {line}" for line in result.sample.splitlines())]
     written = [path for path in ("recipe.toml", "metrics.jsonl", "curves.png", "checkpoints", "export") if (run.folder / path).exists()]
+    limit = data_was_the_limit(waited, workers=run.loader.workers)
+    lines += [] if limit is None else ["", limit]
     return "\n".join([*lines, "", f"written to {run.folder.resolve()}: {', '.join(written)}"])

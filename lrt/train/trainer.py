@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from lrt.train.evaluation import evaluate_run
 from lrt.train.horizon import plan_horizon, steps_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.monitor.profile import profiler
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
@@ -62,7 +63,8 @@ def train(recipe: Recipe) -> RunResult:
         with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
             run = assemble(recipe, world)
             try:
-                result = _loop(run, signals, heart)
+                with host_threads(world.device, threads=recipe.parallel.host_threads):
+                    result = _loop(run, signals, heart)
                 _tell(run, "done" if result.stopped is None else f"stopped: {result.stopped}")
                 return result
             except BaseException as error:
@@ -246,7 +248,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if _evaluation_missed(run):
         with clock.paused():
             evaluate_run(run, heart)
-    with _profiler(recipe, run.folder, run.world) as profile:
+    with profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
             profile(state.step + 1)
@@ -372,29 +374,3 @@ def _save(run: Run) -> None:
         rank_state={"loader": run.loader.state_dict(), "random": _random_state(run.world.device)},
         meta=dataclasses.asdict(run.state),
     )
-
-
-@contextlib.contextmanager
-def _profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside it has of it."""
-    start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
-    running: torch.profiler.profile | None = None
-
-    def finish() -> None:
-        nonlocal running
-        if running is not None:
-            running.stop()
-            (folder / "profile").mkdir(exist_ok=True)
-            running.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{start}.json"))
-            running = None
-
-    def before(step: int) -> None:
-        nonlocal running
-        if step == start:
-            running = torch.profiler.profile()
-            running.start()
-        elif start is not None and step == start + count:
-            finish()
-
-    yield before
-    finish()
