@@ -30,6 +30,7 @@ from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
 from lrt.train.horizon import plan_horizon, steps_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
+from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
 from lrt.train.monitor.profile import profiler
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
