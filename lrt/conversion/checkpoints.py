@@ -122,7 +122,7 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: there is none, or it is not whole.
     """
-    from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
+    from lrt.train.checkpoint import find_checkpoint, step_of
 
     if step is not None:
         places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)

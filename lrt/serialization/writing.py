@@ -6,7 +6,6 @@ A folder is written beside its place and renamed, so a broken save leaves nothin
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -67,6 +66,16 @@ def write_model(
         settings.save_pretrained(place)
 
 
+def _as_usual(place: Path) -> None:
+    """Give a folder and its files the permissions that the user's umask leaves; some writers have rules of their own."""
+    probe = place / ".permissions"
+    probe.mkdir()
+    mode = probe.stat().st_mode & 0o777
+    probe.rmdir()
+    for path in (place, *place.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o7000 | (mode if path.is_dir() else mode & 0o666))
+
+
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder that appears at its place only when the block ends without an error.
@@ -81,7 +90,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield place
-        os.chmod(place, 0o755)
+        _as_usual(place)
         if target.exists():
             target.rmdir()
         place.rename(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lrt.accounting import Parameters
-from lrt.config import ParallelConfig, Recipe
+from lrt.config import ParallelConfig, Recipe, TrainingConfig
 
 
 class Horizon(NamedTuple):
@@ -48,6 +48,21 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
     here = rows // world_size
     forward = max(n for n in range(1, min(training.micro_batch, here) + 1) if here % n == 0)
     return Horizon(steps, forward, here // forward, training.batch_tokens, steps * training.batch_tokens)
+
+
+def rest_of(horizon: Horizon, *, training: TrainingConfig, step: int, tokens: int) -> Horizon:
+    """The horizon of a run that goes on: one in tokens is not overrun, whatever the batches so far.
+
+    Args:
+        horizon: of a run that begins with this recipe.
+        training: of the recipe.
+        step: optimizer steps done.
+        tokens: trained on in them.
+    """
+    if training.steps is not None or tokens == step * horizon.batch_tokens:
+        return horizon
+    left = max(0, (training.tokens or horizon.tokens) - tokens) // horizon.batch_tokens
+    return horizon._replace(steps=step + left, tokens=tokens + left * horizon.batch_tokens)
 
 
 def shards_of(config: ParallelConfig, world_size: int) -> int:

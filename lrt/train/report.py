@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from lrt.decoding.session import generate
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
-from lrt.train.monitor.faults import Heartbeat, NotSavedError
+from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
 from lrt.train.monitor.metrics import plot_curves, read_records
 from lrt.train.run import Run, RunResult
 
@@ -19,12 +20,13 @@ from lrt.train.run import Run, RunResult
 def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     """Evaluate, export, draw and print what a finished run is worth; every rank must call this."""
     record = evaluate_run(run, heart)
+    bad = [mode for mode, value in record["bpb"].items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"bits per byte of the trained model are not finite (in mode {', '.join(bad)}), so nothing is exported")
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     try:
-        plain = export(run.model, run.recipe, exported, run.world)
-        if plain is not None and exported is not None:
-            run.tokenizer.save(exported)
+        plain = export(run.model, run.recipe, exported, run.world, tokenizer=run.tokenizer)
     except (OSError, SafetensorError) as error:
         raise NotSavedError(
             f"{exported} could not be written ({error}): make room and give the same command, which exports from the checkpoint of "
@@ -38,6 +40,9 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
                 plot_curves(read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png")
             except ValueError as error:
                 run.say(str(error))
+            except OSError as error:
+                raise NotSavedError(f"{run.folder / 'curves.png'} could not be written ({error}): the same command draws it again") from None
+        run.recorder.check()
         run.say(summary(run, result))
     run.world.barrier()
     return result

@@ -10,7 +10,7 @@ from typing import Any
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
-from lrt.train.checkpoint.checkpoint import CheckpointManager
+from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
 from lrt.train.horizon import Horizon

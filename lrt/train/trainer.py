@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,26 @@ from torch import Tensor
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
-from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
+from lrt.data.locks import locked
+from lrt.train.checkpoint import (
+    CheckpointManager,
+    Loaded,
+    check_same_model,
+    check_same_run,
+    newest,
+    read_rest,
+    read_tensors,
+    step_of,
+    stored_recipe,
+    write_history,
+)
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
-from lrt.train.checkpoint.weights import build_parallel, warm_start
+from lrt.train.checkpoint.weights import build_parallel, clean, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
-from lrt.train.distributed.world import World, open_world
+from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.evaluation import evaluate_run
-from lrt.train.horizon import plan_horizon
+from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
@@ -53,7 +66,9 @@ def train(recipe: Recipe) -> RunResult:
             with signals.unheard():  # a stop that ends these workers too would leave the next compilation waiting for ever
                 start_compile_workers()
         timeout = 60 * recipe.parallel.timeout_minutes
-        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
+        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout), contextlib.ExitStack() as held:
+            check_same_on_all(recipe, world)
+            held.enter_context(_held_folder(recipe, world))
             run = assemble(recipe, world)
             try:
                 return _loop(run, signals, heart)
@@ -82,16 +97,21 @@ def assemble(recipe: Recipe, world: World) -> Run:
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     folder = Path(recipe.run.output) / recipe.run.name
     resumed = _newest(recipe, folder, world)
+    state, rest = TrainState(), None if resumed is None else read_rest(resumed)
+    if resumed is not None and rest is not None:
+        state = _progress(resumed, rest)
+        horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
+        planned, finished = rest.meta.get("planned_steps"), state.step >= horizon.steps
+        check_same_run(resumed, recipe, steps=horizon.steps, planned=planned, finished=finished)
     model = build_parallel(recipe, world)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
+    if resumed is None:
+        _refuse_non_finite(model, recipe, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
-    state = TrainState()
-    if resumed is not None:
-        state = _resume(resumed, model, optimizer, loader, world)
-        if state.step >= horizon.steps:
-            check_same_schedule(resumed, recipe)
-    console = _start_folder(recipe, folder, world, total=horizon.steps, start=state.step)
+    if resumed is not None and rest is not None:
+        _resume(resumed, rest, model, optimizer, loader, world)
+    console = _start_folder(recipe, folder, world, total=horizon.steps, state=state, resumed=resumed)
     say = console.say if console is not None else lambda text: None
     manager = CheckpointManager(
         folder / "checkpoints",
@@ -108,8 +128,6 @@ def assemble(recipe: Recipe, world: World) -> Run:
         sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step, report=say))
         if recipe.metrics.tensorboard:
             sinks.append(TensorBoard(folder / "tensorboard"))
-    if resumed is not None:
-        say(f"resumed from {resumed}")
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
@@ -118,6 +136,14 @@ def assemble(recipe: Recipe, world: World) -> Run:
         recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(sinks), guard, say, state,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
+    """Rank 0 holds the run's folder, alone among all processes of the machine or the file system, while the block runs."""
+    with contextlib.ExitStack() as held:
+        world.from_main(lambda: held.enter_context(locked(Path(recipe.run.output) / recipe.run.name, advice="choose another run.name")))
+        yield
 
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
@@ -140,27 +166,39 @@ def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def _newest(recipe: Recipe, folder: Path, world: World) -> Path | None:
     """The checkpoint to go on from, the same on every rank; other ranks wait for rank 0 to look."""
-    found = latest(folder / "checkpoints") if world.main else None
-    number = world.agree(-1 if found is None else int(found.name.removeprefix("step_")))
-    if number < 0:
+    found: Path | None = world.from_main(lambda: newest(folder / "checkpoints", report=warnings.warn))
+    if found is None:
         return None
-    newest = folder / "checkpoints" / f"step_{number:08d}"
     if not recipe.checkpoint.resume:
         raise ValueError(
-            f"checkpoint.resume = false, but {folder} holds a run that reached step {number}: choose another run.name, "
+            f"checkpoint.resume = false, but {folder} holds a run that reached step {step_of(found)}: choose another run.name, "
             f"delete the folder, or set checkpoint.resume = true"
         )
-    check_same_model(newest, recipe)
-    return newest
+    check_same_model(found, recipe)
+    return found
 
 
-def _resume(folder: Path, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> TrainState:
+def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
+    """A run could only skip every step."""
+    bad = not_finite(dict(named_parameters(model)), world)
+    if bad:
+        start = f"training.init_from = {recipe.training.init_from}" if recipe.training.init_from else f"run.backbone = {recipe.run.backbone}"
+        raise ValueError(f"{start}: {bad} not finite: start from weights that are")
+
+
+def _progress(folder: Path, rest: Loaded) -> TrainState:
+    names = [field.name for field in dataclasses.fields(TrainState)]
+    missing = [name for name in names if not isinstance(rest.meta.get(name), int)]
+    if missing:
+        raise ValueError(f"{folder / 'meta.json'} has no number {missing[0]}: it was not written by this trainer")
+    return TrainState(**{name: rest.meta[name] for name in names})
+
+
+def _resume(folder: Path, rest: Loaded, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> None:
     read_tensors(folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
-    rest = read_rest(folder)
     loader.load_state_dict([state["loader"] for state in rest.rank_states])
     if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
         _set_random_state(rest.rank_states[world.rank]["random"], world.device)
-    return TrainState(**{field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState)})
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
@@ -180,14 +218,24 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, start: int) -> Console | None:
+def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, state: TrainState, resumed: Path | None) -> Console | None:
     if not world.main:
         world.barrier()
         return None
     folder.mkdir(parents=True, exist_ok=True)
+    before = None if resumed is None else stored_recipe(resumed)
+    changed = write_history(folder, recipe, step=state.step, there=before)
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
+    clean(folder / "export")
     world.barrier()
-    return Console(total=total, start=start, every=recipe.metrics.every)
+    console = Console(total=total, start=state.step, every=recipe.metrics.every)
+    if resumed is not None:
+        console.say(f"resumed from {resumed}")
+    for change in changed:
+        console.say(f"from step {state.step} on: {change}")
+    if resumed is not None and state.step >= total:
+        console.say(f"already finished, nothing trained: {resumed} is the end of this run, which is evaluated and exported again")
+    return console
 
 
 @contextlib.contextmanager
@@ -230,13 +278,13 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 seed=recipe.run.seed * 1_000_003 + state.step,
                 clip_norm=recipe.training.clip_norm,
                 world=run.world,
-                stop=signals.received is not None,
+                stop=signals.received is not None or run.recorder.lost is not None,
                 runner=run.runner,
             )
             state.step += 1
             state.tokens += run.horizon.batch_tokens
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, (rates, sources, clock.lap()))
+            late.push(state.step, numbers, (rates, sources, clock.lap(), state.tokens))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
@@ -251,11 +299,13 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
-    if not run.manager.wait():
+    run.manager.wait()
+    if run.manager.last_saved != state.step:
         raise NotSavedError(
             f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on "
             f"from the newest whole one"
         )
+    run.recorder.check()
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
     name = None if reached and not stop else signals.received or "a signal on another rank"
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
@@ -263,6 +313,11 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if name is not None:
         run.say(f"stopped by {name} at step {state.step} of {total}; the same command goes on from {run.manager.folder}")
         return result
+    if run.guard.skipping:
+        raise NonFiniteError(
+            f"the run ended at step {state.step} while its steps were not finite and were skipped (the last {run.guard.skipping}), so nothing is "
+            f"exported. The weights are finite: the same command evaluates and exports them as they are"
+        )
     return finish(run, result, heart)
 
 
@@ -285,7 +340,9 @@ def _due(recipe: Recipe, step: int, total: int) -> set[str]:
     return {what for what, n in every.items() if n and step % n == 0 and step < total}
 
 
-def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap: tuple[float, float], *, speeds: list[float]) -> bool:
+def _note(
+    run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap: tuple[float, float], tokens: int, *, speeds: list[float]
+) -> bool:
     """Record a step that has been read; True when some rank was asked to stop.
 
     ``lap`` was taken when the step was queued: read late, the last step would seem to take no time.
@@ -307,9 +364,9 @@ def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap:
             "lr_scale": rates.lr_scale,
             "lr": {group["name"]: group["base_lr"] * rates.lr_scale for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
-            "tokens": numbers.step * run.horizon.batch_tokens,
+            "tokens": tokens,
             "tokens_per_second": speed,
-            "flops": numbers.step * run.horizon.batch_tokens * run.flops_a_token,
+            "flops": tokens * run.flops_a_token,
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
             "data_wait": waited,
@@ -321,11 +378,21 @@ def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap:
 
 
 def _save(run: Run) -> None:
+    if run.state.step == run.manager.last_saved:
+        return
+    tensors = _tensors(run.model, run.optimizer)
+    bad = not_finite(tensors, run.world)
+    if bad:
+        raise NonFiniteError(
+            f"step {run.state.step}: {bad} not finite, so no checkpoint of it is written and nothing is exported. The checkpoints before are whole: "
+            f"go on from one of them with lower learning rates (training.branch_from), or look at the data"
+        )
     run.manager.save(
         run.state.step,
-        tensors=_tensors(run.model, run.optimizer),
+        tensors=tensors,
         rank_state={"loader": run.loader.state_dict(), "random": _random_state(run.world.device)},
-        meta=dataclasses.asdict(run.state),
+        meta={**dataclasses.asdict(run.state), "planned_steps": run.horizon.steps},
+        prune=not run.guard.skipping,
     )
 
 

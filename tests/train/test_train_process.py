@@ -11,7 +11,7 @@ import time
 import pytest
 from test_train_run import ROOT, TINY, files_equal, tiny, train_records
 
-from lrt.train.checkpoint.checkpoint import latest, step_of
+from lrt.train.checkpoint import latest, step_of
 from lrt.train.trainer import train
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
+from lrt.data import Tokenizer
 from lrt.model import LatentRecurrentModel, build
-from lrt.serialization import load, new_folder, save
+from lrt.serialization import load, new_folder, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
-from lrt.train.checkpoint.checkpoint import find_checkpoint, read_tensors
+from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
+from lrt.train.checkpoint.verifying import find_checkpoint
 from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
 from lrt.train.distributed.world import World
 from lrt.train.optim.muon import layout_of, local
@@ -100,15 +103,38 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     return whole
 
 
-def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) -> LatentRecurrentModel | None:
+def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
+    """Which tensors hold numbers that are not finite, in words ("a and 2 more are"), the same on every rank; None = none does."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    rows = [local(tensors[name]) for name in names]
+    flags = [~torch.linalg.vector_norm(row, math.inf).isfinite() if row.numel() else row.new_zeros(()) for row in rows]
+    bad = world.total(torch.stack([flag.int().to(world.device) for flag in flags])).tolist()
+    found = [name for name, count in zip(names, bad) if count]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{', '.join(found[:3])}{more} {'is' if len(found) == 1 else 'are'}" if found else None
+
+
+def clean(folder: Path) -> None:
+    """Mend what a kill left of an export: one that was moved aside comes back, what was half written goes."""
+    before, beside = folder.with_name(f".old_{folder.name}"), folder.with_name(f".new_{folder.name}")
+    if before.exists() and not folder.exists():
+        before.rename(folder)
+    for leftover in (before, beside, *folder.parent.glob(f".{beside.name}.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def export(
+    model: nn.Module, recipe: Recipe, folder: Path | None, world: World, *, tokenizer: Tokenizer | None = None
+) -> LatentRecurrentModel | None:
     """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
-    the recipe continues a decoder without memory.
+    the recipe continues a decoder without memory. The earlier one is deleted only when the new one stands in its place.
 
     Args:
         model: plain or parallel; every rank must call this.
         recipe: of the model.
         folder: None = write nothing.
         world: the processes.
+        tokenizer: written beside the model.
 
     Returns:
         The plain model on the CPU in evaluation mode on rank 0, None on other ranks.
@@ -118,15 +144,18 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
         return None
     plain = _plain(recipe, tensors)
     if folder is not None:
-        beside = folder.with_name(f".new_{folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        if plain.recurrence is None and is_foreign(plain):
-            with new_folder(beside) as place:
+        clean(folder)
+        with new_folder(folder.with_name(f".new_{folder.name}")) as place:
+            if plain.recurrence is None and is_foreign(plain):
                 decoder_of(plain).save_pretrained(place)
-        else:
-            save(plain, beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+            else:
+                write_model(plain, place)
+            if tokenizer is not None:
+                tokenizer.save(place)
+        if folder.exists():
+            folder.rename(folder.with_name(f".old_{folder.name}"))
+        folder.with_name(f".new_{folder.name}").rename(folder)
+        clean(folder)
     return plain.eval()
 
 
