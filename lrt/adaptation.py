@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config import RecurrenceConfig
+from lrt.engine.compiled import is_compiled
 from lrt.families import dismantle, recognise
 from lrt.families.blocks import on_device
 from lrt.families.description import Family
+from lrt.huggingface.registration import hugging_face_model
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline
 from lrt.types import Schedule
@@ -49,9 +51,8 @@ def adapt(
     backbone, blocks = dismantle(decoder, family or recognise(decoder))
     known: Any = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
-        from lrt.huggingface.causal_lm import LRTForCausalLM
-
-        adapted: LatentRecurrentModel = LRTForCausalLM.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
+        face = hugging_face_model()
+        adapted: LatentRecurrentModel = face.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
     else:
         adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
     adapted.original = (model,)
@@ -129,7 +130,7 @@ def _refuse(model: Any) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(f"lrt.adapt got {model!r} of type {kind}: pass a model, such as AutoModelForCausalLM.from_pretrained(...)")
-    if kind == "OptimizedModule" or model._compiled_call_impl is not None:
+    if kind == "OptimizedModule" or is_compiled(model):
         raise ValueError(
             "this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and compile the adapted one's blocks"
         )

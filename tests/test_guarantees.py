@@ -247,7 +247,7 @@ def test_packed_documents_are_the_documents_apart(model, lengths, seed):
 @given(model=models(), row=rows())
 def test_no_memory_equals_zero_memory(model, row):
     """A pass whose memory is exactly zero gives what a pass without memory gives."""
-    from lrt.passes import run_blocks
+    from lrt.forward import run_blocks
 
     tokens, _ = row
     hidden, contexts = model.backbone.embed(tokens, torch.arange(tokens.shape[1]))
@@ -273,6 +273,19 @@ def test_cut_gradient_keeps_values_and_removes_the_path_through_earlier_passes(m
     if plain.loss.requires_grad and plain.loss > 0:
         for a, b in zip(gradients(cut.loss, model), gradients(plain.loss, model)):
             torch.testing.assert_close(a, b, **SAME)
+
+
+def test_a_cut_gradient_reaches_no_refreshed_key(monkeypatch):
+    """Refreshed keys have the local parts of the initialization, whose gradient belongs to an earlier pass."""
+    from lrt.engine import Engine
+
+    model, outputs, run = small_model(3), [], Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, *args, **options: outputs.append(run(self, *args, **options)) or outputs[-1])
+    tokens = torch.randint(0, VOCABULARY, (1, 9))
+    for cut in (False, True):
+        outputs.clear()
+        loss = model(tokens, targets=tokens, schedule=lrt.interleaved(3, kv_refresh=True, weights=(0, 1), cut_gradient=cut)).loss
+        assert (torch.autograd.grad(loss, outputs[0].inputs[1], allow_unused=True)[0] is None) == cut
 
 
 # ------------------------------------------------------------------ switched-off and newly added memory

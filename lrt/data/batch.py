@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lrt.data.documents import Documents
 from lrt.data.packing import Row
-from lrt.data.sources import Documents
 
 IGNORED = -100
 NAMED_PIECES = 8  # pieces of a row that Batch.source lists

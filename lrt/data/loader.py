@@ -16,8 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lrt.config import DataConfig
 from lrt.data.batch import Batch, make_batch
+from lrt.data.documents import Documents
 from lrt.data.packing import Packer, Row
-from lrt.data.sources import Documents, open_documents
+from lrt.data.sources import open_documents
 from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order
 from lrt.data.tokenizer import Tokenizer
 
@@ -195,6 +196,11 @@ class TrainLoader:
         return states
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of the documents: the same data, wherever they lie."""
+        return self._documents.fingerprint
+
+    @property
     def epoch(self) -> int:
         """Passes over the data that every stream of this rank has begun, counted from 0."""
         return max(0, min(state["epoch"] for state in self._current_states()))
@@ -360,6 +366,11 @@ class ValidationLoader:
         self._padding = Row(np.full(length, bos_id, dtype=np.int64), 0, [])
         self._complete = False
         self._start = self._given = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the documents, scored or not: the same data, wherever they lie."""
+        return self._documents.fingerprint
 
     def __iter__(self) -> Iterator[Batch]:
         step = self._rows * self._world_size

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lrt.config import DataConfig
+from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Packer, Piece
-from lrt.data.sources import CorruptShard, Documents, TextDocuments, open_documents, split_files
+from lrt.data.sources import open_documents, split_files
 from lrt.data.stream import in_order
+from lrt.data.texts import TextDocuments
 from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Packer, Piece, Row
-from lrt.data.sources import CorruptShard, Documents
 
 READ_AHEAD = 64  # documents tokenized at once
 SPANS_PER_STREAM = 4  # groups are split until each stream has at least so many spans an epoch

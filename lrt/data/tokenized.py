@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lrt.data.sources import CorruptShard, fingerprint_files
+from lrt.data.documents import CorruptShard, fingerprint_files
 from lrt.data.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"

@@ -19,8 +19,8 @@ from torch import Tensor
 from lrt.attention import Buffer, Cache, Strided, causal_mask
 from lrt.decoding.state import DecodeState, slot_positions
 from lrt.decoding.step import attention_cut_of, separator_of
+from lrt.forward import run_blocks, take
 from lrt.kernels.attention import usable
-from lrt.passes import run_blocks, take
 from lrt.recurrence import reset_memory
 from lrt.types import KV, KVStore, at_least_float32
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.passes import run_blocks
+from lrt.forward import run_blocks
 from lrt.types import PassOutput
 
 FORMAT = 1
@@ -157,7 +157,7 @@ class DecodeState:
         index = index.to(torch.int64)
         if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= self.batch:
             raise ValueError(f"select({index.tolist()}): this state has rows 0..{self.batch - 1}")
-        return self._map(lambda x: x.index_select(0, index))
+        return self._map(lambda x: x.index_select(0, index.to(x.device)))
 
     def shrink(self, capacity: int) -> DecodeState:
         """A copy with room for ``capacity`` tokens only.
@@ -264,9 +264,10 @@ class DecodeState:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise ValueError(f"{path}: not a decoding state of this version of lrt: give a file that DecodeState.save wrote")
+        devices = [next(block.parameters()).device for block in model.blocks][: len(about["windows"])]
         state = cls(
-            keys=tuple(tensors[f"key.{i}"] for i in range(len(about["windows"]))),
-            values=tuple(tensors[f"value.{i}"] for i in range(len(about["windows"]))),
+            keys=tuple(tensors[f"key.{i}"].to(device) for i, device in enumerate(devices)),
+            values=tuple(tensors[f"value.{i}"].to(device) for i, device in enumerate(devices)),
             windows=tuple(about["windows"]),
             kept_at=tuple(about["kept_at"]),
             capacity=about["capacity"],
@@ -297,6 +298,7 @@ def _reslot(cache: Tensor, lengths: Tensor, slots: int) -> Tensor:
     """The rows of ``cache`` (B, N, G, K) laid out in another number of slots."""
     if cache.shape[1] == slots:
         return cache
+    lengths = lengths.to(cache.device)
     positions = slot_positions(lengths - 1, slots)
     kept = (positions >= 0) & (positions > (lengths - 1 - cache.shape[1])[:, None])
     index = positions.clamp_min(0).remainder(cache.shape[1])
@@ -341,6 +343,6 @@ def fingerprint(model: Any) -> str:
         stride = max(1, bits.numel() // 64)
         # Sums of the bit patterns are integers: the order of summation, and so the device, does not matter.
         sums.append(torch.cat([bits.sum(dtype=torch.int64)[None], bits[::stride].to(torch.int64)]))
-    digest.update(torch.cat(sums).cpu().numpy().tobytes())
+    digest.update(torch.cat([part.to(sums[0].device) for part in sums]).cpu().numpy().tobytes())
     _known[model] = (version, digest.hexdigest())
     return _known[model][1]

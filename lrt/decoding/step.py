@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
-from lrt.passes import run_blocks
+from lrt.forward import run_blocks
 from lrt.recurrence import reset_memory
 
 Action = Callable[[], None]  # a step on static tensors

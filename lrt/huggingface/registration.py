@@ -40,8 +40,13 @@ class _Finder(MetaPathFinder):
         return spec
 
 
+def hugging_face_model() -> Any:
+    """The class of models with the Hugging Face face; its module, which needs transformers, registers it at its end."""
+    return importlib.import_module("lrt.huggingface.causal_lm").LRTForCausalLM
+
+
 def _register() -> None:
-    importlib.import_module("lrt.huggingface.causal_lm")  # which registers at its end, also when it is what imported the Auto classes
+    importlib.import_module("lrt.huggingface.causal_lm")  # not by name: it may be what is imported, and what imported the Auto classes
 
 
 def register_lazily() -> None:

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError
 
 from lrt.decoding.session import generate
+from lrt.eval.runs import read_records
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
-from lrt.train.monitor.metrics import plot_curves, read_records
+from lrt.train.monitor.metrics import plot_curves
 from lrt.train.run import Run, RunResult
 
 

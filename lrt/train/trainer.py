@@ -8,44 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt.accounting import count_parameters, peak_flops, training_flops
+from lrt.accounting import Parameters, count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.data.locks import locked
-from lrt.train.checkpoint import (
-    CheckpointManager,
-    Loaded,
-    check_same_model,
-    check_same_run,
-    newest,
-    read_rest,
-    read_tensors,
-    step_of,
-    stored_recipe,
-    write_history,
-)
+from lrt.eval.runs import read_records
+from lrt.schedules import describe
+from lrt.train.checkpoint import CheckpointManager, check_same_run, read_tensors, stored_recipe, write_history
+from lrt.train.checkpoint.resuming import Resumed, find_resumed, random_state, set_random_state
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, clean, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
+from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
-from lrt.train.horizon import plan_horizon, rest_of
+from lrt.train.horizon import plan_horizon, rest_of, steps_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib, read_records
-from lrt.train.optim.groups import MuonAdamW, parameter_groups
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.monitor.profiling import profiler
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
+from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
+from lrt.train.timetable import Timetable, check_borders, plan_timetable
+from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
 
@@ -71,9 +67,13 @@ def train(recipe: Recipe) -> RunResult:
             held.enter_context(_held_folder(recipe, world))
             run = assemble(recipe, world)
             try:
-                return _loop(run, signals, heart)
-            except NonFiniteError:
-                run.manager.wait()
+                result = _loop(run, signals, heart)
+                _tell(run, "done" if result.stopped is None else f"stopped: {result.stopped}")
+                return result
+            except BaseException as error:
+                _tell(run, f"failed: {error or type(error).__name__}")
+                if isinstance(error, NonFiniteError):
+                    run.manager.wait()
                 raise
             finally:
                 run.recorder.close()
@@ -87,7 +87,14 @@ def assemble(recipe: Recipe, world: World) -> Run:
     shapes = shapes_of(recipe)
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
-    flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
+    folder = Path(recipe.run.output) / recipe.run.name
+    resumed = find_resumed(recipe, folder, world)
+    state = TrainState() if resumed is None else resumed.state
+    horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
+    timetable = plan_timetable(recipe, steps=horizon.steps)
+    if resumed is not None:
+        _check_run(resumed, recipe, timetable, parameters, steps=horizon.steps)
+    flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
         raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
@@ -95,23 +102,17 @@ def assemble(recipe: Recipe, world: World) -> Run:
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
-    folder = Path(recipe.run.output) / recipe.run.name
-    resumed = _newest(recipe, folder, world)
-    state, rest = TrainState(), None if resumed is None else read_rest(resumed)
-    if resumed is not None and rest is not None:
-        state = _progress(resumed, rest)
-        horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
-        planned, finished = rest.meta.get("planned_steps"), state.step >= horizon.steps
-        check_same_run(resumed, recipe, steps=horizon.steps, planned=planned, finished=finished)
     model = build_parallel(recipe, world)
+    memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
+    entrance = open_entrance(timetable, memory)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
     if resumed is None:
         _refuse_non_finite(model, recipe, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
-    if resumed is not None and rest is not None:
-        _resume(resumed, rest, model, optimizer, loader, world)
-    console = _start_folder(recipe, folder, world, total=horizon.steps, state=state, resumed=resumed)
+    if resumed is not None:
+        _resume(resumed, model, optimizer, loader, world)
+    console = _start_folder(recipe, folder, world, total=horizon.steps, resumed=resumed)
     say = console.say if console is not None else lambda text: None
     manager = CheckpointManager(
         folder / "checkpoints",
@@ -132,10 +133,21 @@ def assemble(recipe: Recipe, world: World) -> Run:
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
     runner = make_runner(model, recipe.parallel, world)
+    told = None
+    if world.main:
+        data = {"train": loader.fingerprint, "validation": validation.fingerprint, "tokenizer": tokenizer.fingerprint}
+        about = provenance(world.device, world_size=world.size)
+        told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
-        recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(sinks), guard, say, state,
+        recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
+        manager, Recorder(sinks), guard, say, state, told,
     )  # fmt: skip
+
+
+def _tell(run: Run, state: str) -> None:
+    """Write into run.json how this attempt ended."""
+    if run.told is not None:
+        run.told.end(state, step=run.state.step)
 
 
 @contextlib.contextmanager
@@ -164,20 +176,6 @@ def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
             raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
-def _newest(recipe: Recipe, folder: Path, world: World) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; other ranks wait for rank 0 to look."""
-    found: Path | None = world.from_main(lambda: newest(folder / "checkpoints", report=warnings.warn))
-    if found is None:
-        return None
-    if not recipe.checkpoint.resume:
-        raise ValueError(
-            f"checkpoint.resume = false, but {folder} holds a run that reached step {step_of(found)}: choose another run.name, "
-            f"delete the folder, or set checkpoint.resume = true"
-        )
-    check_same_model(found, recipe)
-    return found
-
-
 def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
     """A run could only skip every step."""
     bad = not_finite(dict(named_parameters(model)), world)
@@ -186,19 +184,23 @@ def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
         raise ValueError(f"{start}: {bad} not finite: start from weights that are")
 
 
-def _progress(folder: Path, rest: Loaded) -> TrainState:
-    names = [field.name for field in dataclasses.fields(TrainState)]
-    missing = [name for name in names if not isinstance(rest.meta.get(name), int)]
-    if missing:
-        raise ValueError(f"{folder / 'meta.json'} has no number {missing[0]}: it was not written by this trainer")
-    return TrainState(**{name: rest.meta[name] for name in names})
-
-
-def _resume(folder: Path, rest: Loaded, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> None:
-    read_tensors(folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
+def _resume(resumed: Resumed, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> None:
+    read_tensors(resumed.folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
+    rest = resumed.rest
     loader.load_state_dict([state["loader"] for state in rest.rank_states])
     if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
-        _set_random_state(rest.rank_states[world.rank]["random"], world.device)
+        set_random_state(rest.rank_states[world.rank]["random"], world.device)
+
+
+def _check_run(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, steps: int) -> None:
+    """Refuse what would make one run of two: other settings, or a horizon that moves borders of phases among the steps that are done."""
+    step, planned = resumed.state.step, resumed.rest.meta.get("planned_steps")
+    stored = stored_recipe(resumed.folder)
+    before = plan_timetable(stored, steps=planned or steps_of(stored, parameters))
+    same_past = timetable.past(step) == before.past(step)
+    check_same_run(resumed.folder, recipe, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
+    if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
+        check_borders(timetable, before=before, step=step)
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
@@ -207,34 +209,24 @@ def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
     return {**tensors, **{f"optimizer.{name}": tensor for name, tensor in optimizer.named_state().items()}}
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, state: TrainState, resumed: Path | None) -> Console | None:
+def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, resumed: Resumed | None) -> Console | None:
+    """Write what the run is, and say where it begins."""
     if not world.main:
         world.barrier()
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    before = None if resumed is None else stored_recipe(resumed)
-    changed = write_history(folder, recipe, step=state.step, there=before)
+    start = 0 if resumed is None else resumed.state.step
+    changed = write_history(folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder))
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     clean(folder / "export")
     world.barrier()
-    console = Console(total=total, start=state.step, every=recipe.metrics.every)
+    console = Console(total=total, start=start, every=recipe.metrics.every)
     if resumed is not None:
-        console.say(f"resumed from {resumed}")
+        console.say(f"resumed from {resumed.folder}")
     for change in changed:
-        console.say(f"from step {state.step} on: {change}")
-    if resumed is not None and state.step >= total:
-        console.say(f"already finished, nothing trained: {resumed} is the end of this run, which is evaluated and exported again")
+        console.say(f"from step {start} on: {change}")
+    if resumed is not None and start >= total:
+        console.say(f"already finished, nothing trained: {resumed.folder} is the end of this run, which is evaluated and exported again")
     return console
 
 
@@ -262,7 +254,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if _evaluation_missed(run):
         with clock.paused():
             evaluate_run(run, heart)
-    with _profiler(recipe, run.folder, run.world) as profile:
+    with profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
             profile(state.step + 1)
@@ -270,24 +262,29 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
             run.optimizer.set_rates(rates)
+            schedule = run.timetable.schedule(state.step)
             numbers = train_step(
                 run.model,
                 run.optimizer,
                 [_to_device(batch, run.world.device) for batch in batches],
-                schedule=run.model.train_schedule,
-                seed=recipe.run.seed * 1_000_003 + state.step,
+                schedule=schedule,
+                seed=run.timetable.seed_of(state.step),
                 clip_norm=recipe.training.clip_norm,
                 world=run.world,
                 stop=signals.received is not None or run.recorder.lost is not None,
                 runner=run.runner,
+                frozen=run.memory if run.timetable.at(state.step).plain else (),
             )
+            if run.entrance is not None:
+                run.entrance.advance(state.step)
             state.step += 1
             state.tokens += run.horizon.batch_tokens
+            state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, (rates, sources, clock.lap(), state.tokens))
+            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
-                stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
+                stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
             run.manager.poll()
             if "save" in due and not stop:
                 _save(run)  # first: a stop during an evaluation may end the process before it is over
@@ -296,7 +293,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                     evaluate_run(run, heart)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
-            stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
+            stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
     run.manager.wait()
@@ -340,36 +337,43 @@ def _due(recipe: Recipe, step: int, total: int) -> set[str]:
     return {what for what, n in every.items() if n and step % n == 0 and step < total}
 
 
-def _note(
-    run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap: tuple[float, float], tokens: int, *, speeds: list[float]
-) -> bool:
-    """Record a step that has been read; True when some rank was asked to stop.
+class Passed(NamedTuple):
+    """What is known of a step when it is queued, for its record."""
 
-    ``lap`` was taken when the step was queued: read late, the last step would seem to take no time.
-    """
-    seconds, waited = lap
-    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=sources)
+    rates: Rates
+    schedule: Schedule
+    tokens: int  # of all steps so far
+    flops: float  # of all steps so far
+    sources: list[str]
+    seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
+    waited: float  # share of them spent waiting for data
+
+
+def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]) -> bool:
+    """Record a step that has been read; True when some rank was asked to stop."""
+    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=passed.sources)
     run.state.skipped = run.guard.total
-    speed = run.horizon.batch_tokens / seconds
+    speed = run.horizon.batch_tokens / passed.seconds
     speeds.append(speed)
     device = run.world.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    flops = speed * run.flops_a_token
+    flops = speed * run.flops_a_token[passed.schedule]
     run.recorder.write(
         {
             "kind": "train",
             "step": numbers.step,
             "loss": numbers.loss,
             "groups": list(numbers.groups),
-            "lr_scale": rates.lr_scale,
-            "lr": {group["name"]: group["base_lr"] * rates.lr_scale for group in run.optimizer.param_groups},
+            "schedule": describe(passed.schedule),
+            "lr_scale": passed.rates.lr_scale,
+            "lr": {group["name"]: group["base_lr"] * passed.rates.lr_scale for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
-            "tokens": tokens,
+            "tokens": passed.tokens,
             "tokens_per_second": speed,
-            "flops": tokens * run.flops_a_token,
+            "flops": passed.flops,
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
-            "data_wait": waited,
+            "data_wait": passed.waited,
             "peak_memory_gib": peak_memory_gib(device),
             "skipped": run.guard.total,
         }
@@ -390,33 +394,7 @@ def _save(run: Run) -> None:
     run.manager.save(
         run.state.step,
         tensors=tensors,
-        rank_state={"loader": run.loader.state_dict(), "random": _random_state(run.world.device)},
+        rank_state={"loader": run.loader.state_dict(), "random": random_state(run.world.device)},
         meta={**dataclasses.asdict(run.state), "planned_steps": run.horizon.steps},
         prune=not run.guard.skipping,
     )
-
-
-@contextlib.contextmanager
-def _profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside it has of it."""
-    start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
-    running: torch.profiler.profile | None = None
-
-    def finish() -> None:
-        nonlocal running
-        if running is not None:
-            running.stop()
-            (folder / "profile").mkdir(exist_ok=True)
-            running.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{start}.json"))
-            running = None
-
-    def before(step: int) -> None:
-        nonlocal running
-        if step == start:
-            running = torch.profiler.profile()
-            running.start()
-        elif start is not None and step == start + count:
-            finish()
-
-    yield before
-    finish()

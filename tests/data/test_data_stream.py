@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt.data.sources import CorruptShard
+from lrt.data.documents import CorruptShard
 from lrt.data.stream import Plan, Stream, deal_again, in_order
 
 BOS = 0

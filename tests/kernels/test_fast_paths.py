@@ -16,6 +16,7 @@ import lrt
 from lrt import passes
 from lrt.attention import Buffer, causal_mask, grouped_attention, masked_attention
 from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.engine.compiled import CompiledEngine, TrimmedEntries
 from lrt.kernels import gradients
 from lrt.kernels.attention import _static_block_mask, _visible, block_mask, flex_groups, merged_attention, natural_order
 from lrt.kernels.gradients import branch_compiled, fan_out, split
@@ -201,10 +202,10 @@ def test_keys_without_their_last_change_nothing(length, subsets, more, cut, monk
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     expected = gradients()
-    read = passes._Entries.read_by
-    monkeypatch.setattr(passes, "residue_masks", lambda model, row, groups, residue: [None] * len(model.blocks))
-    monkeypatch.setattr(passes, "compiled", lambda model: True)
-    monkeypatch.setattr(passes._Entries, "read_by", lambda self, *place: seen.append([x.shape[1] for x in read(self, *place)]) or read(self, *place))
+    read = TrimmedEntries.read_by
+    monkeypatch.setattr(passes, "engine_of", CompiledEngine)
+    monkeypatch.setattr(CompiledEngine, "masks", lambda self, row, groups, residue: [None] * len(self.model.blocks))
+    monkeypatch.setattr(TrimmedEntries, "read_by", lambda self, *place: seen.append([x.shape[1] for x in read(self, *place)]) or read(self, *place))
     torch.testing.assert_close(gradients(), expected)
     whole = [len(range(g, length, min(subsets, length))) for g in range(min(subsets, length))]
     assert any(lengths != whole for lengths in seen) == cut

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 import lrt
 from lrt.backbone import lookup
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.engine.compiled import is_compiled
 from lrt.model import build
-from lrt.passes import compiled
 from lrt.train.distributed.gradient_sums import Sums, add_parts, twin_of
 from lrt.train.distributed.graphs import Runner, working_copy
 from lrt.train.distributed.parallel import checkpointed, token_tables
@@ -144,7 +144,7 @@ def test_an_exception_loses_no_earlier_micro_batch_or_the_whole_step(gpu):
     add_ours(runner, 2, SCHEDULES[2])
     assert_same(model, plain)
 
-    with mock.patch("lrt.passes.reset_memory", lambda received, starts: Failing.apply(received)), pytest.raises(RuntimeError, match="cut"):
+    with mock.patch("lrt.engine.plain.reset_memory", lambda received, starts: Failing.apply(received)), pytest.raises(RuntimeError, match="cut"):
         add_ours(runner, 0, SCHEDULES[2])  # after the last pass, whose blocks have their gradients
     assert all(p.grad is None for p in (*model.parameters(), *runner.compute.parameters()))
     plain.zero_grad(set_to_none=True)
@@ -261,7 +261,7 @@ def test_a_twin_shares_weights_and_compiled_graphs_and_nothing_else():
     apart = {name for (name, p), (_, q) in pairs if p is not q}
     assert apart == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     assert all(own[id(p)] is q for (_, p), (_, q) in pairs if p is not q)
-    assert compiled(twin) and twin.blocks[0] is not model.blocks[0] and twin.backbone is model.backbone
+    assert all(map(is_compiled, twin.blocks)) and twin.blocks[0] is not model.blocks[0] and twin.backbone is model.backbone
     graphs = []
     for one in (model, twin, model):
         add_plain(one, 0, SCHEDULES[2])

@@ -126,7 +126,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_same_run(folder: Path, recipe: Recipe, *, steps: int, planned: int | None, finished: bool) -> list[Change]:
+def check_same_run(
+    folder: Path, recipe: Recipe, *, steps: int, planned: int | None, finished: bool, same_past: bool
+) -> None:
     """Refuse settings that would make one run of two.
 
     Args:
@@ -135,20 +137,17 @@ def check_same_run(folder: Path, recipe: Recipe, *, steps: int, planned: int | N
         steps: of the whole run, by this recipe.
         planned: steps of the whole run, as planned when the checkpoint was written; None = not recorded.
         finished: the checkpoint has reached the end of this recipe's run.
-
-    Returns:
-        What differs and may.
+        same_past: this recipe has the same schedule at every step that is done.
 
     Raises:
         ValueError: the keys that may not differ are named.
     """
     there = stored_recipe(folder)
     every = changes(there, recipe)
-    refused = [c for c in every if c.key not in FREE and c.key.split(".")[0] not in FREE_SECTIONS]
+    free = (*FREE_SECTIONS, "schedule") if same_past else FREE_SECTIONS
+    refused = [c for c in every if c.key not in FREE and c.key.split(".")[0] not in free]
     on = f'training.branch_from = "{folder}" goes on from there with other rates, another schedule or another horizon'
-    if (
-        finished and refused and all(c.key.startswith("schedule.") for c in refused)
-    ):  # its export would name what never trained it
+    if finished and refused and all(c.key.startswith("schedule.") for c in refused):
         raise ValueError(
             f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. Choose another run.name: {on}"
         )
@@ -159,7 +158,6 @@ def check_same_run(folder: Path, recipe: Recipe, *, steps: int, planned: int | N
             f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. Going on would record a mixture of both as one run: "
             f"give the settings that it had, or choose another run.name, where {on}"
         )
-    return every
 
 
 def _is_shorter(there: Recipe, here: Recipe, *, steps: int, planned: int | None) -> bool:

@@ -18,7 +18,7 @@ from lrt.data import Tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, new_folder, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
-from lrt.train.checkpoint.checkpoint import read_tensors
+from lrt.train.checkpoint import read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
 from lrt.train.checkpoint.verifying import find_checkpoint
 from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lrt.backbone import lookup
+from lrt.engine.compiled import is_compiled
 from lrt.kernels.mixing import HAS_TRITON
-from lrt.passes import compiled
 from lrt.train.distributed.parallel import compile_blocks, named_parameters, token_tables
 
 BLOCK = 2048  # numbers a program adds
@@ -93,7 +93,7 @@ def twin_of(model: Any) -> tuple[Any, dict[int, nn.Parameter]]:
     for name in ("blocks", "memory_projection", "injection"):
         if model._modules.get(name) is not None:
             twin._modules[name] = copy.deepcopy(model._modules[name], memo)
-    if compiled(model):
+    if all(map(is_compiled, model.blocks)):
         compile_blocks(twin)
     return twin, own
 

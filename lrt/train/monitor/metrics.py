@@ -20,9 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lrt.eval.runs import Record, read_records
 from lrt.train.monitor.faults import NotSavedError
-
-Record = dict[str, Any]
 
 
 class Sink(Protocol):
@@ -208,15 +207,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_records(path: Path) -> list[Record]:
-    """Records of a JSONL file; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 class Console:

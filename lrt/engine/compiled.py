@@ -1,0 +1,82 @@
+"""How one pass is computed around compiled blocks: gradients summed once, no gradient of what nobody reads, few graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrt.attention import Mask, Transient
+from lrt.engine.plain import Engine, Entries, dtype_of
+from lrt.forward import Row, run_blocks
+from lrt.kernels.attention import block_mask, usable
+from lrt.kernels.gradients import Branched, branch_compiled, fan_out
+from lrt.types import PassOutput, RecurrentDecoder
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: torch's private ``_compiled_call_impl``, as torch 2.11 and 2.13 set it."""
+    return module._compiled_call_impl is not None
+
+
+def engine_of(model: RecurrentDecoder) -> Engine:
+    """The engine for a model as it is now; one with twins stands in for compiled blocks."""
+    fast = model.twins is not None or all(map(is_compiled, model.blocks))
+    return CompiledEngine(model) if fast else Engine(model)
+
+
+class TrimmedEntries(Entries):
+    """Entries that a pass reads one step late without their last position, where the backward then pads nothing."""
+
+    def __init__(self, known: Branched) -> None:
+        super().__init__(known)
+        self._shorter = list(known.shorter)
+
+    def __setitem__(self, residue: int, fresh: Tensor) -> None:
+        self._all[residue] = self._shorter[residue] = fresh
+
+    def read_by(self, residue: int, mask: Mask) -> tuple[Tensor, ...]:
+        """Of later residues all but the last entry, unless a mask says what is seen."""
+        both = enumerate(zip(self._all, self._shorter))
+        return tuple(whole if mask is not None or g <= residue else shorter for g, (whole, shorter) in both)
+
+
+class CompiledEngine(Engine):
+    """Computes the passes of a model whose blocks are compiled; on a GPU its sums of gradients are compiled too."""
+
+    branch = staticmethod(branch_compiled)
+    entries = TrimmedEntries
+
+    def copies(self, row: Row, count: int) -> Sequence[Row]:
+        return fan_out([row] * count)
+
+    def run(
+        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
+        keep_kv: bool = True, keep_inputs: bool = False,
+    ) -> PassOutput:  # fmt: skip
+        stores = self.whole_row(row) if stores is None else stores
+        if not keep_kv:
+            stores = [Transient(store) for store in stores]
+        # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
+        out = run_blocks(
+            self._decoder(index), row.hidden.contiguous(), row.contexts, received, stores=stores, start=row.start, stop=stop,
+            keep_inputs=keep_inputs, share=fan_out,
+        )  # fmt: skip
+        return out if keep_kv else out._replace(kv=())
+
+    def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
+        """Block masks where FlexAttention is the fastest; eager, it would hold all scores."""
+        device, length, blocks = row.hidden.device, row.length, self.model.blocks
+        if not usable(device=device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim):
+            return super().masks(row, groups=groups, residue=residue)
+        windows = {window: None if window is None or window >= length - 1 else window for window in {block.window for block in blocks}}
+        place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "documents": row.documents, "device": device}
+        masks = {window: block_mask(window=seen, **place) for window, seen in windows.items()}
+        return [masks[block.window] for block in blocks]
+
+    def _decoder(self, index: int) -> RecurrentDecoder:
+        """What runs a pass: the model, or the twin that keeps its gradients apart."""
+        twins = self.model.twins
+        return self.model if twins is None or not torch.is_grad_enabled() else twins(self.model, index)

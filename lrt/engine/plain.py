@@ -1,0 +1,251 @@
+"""How one pass is computed, in plain PyTorch: rows taken apart, what each block attends to, and the buffer between passes.
+
+Nothing is written in place where autograd follows: the buffer is tuples of tensors, one a residue, and writing back
+replaces an entry, so untouched positions are never copied.
+
+Legend: B batch, T row length, P positions of the pass, S subsets, D width, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrt.attention import Buffer, Cache, Mask, causal_mask
+from lrt.forward import Row, at_hand, memory_inputs, run_blocks
+from lrt.kernels.attention import usable
+from lrt.kernels.gradients import Branch, Branched, branch, split
+from lrt.recurrence import reset_memory
+from lrt.types import KV, KVStore, Later, Pass, PassOutput, RecurrentDecoder
+
+
+class Entries:
+    """One block's keys or values in the buffer, an entry (B, n, G, K) a residue."""
+
+    def __init__(self, known: Branched) -> None:
+        self._all = list(known.parts)
+
+    def __setitem__(self, residue: int, fresh: Tensor) -> None:
+        self._all[residue] = fresh
+
+    def read_by(self, residue: int, mask: Mask) -> tuple[Tensor, ...]:
+        """The entries as a pass over ``residue`` reads them under its mask."""
+        return tuple(self._all)
+
+
+class Engine:
+    """Computes the passes of one model.
+
+    Args:
+        model: the decoder's parts.
+    """
+
+    branch: Callable[[Tensor, int], Branched] = staticmethod(branch)  # a tensor for all positions, and by residue
+    entries: type[Entries] = Entries
+
+    def __init__(self, model: RecurrentDecoder) -> None:
+        self.model = model
+
+    # -------------------------------------------------------------- rows
+
+    def copies(self, row: Row, count: int) -> Sequence[Row]:
+        """The same row for each of several passes."""
+        return [row] * count
+
+    def split(self, row: Row, subsets: int) -> tuple[Row, list[Row]]:
+        """The row for a pass over all positions, and the rows of the positions t = r (mod S), residue by residue."""
+        hidden = self.branch(row.hidden, subsets)
+        below = row.contexts[: row.start]
+        whole, contexts = split_contexts(row.contexts[row.start :], subsets, self.branch)
+        starts = (None,) * subsets if row.starts is None else split(row.starts, subsets)
+        parts = [Row(h, (*below, *c), s, None, row.start) for h, c, s in zip(hidden.parts, contexts, starts)]
+        return row._replace(hidden=hidden.whole, contexts=(*below, *whole)), parts
+
+    # -------------------------------------------------------------- passes
+
+    def run(
+        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
+        keep_kv: bool = True, keep_inputs: bool = False,
+    ) -> PassOutput:  # fmt: skip
+        """Run the blocks from ``row.start`` on.
+
+        Args:
+            row: the positions of the pass.
+            received: their m[t-1] (B, P, D); None = zero memory.
+            stores: what each block attends to; None = the pass's own positions, which are a whole row.
+            stop: the first block that does not run (zero-based); None = run all.
+            index: of the pass in its schedule.
+            keep_kv: a later pass reads the keys and values of this one.
+            keep_inputs: ``refresh`` will need the input of every block.
+        """
+        stores = self.whole_row(row) if stores is None else stores
+        out = run_blocks(
+            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs
+        )
+        return out if keep_kv else out._replace(kv=())
+
+    def whole_row(self, row: Row) -> list[KVStore | None]:
+        """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""
+        return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
+
+    def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
+        """One mask a block for the positions t = residue (mod S) over keys grouped by residue; None: the kernel needs none."""
+        fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
+        if row.documents is None and (fast or groups == 1):
+            return [None] * len(self.model.blocks)
+        places = torch.arange(row.length, device=row.hidden.device)
+        return dense_masks(self.model, places[residue::groups], torch.cat([places[g::groups] for g in range(groups)]), row)
+
+    # -------------------------------------------------------------- what passes leave for later ones
+
+    def buffer(self, row: Row, parts: Sequence[Row], first: PassOutput) -> PositionBuffer:
+        """The buffer after the pass ``first`` over all positions of a row that was split into ``parts``."""
+        return PositionBuffer(self, row, parts, first)
+
+    def prefix(self, row: Row) -> Prefix:
+        """The keys and values of chunks of a row, from left to right."""
+        return Prefix(self.model, row) if torch.is_grad_enabled() else StaticPrefix(self.model, row)
+
+
+class PositionBuffer:
+    """Memory, keys and values of a row by residue, as last computed (paper section 4).
+
+    Args:
+        engine: computes the passes.
+        row: all positions.
+        parts: its positions by residue.
+        first: the pass over all positions.
+    """
+
+    def __init__(self, engine: Engine, row: Row, parts: Sequence[Row], first: PassOutput) -> None:
+        assert first.memory is not None
+        self._engine, self._row, self._parts = engine, row, parts
+
+        def apart(x: Tensor) -> Branched:
+            return engine.branch(x, len(parts))
+
+        self._memory = list(apart(first.memory).parts)
+        self._kv = [(engine.entries(apart(key)), engine.entries(apart(value))) for key, value in first.kv]
+        kept = engine.model.receivers if first.inputs else ()
+        self._inputs = {layer: apart(first.inputs[layer - row.start]).parts for layer in kept}
+
+    def received(self, residue: int) -> Tensor:
+        """m[t-1] (B, P, D) of the positions of a residue, from the newest pass over the position before."""
+        memory, count = self._memory, self._memory[residue].shape[1]
+        before = memory[residue - 1][:, :count] if residue else F.pad(memory[-1][:, : count - 1], (0, 0, 1, 0))
+        return reset_memory(before, self._parts[residue].starts)
+
+    def stores(self, residue: int) -> list[KVStore | None]:
+        """What each block attends to in a pass over a residue."""
+        start = self._row.start
+        masks = self._engine.masks(self._row, groups=len(self._parts), residue=residue)[start:]
+        known = zip(self._kv, masks)
+        return [*[None] * start, *(Buffer(k.read_by(residue, mask), v.read_by(residue, mask), residue, mask) for (k, v), mask in known)]
+
+    def write_back(self, residue: int, out: PassOutput) -> None:
+        """Put what a pass over a residue computed in the place of what was known."""
+        assert out.memory is not None
+        self._memory[residue] = out.memory
+        for (keys, values), fresh in zip(self._kv, out.kv):
+            keys[residue], values[residue] = fresh
+
+    def refresh(self, residues: Iterable[int]) -> None:
+        """Bring the newest memory into the keys and values of some residues; gates and local parts stay those of the first pass."""
+        model = self._engine.model
+        for residue in residues:
+            newest = memory_inputs(model, self.received(residue))
+            for layer in model.receivers:
+                keys, values = self._kv[layer - self._row.start]
+                context = at_hand(self._parts[residue].contexts[layer])
+                keys[residue], values[residue] = model.blocks[layer].refresh(self._inputs[layer][residue], newest[layer], context)
+
+
+class Prefix:
+    """Keys and values of a row's first positions, in the order of time; they grow, and autograd may follow."""
+
+    def __init__(self, model: RecurrentDecoder, row: Row) -> None:
+        self._places = torch.arange(row.length, device=row.hidden.device)
+        self._masks = dense_masks(model, self._places, self._places, row)
+        self._kv: list[KV] = []
+
+    def stores(self, step: Pass) -> list[KVStore]:
+        """What each block attends to in the chunk ``step``: what was kept, and the chunk itself."""
+        masks = [mask[..., step.positions, : step.stop] for mask in self._masks]
+        if not self._kv:
+            return [Buffer((), (), 0, mask) for mask in masks]
+        return [Buffer((key,), (value,), 1, mask) for (key, value), mask in zip(self._kv, masks)]
+
+    def keep(self, kv: Sequence[KV]) -> None:
+        """Add the keys and values of the next chunk."""
+        known = self._kv
+        self._kv = [KV(*(torch.cat(both, 1) for both in zip(*pair))) for pair in zip(known, kv)] if known else list(kv)
+
+
+class StaticPrefix(Prefix):
+    """The same without gradients: written in place, so that shapes never grow."""
+
+    def stores(self, step: Pass) -> list[KVStore]:
+        if not self._kv:
+            return super().stores(step)
+        slots = self._places[step.positions]
+        return [Cache(key, value, slots, mask[..., step.positions, :]) for (key, value), mask in zip(self._kv, self._masks)]
+
+    def keep(self, kv: Sequence[KV]) -> None:
+        if not self._kv:
+            length = len(self._places)
+            self._kv = [KV(*(F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1])) for x in mine)) for mine in kv]
+
+
+# ------------------------------------------------------------------ parts of rows
+
+
+def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tuple[list[Any], list[list[Any]]]:
+    """Contexts by block for a pass over all positions, then by residue and block.
+
+    What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is split later.
+    """
+    known: dict[int, tuple[Any, Sequence[Any]]] = {}
+
+    def apart(x: Any) -> tuple[Any, Sequence[Any]]:
+        if id(x) not in known:
+            known[id(x)] = _apart(x, subsets, branch)
+        return known[id(x)]
+
+    fields = [[apart(x) for x in context] for context in contexts]
+    whole = [type(c)(*(everywhere for everywhere, _ in mine)) for c, mine in zip(contexts, fields)]
+    return whole, [[type(c)(*(parts[g] for _, parts in mine)) for c, mine in zip(contexts, fields)] for g in range(subsets)]
+
+
+def _apart(x: Any, subsets: int, branch: Branch) -> tuple[Any, Sequence[Any]]:
+    if isinstance(x, Later):
+        both = Later(lambda: branch(x(), subsets))
+        return Later(lambda: both().whole), [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
+    if x is None or x.shape[1] == 1:
+        return x, (x,) * subsets
+    return branch(x, subsets)[:2]
+
+
+def dense_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
+    """One boolean mask (1 or B, 1, P, N) a block, built once for each distinct window.
+
+    Args:
+        model: its blocks have the windows.
+        queries, keys: (P,) and (N,) indices into the row.
+        row: attention stays inside its documents.
+    """
+    documents: dict[str, Tensor | None] = {}
+    if row.documents is not None:
+        documents = {"query_documents": row.documents[:, queries], "key_documents": row.documents[:, keys]}
+    windows = {block.window for block in model.blocks}
+    masks = {window: causal_mask(queries, keys, window=window, **documents) for window in windows}
+    return [masks[block.window] for block in model.blocks]
+
+
+def dtype_of(row: Row) -> torch.dtype:
+    """The dtype that attention will compute in."""
+    kind = row.hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else row.hidden.dtype

@@ -1,0 +1,106 @@
+"""The one forward. Initialization, refinement, prefill and decoding are all ``run_blocks``; they differ in their data.
+
+Legend: B batch, T row length, P positions of the pass, D width, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lrt.kernels.gradients import attached
+from lrt.types import KV, Later, MemoryInput, PassOutput, RecurrentDecoder
+
+
+class Row(NamedTuple):
+    """What passes run over: a hidden state for every position, and what the borders between documents say."""
+
+    hidden: Tensor  # (B, T, D) embedded tokens, or what block ``start`` receives
+    contexts: tuple[Any, ...]  # one a block, positions on dimension 1
+    starts: Tensor | None  # bool (B, T): the memory received here is zero
+    documents: Tensor | None  # (B, T): attention stays inside a document
+    start: int = 0  # zero-based; the blocks before this one have run
+
+    @property
+    def length(self) -> int:
+        return self.hidden.shape[1]
+
+
+def memory_inputs(model: RecurrentDecoder, received: Tensor | None, *, start: int = 0, stop: int | None = None) -> list[MemoryInput | None]:
+    """The received memory m[t-1] as each block wants it; a shared projection runs once.
+
+    Args:
+        model: the decoder's parts.
+        received: (B, P, D); None = zero memory.
+        start, stop: only these blocks will run (zero-based, half open).
+
+    Returns:
+        One a block of the model; None for a block that receives nothing.
+    """
+    inputs: list[MemoryInput | None] = [None] * len(model.blocks)
+    stop = len(model.blocks) if stop is None else stop
+    if received is None or not any(start <= index < stop for index in model.receivers):
+        return inputs
+    key, value = model.memory_projection(received) if model.memory_projection is not None else (None, None)
+    gains = model.injection() if model.injection is not None else (None,) * len(model.receivers)
+    for index, gain in zip(model.receivers, gains):
+        inputs[index] = MemoryInput(received, key, value, gain)
+    return inputs
+
+
+def run_blocks(
+    model: RecurrentDecoder,
+    hidden: Tensor,
+    contexts: Sequence[Any],
+    received: Tensor | None,
+    *,
+    stores: Sequence[Any] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    keep_inputs: bool = False,
+    share: Callable[[Sequence[Any]], Sequence[Any]] = list,
+) -> PassOutput:
+    """One forward over some positions.
+
+    Args:
+        model: the decoder's parts.
+        hidden: (B, P, D) what block ``start`` receives: embedded tokens, or the output of the block before.
+        contexts: one a block of the model, for the same positions.
+        received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
+        stores: what each block attends to, a ``KVStore`` or a ``Transient`` one; None = plain causal attention.
+        start, stop: run only these blocks (zero-based, half open).
+        keep_inputs: also return the input of every block that ran.
+        share: applied to the tuples of tensors that the blocks read, one a block, of which several may hold one tensor.
+
+    Returns:
+        Output of the last block that ran, memory, keys and values of these positions.
+    """
+    stop = len(model.blocks) if stop is None else stop
+    received_by = share(memory_inputs(model, received, start=start, stop=stop)[start:stop])
+    contexts = share(contexts[start:stop])
+    memory, kv, inputs = None, [], []
+    for index, mine, context in zip(range(start, stop), received_by, contexts):
+        if keep_inputs:
+            inputs.append(hidden)
+        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), None if stores is None else stores[index])
+        kv.append(KV(attached(key), attached(value)))
+        if index + 1 == model.source:
+            memory = model.memory_of(hidden)
+    return PassOutput(hidden, memory, tuple(kv), tuple(inputs))
+
+
+# ------------------------------------------------------------------ contexts
+
+
+def at_hand(context: Any) -> Any:
+    """The context with every tensor made."""
+    if not any(isinstance(x, Later) for x in context):
+        return context
+    return type(context)(*(x() if isinstance(x, Later) else x for x in context))
+
+
+def take(context: Any, positions: slice) -> Any:
+    """The context of some positions: dimension 1 of every tensor, unless it broadcasts."""
+    return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in at_hand(context)))
