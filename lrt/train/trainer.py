@@ -24,7 +24,7 @@ from lrt.schedules import describe
 from lrt.train.checkpoint import CheckpointManager, check_same_run, read_tensors, stored_recipe, write_history
 from lrt.train.checkpoint.resuming import Resumed, find_resumed, random_state, set_random_state
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
-from lrt.train.checkpoint.weights import build_parallel, clean, not_finite, warm_start
+from lrt.train.checkpoint.weights import build_parallel, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
@@ -132,7 +132,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
-    runner = make_runner(model, recipe.parallel, world)
+    runner = make_runner(model, recipe.parallel, world, report=say)
     told = None
     if world.main:
         data = {"train": loader.fingerprint, "validation": validation.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -218,7 +218,6 @@ def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, res
     start = 0 if resumed is None else resumed.state.step
     changed = write_history(folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder))
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
-    clean(folder / "export")
     world.barrier()
     console = Console(total=total, start=start, every=recipe.metrics.every)
     if resumed is not None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt
+from lrt.adaptation import adapt, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder
+from lrt.serialization.renewal import config_file
 from lrt.train.optim.groups import is_memory
 
 OF_ANY_BACKBONE = ("sequence_length",)  # keys of [model] that a decoder from a folder leaves open
@@ -100,7 +101,7 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
     folder = Path(recipe.run.backbone).expanduser()
     key = f'run.backbone = "{recipe.run.backbone}"'
-    if not (folder / "config.json").is_file():
+    if not config_file(folder).is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model')
     try:
@@ -154,13 +155,6 @@ def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
     """Adapt a decoder; memory starts at zero, so no seed is involved."""
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
     return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
-
-
-def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
-    """The decoder inside an adapted model, unchanged: the twin that trains on the same tokens."""
-    plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
-    plain.original = model.original
-    return plain
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.model import LatentRecurrentModel, build
-from lrt.serialization import load, new_folder, write_model
+from lrt.serialization import load, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
-from lrt.train.checkpoint import read_tensors
+from lrt.serialization.renewal import config_file, renewed_folder
+from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
 from lrt.train.checkpoint.verifying import find_checkpoint
 from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
@@ -77,7 +78,7 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
         if Path(path).is_file():
             fill(model, _read_file(Path(path)))
             return
-        if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
+        if config_file(path).is_file():  # written by lrt.save, whole or in shards
             fill(model, named_tensors(load(path, device="cpu")))
             return
         tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
@@ -114,20 +115,17 @@ def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
     return f"{', '.join(found[:3])}{more} {'is' if len(found) == 1 else 'are'}" if found else None
 
 
-def clean(folder: Path) -> None:
-    """Mend what a kill left of an export: one that was moved aside comes back, what was half written goes."""
-    before, beside = folder.with_name(f".old_{folder.name}"), folder.with_name(f".new_{folder.name}")
-    if before.exists() and not folder.exists():
-        before.rename(folder)
-    for leftover in (before, beside, *folder.parent.glob(f".{beside.name}.*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def export(
-    model: nn.Module, recipe: Recipe, folder: Path | None, world: World, *, tokenizer: Tokenizer | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    folder: Path | None,
+    world: World,
+    *,
+    tokenizer: Tokenizer | None = None,
+    step: int | None = None,
 ) -> LatentRecurrentModel | None:
     """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
-    the recipe continues a decoder without memory. The earlier one is deleted only when the new one stands in its place.
+    the recipe continues a decoder without memory.
 
     Args:
         model: plain or parallel; every rank must call this.
@@ -135,6 +133,7 @@ def export(
         folder: None = write nothing.
         world: the processes.
         tokenizer: written beside the model.
+        step: of the run; config.json says it, so that an export that is older than a checkpoint is known.
 
     Returns:
         The plain model on the CPU in evaluation mode on rank 0, None on other ranks.
@@ -144,19 +143,20 @@ def export(
         return None
     plain = _plain(recipe, tensors)
     if folder is not None:
-        clean(folder)
-        with new_folder(folder.with_name(f".new_{folder.name}")) as place:
+        with renewed_folder(folder) as place:
             if plain.recurrence is None and is_foreign(plain):
                 decoder_of(plain).save_pretrained(place)
             else:
                 write_model(plain, place)
             if tokenizer is not None:
                 tokenizer.save(place)
-        if folder.exists():
-            folder.rename(folder.with_name(f".old_{folder.name}"))
-        folder.with_name(f".new_{folder.name}").rename(folder)
-        clean(folder)
+            if step is not None:
+                _add_step(place / "config.json", step)
     return plain.eval()
+
+
+def _add_step(config: Path, step: int) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"step": step}, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(recipe: Recipe, tensors: Mapping[str, Tensor]) -> LatentRecurrentModel:

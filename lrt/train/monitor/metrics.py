@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lrt.eval.runs import Record, read_records
+from lrt.eval.runs import Record, read_records, scores_of
 from lrt.train.monitor.faults import NotSavedError
 
 
@@ -236,9 +236,8 @@ class Console:
 
     def write(self, record: Record) -> None:
         if record["kind"] == "evaluation":
-            scores = "  ".join(f"{mode} {value:.4f}" for mode, value in record["bpb"].items())
-            self.say(f"{record['step']:>8} bits per byte: {scores}  ({record['seconds']:.0f} s)")
-            for line in memory_table(record):
+            self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
+            for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
             return
         if record["kind"] != "train":
@@ -271,6 +270,12 @@ TABLE = (  # of an evaluation's record: what a line says, and the key of its num
 )  # fmt: skip
 
 
+def score_line(record: Record) -> str:
+    """Bits per byte of an evaluation; a model without memory has one number and no mode."""
+    scores = scores_of(record)
+    return "  ".join(f"{mode} {value:.4f}" if len(scores) > 1 else f"{value:.4f}" for mode, value in scores.items())
+
+
 def memory_table(record: Record) -> list[str]:
     """What the memory does, a line a statistic: least, median and most over the blocks; empty without memory.
 
@@ -297,7 +302,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError('metrics.tensorboard = true needs the package tensorboard: pip install "lrt[tensorboard]"') from None
+            mend = 'pip install -e ".[tensorboard]" in a checkout of lrt'
+            raise ValueError(f"metrics.tensorboard = true needs the package tensorboard: {mend}") from None
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
@@ -342,44 +348,3 @@ class Recorder:
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
-
-
-# ------------------------------------------------------------------ curves
-
-
-def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Draw loss, bits per byte, gradient norm and learning rate into a PNG.
-
-    Args:
-        records: of a metrics.jsonl.
-        path: of the PNG.
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError('metrics.plot = true needs matplotlib: pip install "lrt[plot]", or set metrics.plot = false') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
-    scores = [r for r in records if r["kind"] == "evaluation"]
-    figure, ((top, right), (low, last)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    steps = [r["step"] for r in train]
-    for group in range(len(train[0]["groups"]) if train else 0):
-        top.plot(steps, [r["groups"][group] for r in train], linewidth=0.8, label=f"group {group}" if group else "initialization")
-    top.set(title="training loss of each group (nats a token)", xlabel="step")
-    for mode in scores[0]["bpb"] if scores else ():
-        right.plot([r["step"] for r in scores], [r["bpb"][mode] for r in scores], marker="o", label=mode)
-    right.set(title="held-out bits per byte", xlabel="step")
-    low.plot(steps, [r["grad_norm"] for r in train], linewidth=0.8)
-    low.set(title="gradient norm", xlabel="step", yscale="log")
-    last.plot(steps, [r["lr_scale"] for r in train], linewidth=0.8)
-    last.set(title="share of the learning rate", xlabel="step")
-    for axes in (top, right):
-        if axes.has_data():
-            axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
