@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lrt.eval.runs import Record, read_records, scores_of
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
-from lrt.train.monitor.faults import Heartbeat, NotSavedError
+from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
 from lrt.train.monitor.host import data_was_the_limit, share_waited
 from lrt.train.monitor.metrics import memory_table
 from lrt.train.run import Run, RunResult
@@ -22,12 +23,13 @@ from lrt.train.run import Run, RunResult
 def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     """Evaluate, export, draw and print what a finished run is worth; every rank must call this."""
     record = evaluate_run(run, heart)
+    bad = [mode for mode, value in record["bpb"].items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(f"bits per byte of the trained model are not finite (in mode {', '.join(bad)}), so nothing is exported")
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     try:
-        plain = export(run.model, run.recipe, exported, run.world, step=run.state.step)
-        if plain is not None and exported is not None:
-            run.tokenizer.save(exported)
+        plain = export(run.model, run.recipe, exported, run.world, tokenizer=run.tokenizer, step=run.state.step)
     except (OSError, SafetensorError) as error:
         raise NotSavedError(
             f"{exported} could not be written ({error}): make room and give the same command, which exports from the checkpoint of "
@@ -41,6 +43,9 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
                 plot_curves(read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png", title=run.recipe.run.name)
             except ValueError as error:
                 run.say(f"metrics.plot = true: {error}, or set metrics.plot = false")
+            except OSError as error:
+                raise NotSavedError(f"{run.folder / 'curves.png'} could not be written ({error}): the same command draws it again") from None
+        run.recorder.check()
         run.say(summary(run, result, record))
     run.world.barrier()
     return result

@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler."""
+"""The window of steps that a recipe has profiled."""
 
 from __future__ import annotations
 
