@@ -166,6 +166,11 @@ class LatentRecurrentModel(nn.Module):
             raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
         if self.recurrence is None:
             schedule = baseline()
+        row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids)
+        return run_schedule(self, row, schedule, generator=generator)
+
+    def row(self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Row:
+        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
         changed = None if document_ids is None else F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
@@ -174,7 +179,7 @@ class LatentRecurrentModel(nn.Module):
         documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         hidden, contexts = self.backbone.embed(input_ids, positions)
-        return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator)
+        return Row(hidden, contexts, starts, documents)
 
     def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:
         """Nats of every target under every loss group.
