@@ -7,7 +7,7 @@ Legend: B batch, T row length, P positions of the pass, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from lrt.engine import Engine, engine_of
 from lrt.forward import Row, take
 from lrt.kernels.attention import natural_order
 from lrt.recurrence import reset_memory, shift_right
+from lrt.schedules import only_feeds
 from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
@@ -42,14 +43,19 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
         One result a pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
         not be scored.
     """
-    plan = schedule.plan(row.length, generator=generator)
+    plan, engine = schedule.plan(row.length, generator=generator), engine_of(model)
     if not (plan[0].memory == "zero" and plan[0].covers(row.length)):
-        loop: Callable[..., list[PassResult]] = chunks
-    elif len(plan) > 1 and not plan[1].covers(row.length):
-        loop = interleave
-    else:
-        loop = refine
-    return loop(engine_of(model), row, plan, schedule)
+        return chunks(engine, row, plan)
+    if len(plan) == 1:
+        return refine(engine, row, plan, schedule)
+    loop = refine if plan[1].covers(row.length) else interleave
+    return loop(engine, below_memory(engine, row), plan, schedule)
+
+
+def below_memory(engine: Engine, row: Row) -> Row:
+    """The row where memory first enters: what the blocks below compute is the same in every pass, so they run once."""
+    first = engine.model.receivers[0]
+    return row._replace(hidden=engine.run(row, stop=first, keep_kv=False).hidden, start=first) if first else row
 
 
 def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
@@ -74,16 +80,15 @@ def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
     weights, received = schedule.group_weights(row.length), None
     results: list[PassResult] = []
     for index, (step, mine) in enumerate(zip(plan, engine.copies(row, len(plan)))):
-        last = step is plan[-1]
-        only_feeds = weights[step.group] == 0 and not last
-        out = engine.run(mine, received, index=index, keep_kv=False, stop=engine.model.source if only_feeds else None)
+        stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
+        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
         results.append(PassResult(step, out.hidden, out.memory))
-        if not last:
+        if step is not plan[-1]:
             received = received_everywhere(row, handed_on(out, schedule))
     return results
 
 
-def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+def chunks(engine: Engine, row: Row, plan: Sequence[Pass]) -> list[PassResult]:
     """Contiguous passes, left to right; memory arrives at the first position of each, from the chunk before."""
     prefix, memory = engine.prefix(row), None
     results: list[PassResult] = []

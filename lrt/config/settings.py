@@ -23,7 +23,7 @@ class RecurrenceConfig:
     """How the previous token's latent state enters the decoder (spec: paper section 3)."""
 
     sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
-    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3)
+    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     kv_projection: bool = True  # memory enters keys and values
     residual: bool = True  # memory is added to the block's input
     gate_channels: int | None = None  # channels that the gates read; None = all
@@ -41,18 +41,23 @@ class RecurrenceConfig:
         """Number of the source block, 1..n_layers.
 
         Raises:
-            ValueError: the block does not exist in a model of ``n_layers`` blocks.
+            ValueError: the block does not exist in a model of ``n_layers`` blocks, or lies below every block that receives memory.
         """
-        source = self.source_layer
+        source, first = self.source_layer, 1 + min(self.block_indices(n_layers))
         if source is None:
-            return max(1, round(2 * n_layers / 3))
-        if isinstance(source, float):
-            return min(n_layers, max(1, round(source * n_layers)))
-        if not 1 <= source <= n_layers:
+            return max(round(2 * n_layers / 3), first)
+        number = min(n_layers, max(1, round(source * n_layers))) if isinstance(source, float) else source
+        if not 1 <= number <= n_layers:
             raise ValueError(
                 f"recurrence.source_layer = {source}, but the model has {n_layers} blocks: use 1..{n_layers}, or a fraction such as 0.67"
             )
-        return source
+        if number < first:
+            raise ValueError(
+                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives memory, {first} "
+                f"(recurrence.blocks): what it computes would never depend on memory, which is no recurrence. Use a source of "
+                f"{first}..{n_layers}, leave it out, or let memory enter a lower block"
+            )
+        return number
 
     def block_indices(self, n_layers: int) -> tuple[int, ...]:
         """Zero-based indices of the blocks that receive memory.

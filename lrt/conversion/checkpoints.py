@@ -29,7 +29,7 @@ from lrt.serialization.adapted import load_whole, without_ties
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder, open_saved
 from lrt.serialization.fingerprint import fingerprint, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
-from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
+from lrt.train.checkpoint.verifying import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
 

@@ -20,7 +20,7 @@ from lrt.config import DataConfig
 from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Packer, Piece
 from lrt.data.sources import open_documents, split_files
-from lrt.data.stream import in_order
+from lrt.data.stream import read_in_order
 from lrt.data.texts import TextDocuments
 from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
@@ -141,20 +141,20 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
     """
     tokenizer = load_tokenizer(data.tokenizer)
     documents = open_documents(data, tokenizer=tokenizer, split="train")
-    widths = tokenizer.token_bytes()
     lengths: list[int] = []
     total_bytes = 0
 
     def pieces() -> Iterator[Piece]:
         nonlocal total_bytes
         tokens = 0
-        for piece in in_order(documents, on_corrupt=data.on_corrupt):
+        for group, document, (ids, sizes) in read_in_order(documents.measure, documents.sizes, on_corrupt=data.on_corrupt):
             if limit_tokens is not None and tokens >= limit_tokens:
                 return
-            lengths.append(len(piece.tokens))
-            tokens += len(piece.tokens)
-            total_bytes += int(widths[piece.tokens].sum())
-            yield piece
+            if len(ids):
+                lengths.append(len(ids))
+                tokens += len(ids)
+                total_bytes += int(sizes.sum())
+                yield Piece(group, document, 0, ids)
 
     source = pieces()
     packer = Packer(lambda: next(source, None), length=sequence_length + 1, bos_id=tokenizer.bos_id, buffer=data.buffer_documents)

@@ -6,7 +6,6 @@ A new folder is written beside its place and renamed, so a broken save leaves no
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from lrt.model import LatentRecurrentModel
 from lrt.serialization.adapted import decoder_tensors, is_foreign, model_card, refuse_whole, without_ties
 from lrt.serialization.description import config_of
 from lrt.serialization.fingerprint import fingerprint
+from lrt.serialization.permissions import usual_permissions
 from lrt.serialization.tensors import in_memory, write_folder
 
 
@@ -97,7 +97,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield place
-        os.chmod(place, 0o755)
+        usual_permissions(place)
         if target.exists():
             target.rmdir()
         place.rename(target)
