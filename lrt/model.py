@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
+from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment
 from lrt.passes import PassResult, by_group, in_order, last_memory, run_schedule
@@ -237,10 +238,31 @@ class LatentRecurrentModel(nn.Module):
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the recurrence added, by name."""
+        return {f"{name}.{key}": p for name, module in self.memory_modules().items() for key, p in module.named_parameters()}
+
+    def memory_modules(self) -> dict[str, nn.Module]:
+        """The modules that the recurrence added, by name."""
         added: dict[str, nn.Module | None] = {"memory_projection": self.memory_projection, "injection": self.injection}
         for index, block in enumerate(self.blocks):
             added |= {f"blocks.{index}.gate": block.gate, f"blocks.{index}.projection": block.projection}
-        return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
+        return {name: module for name, module in added.items() if module is not None}
+
+    @property
+    def peft_config(self) -> Any:
+        """Configs of the adapters that PEFT has put into this model, by name; it sets them once its layers are in."""
+        try:
+            return self.__dict__["_peft_config"]
+        except KeyError:
+            raise AttributeError("peft_config") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        self.__dict__["_peft_config"] = adapters
+        train_memory_beside(self, self.memory_modules(), adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_peft_config", None)
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
         _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
