@@ -26,7 +26,7 @@ from lrt.decoding.fast import one_token
 from lrt.decoding.fast.acceleration import Accelerated
 from lrt.kernels import mixing
 from lrt.train import evaluation
-from lrt.train.checkpoint.checkpoint import CheckpointManager, latest, read_rest, read_tensors
+from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
 from lrt.train.checkpoint.weights import build_parallel, export, gather
 from lrt.train.distributed import parallel
 from lrt.train.distributed.graphs import Runner

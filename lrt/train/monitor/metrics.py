@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lrt.eval.runs import Record, read_records, scores_of
+from lrt.train.monitor.faults import NotSavedError
 
 
 class Sink(Protocol):
@@ -134,13 +136,18 @@ class JsonLines:
 
     def __init__(self, path: Path, *, resume_step: int = 0, report: Callable[[str], None] = print) -> None:
         kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
-        beside = path.with_name(path.name + ".new")
-        beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        beside.replace(path)
+        _replace(path, kept)
         self._file = open(path, "ab", buffering=0)
         self._path, self._report, self._unwritten = path, report, b""
+        self._evaluated = {r["step"] for r in kept if r["kind"] == "evaluation"}
+        self.lost: str | None = None
 
     def write(self, record: Record) -> None:
+        if self.lost is None and not self._is_there():
+            self.lost = f"{self._path} was deleted or replaced under the run: its records are lost"
+            self._report(self.lost)
+        if record["kind"] == "evaluation":
+            self._forget(record["step"])
         waits = bool(self._unwritten)
         self._unwritten += (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         try:
@@ -150,10 +157,47 @@ class JsonLines:
             if not waits:
                 self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
 
+    def check(self) -> None:
+        """Try once more to write what waits.
+
+        Raises:
+            NotSavedError: records are lost.
+        """
+        with contextlib.suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        if self._unwritten:
+            self.lost = f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written"
+        if self.lost is not None:
+            raise NotSavedError(f"{self.lost}. The same command goes on from the newest checkpoint")
+
     def close(self) -> None:
         if self._unwritten:
             self._report(f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written")
         self._file.close()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            return False
+
+    def _forget(self, step: int) -> None:
+        """A step that is evaluated again has one record: the last."""
+        if step in self._evaluated and self._is_there() and not self._unwritten:
+            kept = [r for r in read_records(self._path) if r["kind"] != "evaluation" or r["step"] != step]
+            with contextlib.suppress(OSError):
+                _replace(self._path, kept)
+                self._file.close()
+                self._file = open(self._path, "ab", buffering=0)
+        self._evaluated.add(step)
+
+
+def _replace(path: Path, records: Sequence[Record]) -> None:
+    """Write a JSONL file anew; it is there whole, before and after."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    beside.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -259,6 +303,17 @@ class Recorder:
     def write(self, record: Record) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+    @property
+    def lost(self) -> str | None:
+        """What happened to records that a file no longer has; None = nothing."""
+        return next((sink.lost for sink in self._sinks if isinstance(sink, JsonLines)), None)
+
+    def check(self) -> None:
+        """Raises NotSavedError where records are lost."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonLines):
+                sink.check()
 
     def close(self) -> None:
         for sink in self._sinks:
