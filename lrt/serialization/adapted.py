@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,25 @@ def load_adapter(
     return model.eval()
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+
+
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md of a saved folder, with the front matter that the hub reads."""
     about = config.get("adapted") or {"architecture": "native lrt decoder"}
-    name = about.get("name") or ""
+    kind, name = str(about.get("architecture")), str(about.get("name") or "")
+    if "adapted" in config and not (kind.isidentifier() and len(kind) <= 100):
+        kind = "decoder"
+    if not HUB_NAME.fullmatch(name) or Path(name).exists():  # a folder's name means nothing to a reader, and may hold any markup
+        name = ""
     front = ["library_name: lrt", "pipeline_tag: text-generation", "tags:", "- latent-recurrent-transformer", "- arxiv:2605.26797"]
-    base = [f"base_model: {name}"] if name and not Path(name).exists() else []
+    base = [f"base_model: {json.dumps(name)}"] if name else []
     load = 'lrt.load("FOLDER", base=decoder)' if config.get("adapter_only") else 'AutoModelForCausalLM.from_pretrained("FOLDER")'
     what = "The memory parameters of a" if config.get("adapter_only") else "A"
     return "\n".join(
         [
             "---", *front, *base, "---", "", "# Latent Recurrent Transformer", "",
-            f"{what} Latent Recurrent Transformer (arXiv 2605.26797) around: {about['architecture']}{f' ({name})' if base else ''}.",
+            f"{what} Latent Recurrent Transformer (arXiv 2605.26797) around: {kind}{f' ({name})' if base else ''}.",
             "Every position also receives the state that an upper-middle block computed at the position before it.", "",
             "```python", "import lrt", "from transformers import AutoModelForCausalLM", "", f"model = {load}", "```", "",
             "Recurrence:", "", "```json", json.dumps(config["recurrence"], indent=2), "```", "",
