@@ -297,6 +297,7 @@ TIERS = [
     ["accounting", "forward"],
     ["engine"],
     ["backbone", "families", "passes"],
+    ["lora"],
     ["model"],
     ["adaptation"],
     ["serialization"],

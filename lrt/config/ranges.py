@@ -91,6 +91,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "shard": Range(1, also=-1, note="-1 = all that remain"),
         "timeout_minutes": Range(0, 525600, above=True),
         "loss_chunk": Range(0, note="0 = all"),
+        "host_threads": FROM_1,
     },
     "checkpoint": {"every": AT_THE_END, "keep_last": FROM_1, "keep_every": Range(0, note="0 = none")},
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},

@@ -185,7 +185,7 @@ class DataConfig:
     validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train
     text_column: str = "text"
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int = 0  # processes that read and tokenize; 0 = in the training process
+    workers: int | None = None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
     buffer_documents: int = 256  # documents among which a row's best fit is searched
     shuffle_seed: int | None = None  # None = run.seed
     on_corrupt: Literal["stop", "skip"] = "stop"  # a shard that cannot be read
@@ -245,6 +245,7 @@ class ParallelConfig:
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
+    host_threads: int | None = None  # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
 
     @property
     def reduces_once(self) -> bool:

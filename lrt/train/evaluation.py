@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer
@@ -21,6 +20,7 @@ from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
 from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
+from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
@@ -121,38 +121,3 @@ def _interval(score: BitsPerByte) -> list[float] | None:
     """Both ends of the bootstrap interval over documents; None where there are too few."""
     found = score.interval()
     return None if math.isnan(found.low) else [found.low, found.high]
-
-
-@torch.no_grad()
-def recurrence_statistics(model: Any) -> dict[str, list[float]]:
-    """What the parameters have become: gains g, size of gates and projections, one number a receiving block; a and b, one a block.
-
-    Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
-    Every rank must call this.
-    """
-    if model.recurrence is None:
-        return {}
-    found: dict[str, list[float]] = {}
-    if model.injection is not None:
-        found["gains"] = _whole(model.injection.gains).tolist()
-    blocks = [model.blocks[index] for index in model.receivers]
-    gates = [block.gate for block in blocks if block.gate is not None]
-    if gates:
-        found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
-    if pairs:
-        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
-        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
-    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
-        scales = getattr(model.backbone, name, None)
-        if scales is not None:
-            found[name] = _whole(scales).tolist()
-    return found
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(_whole(tensor).float().square().mean().sqrt())

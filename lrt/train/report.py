@@ -15,6 +15,7 @@ from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
 from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
+from lrt.train.monitor.host import data_was_the_limit, share_waited
 from lrt.train.monitor.metrics import memory_table
 from lrt.train.run import Run, RunResult
 
@@ -71,10 +72,12 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
         record: of its last evaluation.
     """
     parts, scores = run.parameters, scores_of(record)
+    waited = share_waited(read_records(run.folder / "metrics.jsonl"))
     rows = [
         *(("bits per byte" + (f", {mode}" if len(scores) > 1 else ""), f"{value:.4f}") for mode, value in scores.items()),
         ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
+        ("waiting for data", f"{100 * waited:.1f} % of the time"),
         ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
         ("skipped steps", f"{run.state.skipped}"),
         ("unreadable texts", f"{run.loader.skipped}"),
@@ -85,5 +88,7 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     lines += ["", *(f"  {line}" for line in memory)] if memory else []
     if result.sample is not None:
         lines += ["", "sample:", *(f"  {line}" for line in result.sample.splitlines())]
+    limit = data_was_the_limit(waited, workers=run.loader.workers)
+    lines += [] if limit is None else ["", limit]
     written = [path for path in ("recipe.toml", "run.json", "metrics.jsonl", "curves.png", "checkpoints", "export") if (run.folder / path).exists()]
     return "\n".join([*lines, "", f"written to {run.folder.resolve()}: {', '.join(written)}"])

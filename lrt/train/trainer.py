@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrt.accounting import Parameters, count_parameters, peak_flops, training_flops
+from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.data.locks import locked
 from lrt.eval.runs import read_records
 from lrt.schedules import describe
-from lrt.train.checkpoint import CheckpointManager, check_same_run, read_tensors, stored_recipe, write_history
-from lrt.train.checkpoint.resuming import Resumed, find_resumed, random_state, set_random_state
+from lrt.train.checkpoint import CheckpointManager, read_tensors, stored_recipe, write_history
+from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, set_random_state
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
@@ -30,8 +30,9 @@ from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
-from lrt.train.horizon import plan_horizon, rest_of, steps_of
+from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
+from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
 from lrt.train.monitor.profiling import profiler
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
@@ -40,7 +41,7 @@ from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
-from lrt.train.timetable import Timetable, check_borders, plan_timetable
+from lrt.train.timetable import plan_timetable
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -67,7 +68,8 @@ def train(recipe: Recipe) -> RunResult:
             held.enter_context(_held_folder(recipe, world))
             run = assemble(recipe, world)
             try:
-                result = _loop(run, signals, heart)
+                with host_threads(world.device, threads=recipe.parallel.host_threads):
+                    result = _loop(run, signals, heart)
                 _tell(run, "done" if result.stopped is None else f"stopped: {result.stopped}")
                 return result
             except BaseException as error:
@@ -93,7 +95,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
     timetable = plan_timetable(recipe, steps=horizon.steps)
     if resumed is not None:
-        _check_run(resumed, recipe, timetable, parameters, steps=horizon.steps)
+        check_past(resumed, recipe, timetable, parameters, steps=horizon.steps)
     flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
@@ -190,17 +192,6 @@ def _resume(resumed: Resumed, model: Any, optimizer: MuonAdamW, loader: Any, wor
     loader.load_state_dict([state["loader"] for state in rest.rank_states])
     if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
         set_random_state(rest.rank_states[world.rank]["random"], world.device)
-
-
-def _check_run(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, steps: int) -> None:
-    """Refuse what would make one run of two: other settings, or a horizon that moves borders of phases among the steps that are done."""
-    step, planned = resumed.state.step, resumed.rest.meta.get("planned_steps")
-    stored = stored_recipe(resumed.folder)
-    before = plan_timetable(stored, steps=planned or steps_of(stored, parameters))
-    same_past = timetable.past(step) == before.past(step)
-    check_same_run(resumed.folder, recipe, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
-    if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
-        check_borders(timetable, before=before, step=step)
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:

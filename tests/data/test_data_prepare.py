@@ -320,7 +320,8 @@ def test_two_in_one_folder_are_refused_and_the_first_goes_on(tool, tmp_path, cap
     code += f"with locked({str(tmp_path / 'out')!r}, advice=''):\n    print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    arguments = [command, "--train", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    tokenizer = ["--tokenizer", "bytes"] if command == "tokenize" else []
+    arguments = [command, "--train", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), *tokenizer]
     assert tool.main(arguments) == 2
     assert f"out is in use by another process (process {holder.pid} on " in capsys.readouterr().err
     holder.kill()

@@ -47,10 +47,10 @@ def test_a_name_cannot_write_into_the_model_card(name):
     assert harmed == good and good.split("---")[1].count("\n") == 7
 
 
-@pytest.mark.parametrize("name", ["owner/model", "gpt2", "Qwen/Qwen2.5-0.5B"])
+@pytest.mark.parametrize("name", ["owner/model", "Qwen/Qwen2.5-0.5B"])
 def test_a_hub_name_is_in_the_model_card(name):
     card = model_card({"adapted": {"architecture": "LlamaForCausalLM", "name": name}, "recurrence": None})
-    assert f'\nbase_model: "{name}"\n---\n' in card and f"around: LlamaForCausalLM ({name})." in card
+    assert f"\nbase_model: {name}\n---\n" in card and f"around: LlamaForCausalLM ({name})." in card
 
 
 def test_a_config_that_names_layers_without_end_is_refused_at_once(tmp_path):

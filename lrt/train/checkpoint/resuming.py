@@ -10,11 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrt.accounting import Parameters
 from lrt.config import Recipe
-from lrt.train.checkpoint.same_run import check_same_model
+from lrt.train.checkpoint.same_run import check_same_model, check_same_run, stored_recipe
 from lrt.train.checkpoint.verifying import Loaded, newest, read_rest, step_of
 from lrt.train.distributed.world import World
+from lrt.train.horizon import steps_of
 from lrt.train.run import TrainState
+from lrt.train.timetable import Timetable, check_borders, plan_timetable
 
 
 class Resumed(NamedTuple):
@@ -56,6 +59,17 @@ def _state(folder: Path, rest: Loaded) -> TrainState:
     if wrong:
         raise ValueError(f"{folder / 'meta.json'} has no number {wrong[0]}: it was not written by this trainer")
     return TrainState(**known)
+
+
+def check_past(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, steps: int) -> None:
+    """Refuse what would make one run of two: other settings, or a horizon that moves borders of phases among the steps that are done."""
+    step, planned = resumed.state.step, resumed.rest.meta.get("planned_steps")
+    stored = stored_recipe(resumed.folder)
+    before = plan_timetable(stored, steps=planned or steps_of(stored, parameters))
+    same_past = timetable.past(step) == before.past(step)
+    check_same_run(resumed.folder, recipe, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
+    if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
+        check_borders(timetable, before=before, step=step)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
