@@ -127,5 +127,5 @@ def test_marks_that_do_not_fit_are_refused() -> None:
         model(ids, seq_idx=torch.zeros(1, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match="with a cache a row is one document, but position_ids restart: pass use_cache=False"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=True)
-    with pytest.raises(ValueError, match="seq_idx and cu_seq_lens_q do not apply; pass use_cache=False"):
+    with pytest.raises(ValueError, match="nor do seq_idx and cu_seq_lens_q; pass use_cache=False"):
         model(ids, seq_idx=torch.zeros(1, 5, dtype=torch.int32), use_cache=True)

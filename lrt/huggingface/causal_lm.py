@@ -194,8 +194,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         else:
             if labels is not None or targets is not None or schedule is not None or document_ids is not None:
                 raise ValueError(
-                    "with a cache tokens are decoded one after the other: labels, targets, schedule, document_ids, seq_idx and cu_seq_lens_q do not "
-                    "apply; pass use_cache=False"
+                    "with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply, nor do seq_idx "
+                    "and cu_seq_lens_q; pass use_cache=False"
                 )
             if position_ids is not None and attention_mask is None and bool((position_ids[..., 1:] != position_ids[..., :-1] + 1).any()):
                 raise ValueError("with a cache a row is one document, but position_ids restart: pass use_cache=False for packed rows")

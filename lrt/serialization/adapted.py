@@ -180,9 +180,11 @@ def _fitting(model: LatentRecurrentModel, folder: str | Path, tensors: Mapping[s
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md of a saved folder, with the front matter that the hub reads and the call that loads it."""
     about = config.get("adapted") or {"architecture": "native lrt decoder"}
-    kind = about["architecture"]
+    kind = str(about.get("architecture"))
+    if "adapted" in config and not (kind.isidentifier() and len(kind) <= 100):  # a name from a folder may hold any markup
+        kind = "decoder"
     name = about.get("name") or ""
-    named = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    named = bool(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)) and not Path(name).exists()
     front = ["library_name: lrt", "pipeline_tag: text-generation", "tags:", "- latent-recurrent-transformer", "- arxiv:2605.26797"]
     alone = config.get("adapter_only", False)
     what = "The memory parameters of a" if alone else "A"
