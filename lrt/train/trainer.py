@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,15 @@ from lrt.train.evaluation import evaluate_run
 from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.host import host_threads
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
 from lrt.train.monitor.profiling import profiler
+from lrt.train.monitor.sinks import Guarded, open_sinks
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
+from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
 from lrt.types import Schedule
@@ -48,11 +50,12 @@ from lrt.types import Schedule
 # ------------------------------------------------------------------ putting a run together
 
 
-def train(recipe: Recipe) -> RunResult:
+def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> RunResult:
     """Train, evaluate, export: the whole life of a run.
 
     Args:
         recipe: everything that the run needs to know.
+        sinks: of one's own, which get every record on rank 0 and cannot end the run.
 
     Raises:
         ValueError: the recipe, the data or a checkpoint cannot be used.
@@ -67,7 +70,7 @@ def train(recipe: Recipe) -> RunResult:
         with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout), contextlib.ExitStack() as held:
             check_same_on_all(recipe, world)
             held.enter_context(_held_folder(recipe, world))
-            run = assemble(recipe, world)
+            run = assemble(recipe, world, sinks=sinks)
             try:
                 with host_threads(world.device, threads=recipe.parallel.host_threads):
                     result = _loop(run, signals, heart)
@@ -82,7 +85,7 @@ def train(recipe: Recipe) -> RunResult:
                 run.recorder.close()
 
 
-def assemble(recipe: Recipe, world: World) -> Run:
+def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run:
     """All parts of a run, at the step of its newest checkpoint."""
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -135,11 +138,10 @@ def assemble(recipe: Recipe, world: World) -> Run:
         report=say,
     )
     manager.last_saved = state.step if resumed is not None else -1
-    sinks: list[Sink] = [console] if console is not None else []
+    kept: list[Sink] = [console] if console is not None else []
     if world.main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step, report=say))
-        if recipe.metrics.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard"))
+        kept += open_sinks(recipe, folder, resume_step=state.step, report=say)
+        kept += [Guarded(sink, report=say) for sink in sinks]
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
@@ -151,7 +153,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(sinks), guard, say, state, told,
+        manager, Recorder(kept), guard, say, state, told,
     )  # fmt: skip
 
 
@@ -250,6 +252,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if _evaluation_missed(run):
         with clock.paused():
             evaluate_run(run, heart)
+            record_sample(run)
     with profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
@@ -287,6 +290,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             if "evaluate" in due and not stop:
                 with clock.paused():
                     evaluate_run(run, heart)
+                    record_sample(run)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
             stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
