@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.backbone import Decoder
@@ -18,7 +17,7 @@ from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment
+from lrt.padding import alignment, restarts
 from lrt.passes import PassResult, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
@@ -109,7 +108,8 @@ class LatentRecurrentModel(nn.Module):
             schedule: None = ``self.train_schedule`` in training mode, sequential() in evaluation mode.
             document_ids: (B, T); where it changes a document begins, and memory and attention stay inside it.
             attention_mask: (B, T), 0 marks padding on the left or on the right.
-            position_ids: (B, T) for RoPE; None counts from the row's first real token.
+            position_ids: (B, T) for RoPE; None counts from the row's first real token. Where a position does not follow the one
+                before it, a document begins, as in the packed rows of transformers.
             return_logits: None = only without targets.
             valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
                 passes the count over all ranks and accumulation steps.
@@ -174,7 +174,7 @@ class LatentRecurrentModel(nn.Module):
         """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
-        changed = None if document_ids is None else F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
         starts = _either(changed, None if separator is None else input_ids == separator)
         borders = _either(changed, None if cut is None else input_ids == cut)
         documents = None if borders is None else borders.cumsum(1)

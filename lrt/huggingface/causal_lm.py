@@ -23,7 +23,7 @@ from lrt.config import RecurrenceConfig
 from lrt.decoding.step import absorb
 from lrt.huggingface.cache import RecurrentCache
 from lrt.model import LatentRecurrentModel
-from lrt.padding import alignment
+from lrt.padding import alignment, packed_documents
 from lrt.serialization.adapted import decoder_of
 from lrt.serialization.renewal import renewed_folder
 from lrt.types import Output, Schedule
@@ -151,6 +151,11 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
     ) -> LRTOutput | tuple[Any, ...]:
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
@@ -163,6 +168,9 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             return_dict: False returns a tuple.
             inputs_embeds, output_attentions, output_hidden_states: refused.
             cache_position: ignored; the cache counts for itself.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k: documents of packed rows, as DataCollatorWithFlattening gives them beside
+                position_ids: number of the document of each token, and where documents begin and end.
+            max_length_q, max_length_k: ignored; the longest document follows from the others.
 
         Raises:
             ValueError: as ``LatentRecurrentModel.forward``; a cache that would drop the memory.
@@ -172,6 +180,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported: out.memory is the state of the source block")
         cache = _one_cache(cache, past_key_values)
+        lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        document_ids = packed_documents(input_ids, document_ids=document_ids, **lengths)
         if cache is None and not (use_cache and not self.training and labels is None and targets is None):
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
@@ -183,7 +193,12 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             result = face_of(out)
         else:
             if labels is not None or targets is not None or schedule is not None or document_ids is not None:
-                raise ValueError("with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply")
+                raise ValueError(
+                    "with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply, nor do seq_idx "
+                    "and cu_seq_lens_q; pass use_cache=False"
+                )
+            if position_ids is not None and attention_mask is None and bool((position_ids[..., 1:] != position_ids[..., :-1] + 1).any()):
+                raise ValueError("with a cache a row is one document, but position_ids restart: pass use_cache=False for packed rows")
             result = self._decode(input_ids, attention_mask, RecurrentCache() if cache is None else cache, logits_to_keep)
         return result.to_tuple() if return_dict is False else result
 

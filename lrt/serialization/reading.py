@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lrt.model import LatentRecurrentModel
+from lrt.rotary import kept_frequencies
 from lrt.serialization.adapted import load_into, load_whole, needs_base
 from lrt.serialization.description import model_from_config, read_config, schedule_of
 from lrt.serialization.tensors import check_shapes, open_folder
@@ -31,7 +32,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
     tensors = open_folder(folder)
     if config.get("adapter_only") or base is not None and needs_base(config):
         if base is not None and (device is not None or dtype is not None):
-            base = base.to(device=device, dtype=dtype)
+            with kept_frequencies(base):
+                base = base.to(device=device, dtype=dtype)
         return load_into(base, folder, config, tensors, family=family, train_schedule=schedule_of(config))
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: leave base out")

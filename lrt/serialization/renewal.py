@@ -40,6 +40,7 @@ def renewed_folder(folder: str | Path) -> Iterator[Path]:
     place.mkdir()
     try:
         yield place
+        usual_permissions(place)
         names = sorted(file.name for file in place.iterdir())
         usual_permissions(place)
         (place / LIST).write_text(json.dumps(names), encoding="utf-8")

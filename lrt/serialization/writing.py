@@ -78,7 +78,7 @@ def write_description(place: Path, config: Mapping[str, Any]) -> None:
     table = {key: value for key, value in config.items() if key != "auto_map"}
     if not config.get("adapter_only"):
         table["auto_map"] = {"AutoConfig": "modeling_lrt.LRTConfig", "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM"}
-        shutil.copyfile(Path(__file__).with_name("modeling_lrt.py"), place / "modeling_lrt.py")
+        shutil.copyfile(Path(__file__).parents[1] / "huggingface" / "modeling_lrt.py", place / "modeling_lrt.py")
     (place / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(table), encoding="utf-8")
 

@@ -179,9 +179,10 @@ def test_a_profile_has_the_steps_asked_for(tmp_path, start, count):
             train(tiny(tmp_path / "wrong", **{"metrics.profile_start": wrong}))
 
 
-def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
+def test_a_finished_run_is_only_evaluated_again(finished, tmp_path, capsys):
     shutil.copytree(finished.folder, tmp_path / "tiny")
     again = train(tiny(tmp_path))
+    assert re.search(r"waiting for data +\d+\.\d % of the time", capsys.readouterr().out)
     assert again.bpb == finished.bpb and train_records(again.folder) == train_records(finished.folder)
 
 

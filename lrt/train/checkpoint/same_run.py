@@ -37,6 +37,7 @@ FREE = {
             "reshard",
             "timeout_minutes",
             "loss_chunk",
+            "host_threads",
         )
     ),
 }
