@@ -40,7 +40,10 @@ class Trunk:
         use_cache: bool = False,
         return_dict: bool = True,
     ) -> BaseModelOutput:
-        """Run a schedule over rows of tokens, that of the mode where none is named; see ``LRTForCausalLM.forward``.
+        """Run a schedule over rows of tokens; see ``LRTForCausalLM.forward``.
+
+        Where none is named it is ``train_schedule``, in evaluation mode too: a loss compares what it trains with a reference model, or
+        with itself before a step, and both have to be computed alike.
 
         Args:
             input_ids, attention_mask, position_ids, schedule, document_ids: as in ``LatentRecurrentModel.forward``.
@@ -61,5 +64,6 @@ class Trunk:
             )
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         documents = packed_documents(input_ids, document_ids=document_ids, **lengths)
-        out = LatentRecurrentModel.forward(model, input_ids, None, None, schedule, documents, attention_mask, position_ids, False)
+        rows_and_rules = (schedule or model.train_schedule, documents, attention_mask, position_ids)
+        out = LatentRecurrentModel.forward(model, input_ids, None, None, *rows_and_rules, return_logits=False)
         return BaseModelOutput(last_hidden_state=out.last_hidden_state)  # type: ignore[arg-type]
