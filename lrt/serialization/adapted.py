@@ -196,20 +196,20 @@ def model_card(config: Mapping[str, Any]) -> str:
             f"{what} Latent Recurrent Transformer (arXiv 2605.26797) around: {kind}{f' ({name})' if named else ''}.",
             "Every position also receives the state that an upper-middle block computed at the position before it.", "",
             *(["The decoder's own weights are not in this folder; `lrt.load` checks that the base has those of the training.", ""] if alone else []),
-            "```python", *_loading(config, name if named else "DECODER"), "```", "",
+            "```python", *_loading(config, kind=kind, name=name if named else "DECODER"), "```", "",
             "Recurrence:", "", "```json", json.dumps(config["recurrence"], indent=2), "```", "",
         ]
     )  # fmt: skip
 
 
-def _loading(config: Mapping[str, Any], name: str) -> list[str]:
+def _loading(config: Mapping[str, Any], *, kind: str, name: str) -> list[str]:
     """The lines that load a folder."""
     about, alone = config.get("adapted"), config.get("adapter_only", False)
     if about is not None and "config" not in about:
         weights = "the weights that the memory was trained on" if alone else "any weights, the folder's replace them"
         return [
             "import lrt", "",
-            f"decoder = {about['architecture']}(...)          # with {weights}",
+            f"decoder = {kind}(...)          # with {weights}",
             "family = lrt.Family(...)          # as for lrt.adapt",
             'model = lrt.load("FOLDER", base=decoder, family=family)',
         ]  # fmt: skip
