@@ -233,12 +233,12 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
     """A collective that failed says in which step."""
     try:
         yield
-    except torch.distributed.DistError as error:
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "timeout" not in str(error).lower():
+    except RuntimeError as error:  # so is torch.distributed.DistError
+        named = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "timeout"))
+        if not named:
             raise
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+        message = hang_message(heart.where, timeout_s, silent_s=heart.silent_s)
+        raise HangError(f"{message} ({str(error).splitlines()[0]})") from error
 
 
 # ------------------------------------------------------------------ the loop
@@ -250,7 +250,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     speeds: list[float] = []
     stop = False
     if _evaluation_missed(run):
-        with clock.paused():
+        with clock.paused(), signals.unheard():
             evaluate_run(run, heart)
             record_sample(run)
     with profiler(recipe, run.folder, run.world) as profile:
@@ -262,18 +262,19 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
             run.optimizer.set_rates(rates)
             schedule = run.timetable.schedule(state.step)
-            numbers = train_step(
-                run.model,
-                run.optimizer,
-                [_to_device(batch, run.world.device) for batch in batches],
-                schedule=schedule,
-                seed=run.timetable.seed_of(state.step),
-                clip_norm=recipe.training.clip_norm,
-                world=run.world,
-                stop=signals.received is not None or run.recorder.lost is not None,
-                runner=run.runner,
-                frozen=run.memory if run.timetable.at(state.step).plain else (),
-            )
+            with signals.unheard():  # a compiler that a step starts must not end by a stop's signal
+                numbers = train_step(
+                    run.model,
+                    run.optimizer,
+                    [_to_device(batch, run.world.device) for batch in batches],
+                    schedule=schedule,
+                    seed=run.timetable.seed_of(state.step),
+                    clip_norm=recipe.training.clip_norm,
+                    world=run.world,
+                    stop=signals.received is not None or run.recorder.lost is not None,
+                    runner=run.runner,
+                    frozen=run.memory if run.timetable.at(state.step).plain else (),
+                )
             if run.entrance is not None:
                 run.entrance.advance(state.step)
             state.step += 1
@@ -288,7 +289,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             if "save" in due and not stop:
                 _save(run)  # first: a stop during an evaluation may end the process before it is over
             if "evaluate" in due and not stop:
-                with clock.paused():
+                with clock.paused(), signals.unheard():
                     evaluate_run(run, heart)
                     record_sample(run)
         heart.beat(f"the end, at step {state.step}")
@@ -299,8 +300,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     run.manager.wait()
     if run.manager.last_saved != state.step:
         raise NotSavedError(
-            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on "
-            f"from the newest whole one"
+            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on from the newest"
         )
     run.recorder.check()
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
