@@ -31,13 +31,14 @@ from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
+from lrt.train.further_sources import open_sources
 from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
 from lrt.train.monitor.profiling import profiler
 from lrt.train.monitor.sinks import Guarded, open_sinks
-from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups, rate_of
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
@@ -153,7 +154,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(kept), guard, say, state, told,
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
     )  # fmt: skip
 
 
@@ -259,7 +260,8 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             profile(state.step + 1)
             with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
-            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
+            share = 1.0 if run.entrance is None else run.entrance.share(state.step)
+            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer, memory_scale=share)
             run.optimizer.set_rates(rates)
             schedule = run.timetable.schedule(state.step)
             with signals.unheard():  # a compiler that a step starts must not end by a stop's signal
@@ -366,7 +368,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "groups": list(numbers.groups),
             "schedule": describe(passed.schedule),
             "lr_scale": passed.rates.lr_scale,
-            "lr": {group["name"]: group["base_lr"] * passed.rates.lr_scale for group in run.optimizer.param_groups},
+            "lr": {group["name"]: rate_of(group, passed.rates) for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
             "tokens": passed.tokens,
             "tokens_per_second": speed,
