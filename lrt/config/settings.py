@@ -163,7 +163,7 @@ class StretchConfig(PassesConfig):
 
     kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
     mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
-    ramp: int = 0  # steps in which gains and memory projections grow from zero to what init = "paper" gives; 0 = they begin with it
+    ramp: int = 0  # steps in which the memory comes in: its values grow from zero to what recurrence.init gives, its rates to their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +281,7 @@ class MetricsConfig:
 class EvaluationConfig:
     every: int = 0  # steps; 0 = only at the end
     tokens: int = 65536  # held-out tokens scored, the same in every mode
+    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
     batch: int = 16  # rows a forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")
     buckets: int = 4  # position buckets of the report
