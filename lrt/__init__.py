@@ -9,7 +9,7 @@ from lrt.families import Family
 from lrt.huggingface.registration import register_lazily
 from lrt.model import LatentRecurrentModel, build
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection
-from lrt.schedules import baseline, chunked, interleaved, refine, sequential
+from lrt.schedules import baseline, chunked, interleaved, mixture, refine, sequential
 from lrt.serialization import load, save
 from lrt.types import Output
 
@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock",
     "ResidualInjection",
-    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "prefill", "refine", "release", "save", "sequential",
+    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill", "refine", "release", "save",
+    "sequential",
 ]  # fmt: skip
 
 register_lazily()

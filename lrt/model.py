@@ -20,7 +20,7 @@ from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment
 from lrt.passes import PassResult, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
-from lrt.schedules import Interleaved, Refine, baseline, from_config, interleaved, sequential
+from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.types import Backbone, Block, Output, Schedule
 
 
@@ -45,7 +45,13 @@ class LatentRecurrentModel(nn.Module):
         super().__init__()
         self._assemble(backbone, blocks, recurrence, train_schedule)
 
-    def _assemble(self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, train_schedule: Schedule | None) -> None:
+    def _assemble(
+        self,
+        backbone: Backbone,
+        blocks: Sequence[Block],
+        recurrence: RecurrenceConfig | None,
+        train_schedule: Schedule | Mixture | None,
+    ) -> None:
         """Register the parts; separate, because the Hugging Face face has another base class to initialize before."""
         self.backbone: Any = backbone
         self.original: tuple[nn.Module, ...] | None = None  # what lrt.adapt was given; in a tuple, so that it is not registered
@@ -74,7 +80,7 @@ class LatentRecurrentModel(nn.Module):
                 self.injection = ResidualInjection(len(self.receivers), **places[0])
         wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
         self.blocks: Any = nn.ModuleList(wrapped)
-        self.train_schedule: Schedule = train_schedule or (baseline() if recurrence is None else interleaved(2))
+        self.train_schedule: Schedule | Mixture = train_schedule or (baseline() if recurrence is None else interleaved(2))
 
     # -------------------------------------------------------------- the call
 
@@ -83,7 +89,7 @@ class LatentRecurrentModel(nn.Module):
         input_ids: Tensor,
         targets: Tensor | None = None,
         labels: Tensor | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Mixture | None = None,
         document_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -106,7 +112,7 @@ class LatentRecurrentModel(nn.Module):
             return_logits: None = only without targets.
             valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
                 passes the count over all ranks and accumulation steps.
-            generator: draws the order of subsets where the schedule asks for it.
+            generator: draws the member of a mixture, and the order of subsets where the schedule asks for it.
 
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
@@ -125,9 +131,9 @@ class LatentRecurrentModel(nn.Module):
             targets = None if targets is None else targets.gather(1, forth).masked_fill(~real, IGNORE)
             document_ids = None if document_ids is None else document_ids.gather(1, forth)
             position_ids = None if position_ids is None else position_ids.gather(1, forth)
-        chosen = schedule if schedule is not None else self.default_schedule()
+        chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
-            raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C) or sequential()")
+            raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), sequential() or a mixture")
         results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, generator=generator)
         weights = chosen.group_weights(length)
         groups = by_group(results, len(weights))
@@ -170,7 +176,7 @@ class LatentRecurrentModel(nn.Module):
         hidden, contexts = self.backbone.embed(input_ids, positions)
         return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator)
 
-    def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule, *, generator: torch.Generator | None = None) -> Tensor:
+    def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:
         """Nats of every target under every loss group.
 
         Args:
@@ -181,12 +187,13 @@ class LatentRecurrentModel(nn.Module):
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
         self._check(input_ids, targets, None)
+        schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
         groups = by_group(self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1])))
         return torch.stack([in_order(self.backbone.loss(h, targets[:, p])[1], p) for h, p in groups])
 
-    def default_schedule(self) -> Schedule:
+    def default_schedule(self) -> Schedule | Mixture:
         """The schedule of a call that names none."""
         if self.recurrence is None:
             return baseline()

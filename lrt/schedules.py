@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from lrt.config import ScheduleConfig, Weights
+from lrt.config.ranges import SHARES_SUM_WITHIN
 from lrt.types import Pass, Schedule
 
 Order = Literal["ascending", "rotated", "random"]
@@ -103,6 +105,37 @@ class Chunked:
         return tuple(Pass(s, min(s + self.chunk, length), 1, 0, "first" if s else "zero") for s in starts)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Schedules of which each step draws one; see ``mixture``."""
+
+    members: tuple[tuple[float, Schedule], ...]  # (share of the steps, schedule)
+
+    def draw(self, generator: torch.Generator | None = None) -> Schedule:
+        """The schedule of one step.
+
+        Args:
+            generator: decides; None = torch's default one.
+        """
+        device = "cpu" if generator is None else generator.device
+        place = float(torch.rand((), dtype=torch.float64, generator=generator, device=device))
+        ends = list(accumulate(share for share, _ in self.members))
+        return next((schedule for end, (_, schedule) in zip(ends, self.members) if place < end), self.members[-1][1])
+
+    @property
+    def most(self) -> Schedule:
+        """The member with most passes, which stands for the mixture where one schedule is asked for."""
+        return max((schedule for _, schedule in self.members), key=lambda s: (s.token_compute, isinstance(s, Chunked)))
+
+
+class Phase(NamedTuple):
+    """A part of a run with a schedule of its own."""
+
+    until: float  # the share of the run's steps at which it ends
+    schedule: Schedule | Mixture
+    ramp: int  # steps over which gains and memory projections grow from zero
+
+
 def _residues(subsets: int, order: Order, generator: torch.Generator | None) -> list[int]:
     if order == "ascending" or subsets == 1:
         return list(range(subsets))
@@ -192,12 +225,103 @@ def sequential() -> Schedule:
     return Chunked(1)
 
 
+def mixture(members: Sequence[tuple[float, Schedule]]) -> Mixture:
+    """A share of the steps for each of several schedules.
+
+    Args:
+        members: (share, schedule) pairs; the shares sum to 1.
+
+    Returns:
+        What a model call resolves with its generator, by ``draw(generator)``.
+
+    Raises:
+        ValueError: no members, a share that is not above 0, a sum that is not 1, or a member that is no schedule.
+    """
+    pairs = tuple((float(share), schedule) for share, schedule in members)
+    if not pairs:
+        raise ValueError("schedule.mix = []: give at least one pair (share, schedule)")
+    shares = [share for share, _ in pairs]
+    if any(not 0 < share <= 1 for share in shares):
+        raise ValueError(f"schedule.mix has the shares {shares}: use numbers above 0, at most 1")
+    if abs(sum(shares) - 1) > SHARES_SUM_WITHIN:
+        raise ValueError(f"schedule.mix has shares that sum to {sum(shares):.6g}: they must sum to 1")
+    for _, schedule in pairs:
+        if not hasattr(schedule, "plan"):
+            raise ValueError(f"schedule.mix holds {schedule!r}: use lrt.baseline(), interleaved(S), refine(K), chunked(C) or sequential()")
+    return Mixture(pairs)
+
+
+# ------------------------------------------------------------------ what stands for what
+
+
+def resolve(schedule: Schedule | Mixture, generator: torch.Generator | None) -> Schedule:
+    """The schedule of one call: a mixture draws a member."""
+    return schedule.draw(generator) if isinstance(schedule, Mixture) else schedule
+
+
+def single(schedule: Schedule | Mixture) -> Schedule:
+    """The one schedule that stands for a mixture: its member with most passes."""
+    return schedule.most if isinstance(schedule, Mixture) else schedule
+
+
+def needs_memory(schedule: Schedule | Mixture) -> bool:
+    """Whether some step of it uses memory."""
+    if isinstance(schedule, Mixture):
+        return any(needs_memory(member) for _, member in schedule.members)
+    return not isinstance(schedule, Baseline)
+
+
+def describe(schedule: Schedule) -> str:
+    """A schedule in a word, such as refine(2), for a log."""
+    if isinstance(schedule, Interleaved):
+        return f"interleaved({schedule.subsets})" if schedule.sweeps == 1 else f"interleaved({schedule.subsets}, sweeps={schedule.sweeps})"
+    if isinstance(schedule, Refine):
+        return f"refine({schedule.passes})"
+    if isinstance(schedule, Chunked):
+        return "sequential" if schedule.chunk == 1 else f"chunked({schedule.chunk})"
+    return "baseline"
+
+
+# ------------------------------------------------------------------ from a recipe
+
+
+def phases_of(config: ScheduleConfig) -> tuple[Phase, ...]:
+    """The phases of a recipe's [schedule] section; one where it names none.
+
+    Raises:
+        ValueError: as the constructors above; the phase is named.
+    """
+    if config.phases is None:
+        return (Phase(1.0, _from_keys(config, "schedule"), config.ramp),)
+    return tuple(Phase(p.until, _from_keys(p, f"schedule.phases[{i}]"), p.ramp) for i, p in enumerate(config.phases))
+
+
 def from_config(config: ScheduleConfig) -> Schedule:
-    """The schedule that a recipe's [schedule] section describes.
+    """The schedule for which a recipe's [schedule] section trains: that of its last phase, of a mixture the member with most passes.
 
     Raises:
         ValueError: as the constructors above.
     """
+    return single(phases_of(config)[-1].schedule)
+
+
+def _from_keys(config: Any, where: str) -> Schedule | Mixture:
+    """A section, a phase or a member of a mixture; ``where`` it stands is named in errors."""
+    if config.kind == "mixture":
+        return mixture([(member.share, _single_from_keys(member, f"{where}.mix[{i}]")) for i, member in enumerate(config.mix)])
+    return _single_from_keys(config, where)
+
+
+def _single_from_keys(config: Any, where: str) -> Schedule:
+    try:
+        return _construct(config)
+    except ValueError as error:
+        if where == "schedule":
+            raise
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _construct(config: Any) -> Schedule:
     if config.kind == "baseline":
         return baseline()
     if config.kind == "refine":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lrt
-from lrt.config import ScheduleConfig
+from lrt.config import ScheduleConfig, parse_recipe
+from lrt.eval.bpb import evaluate_bpb
 from lrt.schedules import from_config
 
 
@@ -94,3 +97,57 @@ def test_from_config_is_the_constructor():
     assert from_config(ScheduleConfig(kind="baseline")) == lrt.baseline()
     assert from_config(ScheduleConfig(kind="chunked", chunks=7)) == lrt.chunked(7)
     assert from_config(ScheduleConfig(kind="sequential")) == lrt.sequential()
+
+
+# ------------------------------------------------------------------ mixtures
+
+
+def test_a_mixture_draws_its_members_by_their_shares():
+    members = {lrt.baseline(): 0.5, lrt.refine(1): 0.3, lrt.interleaved(3): 0.2}
+    mixed = lrt.mixture([(share, schedule) for schedule, share in members.items()])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [mixed.draw(generator) for _ in range(3000)]
+    for schedule, share in members.items():
+        assert abs(drawn.count(schedule) / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
+    assert mixed.draw(torch.Generator().manual_seed(5)) == mixed.draw(torch.Generator().manual_seed(5))
+    assert lrt.mixture([(1, lrt.refine(2))]).draw(generator) == lrt.refine(2)
+    assert lrt.mixture([(1 / 3, lrt.baseline())] * 3).draw(generator) == lrt.baseline()  # a sum within 1e-6 of 1
+
+
+@pytest.mark.parametrize(
+    ("members", "text"),
+    [
+        ([], r"schedule.mix = \[\]: give at least one pair"),
+        ([(0.5, lrt.baseline()), (0.4, lrt.refine(1))], r"shares that sum to 0.9: they must sum to 1"),
+        ([(1.000002, lrt.baseline())], r"shares \[1.000002\]: use numbers above 0, at most 1"),
+        ([(0.0, lrt.baseline()), (1.0, lrt.refine(1))], r"shares \[0.0, 1.0\]: use numbers above 0"),
+        ([(float("nan"), lrt.baseline())], r"use numbers above 0"),
+        ([(1.0, "refine")], r"schedule.mix holds 'refine': use lrt.baseline\(\)"),
+        ([(1.0, lrt.mixture([(1.0, lrt.baseline())]))], r"schedule.mix holds Mixture"),
+    ],
+)
+def test_mixtures_that_are_none(members, text):
+    with pytest.raises(ValueError, match=text):
+        lrt.mixture(members)
+
+
+def test_a_model_call_draws_from_its_generator(tmp_path):
+    """One member for the whole call; where one schedule is asked for, the member with most passes stands for all."""
+    text = "[model]\nn_layers = 2\nwidth = 16\nn_heads = 2\nvocab_size = 32\nsequence_length = 8\n"
+    model = lrt.build(parse_recipe(text)).train()
+    tokens = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(1))
+    mixed = lrt.mixture([(0.4, lrt.baseline()), (0.3, lrt.refine(2)), (0.3, lrt.interleaved(2))])
+    seen = set()
+    for seed in range(12):
+        expected = mixed.draw(torch.Generator().manual_seed(seed))
+        for arguments in ({"schedule": mixed}, {}):
+            model.train_schedule = mixed
+            out = model(tokens, targets=tokens, generator=torch.Generator().manual_seed(seed), **arguments)
+            assert torch.equal(out.loss, model(tokens, targets=tokens, schedule=expected).loss)
+        seen.add(expected)
+    assert len(seen) == 3
+    lrt.save(model, tmp_path / "model")
+    assert lrt.load(tmp_path / "model").train_schedule == lrt.refine(2)
+    batch = SimpleNamespace(input_ids=tokens, targets=tokens)
+    scores = [evaluate_bpb(model, [batch], token_bytes=torch.ones(32).long(), modes=["parallel"], schedule=s) for s in (None, lrt.refine(2))]
+    assert scores[0] == scores[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
@@ -51,7 +51,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_reset": FROM_0,
     },
     "recurrence": {"source_layer": POSITIVE, "gate_channels": FROM_1, "blocks": FROM_1, "separator": FROM_0},
-    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0},
+    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0},
     "data": {"workers": FROM_0, "buffer_documents": FROM_1, "shuffle_seed": SEED},
     "optimizer": {  # a rate of 0 freezes
         "matrix_lr": FROM_0,
@@ -67,6 +67,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "betas": DECAY,
         "eps": POSITIVE,
         "reference_batch_tokens": FROM_1,
+        "rate_scale": FROM_0,
         "adamw_lr": FROM_0,
         "adamw_memory_lr": FROM_0,
     },
@@ -74,6 +75,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "steps": FROM_0,
         "tokens": FROM_1,
         "tokens_per_parameter": POSITIVE,
+        "compute": FROM_1,
         "batch_tokens": FROM_1,
         "micro_batch": FROM_1,
         "warmup_steps": FROM_0,
@@ -92,6 +94,9 @@ RANGES: dict[str, dict[str, Range]] = {
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},
     "evaluation": {"every": AT_THE_END, "tokens": FROM_1, "batch": FROM_1, "buckets": FROM_1, "sample_tokens": FROM_0},
 }
+# Of the tables inside [schedule]: phases and members of a mixture, which have the keys of [schedule] too.
+ITEM_RANGES = {"until": Range(0, 1, above=True), "share": Range(0, 1, above=True)}
+SHARES_SUM_WITHIN = 1e-6  # of 1
 
 MUON = ("matrix_lr", "momentum", "momentum_start", "momentum_warmup_steps", "second_moment", "weight_decay")
 MUON_SIDE = ("embedding_lr", "head_lr", "scale_lr", "injection_lr")
@@ -99,15 +104,24 @@ MUON_SIDE = ("embedding_lr", "head_lr", "scale_lr", "injection_lr")
 USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("schedule", "kind"): {
         "baseline": (),
-        "interleaved": ("subsets", "sweeps", "order", "kv_refresh", "weights", "cut_gradient"),
-        "refine": ("passes", "weights", "cut_gradient"),
-        "chunked": ("chunks",),
-        "sequential": (),
+        "interleaved": ("subsets", "sweeps", "order", "kv_refresh", "weights", "cut_gradient", "ramp"),
+        "refine": ("passes", "weights", "cut_gradient", "ramp"),
+        "chunked": ("chunks", "ramp"),
+        "sequential": ("ramp",),
+        "mixture": ("mix", "ramp"),
     },
     ("optimizer", "kind"): {"muon": (*MUON, *MUON_SIDE), "adamw": ("adamw_lr", "adamw_memory_lr")},
     ("training", "lr_schedule"): {"warmdown": ("warmdown_fraction",), "wsd": ("warmdown_fraction",), "cosine": ()},
 }
-HORIZON = ("steps", "tokens", "tokens_per_parameter")  # of training: exactly one
+HORIZON = ("steps", "tokens", "tokens_per_parameter", "compute")  # of training: exactly one
+
+
+def choice_errors(section: str, c: Any) -> list[str]:
+    """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
+    hints = get_type_hints(type(c))
+    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    wrong = [name for name, allowed in choices.items() if getattr(c, name) not in allowed]
+    return [f"{section}.{name} = {getattr(c, name)!r}: use one of {', '.join(choices[name])}" for name in wrong]
 
 
 def number_types(hint: Any) -> set[type]:
@@ -122,12 +136,16 @@ def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str
     """Numbers of a section that are outside of their range, or none at all.
 
     Args:
-        section: of the recipe.
+        section: of the recipe, or a table inside it, such as schedule.phases[0].
         cls: its dataclass.
         values: by key; keys that are missing are right.
     """
     errors = []
+    ranges = RANGES[root_of(section)]
     for key, hint in get_type_hints(cls).items():
+        if item_class(hint) is not None:
+            for index, item in enumerate(values.get(key) or ()):
+                errors += range_errors(f"{section}.{key}[{index}]", type(item), vars(item)) if is_dataclass(item) else []
         kinds = number_types(hint)
         if not kinds or key not in values:
             continue
@@ -135,12 +153,25 @@ def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str
         words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
         if value is None and type(None) in options or isinstance(value, str) and value in words:
             continue
-        allowed = RANGES[section][key]
+        allowed = ranges[key] if key in ranges else ITEM_RANGES[key]
         several = isinstance(value, (tuple, list))
         if not all(_is_number(item, kinds) and allowed.holds(item) for item in (value if several else (value,))):
             none = ', or "none"' if type(None) in options else ""
             errors.append(f"{section}.{key} = {list(value) if several else value!r}: {allowed.says(whole=float not in kinds)}{none}")
     return errors
+
+
+def root_of(section: str) -> str:
+    """The section of the recipe in which a table such as schedule.phases[0] stands."""
+    return section.partition(".")[0]
+
+
+def item_class(hint: Any) -> type | None:
+    """The dataclass of which a value of this type holds several; None where it holds none."""
+    if is_dataclass(hint):
+        return hint if isinstance(hint, type) else None
+    found = (item_class(arg) for arg in get_args(hint))
+    return next((cls for cls in found if cls is not None), None)
 
 
 def _is_number(value: object, kinds: set[type]) -> bool:
@@ -149,7 +180,7 @@ def _is_number(value: object, kinds: set[type]) -> bool:
 
 def unused_keys(section: str, choice: str, chosen: object) -> set[str]:
     """Keys of a section that this value of ``choice`` does not use, but another would."""
-    uses = USED[section, choice]
+    uses = USED[root_of(section), choice]
     return {key for keys in uses.values() for key in keys} - set(uses[chosen]) if isinstance(chosen, str) and chosen in uses else set()
 
 
@@ -157,7 +188,7 @@ def unused_errors(section: str, values: Any) -> list[str]:
     """Keys that differ from their default and have no effect, since a choice of the same section leaves them unused."""
     errors = []
     for where, choice in USED:
-        if where != section:
+        if where != root_of(section):
             continue
         chosen, uses = getattr(values, choice), USED[where, choice]
         unused = unused_keys(section, choice, chosen)
@@ -174,6 +205,11 @@ def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, sect
     replaced: set[str] = set()
     if section == "training" and any(above.get(key, "none") != "none" for key in HORIZON):
         replaced.update(HORIZON)
+    if section == "schedule":
+        if above.get("phases", "none") != "none":
+            return {}
+        if "kind" in above:
+            replaced.add("phases")
     for where, choice in USED:
         if where == section:
             replaced |= unused_keys(section, choice, above.get(choice))

@@ -20,10 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from lrt.config.ranges import range_errors, without_replaced
-from lrt.config.settings import (
-    Recipe,
-)
+from lrt.config.ranges import USED, item_class, range_errors, without_replaced
+from lrt.config.settings import PassesConfig, Recipe, ScheduleConfig, ShareConfig, StretchConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -167,18 +165,36 @@ def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors
         if key not in hints:
             errors.append(_unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in hints]))
             continue
+        items = item_class(hints[key])
+        if items is not None and isinstance(raw, list):
+            values[key] = tuple(_item_from_table(items, f"{section}.{key}[{index}]", item, errors) for index, item in enumerate(raw))
+            continue
         try:
             values[key] = _convert(raw, hints[key])
         except TypeError as error:
             errors.append(f"{section}.{key} = {raw!r}: expected {error}")
+    if section == "schedule" and values.get("phases") is not None:
+        errors += [f"schedule.{key} = {table[key]!r} has no effect beside schedule.phases: give it to a phase" for key in values if key != "phases"]
     if len(errors) > before:
         errors += range_errors(section, cls, values)
+        return None
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING and f.name not in values]
+    if missing:
+        errors += [f"{section} has no {name}" for name in missing]
         return None
     try:
         return cls(**values)
     except ValueError as error:
         errors.append(str(error))
         return None
+
+
+def _item_from_table(cls: Any, where: str, raw: Any, errors: list[str]) -> Any:
+    """One table of a list of tables."""
+    if isinstance(raw, Mapping):
+        return _section_from_table(cls, where, raw, errors)
+    errors.append(f"{where} = {raw!r}: expected a table, such as {{kind = \"baseline\"}}")
+    return None
 
 
 def _convert(raw: Any, hint: Any) -> Any:
@@ -227,12 +243,34 @@ def _unknown(kind: str, name: str, known: list[str]) -> str:
 # ------------------------------------------------------------------ TOML out
 
 
+def _schedule_to_table(c: ScheduleConfig) -> dict[str, Any]:
+    """The section: its phases alone, or its keys; tables inside it hold what their kind uses."""
+    if c.phases is not None:
+        return {"phases": [{"until": phase.until, **_used_keys(phase)} for phase in c.phases]}
+    table = dataclasses.asdict(c)
+    del table["phases"], table["mix"]
+    return {**table, "mix": _members(c.mix)} if c.kind == "mixture" else table
+
+
+def _members(mix: Sequence[ShareConfig]) -> list[dict[str, Any]]:
+    return [{"share": member.share, **_used_keys(member)} for member in mix]
+
+
+def _used_keys(c: PassesConfig) -> dict[str, Any]:
+    used = [key for key in USED["schedule", "kind"][c.kind] if hasattr(c, key)]
+    return {"kind": c.kind, **{key: _members(c.mix) if isinstance(c, StretchConfig) and key == "mix" else getattr(c, key) for key in used}}
+
+
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, None written as "none" (TOML has no null)."""
     table: dict[str, Any] = {}
     for section in dataclasses.fields(recipe):
         value = getattr(recipe, section.name)
-        table[section.name] = False if value is None else {k: "none" if v is None else v for k, v in dataclasses.asdict(value).items()}
+        if value is None:
+            table[section.name] = False
+            continue
+        values = _schedule_to_table(value) if isinstance(value, ScheduleConfig) else dataclasses.asdict(value)
+        table[section.name] = {k: "none" if v is None else v for k, v in values.items()}
     # A bare key must stand before the first table.
     return dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))
 

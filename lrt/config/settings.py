@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from lrt.config.ranges import HORIZON, range_errors, unused_errors
+from lrt.config.phases import entrance_errors, schedule_errors
+from lrt.config.ranges import HORIZON, choice_errors, range_errors, unused_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -129,7 +130,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class PassesConfig:
     """The passes of a training step; the same names as the functions lrt.interleaved(...) and so on."""
 
     kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"
@@ -141,6 +142,36 @@ class ScheduleConfig:
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     cut_gradient: bool = False  # no gradient from one pass into the passes before
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareConfig(PassesConfig):
+    """A member of a mixture."""
+
+    share: float  # of the steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchConfig(PassesConfig):
+    """Passes, or a mixture of them, for a part of the steps or for all."""
+
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
+    mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
+    ramp: int = 0  # steps in which gains and memory projections grow from zero to what init = "paper" gives; 0 = they begin with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig(StretchConfig):
+    """A part of a run with a schedule of its own."""
+
+    until: float  # share of the steps at which it ends, 1.0 for the last phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(StretchConfig):
+    """The schedule of a run, or its phases, one after the other."""
+
+    phases: tuple[PhaseConfig, ...] | None = None  # beside them no other key is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +203,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     reference_batch_tokens: int = 524288  # all rates times sqrt(batch_tokens / this)
+    rate_scale: float = 1.0  # all rates times this: the axis that a search of rates varies
     kind: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for adapted models
     adamw_lr: float = 3e-4  # kind = "adamw": rate of the backbone
     adamw_memory_lr: float | None = None  # kind = "adamw": rate of the memory parameters; None = adamw_lr
@@ -179,9 +211,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter
+    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter, compute
     tokens: int | None = None
     tokens_per_parameter: float | None = None  # parameters = matrices + head of the twin without memory
+    compute: int | None = None  # tokens on which the twin without memory would spend the run's FLOPs
     batch_tokens: int = 524288  # tokens an optimizer step, over all ranks
     micro_batch: int = 16  # rows a forward on one rank; the rest is gradient accumulation
     lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"
@@ -192,6 +225,7 @@ class TrainingConfig:
     max_skipped: int = 20  # stop after this many steps in a row with a non-finite loss or gradient
     stage: Literal["all", "memory"] = "all"  # memory: train only the memory parameters
     init_from: str | None = None  # warm start: a training checkpoint or an exported folder
+    branch_from: str | None = None  # another run or its checkpoint: go on with its weights, optimizer, loader and step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,16 +313,8 @@ def _raise_all(errors: list[str]) -> None:
         raise ValueError("; ".join(errors))
 
 
-def _choice_errors(section: str, c: Any) -> list[str]:
-    """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
-    hints = get_type_hints(type(c))
-    choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-    wrong = [name for name, allowed in choices.items() if getattr(c, name) not in allowed]
-    return [f"{section}.{name} = {getattr(c, name)!r}: use one of {', '.join(choices[name])}" for name in wrong]
-
-
 def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
-    errors = _choice_errors("recurrence", c)
+    errors = choice_errors("recurrence", c)
     source = c.source_layer
     if isinstance(source, bool) or not isinstance(source, (int, float, type(None))):
         errors.append(f"recurrence.source_layer = {source!r}: use a block number 1..L, a fraction such as 0.67, or leave it out")
@@ -305,7 +331,7 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
 
 
 def _model_errors(c: ModelConfig) -> list[str]:
-    errors = _choice_errors("model", c) + range_errors("model", ModelConfig, vars(c))
+    errors = choice_errors("model", c) + range_errors("model", ModelConfig, vars(c))
     if errors:
         return errors
     if c.d_model % c.heads:
@@ -326,7 +352,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
     for f in fields(r):
         section = getattr(r, f.name)
         if f.name not in ("model", "recurrence"):
-            errors += _choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
+            errors += choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
     t, m = r.training, r.model
     given = [key for key in HORIZON if getattr(t, key) is not None]
     if len(given) > 1:
@@ -337,8 +363,9 @@ def _recipe_errors(r: Recipe) -> list[str]:
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
-    if r.recurrence is None and r.schedule.kind != "baseline":
-        errors.append(f'schedule.kind = {r.schedule.kind!r} needs memory, but recurrence is off: use kind = "baseline", or switch recurrence on')
+    if t.init_from is not None and t.branch_from is not None:
+        errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
+    errors += schedule_errors(r.schedule) + entrance_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
             try:

@@ -26,7 +26,8 @@ from lrt.model import build
 from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
-from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_folder
+from lrt.serialization.decoders import decoder_of_shapes, open_decoder, open_saved
+from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
 from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
@@ -145,15 +146,16 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
 def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.run.backbone == "native":
         return native_config(build(recipe, device="meta"))
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    folder = Path(recipe.run.backbone).expanduser()  # a name that the run gave: read as data, or not at all
     with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.run.backbone))
+        decoder = decoder_of_shapes(folder, where=f'run.backbone = "{folder}" of the run')
         return config_of(adapt(decoder, recipe.recurrence, train_schedule=from_config(recipe.schedule)))
 
 
 def _sharded(folder: Path) -> dict[str, LazyTensor]:
     """Tensors whose rows lie in several files; a tensor is put together when it is read."""
+    for file in sorted(folder.glob("*.safetensors")):
+        open_file(file)  # which names the file that is damaged
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
 
     def read(name: str) -> torch.Tensor:
@@ -275,11 +277,7 @@ def read_hf(path: Path, *, step: int | None = None) -> Checkpoint:
     def reading(precision: Precision) -> Logits:
         if precision.rounded is not None or not precision.keep:
             return found.reading(precision)
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise ValueError('comparing a Hugging Face folder needs transformers: pip install "lrt[hf]", or --no-verify') from None
-        return partial(native_logits, AutoModelForCausalLM.from_pretrained(path, dtype=precision.compute).eval())
+        return partial(native_logits, open_saved(path, dtype=precision.compute).eval())
 
     return replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer), reading=reading)
 
@@ -327,10 +325,7 @@ def read_memory(path: Path) -> Checkpoint:
 
 def read_decoder(path: Path) -> Checkpoint:
     """A plain Hugging Face decoder (the base of an adapter), as a model that has no memory yet."""
-    from transformers import AutoModelForCausalLM
-
-    decoder = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    model = adapt(decoder)
+    model = adapt(open_decoder(path, dtype="auto"))
     tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
     config = config_of(model)
     return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_decoder, read_hf, read_lrt, read_official
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
+from lrt.serialization.decoders import is_plain
 
 
 class Kind(NamedTuple):
@@ -61,9 +62,3 @@ def kind_of(path: Path) -> str:
 def read_base(path: Path) -> Checkpoint:
     """The decoder of an adapter: a checkpoint of any kind, or a plain Hugging Face decoder."""
     return read_decoder(path) if is_plain(path) else KINDS[kind_of(path)].read(path)
-
-
-def is_plain(path: Path) -> bool:
-    """Whether it is a Hugging Face folder that lrt did not write."""
-    config = path / "config.json"
-    return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8")

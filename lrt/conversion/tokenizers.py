@@ -151,7 +151,8 @@ def _read_table(path: Path) -> list[int]:
     try:
         return [int(n) for n in torch.load(path, map_location="cpu", weights_only=True)]
     except Exception as error:  # noqa: BLE001 - a damaged file fails in any way
-        raise ValueError(f"{path}: not a table of bytes per token: {error}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a table of bytes per token: {reason}") from None
 
 
 # ------------------------------------------------------------------ Hugging Face

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrt.loss import IGNORE
-from lrt.schedules import Interleaved, Refine
+from lrt.schedules import Interleaved, Refine, single
 from lrt.types import MemoryInput, Schedule, at_least_float32
 
 Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, each one number a block
@@ -45,7 +45,7 @@ def activation_statistics(model: Any, input_ids: Tensor, targets: Tensor | None 
     was_training = model.training
     model.eval()
     try:
-        return _observe(model, input_ids, targets, schedule or model.train_schedule)
+        return _observe(model, input_ids, targets, single(schedule or model.train_schedule))
     finally:
         model.train(was_training)
 

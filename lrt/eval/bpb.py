@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt.loss import IGNORE
 from lrt.model import LatentRecurrentModel
-from lrt.schedules import baseline, sequential
+from lrt.schedules import baseline, sequential, single
 from lrt.types import Schedule
 
 MODES = ("zero", "parallel", "decode")
@@ -107,7 +107,7 @@ def evaluate_bpb(
 def _schedule(model: LatentRecurrentModel, mode: str, schedule: Schedule | None) -> Schedule:
     if model.recurrence is None or mode == "zero":
         return baseline()
-    return sequential() if mode == "decode" else schedule or model.train_schedule
+    return sequential() if mode == "decode" else single(schedule or model.train_schedule)
 
 
 def _table(nats: Tensor, sizes: Tensor, buckets: int) -> Tensor:

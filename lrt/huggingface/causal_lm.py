@@ -262,7 +262,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         if backend is not None:
             model.set_attn_implementation(backend)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         return model
 
     def save_pretrained(

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrt.adaptation import adapt, release, unwrapped
 from lrt.config import RecurrenceConfig
 from lrt.model import LatentRecurrentModel
+from lrt.serialization.decoders import causal_class, check_table, config_from_table, transformers
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
 
@@ -71,16 +72,14 @@ def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecur
     Raises:
         ValueError: this version of transformers has no such decoder.
     """
-    try:
-        import transformers
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    except ImportError:
-        raise ValueError('this folder holds an adapted Hugging Face decoder: pip install "lrt[hf]"') from None
     about = config["adapted"]
-    architecture = getattr(transformers, about["architecture"], None)
-    if architecture is None or "config" not in about:
-        raise ValueError(f"transformers {transformers.__version__} has no {about['architecture']}: install the version that the model was saved with")
-    decoder = architecture(CONFIG_MAPPING[about["config"]["model_type"]].from_dict(about["config"]))
+    table = about.get("config")
+    kind, architecture = about.get("architecture"), causal_class(about.get("architecture"))
+    if architecture is None or not isinstance(table, dict):
+        version = transformers().__version__
+        raise ValueError(f"transformers {version} has no causal language model {kind}: install the version that the model was saved with")
+    check_table(table, where=f"the {kind} in config.json")
+    decoder = architecture(config_from_table(table))
     return adapt(decoder, RecurrenceConfig(**config["recurrence"]), train_schedule=train_schedule)
 
 

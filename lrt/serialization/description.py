@@ -9,7 +9,7 @@ from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model
-from lrt.schedules import Baseline, Interleaved, Refine, from_config
+from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
 from lrt.types import Schedule
 
@@ -62,8 +62,9 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
 
 
-def schedule_to_table(schedule: Schedule) -> dict[str, Any]:
-    """A schedule as the keys of a recipe's [schedule] section."""
+def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
+    """A schedule as the keys of a recipe's [schedule] section; of a mixture, its member with most passes."""
+    schedule = single(schedule)
     if isinstance(schedule, Interleaved):
         return {"kind": "interleaved", **dataclasses.asdict(schedule)}
     if isinstance(schedule, Refine):
@@ -84,8 +85,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if "lrt_format" not in config:
+    if not isinstance(config, dict) or "lrt_format" not in config:
         raise ValueError(f"{path}: not written by lrt.save (no lrt_format); to adapt a plain decoder use lrt.adapt")
     if config["lrt_format"] > FORMAT:
         raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
+    if config.get("model_type") != "lrt":
+        raise ValueError(f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed')
     return config

@@ -20,6 +20,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
@@ -95,8 +96,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 entry = file.get_slice(name)
-                tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[entry.get_dtype()], lambda name=name: read(name))  # type: ignore[misc]
-    except (SafetensorError, OSError, KeyError) as error:
+                code = entry.get_dtype()
+                if code not in DTYPES:
+                    raise ValueError(f"{path}: tensor {name} has dtype {code}, which lrt does not read: it reads {', '.join(DTYPES)}")
+                tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[code], lambda name=name: read(name))  # type: ignore[misc]
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
     return tensors
 

@@ -8,15 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from lrt.accounting import count_parameters, training_flops
+from lrt.accounting import count_parameters
 from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
 from lrt.kernels.attention import takes_mask
 from lrt.model import LatentRecurrentModel
+from lrt.schedules import single
 from lrt.train.checkpoint.starting_model import is_native, shapes_of
 from lrt.train.distributed.gradient_sums import TWINS
-from lrt.train.horizon import Horizon, plan_horizon, shards_of
+from lrt.train.horizon import Horizon, mean_flops, plan_horizon, shards_of
+from lrt.train.timetable import plan_timetable
 from lrt.types import Schedule
 
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
@@ -67,7 +69,9 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
     return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs * (schedule.token_compute - 1)
 
 
-def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int) -> Memory:
+def expected_memory(
+    recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int, schedule: Schedule | None = None
+) -> Memory:
     """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md says what they count).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
@@ -78,8 +82,10 @@ def expected_memory(recipe: Recipe, model: LatentRecurrentModel, horizon: Horizo
         model: its shapes, with ``requires_grad`` as it trains.
         horizon: rows a forward, and forwards a step.
         world_size: GPUs.
+        schedule: of the step; None = the model's.
     """
-    parallel, parameters, schedule, native = recipe.parallel, count_parameters(model), model.train_schedule, is_native(recipe)
+    parallel, parameters, native = recipe.parallel, count_parameters(model), is_native(recipe)
+    schedule = schedule or single(model.train_schedule)
     size = 2 if parallel.param_dtype == "bfloat16" else 4
     shards = shards_of(parallel, world_size)
     n_layers, width = len(model.blocks), model.backbone.width
@@ -146,8 +152,9 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
     if world_size is None:
         world_size = math.gcd(8, recipe.training.batch_tokens // recipe.model.sequence_length)
     horizon = plan_horizon(recipe, parameters, world_size=world_size)
-    a_token = training_flops(model, model.train_schedule, recipe.model.sequence_length)
-    memory = expected_memory(recipe, model, horizon, world_size=world_size)
+    a_token = mean_flops(recipe, model)
+    kinds = plan_timetable(recipe, steps=horizon.steps).kinds
+    memory = max((expected_memory(recipe, model, horizon, world_size=world_size, schedule=kind) for kind in kinds), key=lambda memory: memory.total)
     whole = a_token * horizon.tokens
     seconds = whole / (world_size * PEAK * ASSUMED_MFU)
     verdict = "fits" if memory.total < 0.92 * GPU_GIB else (
@@ -163,7 +170,7 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
         "work",
         f"  {'tokens':<20} {horizon.tokens:>16,}  in {horizon.steps:,} steps of {horizon.batch_tokens:,}",
         f"  {'a step':<20} {world_size} GPUs x {horizon.accumulation} forwards x {horizon.rows} rows x {recipe.model.sequence_length} tokens",
-        f"  {'FLOPs a token':<20} {a_token:>16.4g}  (every pass, forward and backward)",
+        f"  {'FLOPs a token':<20} {a_token:>16.4g}  (every pass, forward and backward{' of the mean step' if len(kinds) > 1 else ''})",
         f"  {'FLOPs a step':<20} {a_token * horizon.batch_tokens:>16.4g}",
         f"  {'FLOPs of the run':<20} {whole:>16.4g}",
         f"expected memory of one GPU, GiB: {memory.total:.1f} of {GPU_GIB:.0f}: {verdict}",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from lrt.accounting import Parameters
+from lrt.accounting import Parameters, training_flops
 from lrt.config import ParallelConfig, Recipe
+from lrt.config.ranges import HORIZON
+from lrt.model import LatentRecurrentModel
+from lrt.schedules import Mixture, baseline, phases_of
+from lrt.train.checkpoint.starting_model import shapes_of, without_memory
 
 
 class Horizon(NamedTuple):
@@ -31,14 +36,7 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
     """
     shards_of(recipe.parallel, world_size)
     training, length = recipe.training, recipe.model.sequence_length
-    if training.steps is not None:
-        steps = training.steps
-    elif training.tokens is not None:
-        steps = max(1, round(training.tokens / training.batch_tokens))
-    elif training.tokens_per_parameter is not None:
-        steps = max(1, round(training.tokens_per_parameter * parameters.scaling / training.batch_tokens))
-    else:
-        raise ValueError("training has no horizon: give exactly one of training.steps, training.tokens, training.tokens_per_parameter")
+    steps = steps_of(recipe, parameters)
     rows = training.batch_tokens // length
     if rows % world_size:
         raise ValueError(
@@ -48,6 +46,52 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
     here = rows // world_size
     forward = max(n for n in range(1, min(training.micro_batch, here) + 1) if here % n == 0)
     return Horizon(steps, forward, here // forward, training.batch_tokens, steps * training.batch_tokens)
+
+
+def steps_of(recipe: Recipe, parameters: Parameters) -> int:
+    """Optimizer steps of the whole run.
+
+    Args:
+        recipe: ``training``, for ``compute`` all that its FLOPs depend on.
+        parameters: of the model, for ``tokens_per_parameter``.
+
+    Raises:
+        ValueError: no horizon is given.
+    """
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        tokens = float(training.tokens)
+    elif training.tokens_per_parameter is not None:
+        tokens = training.tokens_per_parameter * parameters.scaling
+    elif training.compute is not None:
+        tokens = training.compute / relative_compute(recipe)
+    else:
+        raise ValueError(f"training has no horizon: give exactly one of {', '.join(f'training.{key}' for key in HORIZON)}")
+    return max(1, round(tokens / training.batch_tokens))
+
+
+def relative_compute(recipe: Recipe) -> float:
+    """FLOPs of the recipe's mean step over those of its twin without memory, which trains plainly on as many tokens."""
+    twin = without_memory(shapes_of(replace(recipe, training=replace(recipe.training, stage="all"))))
+    return mean_flops(recipe, shapes_of(recipe)) / training_flops(twin, baseline(), recipe.model.sequence_length)
+
+
+def mean_flops(recipe: Recipe, model: LatentRecurrentModel) -> float:
+    """FLOPs of the mean step, a token of data: the mean over the phases of the recipe and the shares of their mixtures.
+
+    Args:
+        recipe: ``schedule`` and ``model.sequence_length`` are read.
+        model: its shapes, with ``requires_grad`` as it trains.
+    """
+    mean, begin = 0.0, 0.0
+    for phase in phases_of(recipe.schedule):
+        members = phase.schedule.members if isinstance(phase.schedule, Mixture) else ((1.0, phase.schedule),)
+        step = sum(share * training_flops(model, schedule, recipe.model.sequence_length) for share, schedule in members)
+        mean += (phase.until - begin) * step
+        begin = phase.until
+    return mean
 
 
 def shards_of(config: ParallelConfig, world_size: int) -> int:

@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.train.checkpoint.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
+from lrt.train.entrance import Entrance
 from lrt.train.horizon import Horizon
 from lrt.train.monitor.faults import FiniteGuard
 from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
+from lrt.train.timetable import Timetable
+from lrt.types import Schedule
 
 
 @dataclass
@@ -27,6 +32,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    flops: float = 0.0
+    began: int = 0  # the step of the checkpoint from which it branched off
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,11 @@ class Run:
     folder: Path
     horizon: Horizon
     parameters: Parameters
-    flops_a_token: float
+    timetable: Timetable
+    flops_a_token: dict[Schedule, float]
     model: Any
+    memory: tuple[nn.Parameter, ...]  # the parameters of the model's recurrence, which rest in plain phases
+    entrance: Entrance | None
     runner: Runner | None
     optimizer: MuonAdamW
     tokenizer: Tokenizer

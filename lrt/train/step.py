@@ -45,6 +45,7 @@ def train_step(
     world: World,
     stop: bool = False,
     runner: Runner | None = None,
+    frozen: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Forward and backward over all micro-batches, then one update.
 
@@ -58,6 +59,7 @@ def train_step(
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.
         runner: of ``model``, runs its forward and backward; None = the model itself does, eagerly.
+        frozen: parameters that this step leaves as they are, with their optimizer state; the norm does not count them.
 
     Returns:
         1-D tensor on the device for ``StepNumbers.of``; nothing here waits for the device.
@@ -77,6 +79,8 @@ def train_step(
             part = forward_backward(model, batch.input_ids, batch.targets, **options)
         scores = part if scores is None else scores + part
     free_gathered(model)
+    for parameter in frozen:
+        parameter.grad = None
     assert scores is not None
     scores = world.total(torch.cat([scores, scores.new_full((1,), float(stop))]))
     norm = gradient_norm(model.parameters())

@@ -10,31 +10,35 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt.accounting import count_parameters, peak_flops, training_flops
+from lrt.accounting import Parameters, count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.eval.runs import read_records
-from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors
+from lrt.schedules import describe
+from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors, stored_recipe
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
+from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
-from lrt.train.horizon import plan_horizon
+from lrt.train.horizon import plan_horizon, steps_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
-from lrt.train.optim.groups import MuonAdamW, parameter_groups
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.step import StepNumbers, train_step
+from lrt.train.timetable import Timetable, check_borders, plan_timetable
+from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
 
@@ -78,7 +82,8 @@ def assemble(recipe: Recipe, world: World) -> Run:
     shapes = shapes_of(recipe)
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
-    flops = training_flops(shapes, shapes.train_schedule, recipe.model.sequence_length)
+    timetable = plan_timetable(recipe, steps=horizon.steps)
+    flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
         raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
@@ -89,12 +94,15 @@ def assemble(recipe: Recipe, world: World) -> Run:
     folder = Path(recipe.run.output) / recipe.run.name
     resumed = _newest(recipe, folder, world)
     model = build_parallel(recipe, world)
+    memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
+    entrance = open_entrance(timetable, memory)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
     state = TrainState()
     if resumed is not None:
         state = _resume(resumed, model, optimizer, loader, world)
+        _check_borders(resumed, recipe, timetable, parameters, step=state.step)
         if state.step >= horizon.steps:
             check_same_schedule(resumed, recipe)
     console = _start_folder(recipe, folder, world, total=horizon.steps, start=state.step)
@@ -126,7 +134,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
         about = provenance(world.device, world_size=world.size)
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
-        recipe, world, folder, horizon, parameters, flops, model, runner, optimizer, tokenizer, loader, validation,
+        recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(sinks), guard, say, state, told,
     )  # fmt: skip
 
@@ -177,7 +185,14 @@ def _resume(folder: Path, model: Any, optimizer: MuonAdamW, loader: Any, world: 
     loader.load_state_dict([state["loader"] for state in rest.rank_states])
     if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
         _set_random_state(rest.rank_states[world.rank]["random"], world.device)
-    return TrainState(**{field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState)})
+    return TrainState(**{field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState) if field.name in rest.meta})
+
+
+def _check_borders(folder: Path, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, step: int) -> None:
+    """Refuse a horizon that moves borders of the same phases among the steps that are done."""
+    stored = stored_recipe(folder)
+    if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
+        check_borders(timetable, before=plan_timetable(stored, steps=steps_of(stored, parameters)), step=step)
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
@@ -239,24 +254,29 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
             run.optimizer.set_rates(rates)
+            schedule = run.timetable.schedule(state.step)
             numbers = train_step(
                 run.model,
                 run.optimizer,
                 [_to_device(batch, run.world.device) for batch in batches],
-                schedule=run.model.train_schedule,
-                seed=recipe.run.seed * 1_000_003 + state.step,
+                schedule=schedule,
+                seed=run.timetable.seed_of(state.step),
                 clip_norm=recipe.training.clip_norm,
                 world=run.world,
                 stop=signals.received is not None,
                 runner=run.runner,
+                frozen=run.memory if run.timetable.at(state.step).plain else (),
             )
+            if run.entrance is not None:
+                run.entrance.advance(state.step)
             state.step += 1
             state.tokens += run.horizon.batch_tokens
+            state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, (rates, sources, clock.lap()))
+            late.push(state.step, numbers, Passed(rates, schedule, state.flops, sources, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
-                stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
+                stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
             run.manager.poll()
             if "save" in due and not stop:
                 _save(run)  # first: a stop during an evaluation may end the process before it is over
@@ -265,7 +285,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
                     evaluate_run(run, heart)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
-            stop |= _note(run, StepNumbers.of(past), *past.note, speeds=speeds)
+            stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
     if not run.manager.wait():
@@ -302,34 +322,42 @@ def _due(recipe: Recipe, step: int, total: int) -> set[str]:
     return {what for what, n in every.items() if n and step % n == 0 and step < total}
 
 
-def _note(run: Run, numbers: StepNumbers, rates: Rates, sources: list[str], lap: tuple[float, float], *, speeds: list[float]) -> bool:
-    """Record a step that has been read; True when some rank was asked to stop.
+class Passed(NamedTuple):
+    """What is known of a step when it is queued, for its record."""
 
-    ``lap`` was taken when the step was queued: read late, the last step would seem to take no time.
-    """
-    seconds, waited = lap
-    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=sources)
+    rates: Rates
+    schedule: Schedule
+    flops: float  # of all steps so far
+    sources: list[str]
+    seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
+    waited: float  # share of them spent waiting for data
+
+
+def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]) -> bool:
+    """Record a step that has been read; True when some rank was asked to stop."""
+    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=passed.sources)
     run.state.skipped = run.guard.total
-    speed = run.horizon.batch_tokens / seconds
+    speed = run.horizon.batch_tokens / passed.seconds
     speeds.append(speed)
     device = run.world.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    flops = speed * run.flops_a_token
+    flops = speed * run.flops_a_token[passed.schedule]
     run.recorder.write(
         {
             "kind": "train",
             "step": numbers.step,
             "loss": numbers.loss,
             "groups": list(numbers.groups),
-            "lr_scale": rates.lr_scale,
-            "lr": {group["name"]: group["base_lr"] * rates.lr_scale for group in run.optimizer.param_groups},
+            "schedule": describe(passed.schedule),
+            "lr_scale": passed.rates.lr_scale,
+            "lr": {group["name"]: group["base_lr"] * passed.rates.lr_scale for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
             "tokens": numbers.step * run.horizon.batch_tokens,
             "tokens_per_second": speed,
-            "flops": numbers.step * run.horizon.batch_tokens * run.flops_a_token,
+            "flops": passed.flops,
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
-            "data_wait": waited,
+            "data_wait": passed.waited,
             "peak_memory_gib": peak_memory_gib(device),
             "skipped": run.guard.total,
         }

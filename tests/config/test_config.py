@@ -244,9 +244,9 @@ def test_a_default_is_no_mistake_and_another_kind_leaves_behind_what_it_does_not
     assert parse_recipe(dumped, overrides=["schedule.kind=refine"]).schedule == expected
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", 100), ("tokens", 7), ("tokens_per_parameter", 2.0)])
+@pytest.mark.parametrize(("key", "value"), [("steps", 100), ("tokens", 7), ("tokens_per_parameter", 2.0), ("compute", 9)])
 def test_a_horizon_given_above_replaces_the_one_below(tmp_path, key, value):
-    none = dict.fromkeys(("steps", "tokens", "tokens_per_parameter"))
+    none = dict.fromkeys(("steps", "tokens", "tokens_per_parameter", "compute"))
 
     def horizon(recipe):
         return {name: getattr(recipe.training, name) for name in none}

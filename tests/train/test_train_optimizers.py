@@ -138,6 +138,16 @@ def test_the_table_of_groups_is_the_specification():
     assert sum(len(g["params"]) for g in groups.values()) == len(SHAPES)
 
 
+@pytest.mark.parametrize("sets", [{}, {"optimizer.kind": "adamw", "optimizer.adamw_lr": 1e-4}])
+def test_one_number_scales_every_rate(sets):
+    """So a search of rates has one axis, beside the batch's reference, whichever rule each parameter follows."""
+    named = [*small_model(), ("injection.gains", torch.nn.Parameter(torch.zeros(2)))]
+    plain = {g["name"]: g["lr"] for g in parameter_groups(named, small_recipe(**sets))}
+    more = {"optimizer.rate_scale": 3.0, "optimizer.reference_batch_tokens": 131072}
+    scaled = {g["name"]: g["lr"] for g in parameter_groups(named, small_recipe(**sets, **more))}
+    assert len(plain) >= 2 and scaled == {name: pytest.approx(6 * lr) for name, lr in plain.items()}
+
+
 def test_unknown_parameters_and_vectors_for_muon_are_refused():
     with pytest.raises(ValueError, match="parameter 'adapter.weight' of shape .* matches none .*optimizer.kind"):
         group_of("adapter.weight", torch.zeros(2, 2))

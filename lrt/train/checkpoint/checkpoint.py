@@ -135,6 +135,11 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
         )
 
 
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe that a checkpoint was trained with."""
+    return parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"))
+
+
 def check_same_schedule(folder: Path, recipe: Recipe) -> None:
     """Refuse another schedule for a run that is over: its export would name a schedule that never trained it.
 
@@ -142,7 +147,8 @@ def check_same_schedule(folder: Path, recipe: Recipe) -> None:
         ValueError: the recipe stored there has another schedule.
     """
     there, here = _stored_recipe(folder)["schedule"], recipe_to_table(recipe)["schedule"]
-    different = [f"schedule.{k} = {there.get(k)!r} there, {here[k]!r} here" for k in here if _plain(there.get(k)) != _plain(here[k])]
+    keys = sorted({*there, *here}, key=[*here, *there].index)
+    different = [f"schedule.{k} = {there.get(k)!r} there, {here.get(k)!r} here" for k in keys if _plain(there.get(k)) != _plain(here.get(k))]
     if different:
         raise ValueError(
             f"{folder} has reached its end with another schedule: {'; '.join(different)}. Choose another run.name, "
@@ -151,7 +157,7 @@ def check_same_schedule(folder: Path, recipe: Recipe) -> None:
 
 
 def _stored_recipe(folder: Path) -> dict[str, Any]:
-    return recipe_to_table(parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8")))
+    return recipe_to_table(stored_recipe(folder))
 
 
 def _plain(value: Any) -> Any:
@@ -179,7 +185,15 @@ def read_rest(folder: Path) -> Loaded:
     """The part of a checkpoint that is not tensors of the model or the optimizer."""
     meta = json.loads((folder / "meta.json").read_text())
     files = [folder / _rank_file(rank) for rank in range(meta["world_size"])]
-    return Loaded(meta, [torch.load(file, weights_only=True, map_location="cpu") for file in files])
+    return Loaded(meta, [_read_rank(file) for file in files])
+
+
+def _read_rank(file: Path) -> Any:
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: refused, not a whole file of this trainer ({reason})") from None
 
 
 def _rank_file(rank: int) -> str:

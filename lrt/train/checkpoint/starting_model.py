@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
+from lrt.serialization.decoders import decoder_of_shapes, open_decoder
 from lrt.train.optim.groups import is_memory
 
 OF_ANY_BACKBONE = ("sequence_length",)  # keys of [model] that a decoder from a folder leaves open
@@ -37,8 +37,7 @@ def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
     with torch.device("meta"):
         if "lrt_format" in config:
             return _prepared(model_from_config(config), recipe)
-        transformers = _transformers()
-        return _adapted(folder, recipe, lambda: transformers.AutoModelForCausalLM.from_config(_config_of(folder), dtype=torch.float32))
+        return _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
 def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
@@ -53,9 +52,7 @@ def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     if "lrt_format" in config:
         return _prepared(load(folder, dtype=torch.float32), recipe)
-    # Nothing is unpickled and no code of the folder runs.
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
-    return _adapted(folder, recipe, lambda: _transformers().AutoModelForCausalLM.from_pretrained(folder, **options))
+    return _adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
 def freeze(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
@@ -149,29 +146,17 @@ def _check_saved(recipe: Recipe, config: dict[str, Any], key: str) -> None:
         raise ValueError(f"{key} holds another recurrence than the recipe: {'; '.join(different)}: use the folder's settings")
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError('run.backbone names a Hugging Face folder: pip install "lrt[hf]"') from None
-    return transformers
+def _where(folder: Path) -> str:
+    return f'run.backbone = "{folder}"'
 
 
-def _config_of(folder: Path) -> Any:
-    return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _adapted(folder: Path, recipe: Recipe, make: Callable[[], Any]) -> LatentRecurrentModel:
-    """Adapt the decoder that ``make`` returns; memory starts at zero, so no seed is involved."""
-    try:
-        decoder = make()
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f'run.backbone = "{folder}" cannot be read as a causal language model: {" ".join(str(error).split())}') from None
+def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
+    """Adapt a decoder; memory starts at zero, so no seed is involved."""
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
-    return _prepared(_without_memory(model) if recipe.recurrence is None else model, recipe)
+    return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
 
 
-def _without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
+def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
     """The decoder inside an adapted model, unchanged: the twin that trains on the same tokens."""
     plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
     plain.original = model.original

@@ -29,7 +29,7 @@ class Group(NamedTuple):
     betas: tuple[float, float] | None = None  # None = optimizer.betas
 
 
-# Spec section 5. Weight decay is Muon's alone; all rates are times sqrt(batch_tokens / reference_batch_tokens).
+# Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens / reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
     Group("matrices", r"(blocks\.\d+\..*|memory_projection\.(key|value))\.weight", "muon", "matrix_lr"),  # gates too
     Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
@@ -72,11 +72,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
         recipe: ``optimizer``, ``training.batch_tokens``, ``model.width`` and ``model.n_layers`` are read.
     """
     config = recipe.optimizer
-    batch = (recipe.training.batch_tokens / config.reference_batch_tokens) ** 0.5
+    scale = config.rate_scale * (recipe.training.batch_tokens / config.reference_batch_tokens) ** 0.5
     width = (recipe.model.d_model / 768) ** -0.5
     trained = [(name, p) for name, p in named if p.requires_grad]
     if config.kind == "adamw":
-        return _adamw_groups(trained, config, batch)
+        return _adamw_groups(trained, config, scale)
     members: dict[str, list[tuple[str, nn.Parameter]]] = {row.name: [] for row in NATIVE}
     for name, parameter in trained:
         members[group_of(name, parameter).name].append((name, parameter))
@@ -85,7 +85,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
             "name": row.name,
             "kind": row.kind,
             "params": members[row.name],
-            "lr": getattr(config, row.lr) * batch * (width if row.by_width else 1.0),
+            "lr": getattr(config, row.lr) * scale * (width if row.by_width else 1.0),
             "betas": (config.momentum, config.second_moment) if row.kind == "muon" else row.betas or config.betas,
             "eps": config.eps,
             "weight_decay": config.weight_decay * (12 / recipe.model.n_layers) ** 2 if row.kind == "muon" else 0.0,
@@ -95,13 +95,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
     ]
 
 
-def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, batch: float) -> list[dict[str, Any]]:
+def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, scale: float) -> list[dict[str, Any]]:
     memory_lr = config.adamw_lr if config.adamw_memory_lr is None else config.adamw_memory_lr
     common = {"kind": "adamw", "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     backbone = [(name, p) for name, p in trained if not is_memory(name)]
     memory = [(name, p) for name, p in trained if is_memory(name)]
     sides = (("backbone", backbone, config.adamw_lr), ("memory", memory, memory_lr))
-    return [{"name": name, "params": params, "lr": lr * batch, **common} for name, params, lr in sides if params]
+    return [{"name": name, "params": params, "lr": lr * scale, **common} for name, params, lr in sides if params]
 
 
 # ------------------------------------------------------------------ the optimizer

@@ -1,0 +1,195 @@
+"""Hugging Face folders, opened as data: nothing is run, asked or fetched because a folder says so.
+
+This is the only module that opens a foreign decoder or its tokenizer; a folder may come from anywhere, and so may the
+run whose recipe names it. transformers asks on the terminal before it runs a folder's code, fetches attention kernels
+that a config names, and follows an adapter to its base model: all three are shut here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
+
+SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
+
+
+def open_config(folder: str | Path, *, where: str | None = None) -> Any:
+    """The config of a Hugging Face decoder.
+
+    Args:
+        folder: holds config.json.
+        where: how messages name the folder, such as the recipe key; None = its path.
+
+    Raises:
+        ValueError: there is none, it needs code of its own, or it names what would have to be fetched.
+    """
+    where = where or str(folder)
+    table = read_json(Path(folder) / "config.json", where=where)
+    check_table(table, where=where)
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"{where} is a PEFT adapter: merge it into its decoder (merge_and_unload), save that, and give the merged folder")
+    config = _one_line(where, table, lambda: transformers().AutoConfig.from_pretrained(folder, **SAFE))
+    config.__dict__.pop("auto_map", None)  # so that no class built from this config looks for code
+    return config
+
+
+def open_decoder(folder: str | Path, *, dtype: Any, where: str | None = None) -> Any:
+    """A Hugging Face decoder and its weights, from safetensors alone.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards and their index.
+        dtype: as ``from_pretrained`` takes it.
+        where: how messages name the folder; None = its path.
+
+    Raises:
+        ValueError: as ``open_config``; weights that are missing, damaged, quantized or of another format.
+    """
+    where = where or str(folder)
+    config = open_config(folder, where=where)
+    if not any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
+        other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack") for p in Path(folder).glob(pattern))
+        found = f" but {', '.join(other[:3])}, which lrt does not open" if other else ""
+        mend = "load it with transformers, and its save_pretrained writes safetensors"
+        raise ValueError(f"{where} cannot be read as a causal language model: it holds no {WEIGHTS}{found}: {mend}")
+    open_folder(folder)
+    make = transformers().AutoModelForCausalLM.from_pretrained
+    return _one_line(where, {}, lambda: make(folder, config=config, dtype=dtype, use_safetensors=True, **SAFE))
+
+
+def decoder_of_shapes(folder: str | Path, *, dtype: Any = None, where: str | None = None) -> Any:
+    """The decoder of a folder without its weights, on the current default device.
+
+    Raises:
+        ValueError: as ``open_config``.
+    """
+    config = open_config(folder, where=where)
+    more = {} if dtype is None else {"dtype": dtype}
+    make = transformers().AutoModelForCausalLM.from_config
+    return _one_line(where or str(folder), {}, lambda: make(config, trust_remote_code=False, **more))
+
+
+def open_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+        ValueError: there is none, or it needs code of its own.
+    """
+    table = Path(folder) / "tokenizer_config.json"
+    content = read_json(table, where=str(folder)) if table.is_file() else {}
+    return _one_line(str(folder), content, lambda: transformers().AutoTokenizer.from_pretrained(folder, **SAFE), what="a tokenizer")
+
+
+def open_saved(folder: str | Path, *, dtype: Any) -> Any:
+    """A folder that lrt wrote, as ``AutoModelForCausalLM`` gives it to its users; where transformers is not installed, that is an error.
+
+    Args:
+        folder: its config.json was read before, and is one of ours.
+        dtype: as ``from_pretrained`` takes it.
+    """
+    return transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **SAFE)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder that lrt did not write."""
+    config = folder / "config.json"
+    return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8", errors="replace")
+
+
+def causal_class(name: str) -> Any:
+    """A class of transformers by its name, such as "LlamaForCausalLM"; None when there is no such causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in ([names] if isinstance(names, str) else names)}
+    return getattr(transformers(), name, None) if name in known else None
+
+
+def config_from_table(table: dict[str, Any]) -> Any:
+    """The config that a config.json describes, of a type that transformers knows.
+
+    Raises:
+        ValueError: it knows no such type.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(table.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f'transformers {transformers().__version__} knows no model_type "{kind}": install the version that the model was saved with')
+    return CONFIG_MAPPING[kind].from_dict(table)
+
+
+def check_table(table: Mapping[str, Any], *, where: str) -> None:
+    """Refuse the entries of a config.json with which transformers would fetch or run something.
+
+    Raises:
+        ValueError: the config is quantized, names a kernel of the hub, or code for a part of the model.
+    """
+    if table.get("quantization_config") is not None:
+        raise ValueError(f"{where} is quantized, and its matrices cannot train: save it dequantized first")
+    if table.get("transformers_weights") is not None:
+        raise ValueError(f"{where}: config.json names its own file of weights (transformers_weights): rename that file to {WEIGHTS}")
+    for path, value in _leaves(table):
+        if path[-1].endswith("_implementation") and "/" in str(value):
+            raise ValueError(f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub: leave it out")
+        if "auto_map" in path[1:]:
+            raise ValueError(f"{where}: config.json names code for a part of the model ({'.'.join(path)}), and lrt runs no code of a folder")
+
+
+def read_json(path: Path, *, where: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: no such file, or not a JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{where} {'holds no ' + path.name if path.parent.is_dir() else 'is no folder'}")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{where}: {path.name} is not valid JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: {path.name} is not a JSON object")
+    return table
+
+
+def transformers() -> Any:
+    """The library.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import transformers as library
+    except ImportError:
+        raise ValueError(f"Hugging Face decoders need transformers: {INSTALL}") from None
+    return library
+
+
+def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it likes."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), table)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, (Mapping, list)):
+            items: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
+            waiting += [((*path, str(key)), inner) for key, inner in items]
+        else:
+            yield path, value
+
+
+def _one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
+    """What ``make`` returns; whatever transformers raises becomes one line."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 - a foreign config fails in any way
+        if table.get("auto_map"):
+            raise ValueError(
+                f"{where} needs code of its own (auto_map), and lrt runs no code of a folder: where you trust it, load it with transformers "
+                "yourself and give the decoder to lrt.adapt"
+            ) from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where} cannot be read as {what}: {reason}") from None

@@ -1,0 +1,59 @@
+"""The entrance into recurrence: gains and memory projections that grow from zero, so that nothing jumps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrt.train.optim.muon import local
+from lrt.train.timetable import Timetable
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """Memory parameters that start at zero and receive their initial values in equal parts, one a step, beside the optimizer's updates.
+
+    The model itself is what grows, so evaluations, checkpoints and exports on the way hold what is trained.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    wholes: tuple[Tensor, ...]  # the initial values, laid out as the parameters
+    start: int  # first step of the ramp
+    steps: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter], *, start: int, steps: int) -> Entrance:
+        """Take the parameters' present values as what they are to receive, and set them to zero."""
+        chosen = tuple(parameters)
+        entrance = cls(chosen, tuple(p.detach().clone() for p in chosen), start, steps)
+        entrance.clear()
+        return entrance
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Set the parameters to zero: the state before the ramp."""
+        torch._foreach_zero_([local(p) for p in self.parameters])
+
+    @torch.no_grad()
+    def advance(self, step: int) -> None:
+        """After the update of a step (0-based): the next part, as long as the ramp lasts."""
+        if self.start <= step < self.start + self.steps:
+            torch._foreach_add_(
+                [local(p) for p in self.parameters], [local(w) for w in self.wholes], alpha=1 / self.steps
+            )
+
+
+def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter]) -> Entrance | None:
+    """The ramp into the first phase with memory, the parameters set to zero; None where the recipe asks for none.
+
+    Args:
+        timetable: of the run.
+        memory: the parameters of the recurrence, with their initial values.
+    """
+    stretch = timetable.entrance
+    return (
+        Entrance.of(memory, start=stretch.start, steps=stretch.ramp) if stretch is not None and stretch.ramp else None
+    )
