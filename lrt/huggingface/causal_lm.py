@@ -7,72 +7,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from lrt import serialization
 from lrt.config import RecurrenceConfig
 from lrt.decoding.step import absorb
 from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.config import LRTConfig
+from lrt.huggingface.loading import HUB, carry_over, check_config, device_of, dtype_of, local_folder, refuse_unknown
+from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment
 from lrt.serialization.adapted import decoder_of
-from lrt.types import Output, Schedule
-
-OLD_NAME = "past_key_values"  # of the cache, before transformers 5.24 called it "cache"; both names work with every version
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else OLD_NAME  # the name that this version's generate uses
-
-
-class LRTConfig(PretrainedConfig):
-    """config.json of a saved model, as transformers holds it."""
-
-    model_type = "lrt"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
-
-
-@dataclass
-class LRTOutput(ModelOutput):
-    """``lrt.Output`` as a ModelOutput.
-
-    Attributes:
-        loss: scalar, or None without targets.
-        logits: (B, T, V); None unless asked for.
-        memory: (B, T, D) m[t], or (B, 1, D) of the last token when a cache is used.
-        groups: detached loss of each group, initialization first; None without targets.
-        cache: the RecurrentCache, when one is used; ``past_key_values``, its name before transformers 5.24, reads it too.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    memory: Tensor | None = None
-    groups: tuple[Tensor, ...] | None = None
-    cache: Cache | None = None
-
-    @property
-    def past_key_values(self) -> Cache | None:
-        return self.cache
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(_field(key))
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(_field(key))
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return super().get(_field(key), default)
-
-
-def _field(key: Any) -> Any:
-    return "cache" if key == OLD_NAME else key
-
+from lrt.types import Schedule
 
 class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     """A LatentRecurrentModel with the habits of Hugging Face.
@@ -170,7 +124,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             raise ValueError("pass input_ids: value embeddings and separators are found by token id, so inputs_embeds is not supported")
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported: out.memory is the state of the source block")
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         if cache is None and not (use_cache and not self.training and labels is None and targets is None):
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
@@ -211,13 +165,13 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
         if generation_config.use_cache is False:
             raise ValueError("use_cache=False would decode without memory: leave it out, the memory is part of the cache")
-        given = _one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
+        given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
         model_kwargs[CACHE] = RecurrentCache() if given is None else given
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        held = _one_cache(cache, past_key_values)
+        held = one_cache(cache, past_key_values)
         seen = 0 if held is None else held.get_seq_length()
         inputs = {"input_ids": input_ids[:, seen:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
@@ -225,45 +179,43 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     # -------------------------------------------------------------- folders
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> LRTForCausalLM:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Read a folder that ``save_pretrained`` or ``lrt.save`` wrote, or such a repository of the hub.
 
         Args:
             pretrained_model_name_or_path: folder, or name of a repository.
-            kwargs: dtype (or torch_dtype), device_map with one device, attn_implementation, revision, token, cache_dir, local_files_only.
+            config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...) are kept.
+            kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation, subfolder,
+                generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only, force_download.
+
+        Returns:
+            The model; with ``output_loading_info`` also what was missing and unexpected, which is nothing: a folder fits or is refused.
 
         Raises:
-            ValueError: another argument, several devices, or a folder that is not whole.
+            ValueError: another argument, several devices, no such dtype, or a folder that is not whole.
         """
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        device_map = kwargs.pop("device_map", None)
-        backend = kwargs.pop("attn_implementation", None)
-        hub = {k: v for k in ("revision", "token", "cache_dir", "local_files_only") if (v := kwargs.pop(k, None)) is not None}
-        hub.pop("token", None) if hub.get("token") is False else None
-        harmless = {"trust_remote_code", "_from_auto", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "use_safetensors"}
-        harmless.add("output_loading_info")
-        unknown = [k for k, v in kwargs.items() if k not in harmless and v is not None]
-        if unknown or args:
-            raise ValueError(
-                f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: lrt.load, then change the model"
-            )
-        device = device_map.get("") if isinstance(device_map, dict) else device_map
-        if isinstance(device_map, dict) and set(device_map) != {""} or device in ("auto", "balanced", "sequential"):
-            raise ValueError(
-                f"device_map = {device_map!r}: give one device; for several, load the decoder with it and lrt.load(folder, base=decoder)"
-            )
-        folder = Path(str(pretrained_model_name_or_path))
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **hub))
-        chosen = {"auto": None}.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
-        model = cls.of(serialization.load(folder, dtype=chosen, device=device))
+        dtype = dtype_of(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
+        device_map, max_memory, backend, settings = (
+            kwargs.pop(name, None) for name in ("device_map", "max_memory", "attn_implementation", "generation_config")
+        )
+        informed, subfolder = kwargs.pop("output_loading_info", False), kwargs.pop("subfolder", None)
+        hub = {name: kwargs.pop(name, None) for name in HUB}
+        refuse_unknown(kwargs, args)
+        folder = local_folder(pretrained_model_name_or_path, subfolder=subfolder or "", hub=hub)
+        if config is not None:
+            check_config(config, folder)
+        loaded = serialization.load(folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory))
+        model = cls.of(loaded)
+        if config is not None:
+            carry_over(config, model.config)
         if backend is not None:
             model.set_attn_implementation(backend)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return model
+        if settings is not None:
+            model.generation_config = settings
+        elif (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        fits: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, fits) if informed else model
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, **kwargs: Any
@@ -274,11 +226,12 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             save_directory: the folder.
             state_dict: tensors gathered elsewhere; None = this model's.
             push_to_hub: upload it too, as ``PreTrainedModel.save_pretrained`` does.
+            kwargs: ``max_shard_size``, bytes of the largest file or text such as "5GB"; what ``push_to_hub`` takes.
         """
         if kwargs.get("is_main_process", True) is False:
             return
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        serialization.write_model(self, Path(save_directory), tensors=state_dict)
+        serialization.write_model(self, Path(save_directory), tensors=state_dict, shard_size=kwargs.pop("max_shard_size", None))
         if push_to_hub:
             accepted = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
             name = kwargs.pop("repo_id", Path(save_directory).name)
@@ -312,24 +265,6 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.head
-
-
-def _one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
-    """The cache that came under one of its two names."""
-    given = past_key_values if cache is None else cache
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two caches: pass one of them, past_key_values is the old name of cache")
-    if given is not None and not isinstance(given, RecurrentCache):
-        name = OLD_NAME if cache is None else "cache"
-        raise ValueError(
-            f"{name} is a {type(given).__name__}, which would drop the recurrent memory: leave it out, or pass "
-            f"lrt.huggingface.RecurrentCache()"
-        )
-    return given
-
-
-def face_of(out: Output) -> LRTOutput:
-    return LRTOutput(loss=out.loss, logits=out.logits, memory=out.memory, groups=out.groups or None)
 
 
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)

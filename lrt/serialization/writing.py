@@ -19,17 +19,17 @@ import torch
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.adapted import is_foreign, model_card, refuse_whole, without_ties
 from lrt.serialization.description import config_of
-from lrt.serialization.tensors import in_memory, write_folder
+from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
 
 
-def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | None = None) -> Path:
+def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | str | None = None) -> Path:
     """Write a model to ``folder``: safetensors, config.json and a model card.
 
     Args:
         model: the model, on any device.
         folder: must not exist yet, or be empty.
         adapter_only: only the memory parameters of an adapted model, a few MB; ``load`` then needs its decoder.
-        shard_size: bytes of the largest file; None = one file.
+        shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:
         ValueError: the folder is in use, or this model cannot be saved so.
@@ -45,7 +45,7 @@ def write_model(
     *,
     tensors: Mapping[str, torch.Tensor] | None = None,
     adapter_only: bool = False,
-    shard_size: int | None = None,
+    shard_size: int | str | None = None,
 ) -> None:
     """Write a model's files into a folder that exists; see ``save``.
 
@@ -59,7 +59,7 @@ def write_model(
     config = config_of(model) | ({"adapter_only": True} if adapter_only else {})
     every = model.state_dict() if tensors is None else tensors
     chosen = {name: every[name] for name in model.memory_parameters()} if adapter_only else without_ties(model, every)
-    write_folder(place, in_memory(chosen), shard_size=shard_size)
+    write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
     (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(config), encoding="utf-8")
     settings: Any = getattr(model, "generation_config", None)
