@@ -49,56 +49,62 @@ def causal_mask(queries: Tensor, keys: Tensor, *, window: int | None = None, que
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
-    """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen."""
+    """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen. Sinks are scores (H,) without a value."""
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
     if grouped:
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scale / softcap)
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return (weights @ v).transpose(1, 2)
+    return (weights[..., : k.shape[2]] @ v).transpose(1, 2)
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """Plain causal attention of a pass over its own, contiguous positions."""
     length = query.shape[1]
     if window is not None and window >= length - 1:
         window = None
-    if softcap is None and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
+    plain = softcap is None and sinks is None
+    if plain and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
         return merged_attention(query, (key,), (value,), residue=0, window=window, scale=scale)
-    if softcap is None and window is None:
+    if plain and window is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
     places = torch.arange(length, device=query.device)
-    return masked_attention(query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap)
+    return masked_attention(query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap, sinks=sinks)
 
 
 def grouped_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, residue: int, window: int | None, scale: float,
-    softcap: float | None,
+    softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S; see ``lrt.kernels.attention``."""
     if len(keys) == 1:
-        return causal_attention(query, keys[0], values[0], window=window, scale=scale, softcap=softcap)
-    if softcap is None and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
+        return causal_attention(query, keys[0], values[0], window=window, scale=scale, softcap=softcap, sinks=sinks)
+    plain = softcap is None and sinks is None
+    if plain and usable(device=query.device, dtype=query.dtype, head_dim=query.shape[-1]):
         if window is not None and window >= sum(key.shape[1] for key in keys) - 1:
             window = None
         return merged_attention(query, keys, values, residue=residue, window=window, scale=scale)
     at_query = torch.arange(query.shape[1], device=query.device) * len(keys) + residue
     at_key = torch.cat([torch.arange(key.shape[1], device=query.device) * len(keys) + g for g, key in enumerate(keys)])
     mask = causal_mask(at_query, at_key, window=window)
-    return masked_attention(query, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask, scale=scale, softcap=softcap)
+    return masked_attention(query, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask, scale=scale, softcap=softcap, sinks=sinks)
 
 
 # ------------------------------------------------------------------ key/value stores
@@ -117,14 +123,17 @@ class Buffer(NamedTuple):
     slot: int
     mask: Mask  # boolean: (1 or B, 1, P, N)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         keys = (*self.keys[: self.slot], key, *self.keys[self.slot + 1 :])
         values = (*self.values[: self.slot], value, *self.values[self.slot + 1 :])
         if self.mask is None:
-            return grouped_attention(query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap)
+            return grouped_attention(query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap, sinks=sinks)
         if isinstance(self.mask, Tensor):
-            return masked_attention(query, torch.cat(keys, dim=1), torch.cat(values, dim=1), self.mask, scale=scale, softcap=softcap)
-        return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap)
+            merged = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+            return masked_attention(query, *merged, self.mask, scale=scale, softcap=softcap, sinks=sinks)
+        return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def gradient_spacing(store: Any) -> int:
@@ -151,7 +160,9 @@ class Cache(NamedTuple):
     slots: Tensor  # (P,) or (B, P) where the fresh keys go
     mask: Tensor  # bool (1 or B, 1, P, N)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         if self.slots.ndim == 1:
             self.key.index_copy_(1, self.slots, key)
             self.value.index_copy_(1, self.slots, value)
@@ -159,7 +170,7 @@ class Cache(NamedTuple):
             index = self.slots[:, :, None, None].expand_as(key)
             self.key.scatter_(1, index, key)
             self.value.scatter_(1, index, value)
-        return masked_attention(query, self.key, self.value, self.mask, scale=scale, softcap=softcap)
+        return masked_attention(query, self.key, self.value, self.mask, scale=scale, softcap=softcap, sinks=sinks)
 
 
 class Strided(NamedTuple):
@@ -172,7 +183,9 @@ class Strided(NamedTuple):
     keep: Tensor | None = None  # bool (B, P): only these are written; None = all
     mask: Tensor | None = None  # bool (1 or B, 1, P, N); None = every key up to the query's own
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
         end = self.first + (query.shape[1] - 1) * self.step + 1
         for mine, fresh in ((self.key, key), (self.value, value)):
             place = mine[:, self.first : end : self.step]
@@ -181,11 +194,11 @@ class Strided(NamedTuple):
             else:
                 torch.where(self.keep[:, :, None, None], fresh, place, out=place)
         mask = self.mask
-        if mask is None and softcap is not None:
+        if mask is None and (softcap is not None or sinks is not None):
             places = torch.arange(self.key.shape[1], device=query.device)
             mask = causal_mask(places[self.first : end : self.step], places, window=window)
         if mask is not None:
-            return masked_attention(query, self.key, self.value, mask, scale=scale, softcap=softcap)
+            return masked_attention(query, self.key, self.value, mask, scale=scale, softcap=softcap, sinks=sinks)
         if window is not None and window >= end - 1:
             window = None
         keys, values = ([x[:, group : end : self.step] for group in range(self.step)] for x in (self.key, self.value))

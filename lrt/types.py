@@ -82,8 +82,10 @@ class KVStore(Protocol):
     A store is a tuple of tensors; None stands for plain causal attention over the pass's own positions.
     """
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None) -> Tensor:
-        """Attention of fresh queries (B, P, H, K) over stored keys with the fresh ones in place."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attention of fresh queries (B, P, H, K) over stored keys with the fresh ones in place; sinks are scores (H,) without a value."""
         ...
 
 

@@ -11,6 +11,7 @@ from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
 from lrt.serialization.decoders import is_plain
+from lrt.serialization.renewal import config_file
 
 
 class Kind(NamedTuple):
@@ -46,7 +47,7 @@ def kind_of(path: Path) -> str:
     Raises:
         ValueError: none that is known.
     """
-    if (path / "config.json").is_file():
+    if config_file(path).is_file():
         if is_plain(path):
             raise ValueError(f"{path}: a Hugging Face model that lrt did not write: lrt.adapt makes it recurrent, --base takes it as it is")
         config = read_config(path)

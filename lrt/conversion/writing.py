@@ -16,8 +16,8 @@ from lrt.conversion.checkpoints import Checkpoint, is_memory
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer
-from lrt.serialization.adapted import model_card
 from lrt.serialization.tensors import LazyTensor, write_folder
+from lrt.serialization.writing import write_description
 
 Progress = Callable[[int], None]  # bytes written since the last call
 
@@ -28,8 +28,7 @@ def write_lrt(folder: Path, source: Checkpoint, *, shard_size: int | None, progr
     dtype = next(iter(source.tensors.values())).dtype
     step = {} if source.step is None else {"step": source.step}
     config = {**source.config, "torch_dtype": str(dtype).removeprefix("torch."), **step}
-    _write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    write_description(folder, config)
     write_files(folder, source.tokenizer)
     return []
 

@@ -7,33 +7,83 @@ from typing import Any
 from torch import nn
 
 from lrt.families.blocks import FamilyBlock
+from lrt.families.cohere import COHERE, COHERE2, COHERE_NORMED
 from lrt.families.decoder import FamilyDecoder
-from lrt.families.description import Family, describe_fields, missing_parts, part
-from lrt.families.gemma import GEMMA2, GEMMA3, GEMMA3_TWO_TABLES
-from lrt.families.gpt2 import GPT2
+from lrt.families.description import Family, describe_fields, missing_parts, part, text_config
+from lrt.families.gemma import (
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3_TWO_TABLES,
+    GEMMA3_VISION,
+    GEMMA3_VISION_TWO_TABLES,
+    GLM4,
+)
+from lrt.families.gpt2 import GPT2, GPT_BIGCODE, GPT_BIGCODE_BY_HEAD
 from lrt.families.gpt_neox import GPT_NEOX, GPT_NEOX_4
-from lrt.families.llama import LLAMA
-from lrt.families.olmo2 import OLMO2
+from lrt.families.llama import GPT_OSS, GRANITE, LLAMA, OLMO, SEED_OSS, SMOLLM3, STARCODER2
+from lrt.families.olmo2 import EXAONE4, EXAONE_MOE, OLMO2
+from lrt.families.phi import PHI, PHI_NORMED, STABLELM, STABLELM_NORMED, STABLELM_PARALLEL, STABLELM_PARALLEL_NORMED
 from lrt.families.phi3 import PHI3
-from lrt.families.qwen3 import QWEN3
+from lrt.families.probe import Departure, departure
+from lrt.families.qwen3 import NANOCHAT, OLMOE, QWEN3
 
-# GEMMA3_TWO_TABLES before GEMMA3, which needs one part less.
-FAMILIES = (LLAMA, QWEN3, GEMMA2, GEMMA3_TWO_TABLES, GEMMA3, OLMO2, PHI3, GPT2, GPT_NEOX, GPT_NEOX_4)
+# Of one structure the most common comes first; those with more parts before those with fewer.
+FAMILIES = (
+    LLAMA, GEMMA, GRANITE, SMOLLM3, SEED_OSS, STARCODER2, OLMO, GPT_OSS, QWEN3, EXAONE_MOE, OLMOE, NANOCHAT, GEMMA2, GEMMA3_TWO_TABLES, GEMMA3,
+    GEMMA3_VISION_TWO_TABLES, GEMMA3_VISION, GLM4, OLMO2, EXAONE4, PHI3, GPT2, GPT_BIGCODE, GPT_BIGCODE_BY_HEAD, GPT_NEOX, GPT_NEOX_4,
+    COHERE, COHERE_NORMED, COHERE2, PHI, PHI_NORMED, STABLELM, STABLELM_PARALLEL, STABLELM_NORMED, STABLELM_PARALLEL_NORMED,
+)  # fmt: skip
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
-def recognise(decoder: nn.Module) -> Family:
-    """The family whose parts the decoder has, all of them and no others.
+def take_apart(decoder: nn.Module, family: Family | None = None) -> tuple[FamilyDecoder, list[FamilyBlock]]:
+    """The decoder as a backbone and its blocks, which compute what it computes; its modules are shared, none is changed.
+
+    Args:
+        decoder: a causal language model.
+        family: where its parts are; None = the first known structure that computes the same.
 
     Raises:
-        ValueError: not a decoder that memory can enter, or one that no family describes.
+        ValueError: not a decoder that memory can enter, or one that is not described, with what is unknown.
     """
-    _refuse_other_kinds(decoder)
-    wrong = {family.name: missing_parts(family, decoder) for family in FAMILIES}
-    for family in FAMILIES:
-        if not missing_parts(family, decoder):
-            return family
-    name, closest = min(wrong.items(), key=lambda item: (len(item[1]), item[0]))
+    if family is None:
+        _refuse_other_kinds(decoder)
+    tried: dict[str, Departure] = {}
+    found: dict[str, tuple[FamilyDecoder, list[FamilyBlock]]] = {}
+    for candidate in (family,) if family is not None else fitting(decoder):
+        try:
+            parts = dismantle(decoder, candidate)
+        except AttributeError as error:
+            tried[candidate.name] = Departure(float("inf"), f"it cannot be taken apart as described: {error}")
+            continue
+        if next(decoder.parameters()).device.type == "meta":
+            return parts  # shapes only, nothing to compare
+        tried[candidate.name] = departure(*parts, decoder)
+        if tried[candidate.name].words is None:
+            found[candidate.name] = parts
+            if tried[candidate.name].error == 0:
+                break
+    if found:
+        return found[min(found, key=lambda name: tried[name].error)]
+    name = min(tried, key=lambda name: (-tried[name].passed, tried[name].error))
+    raise ValueError(
+        f"this {type(decoder).__name__} has the structure of {name!r}, but computes something else: {tried[name].words}. Describe what it does: "
+        "lrt.adapt(model, family=lrt.Family(...)); docs/adapt.md"
+    )
+
+
+def fitting(decoder: nn.Module) -> list[Family]:
+    """The known families whose parts the decoder has, all of them and no others.
+
+    Raises:
+        ValueError: none.
+    """
+    wrong = [(family, missing_parts(family, decoder)) for family in FAMILIES]
+    fit = [family for family, missing in wrong if not missing]
+    if fit:
+        return fit
+    name, closest = min(((family.name, missing) for family, missing in wrong), key=lambda item: (len(item[1]), item[0]))
     raise ValueError(
         f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}). The closest is {name!r}: "
         f"{'; '.join(closest[:3])}. Describe it: lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
@@ -50,7 +100,7 @@ def dismantle(decoder: nn.Module, family: Family) -> tuple[FamilyDecoder, list[F
     wrong = missing_parts(family, decoder)
     if wrong:
         raise ValueError(f"family {family.name!r} does not fit this {type(decoder).__name__} ({_structure(decoder)}): {'; '.join(wrong[:4])}")
-    backend = getattr(getattr(decoder, "config", None), "_attn_implementation", None)
+    backend = getattr(text_config(decoder), "_attn_implementation", None)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(
             f"attention backend {backend!r} is not supported: load the model with attn_implementation= one of {', '.join(BACKENDS)}, "
@@ -85,13 +135,15 @@ def _refuse_other_kinds(decoder: nn.Module) -> None:
             f"{kind} is a state-space or hybrid model ({state_space[0]}): it has a recurrence of its own and no keys and values in those "
             "blocks; lrt.adapt takes attention decoders"
         )
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    other = set(getattr(text_config(decoder), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         raise ValueError(f"{kind} has blocks of type {', '.join(sorted(other))}: lrt.adapt takes full and sliding-window attention")
-    bidirectional = [n for n, m in decoder.named_modules() if getattr(m, "is_causal", None) is False or hasattr(m, "cross_attention")]
+    # A model that also sees has an encoder beside its decoder; the description says which is which.
+    text = text_config(decoder) is config
+    bidirectional = [m for m in decoder.modules() if text and (getattr(m, "is_causal", None) is False or hasattr(m, "cross_attention"))]
     if (
         bidirectional
-        or getattr(config, "use_bidirectional_attention", False)
+        or getattr(text_config(decoder), "use_bidirectional_attention", False)
         or (config is not None and getattr(config, "is_decoder", None) is False and _is_encoder(decoder))
     ):
         raise ValueError(f"{kind} is an encoder, or not causal: lrt.adapt takes decoder-only language models, such as those of AutoModelForCausalLM")

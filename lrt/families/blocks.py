@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.attention import causal_attention
@@ -42,17 +43,27 @@ class FamilyBlock(nn.Module):
         self.layer = layer
         attention = part(layer, family.attention)
         home = sys.modules[type(attention).__module__]
-        keys = family.window(attention)
         self.family = family
         self.geometry = geometry
-        self.window = None if keys is None else keys - 1
+        self.window: int | None = None
+        self.find_window()
         self.scale = family.scale(attention) if family.scale else getattr(attention, "scaling", geometry.head_dim**-0.5)
         self.softcap = None if family.softcap is None else getattr(attention, family.softcap)
+        self.clip = None if family.clip is None else getattr(attention.config, family.clip)
+        self.residual_factor = None if family.residual_factor is None else getattr(layer, family.residual_factor)
         self.parallel = family.parallel is not None and family.parallel(layer)
+        self.rotates = family.rotates(attention)
+        self.rotated = None if family.rotated is None else family.rotated(attention)
         self.rotate: Any = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
         self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
-        norms = {name: None if path is None else part(layer, path) for name, path in (("query", family.query_norm), ("key", family.key_norm))}
-        self.norm_whole = {name: norm is not None and norm.weight.shape[-1] != geometry.head_dim for name, norm in norms.items()}
+        norms = {path: part(layer, path) for path in (family.query_norm, family.key_norm) if path is not None}
+        weights = {path: getattr(norm, "weight", None) for path, norm in norms.items()}
+        self.norm_whole = {path: weight is not None and weight.shape[-1] != geometry.head_dim for path, weight in weights.items()}
+
+    def find_window(self) -> None:
+        """Read the window off the attention."""
+        keys = self.family.window(part(self.layer, self.family.attention))
+        self.window = None if keys is None else keys - 1
 
     def enter(self, hidden: Tensor, context: Context) -> Tensor:
         return hidden
@@ -68,33 +79,38 @@ class FamilyBlock(nn.Module):
         return Projection(normed, query, key, value)
 
     def finish_kv(self, projection: Projection, context: Context) -> KV:
-        key = self._norm("key", self.family.key_norm, projection.key)
-        return KV(self._rotate(key, key, context)[1].transpose(1, 2), projection.value)
+        key = self._ready(projection.query, projection.key, context)[1]
+        return KV(key.transpose(1, 2), self._clipped(projection.value))
 
     def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
-        query = self._norm("query", self.family.query_norm, projection.query)
-        key = self._norm("key", self.family.key_norm, projection.key)
-        query, key = self._rotate(query, key, context)  # heads first, as the decoder's own attention has them
-        value = projection.value
+        attention = part(self.layer, self.family.attention)
+        query, key = self._ready(projection.query, projection.key, context)
+        value = self._clipped(projection.value)
+        sinks = None if self.family.sinks is None else getattr(attention, self.family.sinks)
         if kv is None:
-            mixed = self._attention(query, key, value.transpose(1, 2), context.mask)
+            mixed = self._attention(query, key, value.transpose(1, 2), context.mask, sinks)
         else:
-            query, fresh = query.transpose(1, 2), key.transpose(1, 2)
-            mixed = kv.attend(query, fresh, value, window=self.window, scale=self.scale, softcap=self._softcap())
-        update = self._through(self.family.attention_out, part(self.layer, self.family.output)(mixed.flatten(-2)))
-        mlp = part(self.layer, self.family.mlp)
+            rows = query.transpose(1, 2), key.transpose(1, 2), value
+            mixed = kv.attend(*rows, window=self.window, scale=self.scale, softcap=self._softcap(), sinks=sinks)
+        update = part(self.layer, self.family.output)(mixed.flatten(-2))
+        if self.family.output_dropout is not None:
+            update = F.dropout(update, self.family.output_dropout(attention), attention.training)
+        update = self._scaled(self._through(self.family.attention_out, update))
         if self.parallel:
-            hidden = self._through(self.family.mlp_out, mlp(self._through(self.family.mlp_in, hidden))) + update + hidden
+            shared = self.family.mlp_in == self.family.attention_in
+            normed = projection.normed if shared else self._through(self.family.mlp_in, hidden)
+            more = self._mlp(normed)
+            hidden = hidden + update + more if self.family.residual_first else more + update + hidden
         else:
             hidden = hidden + update
-            hidden = hidden + self._through(self.family.mlp_out, mlp(self._through(self.family.mlp_in, hidden)))
+            hidden = hidden + self._mlp(self._through(self.family.mlp_in, hidden))
         return hidden, key.transpose(1, 2), value
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Tensor:
         """The decoder's own attention over all positions of the pass."""
         if self.own_attention is None:
             rows = (x.transpose(1, 2) for x in (query, key, value))
-            return causal_attention(*rows, window=self.window, scale=self.scale, softcap=self.softcap)
+            return causal_attention(*rows, window=self.window, scale=self.scale, softcap=self.softcap, sinks=sinks)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = part(self.layer, self.family.attention)
@@ -105,27 +121,54 @@ class FamilyBlock(nn.Module):
             "scaling": getattr(attention, "scaling", None),
             "sliding_window": None if self.window is None else self.window + 1,
             "softcap": self.softcap,
+            "s_aux": sinks,
         }
         more = {name: value for name, value in known.items() if value is not None}
         rate = self.family.dropout(attention) if self.family.dropout else getattr(attention, "attention_dropout", 0.0)
         dropout = rate if attention.training else 0.0
         return function(attention, query, key, value, mask, dropout=dropout, **more)[0]
 
+    def _ready(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, P, heads, K) normed and rotated, heads first as the decoder's own attention has them."""
+        norms = self.family.query_norm, self.family.key_norm
+        if self.family.norm_after_rotation:
+            query, key = self._rotate(query.transpose(1, 2), key.transpose(1, 2), context)
+            return self._norm(norms[0], query), self._norm(norms[1], key)
+        if self.family.norm_heads_first:
+            return self._rotate(self._norm(norms[0], query.transpose(1, 2)), self._norm(norms[1], key.transpose(1, 2)), context)
+        return self._rotate(self._norm(norms[0], query).transpose(1, 2), self._norm(norms[1], key).transpose(1, 2), context)
+
     def _rotate(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, heads, P, K) after RoPE."""
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        return (query, key) if context.cos is None else self.rotate(query, key, context.cos, context.sin)
+        if context.cos is None or not self.rotates:
+            return query, key
+        if self.rotated is None:
+            return self.rotate(query, key, context.cos, context.sin)
+        turned = self.rotate(query[..., : self.rotated], key[..., : self.rotated], context.cos, context.sin)
+        return torch.cat((turned[0], query[..., self.rotated :]), dim=-1), torch.cat((turned[1], key[..., self.rotated :]), dim=-1)
 
     def _softcap(self) -> float | None:
         """The cap on scores, which transformers leaves out under sdpa."""
         config = getattr(part(self.layer, self.family.attention), "config", None)
         return None if getattr(config, "_attn_implementation", None) == "sdpa" else self.softcap
 
-    def _norm(self, name: str, path: str | None, x: Tensor) -> Tensor:
-        if path is None:
-            return x
-        norm = part(self.layer, path)
-        return norm(x.flatten(-2)).unflatten(-1, x.shape[-2:]) if self.norm_whole[name] else norm(x)
+    def _norm(self, path: str | None, x: Tensor) -> Tensor:
+        if path is not None:
+            norm = part(self.layer, path)
+            x = norm(x.flatten(-2)).unflatten(-1, x.shape[-2:]) if self.norm_whole[path] else norm(x)
+        return self._clipped(x)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        for path in self.family.mlp_parts:
+            x = part(self.layer, path)(x)
+            x = x[0] if isinstance(x, tuple) else x  # a mixture of experts may return its router's choices too
+        return self._scaled(self._through(self.family.mlp_out, x))
+
+    def _scaled(self, update: Tensor) -> Tensor:
+        return update if self.residual_factor is None else update * self.residual_factor
 
     def _through(self, paths: tuple[str, ...], x: Tensor) -> Tensor:
         for path in paths:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.families.blocks import Context, FamilyBlock
-from lrt.families.description import Family, part
+from lrt.families.description import Family, part, text_config
 
 
 class FamilyDecoder(nn.Module):
@@ -30,7 +30,7 @@ class FamilyDecoder(nn.Module):
     def __init__(self, family: Family, decoder: nn.Module, blocks: list[FamilyBlock]) -> None:
         super().__init__()
         self.family = family
-        self.config = getattr(decoder, "config", None)
+        self.config = text_config(decoder)
         self.windows = tuple(block.window for block in blocks)
         self.kv_heads, self.head_dim = blocks[0].geometry.kv_heads, blocks[0].geometry.head_dim
         self.embedding = part(decoder, family.embedding)
@@ -40,10 +40,14 @@ class FamilyDecoder(nn.Module):
         self.local_rotary = _optional(decoder, family.local_rotary)
         self.norm = _optional(decoder, family.final_norm)
         self.head = part(decoder, family.head)
+        self.beside = nn.ModuleList([part(decoder, path) for path in family.beside])  # kept, so that it is saved and loaded with the rest
         self.width = self.embedding.weight.shape[1]
         self.vocab_size = self.embedding.weight.shape[0]
         self.value_embeddings = nn.ModuleDict()  # none; the native decoder has some, and plans ask for them
-        self.softcap = None if family.logit_softcap is None else getattr(self.config, family.logit_softcap)
+        self.softcap = self._setting(family.logit_softcap)
+        self.logit_factor, self.logit_divisor = self._setting(family.logit_factor), self._setting(family.logit_divisor)
+        self.embedding_factor = self._setting(family.embedding_factor)
+        self.embedding_dropout = self._setting(family.embedding_dropout) or 0.0
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
 
@@ -59,9 +63,13 @@ class FamilyDecoder(nn.Module):
         hidden = self.embedding(tokens)
         if self.family.embedding_scale is not None:
             hidden = self.family.embedding_scale(self.embedding, hidden)
+        if self.embedding_factor is not None:
+            hidden = hidden * self.embedding_factor
         if self.position_embedding is not None:
-            _check_positions(positions, self.position_embedding)
-            hidden = hidden + self.position_embedding(positions)
+            offset = self.family.position_offset
+            _check_positions(positions, self.position_embedding, offset)
+            hidden = hidden + F.embedding(positions + offset, self.position_embedding.weight)
+        hidden = F.dropout(hidden, self.embedding_dropout, self.training)
         for module in self.embedding_out:
             hidden = module(hidden)
         tables = {window: self._tables(hidden, positions, window) for window in set(self.windows)}
@@ -69,11 +77,16 @@ class FamilyDecoder(nn.Module):
         return hidden, tuple(Context(*tables[window], masks[window]) for window in self.windows)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        return hidden if self.norm is None else self.norm(hidden.to(self.norm.weight.device)).to(hidden.device)
+        weight = None if self.norm is None else next(self.norm.parameters(), None)
+        if self.norm is None or weight is None:
+            return hidden if self.norm is None else self.norm(hidden)
+        return self.norm(hidden.to(weight.device)).to(hidden.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) of the last block's output, in the dtype of the head."""
         logits = self.head(self.final_norm(hidden).to(self.head.weight.device)).to(hidden.device)
+        logits = logits if self.logit_factor is None else logits * self.logit_factor
+        logits = logits if self.logit_divisor is None else logits / self.logit_divisor
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +103,10 @@ class FamilyDecoder(nn.Module):
     def _nats(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = F.log_softmax(self.logits(hidden[None])[0].float(), dim=1)
         return F.nll_loss(scores, targets, reduction="sum"), F.nll_loss(scores.detach(), targets, reduction="none")
+
+    def _setting(self, key: str | None) -> Any:
+        """What the decoder's config says under ``key``."""
+        return None if key is None else getattr(self.config, key)
 
     def _tables(self, hidden: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
         if self.rotary is None:
@@ -118,9 +135,9 @@ class FamilyDecoder(nn.Module):
         return mask
 
 
-def _check_positions(positions: Tensor, learned: Any) -> None:
+def _check_positions(positions: Tensor, learned: Any, offset: int) -> None:
     """Learned positions end somewhere; read on the CPU only, where that waits for nothing."""
-    known = learned.weight.shape[0]
+    known = learned.weight.shape[0] - offset
     if positions.shape[1] > known or positions.device.type == "cpu" and positions.numel() and int(positions.max()) >= known:
         raise ValueError(f"position {int(positions.max())}, but this decoder's learned positions end at {known}: use shorter rows")
 

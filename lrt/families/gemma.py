@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms on both sides of attention and MLP, scaled embeddings, alternating windows, softcaps."""
+"""Gemma 1 to 3: scaled embeddings; since 2 norms on both sides of attention and MLP, alternating windows, softcaps."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ def scale_by_width(embedding: Any, hidden: Tensor) -> Tensor:
     return hidden * torch.tensor(hidden.shape[-1] ** 0.5, dtype=hidden.dtype)
 
 
+GEMMA = replace(LLAMA, name="gemma", embedding_scale=scale_by_width)
 GEMMA2 = replace(
     LLAMA,
     name="gemma2",
@@ -29,3 +30,19 @@ GEMMA2 = replace(
 # Gemma 3 drops the cap on scores, norms queries and keys, and rotates blocks with a window by another base.
 GEMMA3 = replace(GEMMA2, name="gemma3", softcap=None, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 GEMMA3_TWO_TABLES = replace(GEMMA3, local_rotary="model.rotary_emb_local")  # before transformers 5
+# The text part of the models that also see (4B and larger).
+_TEXT = {
+    "embedding": "model.language_model.embed_tokens",
+    "layers": "model.language_model.layers",
+    "final_norm": "model.language_model.norm",
+    "rotary": "model.language_model.rotary_emb",
+    "beside": ("model.vision_tower", "model.multi_modal_projector"),
+}
+GEMMA3_VISION: Any = replace(GEMMA3, name="gemma3_vision", **_TEXT)  # type: ignore[arg-type]
+GEMMA3_VISION_TWO_TABLES: Any = replace(GEMMA3_VISION, local_rotary="model.language_model.rotary_emb_local")
+GLM4 = replace(
+    LLAMA,
+    name="glm4",
+    attention_out=("post_self_attn_layernorm",),
+    mlp_out=("post_mlp_layernorm",),
+)

@@ -1,8 +1,10 @@
-"""GPT-2: learned positions, LayerNorm, one projection (Conv1D) for queries, keys and values."""
+"""GPT-2 and GPT-BigCode: learned positions, LayerNorm, one projection for queries, keys and values."""
 
+from dataclasses import replace
 from typing import Any
 
 from lrt.families.description import Family
+from lrt.families.gpt_neox import split_by_head
 from lrt.families.phi3 import split_in_order
 
 
@@ -34,3 +36,12 @@ GPT2 = Family(
     scale=score_scale,
     dropout=dropout_rate,
 )
+
+
+def plain_rate(attention: Any) -> float:
+    return attention.attn_dropout
+
+
+# StarCoder 1: all query heads share one key, or every head has its own.
+GPT_BIGCODE = replace(GPT2, name="gpt_bigcode", scale=None, dropout=plain_rate)
+GPT_BIGCODE_BY_HEAD = replace(GPT_BIGCODE, name="gpt_bigcode_by_head", split=split_by_head)

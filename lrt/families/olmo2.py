@@ -1,4 +1,7 @@
-"""OLMo 2: norms after attention and MLP only, queries and keys normed over the whole projection."""
+"""OLMo 2 and EXAONE 4: norms after attention and MLP only; queries and keys normed over the whole projection, or by head."""
+
+from dataclasses import replace
+from typing import Any
 
 from lrt.families.description import Family, window_of
 
@@ -10,4 +13,15 @@ OLMO2 = Family(
     query_norm="self_attn.q_norm",
     key_norm="self_attn.k_norm",
     window=window_of,
+)
+
+
+def slides_or_all_see_all(attention: Any) -> bool:
+    """EXAONE 4 rotates the blocks with a window alone, where it has some."""
+    return attention.sliding_window is None or attention.is_sliding
+
+
+EXAONE4 = replace(OLMO2, name="exaone4", rotates=slides_or_all_see_all)
+EXAONE_MOE = replace(
+    EXAONE4, name="exaone_moe", attention_in=("input_layernorm",), attention_out=(), mlp_in=("post_attention_layernorm",), mlp_out=()
 )

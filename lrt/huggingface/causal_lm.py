@@ -26,7 +26,9 @@ from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, f
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment
 from lrt.serialization.adapted import decoder_of
+from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
+
 
 class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     """A LatentRecurrentModel with the habits of Hugging Face.
@@ -220,7 +222,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, **kwargs: Any
     ) -> None:  # type: ignore[override]
-        """Write the model as a folder for ``lrt.load`` and ``from_pretrained``; files of the same names are replaced.
+        """Write the model as a folder for ``lrt.load`` and ``from_pretrained``, in place of a model that lies there; other files stay.
 
         Args:
             save_directory: the folder.
@@ -230,8 +232,8 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("is_main_process", True) is False:
             return
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        serialization.write_model(self, Path(save_directory), tensors=state_dict, shard_size=kwargs.pop("max_shard_size", None))
+        with renewed_folder(save_directory) as place:
+            serialization.write_model(self, place, tensors=state_dict, shard_size=kwargs.pop("max_shard_size", None))
         if push_to_hub:
             accepted = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
             name = kwargs.pop("repo_id", Path(save_directory).name)

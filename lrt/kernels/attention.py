@@ -242,8 +242,9 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def flex_groups(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float, softcap: float | None
-) -> Tensor:
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float, softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``; fast only where it is compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -252,11 +253,14 @@ def flex_groups(
         return softcap * torch.tanh(score / softcap)
 
     tiled = query.is_cuda and query.shape[-1] == 128 and query.shape[1] >= BLOCK and _generation(query.device.index) == 9
-    out = flex_attention(
+    out: Any = flex_attention(  # type: ignore[call-overload]
         query.transpose(1, 2), natural_order(keys).transpose(1, 2), natural_order(values).transpose(1, 2),
         score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[2] != keys[0].shape[2],
-        kernel_options=TILES if tiled else None,
+        kernel_options=TILES if tiled else None, return_lse=sinks is not None,
     )  # fmt: skip
+    if sinks is not None:  # one more score in the denominator
+        out, denominator = out
+        out = out * torch.sigmoid(denominator - sinks.view(-1, 1)).to(out.dtype)[..., None]
     return out.transpose(1, 2)
 
 

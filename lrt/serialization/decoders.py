@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
 
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -29,7 +30,7 @@ def open_config(folder: str | Path, *, where: str | None = None) -> Any:
         ValueError: there is none, it needs code of its own, or it names what would have to be fetched.
     """
     where = where or str(folder)
-    table = read_json(Path(folder) / "config.json", where=where)
+    table = read_json(config_file(folder), where=where)
     check_table(table, where=where)
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{where} is a PEFT adapter: merge it into its decoder (merge_and_unload), save that, and give the merged folder")
@@ -96,7 +97,7 @@ def open_saved(folder: str | Path, *, dtype: Any) -> Any:
 
 def is_plain(folder: Path) -> bool:
     """Whether it is a Hugging Face folder that lrt did not write."""
-    config = folder / "config.json"
+    config = config_file(folder)
     return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8", errors="replace")
 
 

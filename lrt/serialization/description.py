@@ -11,6 +11,7 @@ from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
+from lrt.serialization.renewal import config_file
 from lrt.types import Schedule
 
 FORMAT = 1
@@ -78,7 +79,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is not JSON, or of a newer format.
     """
-    path = Path(folder) / "config.json"
+    path = config_file(folder)
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that lrt.save wrote")
     try:

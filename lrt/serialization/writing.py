@@ -1,6 +1,6 @@
 """Writing a model as a folder: safetensors, config.json and a model card.
 
-A folder is written beside its place and renamed, so a broken save leaves nothing half-written.
+A new folder is written beside its place and renamed, so a broken save leaves nothing half-written; ``renewal`` writes over a model.
 """
 
 from __future__ import annotations
@@ -60,11 +60,20 @@ def write_model(
     every = model.state_dict() if tensors is None else tensors
     chosen = {name: every[name] for name in model.memory_parameters()} if adapter_only else without_ties(model, every)
     write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
-    (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (place / "README.md").write_text(model_card(config), encoding="utf-8")
+    write_description(place, config)
     settings: Any = getattr(model, "generation_config", None)
     if settings is not None:
         settings.save_pretrained(place)
+
+
+def write_description(place: Path, config: Mapping[str, Any]) -> None:
+    """config.json and the model card; beside a whole model the file that opens it where lrt was not imported."""
+    table = {key: value for key, value in config.items() if key != "auto_map"}
+    if not config.get("adapter_only"):
+        table["auto_map"] = {"AutoConfig": "modeling_lrt.LRTConfig", "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM"}
+        shutil.copyfile(Path(__file__).with_name("modeling_lrt.py"), place / "modeling_lrt.py")
+    (place / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    (place / "README.md").write_text(model_card(table), encoding="utf-8")
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
     """Numbers a token that a block keeps for the backward: 12 of width D for input, norms, queries, keys and values
     before and after RoPE and attention, and what its MLP's matrices read or make; less what compilation fuses away."""
     block = model.blocks[0].block
-    mlp = [part(block.layer, block.family.mlp)] if isinstance(block, FamilyBlock) else [block.mlp_in, block.mlp_out]
+    mlp = [part(block.layer, path) for path in block.family.mlp_parts] if isinstance(block, FamilyBlock) else [block.mlp_in, block.mlp_out]
     return 12.0 * model.backbone.width + sum(max(p.shape) for module in mlp for p in module.parameters() if p.ndim > 1)
 
 

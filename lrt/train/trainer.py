@@ -127,7 +127,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
-    runner = make_runner(model, recipe.parallel, world)
+    runner = make_runner(model, recipe.parallel, world, report=say)
     told = None
     if world.main:
         data = {"train": loader.fingerprint, "validation": validation.fingerprint, "tokenizer": tokenizer.fingerprint}

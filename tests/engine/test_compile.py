@@ -14,9 +14,14 @@ from torch._dynamo.utils import counters
 import lrt
 from lrt.backbone import TokenTable
 from lrt.config import ModelConfig, ParallelConfig, Recipe, RecurrenceConfig
+from lrt.data import Batch
 from lrt.model import build
+from lrt.train.distributed import graphs
 from lrt.train.distributed.graphs import Captured, Place, Runner, make_runner, single_device, working_copy
 from lrt.train.distributed.world import World
+from lrt.train.optim.groups import MuonAdamW, parameter_groups
+from lrt.train.step import train_step
+from lrt.train.timetable import Stretch, Timetable
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 ALONE = World(0, 1, torch.device("cpu"), sharded=False)
@@ -84,6 +89,33 @@ def test_a_changed_batch_compiles_nothing():
         model(tokens, targets=targets, schedule=lrt.interleaved(2)).loss.backward()
 
     assert graphs_of(step) > 0
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_changing_schedules_compile_nothing_once_each_was_seen():
+    """A plain phase, then a mixture, the memory's parameters at rest at first: whole steps of the trainer."""
+    torch._dynamo.reset()
+    model = small()
+    recipe = Recipe(model=model.backbone.config, recurrence=model.recurrence)
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    optimizer = MuonAdamW(parameter_groups(model.named_parameters(), recipe))
+    mixed = lrt.mixture([(0.5, lrt.refine(1)), (0.3, lrt.interleaved(2)), (0.2, lrt.baseline())])
+    table = Timetable((Stretch(0, 4, lrt.baseline(), 0), Stretch(4, 40, mixed, 0)), 1)
+    seen, compiled = set(), {}
+    for step in range(40):
+        before = counters["stats"]["unique_graphs"]
+        schedule, tokens = table.schedule(step), batch(step)
+        frozen = tuple(model.memory_parameters().values()) if table.at(step).plain else ()
+        train_step(
+            model, optimizer, [Batch(*tokens, ())], schedule=schedule, seed=step, clip_norm=1.0, world=ALONE, frozen=frozen
+        )
+        if schedule in seen:
+            assert counters["stats"]["unique_graphs"] == before, f"step {step}, {schedule}, compiled again"
+        else:
+            compiled[schedule] = counters["stats"]["unique_graphs"] - before
+        seen.add(schedule)
+    assert seen == set(table.kinds) and all(compiled.values())
 
 
 # ------------------------------------------------------------------ the runner
@@ -164,6 +196,24 @@ def test_a_replay_leaves_the_gradients_of_other_graphs_alone():
     for schedule in schedules:
         runner.forward_backward(tokens, targets, schedule=schedule, seed=0, valid_targets=torch.tensor(32))
     assert replayed == [0, 1] and all((p.grad == 3).all() for p in model.parameters())
+
+
+def test_plans_beyond_the_graphs_run_eagerly_and_it_is_said_once(monkeypatch):
+    model, (tokens, targets), said = small(), batch(), []
+    runner = Runner(model, model, graphs=False, report=said.append)
+    runner._graphs = {number: {} for number in range(graphs.GRAPHS - 1)}
+    monkeypatch.setattr(runner, "_capture", lambda places, *a, **k: {places[0]: Captured(Nothing(), tokens, targets, torch.tensor(1), tokens, ())})
+    options = {"seed": 0, "valid_targets": torch.tensor(targets.numel())}
+    for schedule in (lrt.baseline(), lrt.refine(1), lrt.refine(2), lrt.refine(1), lrt.baseline()):
+        known = len(runner._graphs)
+        runner.forward_backward(tokens.clone(), targets.clone(), schedule=schedule, **options)
+        assert len(runner._graphs) == graphs.GRAPHS >= known
+    assert len(said) == 1 and "more than 16 plans of passes" in said[0] and "schedule.mix" in said[0]
+
+
+class Nothing:
+    def replay(self):
+        pass
 
 
 def test_who_needs_a_runner(monkeypatch):

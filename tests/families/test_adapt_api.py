@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hf_decoders import COMMON, ROPE, make, stir
+from hf_decoders import COMMON, make, stir
 from torch import Tensor, nn
 
 import lrt
@@ -195,17 +195,22 @@ def others() -> dict[str, tuple[Any, str]]:
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
     mamba = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 61}
     bloom = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 61}
-    granite = {"num_hidden_layers": 2, "residual_multiplier": 0.5, **ROPE}
     return {
         "encoder-decoder": (lambda: t.T5ForConditionalGeneration(t.T5Config(**t5)), "is an encoder-decoder"),
         "encoder": (lambda: t.BertForMaskedLM(t.BertConfig(**bert)), "is an encoder, or not causal"),
         "state space": (lambda: t.MambaForCausalLM(t.MambaConfig(**mamba)), "is a state-space or hybrid model"),
         "unknown": (lambda: t.BloomForCausalLM(t.BloomConfig(**bloom)), "no family of lrt has the structure"),
-        "lookalike": (lambda: t.GraniteForCausalLM(t.GraniteConfig(**granite)), "computes something else"),
+        "lookalike": (_lookalike, r"computes something else: model\.layers\.1\.self_attn\.q_proj is given something else"),
         "quantized": (_quantized, "is quantized without a single floating-point parameter"),
         "no head": (lambda: make("llama").model, "no family of lrt has the structure"),
         "not a model": (lambda: "smollm", "pass a model, such as AutoModelForCausalLM"),
     }
+
+
+def _lookalike() -> Any:
+    decoder = make("llama")
+    decoder.model.layers[0].register_forward_hook(lambda layer, given, out: out * 1.5)
+    return decoder
 
 
 def _quantized() -> Any:

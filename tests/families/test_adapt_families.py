@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_decoders import FAMILIES, make, stir
+from hf_decoders import DESCRIBED, FAMILIES, NIGHTLY, known, make, stir
 
 import lrt
 
@@ -15,21 +15,22 @@ ROWS, LENGTH = 2, 13  # longer than every window of the tiny decoders
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+MORE = [pytest.param(family, marks=pytest.mark.slow) for family in known(DESCRIBED | NIGHTLY)]  # nightly: pytest -m slow
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *MORE])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(1, 61, (ROWS, LENGTH), generator=torch.Generator().manual_seed(7))
+    return torch.randint(1, 58, (ROWS, LENGTH), generator=torch.Generator().manual_seed(7))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_baseline_is_the_original_bit_for_bit(family: str, attention: str, tokens: torch.Tensor) -> None:
     """With a cache transformers copies its keys to other strides, and differs from its own pass without one by rounding."""
-    if family == "gemma2":
-        attention = "eager"  # sdpa has no softcap
     decoder = make(family, attention=attention)
     labels = tokens.masked_fill(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.2, -100)
     theirs = decoder(tokens, labels=labels, use_cache=False)

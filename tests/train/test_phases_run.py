@@ -55,6 +55,7 @@ modes = ["parallel"]
 sample_tokens = 0
 """
 LATE = 'schedule.phases=[{until=0.5, kind="baseline"}, {until=1.0, kind="refine", passes=1}]'
+RAMP = LATE.replace("passes=1", "passes=1, ramp=3")
 MIX = '[{share=0.5, kind="baseline"}, {share=0.3, kind="refine"}, {share=0.2, kind="interleaved", order="random"}]'
 MIXED = f'schedule.phases=[{{until=0.25, kind="baseline"}}, {{until=1.0, kind="mixture", mix={MIX}}}]'
 
@@ -204,7 +205,9 @@ def test_after_the_border_everything_trains(late):
 
 
 @pytest.mark.parametrize(
-    "sets", [[LATE], [MIXED], [LATE, "recurrence.init=identity"]], ids=["late", "mixed", "identity"]
+    "sets",
+    [[LATE], [MIXED], [LATE, "recurrence.init=identity"], [RAMP]],
+    ids=["late", "mixed", "identity", "ramp"],
 )
 def test_resumed_across_a_border_equals_uninterrupted_bit_for_bit(tmp_path, sets):
     whole = train(tiny(tmp_path / "whole", *sets, "checkpoint.every=1", "checkpoint.keep_last=99"))
@@ -252,3 +255,40 @@ def test_the_run_of_a_mixture_is_scored_by_its_longest_member(tmp_path):
     assert len(score["bpb_of_groups"]["parallel"]) == 3
     assert lrt.load(result.folder / "export").train_schedule == lrt.refine(2)
     assert step_of(latest(result.folder / "checkpoints")) == 8
+
+
+# ------------------------------------------------------------------ the entrance
+
+
+@pytest.mark.parametrize("sets", [[LATE, "recurrence.init=identity"], [RAMP]], ids=["identity", "ramp"])
+def test_entering_leaves_the_function_unchanged_at_the_border(tmp_path, sets):
+    """The first pass with memory computes what the pass without computes, and the plain twin would go on with."""
+    ours = steps_of(train(tiny(tmp_path / "ours", *sets)))
+    twin = steps_of(train(tiny(tmp_path / "twin", "recurrence=false", "schedule.kind=baseline")))
+    assert ours[4]["groups"][0] == twin[4]["groups"][0]
+    assert ours[4]["groups"][1] == pytest.approx(ours[4]["groups"][0], rel=1e-6)
+    assert abs(ours[7]["groups"][1] - ours[7]["groups"][0]) > 1e-5  # and then memory does something
+    jump = steps_of(train(tiny(tmp_path / "jump", LATE)))
+    assert abs(jump[4]["groups"][1] - jump[4]["groups"][0]) > 1e-3
+
+
+def test_a_ramp_brings_the_initial_values_in_equal_parts(tmp_path):
+    """With rates of 0 for them nothing else moves the memory's parameters; before the border they are zero."""
+    still = ("optimizer.kind=adamw", "optimizer.adamw_lr=0.001", "optimizer.adamw_memory_lr=0")
+    result = train(tiny(tmp_path, RAMP, *still, "checkpoint.every=1", "checkpoint.keep_last=9"))
+    built = lrt.build(tiny("unused"))
+    initial = {f"model.{name}": parameter for name, parameter in built.memory_parameters().items()}
+    assert any(parameter.any() for parameter in initial.values())
+    for step, share in {1: 0, 4: 0, 5: 1 / 3, 6: 2 / 3, 7: 1, 8: 1}.items():
+        tensors = tensors_at(result.folder, step)
+        for name, whole in initial.items():
+            torch.testing.assert_close(tensors[name], share * whole.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_ramp_needs_room():
+    with pytest.raises(
+        ValueError, match=r"schedule.phases\[1\].ramp = 9, but the phase has 4 steps: use at most so many"
+    ):
+        plan_timetable(parse_recipe(TINY, overrides=[LATE.replace("passes=1", "ramp=9")]), steps=8)
+    table = plan_timetable(parse_recipe(TINY, overrides=["schedule.ramp=8"]), steps=8)  # from the first step on
+    assert (table.entrance.start, table.entrance.ramp) == (0, 8)

@@ -128,14 +128,21 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 @pytest.mark.parametrize(
     "package, use, text",
     [
-        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'pip install "lrt\[plot\]", or set metrics.plot = false'),
-        ("torch.utils.tensorboard", TensorBoard, r'pip install "lrt\[tensorboard\]"'),
+        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'pip install -e "\.\[plot\]" .*, or set metrics.plot = false'),
+        ("torch.utils.tensorboard", TensorBoard, r'pip install -e "\.\[tensorboard\]"'),
     ],
 )
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, use, text):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=text):
         use(tmp_path)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 3), (3, 1, 2)])
+def test_curves_of_a_run_whose_schedule_changes(tmp_path, counts):
+    rows = [record(step, groups=[1.0] * count) for step, count in enumerate(counts, start=1)]
+    plot_curves(rows, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
 def test_curves_of_a_run_without_evaluations(tmp_path):

@@ -251,7 +251,7 @@ def picture(rows: list[dict], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: install the extra, pip install lrt[plot]", file=sys.stderr)
+        print('no picture: pip install -e ".[plot]" in a checkout of lrt', file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

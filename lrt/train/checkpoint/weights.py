@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
 from lrt.model import LatentRecurrentModel, build
-from lrt.serialization import load, new_folder, save
+from lrt.serialization import load, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.serialization.renewal import config_file, renewed_folder
 from lrt.train.checkpoint.checkpoint import find_checkpoint, read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
 from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
@@ -74,7 +74,7 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
         if Path(path).is_file():
             fill(model, _read_file(Path(path)))
             return
-        if (Path(path) / "config.json").is_file():  # written by lrt.save, whole or in shards
+        if config_file(path).is_file():  # written by lrt.save, whole or in shards
             fill(model, named_tensors(load(path, device="cpu")))
             return
         tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
@@ -118,15 +118,11 @@ def export(model: nn.Module, recipe: Recipe, folder: Path | None, world: World) 
         return None
     plain = _plain(recipe, tensors)
     if folder is not None:
-        beside = folder.with_name(f".new_{folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        if plain.recurrence is None and is_foreign(plain):
-            with new_folder(beside) as place:
+        with renewed_folder(folder) as place:
+            if plain.recurrence is None and is_foreign(plain):
                 decoder_of(plain).save_pretrained(place)
-        else:
-            save(plain, beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+            else:
+                write_model(plain, place)
     return plain.eval()
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from lrt.train.distributed.parallel import DTYPES, free_gathered, named_paramete
 from lrt.train.distributed.world import World, register_graph
 from lrt.types import Pass, Schedule
 
-GRAPHS = 4  # plans captured at most, each as up to three graphs: a schedule with more runs the others eagerly
+GRAPHS = 16  # plans captured at most, each as up to three graphs; what a run draws beyond them runs eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
 
 
@@ -69,14 +71,18 @@ class Runner:
         model: the masters, which the optimizer updates and a checkpoint holds: plain, or sharded by FSDP.
         compute: what computes: ``model`` itself, or its ``working_copy``.
         graphs: capture CUDA graphs; the model must be on a GPU, with compiled blocks.
+        report: receives one line for the user when there are more plans than graphs.
     """
 
-    def __init__(self, model: nn.Module, compute: nn.Module, *, graphs: bool) -> None:
+    def __init__(
+        self, model: nn.Module, compute: nn.Module, *, graphs: bool, report: Callable[[str], None] = warnings.warn
+    ) -> None:
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
         self.sums = None if compute is model else Sums(self._masters, compute, apart=graphs)
         self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
+        self._report: Callable[[str], None] | None = report  # None: it has been said
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
         self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
 
@@ -121,7 +127,14 @@ class Runner:
             self._begun = key
         elif key != self._begun:
             raise ValueError("a micro-batch has another shape, schedule or plan than the first of its step, whose gradients wait for it")
-        if self._graphs is None or (key not in self._graphs and len(self._graphs) == GRAPHS):
+        beyond = self._graphs is not None and key not in self._graphs and len(self._graphs) >= GRAPHS
+        if beyond and self._report is not None:
+            self._report(
+                f"more than {GRAPHS} plans of passes: the first {GRAPHS} are CUDA graphs, the others run slower, launched kernel by kernel; "
+                f"fewer kinds in schedule.mix or schedule.phases, or fewer orders (schedule.order, schedule.subsets), avoid it"
+            )
+            self._report = None
+        if self._graphs is None or beyond:
             scores, gradients = self._run(input_ids, targets, schedule, seed, valid_targets, place=place)
             self._hand_over(gradients)
             return scores
@@ -213,22 +226,26 @@ class Runner:
         return captured
 
 
-def make_runner(model: nn.Module, config: ParallelConfig, world: World) -> Runner | None:
+def make_runner(
+    model: nn.Module, config: ParallelConfig, world: World, *, report: Callable[[str], None] = warnings.warn
+) -> Runner | None:
     """What runs a model that ``build_parallel`` made; None: the model itself."""
     if world.working_copy:
-        return single_device(model, config, world)
-    return Runner(model, model, graphs=True) if _graphed(config, world) else None
+        return single_device(model, config, world, report=report)
+    return Runner(model, model, graphs=True, report=report) if _graphed(config, world) else None
 
 
 def _graphed(config: ParallelConfig, world: World) -> bool:
     return config.cuda_graphs and config.compile and world.device.type == "cuda"
 
 
-def single_device(model: nn.Module, config: ParallelConfig, world: World) -> Runner:
+def single_device(
+    model: nn.Module, config: ParallelConfig, world: World, *, report: Callable[[str], None] = warnings.warn
+) -> Runner:
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
     parallelize(compute, config, dataclasses.replace(world, sharded=False))
-    return Runner(model, compute, graphs=_graphed(config, world))
+    return Runner(model, compute, graphs=_graphed(config, world), report=report)
 
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:

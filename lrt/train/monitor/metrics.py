@@ -253,7 +253,8 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError('metrics.tensorboard = true needs the package tensorboard: pip install "lrt[tensorboard]"') from None
+            mend = 'pip install -e ".[tensorboard]" in a checkout of lrt'
+            raise ValueError(f"metrics.tensorboard = true needs the package tensorboard: {mend}") from None
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
@@ -305,7 +306,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('metrics.plot = true needs matplotlib: pip install "lrt[plot]", or set metrics.plot = false') from None
+        raise ValueError('metrics.plot = true needs matplotlib: pip install -e ".[plot]" in a checkout of lrt, or set metrics.plot = false') from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -313,8 +314,10 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     scores = [r for r in records if r["kind"] == "evaluation"]
     figure, ((top, right), (low, last)) = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     steps = [r["step"] for r in train]
-    for group in range(len(train[0]["groups"]) if train else 0):
-        top.plot(steps, [r["groups"][group] for r in train], linewidth=0.8, label=f"group {group}" if group else "initialization")
+    for group in range(max((len(r["groups"]) for r in train), default=0)):  # a schedule that changes has more at some steps
+        shown = [r for r in train if len(r["groups"]) > group]
+        label = f"group {group}" if group else "initialization"
+        top.plot([r["step"] for r in shown], [r["groups"][group] for r in shown], linewidth=0.8, label=label)
     top.set(title="training loss of each group (nats a token)", xlabel="step")
     for mode in scores[0]["bpb"] if scores else ():
         right.plot([r["step"] for r in scores], [r["bpb"][mode] for r in scores], marker="o", label=mode)
