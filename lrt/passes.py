@@ -27,9 +27,12 @@ class PassResult(NamedTuple):
     plan: Pass
     hidden: Tensor
     memory: Tensor | None
+    inputs: tuple[Tensor, ...] = ()  # (B, P, D) input of every block, when asked for
 
 
-def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None) -> list[PassResult]:
+def run_schedule(
+    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None, keep_inputs: bool = False
+) -> list[PassResult]:
     """Run every pass of a schedule and return what each computed.
 
     Args:
@@ -37,6 +40,7 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
         row: embedded tokens.
         schedule: which positions, in which order.
         generator: draws the order of subsets, where the schedule asks for it.
+        keep_inputs: also return the input of every block.
 
     Returns:
         One result a pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
@@ -49,41 +53,43 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
         loop = interleave
     else:
         loop = refine
-    return loop(engine_of(model), row, plan, schedule)
+    return loop(engine_of(model), row, plan, schedule, keep_inputs)
 
 
-def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
-    first = engine.run(whole, keep_inputs=schedule.kv_refresh)
-    buffer = engine.buffer(whole, parts, handed_on(first, schedule))
-    results = [PassResult(plan[0], first.hidden, first.memory)]
+    first = engine.run(whole, keep_inputs=schedule.kv_refresh or keep_inputs)
+    buffer = engine.buffer(whole, parts, handed_on(first if schedule.kv_refresh else first._replace(inputs=()), schedule))
+    results = [result_of(plan[0], first)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
         if schedule.kv_refresh:
             buffer.refresh(other.start for other in later)
-        out = engine.run(parts[residue], buffer.received(residue), stores=buffer.stores(residue), index=index, keep_kv=bool(later))
-        results.append(PassResult(step, out.hidden, out.memory))
+        stores = buffer.stores(residue)
+        out = engine.run(parts[residue], buffer.received(residue), stores=stores, index=index, keep_kv=bool(later), keep_inputs=keep_inputs)
+        results.append(result_of(step, out))
         if later:
             buffer.write_back(residue, handed_on(out, schedule))
     return results
 
 
-def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
     weights, received = schedule.group_weights(row.length), None
     results: list[PassResult] = []
     for index, (step, mine) in enumerate(zip(plan, engine.copies(row, len(plan)))):
         last = step is plan[-1]
         only_feeds = weights[step.group] == 0 and not last
-        out = engine.run(mine, received, index=index, keep_kv=False, stop=engine.model.source if only_feeds else None)
-        results.append(PassResult(step, out.hidden, out.memory))
+        stop = engine.model.source if only_feeds else None
+        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop, keep_inputs=keep_inputs and last)
+        results.append(result_of(step, out))
         if not last:
             received = received_everywhere(row, handed_on(out, schedule))
     return results
 
 
-def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
+def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
     """Contiguous passes, left to right; memory arrives at the first position of each, from the chunk before."""
     prefix, memory = engine.prefix(row), None
     results: list[PassResult] = []
@@ -91,11 +97,15 @@ def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
         part, received = stretch(row, step.positions), None
         if step.memory == "first" and memory is not None:
             received = reset_memory(F.pad(memory[:, -1:], (0, 0, 0, part.length - 1)), part.starts)
-        out = engine.run(part, received, stores=prefix.stores(step))
+        out = engine.run(part, received, stores=prefix.stores(step), keep_inputs=keep_inputs)
         prefix.keep(out.kv)
         memory = out.memory
-        results.append(PassResult(step, out.hidden, out.memory))
+        results.append(result_of(step, out))
     return results
+
+
+def result_of(step: Pass, out: PassOutput) -> PassResult:
+    return PassResult(step, out.hidden, out.memory, out.inputs)
 
 
 def received_everywhere(row: Row, before: PassOutput) -> Tensor:
@@ -131,6 +141,12 @@ def by_group(results: Sequence[PassResult], groups: int) -> list[tuple[Tensor, T
         hidden = members[0].hidden if len(members) == 1 else torch.cat([r.hidden for r in members], dim=1)
         merged.append((hidden, torch.cat([places[r.plan.positions] for r in members])))
     return merged
+
+
+def block_inputs(results: Sequence[PassResult], group: int) -> list[Tensor]:
+    """Inputs (B, P, D) of every block in the passes of a loss group, in the order of ``by_group``."""
+    members = [r.inputs for r in results if r.plan.group == group]
+    return list(members[0]) if len(members) == 1 else [torch.cat(parts, dim=1) for parts in zip(*members)]
 
 
 def last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:

@@ -203,12 +203,19 @@ class Output:
         logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
+        hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm; empty unless asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] = ()
+    hidden_states: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place; what is None has no place."""
+        named = {"loss": self.loss, "logits": self.logits}
+        return named[index] if isinstance(index, str) else tuple(x for x in named.values() if x is not None)[index]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

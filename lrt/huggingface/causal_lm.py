@@ -11,26 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lrt import serialization
 from lrt.config import RecurrenceConfig
-from lrt.decoding.step import absorb
+from lrt.decoding.step import absorb, consume
+from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache
 from lrt.huggingface.config import LRTConfig
 from lrt.huggingface.loading import HUB, carry_over, check_config, device_of, dtype_of, local_folder, refuse_unknown
 from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
+from lrt.huggingface.parts import Parts
 from lrt.model import LatentRecurrentModel
-from lrt.padding import alignment
-from lrt.serialization.adapted import decoder_of
+from lrt.padding import alignment, as_ids, columns
+from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
 
 
-class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
+class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A LatentRecurrentModel with the habits of Hugging Face.
 
     Args:
@@ -41,14 +42,18 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: LRTConfig) -> None:
         built = serialization.model_from_config(config.to_dict())
+        stored = getattr(config, "adapted", {}).get("attention")
+        backend = config._attn_implementation or (stored if stored in ("eager", "sdpa", "flex_attention") else None)  # flash may be missing here
         PreTrainedModel.__init__(self, config)
         self._take(built)
+        if backend is not None:
+            self.set_attn_implementation(backend)
         self.init_memory() if built.original is not None else LatentRecurrentModel.init_weights(self)
 
     @classmethod
@@ -69,6 +74,9 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         config = LRTConfig(**serialization.config_of(built, decoder))
         PreTrainedModel.__init__(model, config)
         model._take(built)
+        if decoder is not None or is_foreign(model):
+            inside = decoder_of(model) if decoder is None else decoder
+            config._attn_implementation = inside.config._attn_implementation
         if getattr(decoder, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(decoder.generation_config)
             model.generation_config.cache_implementation = None
@@ -98,7 +106,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         valid_targets: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -106,6 +114,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> LRTOutput | tuple[Any, ...]:
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
@@ -114,9 +123,11 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
             past_key_values: the name of ``cache`` before transformers 5.24.
             use_cache: start such a cache (``generate`` does).
             num_items_in_batch: valid targets that normalise the loss (Trainer passes it), as ``valid_targets``.
-            logits_to_keep: with a cache: logits of so many last tokens; 0 = all new ones.
-            return_dict: False returns a tuple.
-            inputs_embeds, output_attentions, output_hidden_states: refused.
+            logits_to_keep: logits of so many last columns, or of the columns that a tensor names; 0 = all.
+            return_dict: False returns a tuple; None = as the config says, which holds for the next two as well.
+            output_hidden_states: also return the input of every block and the normalized output of the last one.
+            output_attentions: also return the attention weights of decoding, in evaluation mode; the call then uses a cache.
+            inputs_embeds, token_type_ids: refused.
             cache_position: ignored; the cache counts for itself.
 
         Raises:
@@ -124,40 +135,65 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("pass input_ids: value embeddings and separators are found by token id, so inputs_embeds is not supported")
-        if output_attentions or output_hidden_states:
-            raise ValueError("output_attentions and output_hidden_states are not supported: out.memory is the state of the source block")
-        cache = one_cache(cache, past_key_values)
-        if cache is None and not (use_cache and not self.training and labels is None and targets is None):
+        if token_type_ids is not None:
+            raise ValueError("token_type_ids have no meaning for this decoder: leave them out (return_token_type_ids=False at the tokenizer)")
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        asked: dict[str, Any] = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
+        held = one_cache(cache, past_key_values)
+        scored = labels is not None or targets is not None
+        if held is None and not output_attentions and not (use_cache and not self.training and not scored):
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
                 return_logits = True if return_logits is None and not self.training else return_logits
-            more: dict[str, Any] = {"valid_targets": valid_targets, "generator": generator}
+            more: dict[str, Any] = {"valid_targets": valid_targets, "generator": generator, **asked}
             out = LatentRecurrentModel.forward(
                 self, input_ids, targets, labels, schedule, document_ids, attention_mask, position_ids, return_logits, **more
             )
             result = face_of(out)
+        elif scored or schedule is not None or document_ids is not None or output_attentions and self.training:
+            raise ValueError(
+                "with a cache, and where attention weights are asked for, tokens are decoded one after the other: evaluation mode only, and "
+                "labels, targets, schedule and document_ids do not apply"
+            )
         else:
-            if labels is not None or targets is not None or schedule is not None or document_ids is not None:
-                raise ValueError("with a cache tokens are decoded one after the other: labels, targets, schedule and document_ids do not apply")
-            result = self._decode(input_ids, attention_mask, RecurrentCache() if cache is None else cache, logits_to_keep)
-        return result.to_tuple() if return_dict is False else result
+            held = RecurrentCache() if held is None else held
+            result = self._decode(as_ids(input_ids), attention_mask, position_ids, held, attentions=bool(output_attentions), **asked)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     @torch.no_grad()
-    def _decode(self, input_ids: Tensor, attention_mask: Tensor | None, cache: RecurrentCache, keep: int) -> LRTOutput:
+    def _decode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: RecurrentCache, *,
+        logits_to_keep: int | Tensor, output_hidden_states: bool, attentions: bool,
+    ) -> LRTOutput:  # fmt: skip
         """Consume tokens one after the other; padding on either side is skipped row by row."""
         batch, new = input_ids.shape
-        state = cache.room(self, batch, new)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         if real.ndim != 2:
             raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
         forth, inside, back = alignment(real)
-        tokens = input_ids.gather(1, forth)
-        hidden = torch.stack([absorb(self, state, tokens[:, t], inside[:, t]) for t in range(new)], dim=1)
+        state = cache.room(self, batch, new)
+        _check_positions(position_ids, state.lengths, real.bool())
+        tokens, steps = input_ids.gather(1, forth), []
+        weights: list[Tensor] = []
+        for t in range(new):
+            stores = watched(state, weights, columns=cache.columns) if attentions else None
+            if output_hidden_states or attentions:
+                out = consume(self, state, tokens[:, t], inside[:, t], stores=stores, keep_inputs=output_hidden_states)
+                steps.append((*out.inputs, out.hidden))
+            else:
+                steps.append((absorb(self, state, tokens[:, t], inside[:, t])[:, None],))
         # Columns of padding repeat the row's last token, so that logits[:, -1] are the next token's on either side.
-        last = inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True)
-        hidden = hidden.gather(1, torch.minimum(back.expand(batch, -1), last)[..., None].expand_as(hidden))
-        memory = None if state.memory is None else state.memory[:, None].clone()
-        return LRTOutput(logits=self.backbone.logits(hidden[:, -keep:] if keep else hidden), memory=memory, cache=cache)
+        places = torch.minimum(back.expand(batch, -1), inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True))
+        *inputs, hidden = (x.gather(1, places[..., None].expand_as(x)) for x in (torch.cat(parts, dim=1) for parts in zip(*steps)))
+        layers = [torch.cat(weights[index :: len(self.blocks)], dim=2) for index in range(len(self.blocks))] if attentions else []
+        return LRTOutput(
+            logits=self.backbone.logits(columns(hidden, logits_to_keep)),
+            memory=None if state.memory is None else state.memory[:, None].clone(),
+            cache=cache,
+            hidden_states=(*inputs, self.backbone.final_norm(hidden)) if output_hidden_states else None,
+            attentions=tuple(x.gather(2, places.to(x.device)[:, None, :, None].expand_as(x)) for x in layers) or None,
+        )
 
     # -------------------------------------------------------------- generate
 
@@ -174,9 +210,18 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         held = one_cache(cache, past_key_values)
-        seen = 0 if held is None else held.get_seq_length()
-        inputs = {"input_ids": input_ids[:, seen:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
-        return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
+        if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
+            new = kwargs["next_sequence_length"] or input_ids.shape[1]
+        else:
+            seen = 0 if held is None else held.get_seq_length()
+            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
+        inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True, "logits_to_keep": 1}
+        return inputs | {name: kwargs[name] for name in ("logits_to_keep", "output_hidden_states", "output_attentions") if name in kwargs}
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("continuous batching keeps keys and values in pages, which would drop the recurrent memory: use model.generate")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     # -------------------------------------------------------------- folders
 
@@ -245,29 +290,27 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         """Initialize the memory parameters, and the backbone too where it is native."""
         self.init_memory(generator=generator) if not hasattr(self.backbone, "init_weights") else super().init_weights(generator=generator)
 
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Choose the attention backend of passes over all positions; see PreTrainedModel."""
-        if self.original is None:
-            raise ValueError("this native model chooses its attention itself: attn_implementation applies to adapted decoders")
-        decoder_of(self).set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "gradient checkpointing of transformers drops the cache inside a block and knows nothing of the memory: leave gradient_checkpointing "
-            'off and checkpoint the blocks (docs/adapt.md; in a recipe parallel.activation_checkpointing = "block")'
-        )
+class LRTModel(LRTForCausalLM):
+    """The same model without its head: what ``AutoModel`` makes of a folder."""
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its name since transformers 5
+    def forward(self, *args: Any, return_dict: bool | None = None, output_hidden_states: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As ``LRTForCausalLM.forward``; the last hidden state in place of loss and logits."""
+        out: Any = super().forward(*args, return_dict=True, output_hidden_states=True, **{"return_logits": False, "logits_to_keep": 1} | kwargs)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        every = out.hidden_states
+        found = LRTModelOutput(every[-1], out.memory, out.cache, every if wanted else None, out.attentions)
+        return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("resize the decoder's embeddings before lrt.adapt: lrt.release(model), resize, and adapt again")
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embedding
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.backbone.head
+def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> None:
+    """Positions that do not count on from what a cache holds; read on the CPU only, where that waits for nothing."""
+    if position_ids is None or position_ids.device.type != "cpu":
+        return
+    if bool(((position_ids != seen[:, None].cpu() + real.to(torch.int64).cumsum(1) - 1) & real).any()):
+        raise ValueError("position_ids do not count on from what the cache holds: leave them out, it counts the real tokens of every row")
 
 
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)
 AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)
+AutoModel.register(LRTConfig, LRTModel, exist_ok=True)
