@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 
+from lrt.schedules import only_feeds
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets; halved where they count sparsity).
@@ -101,49 +104,132 @@ def matrices(module: Any, *, frozen: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim > 1 and not (frozen and p.requires_grad))
 
 
+class BlockFlops(NamedTuple):
+    """Forward FLOPs of one block over one position."""
+
+    matrices: float  # its own, and its gates
+    attention: float  # mean over the positions of a row
+    memory: float  # its own memory projection, which runs only where memory arrives
+
+
+def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
+    """Forward FLOPs a position of each block in a pass over rows of ``length`` tokens."""
+
+    def gates(block: Any) -> int:
+        return 0 if block.gate is None else matrices(block.gate)
+
+    def own(block: Any) -> int:
+        return 0 if block.projection is None else matrices(block.projection)
+
+    seen, width = (mean_keys(length, block.window) for block in model.blocks), query_width(model)
+    numbers = [(matrices(block.block) + gates(block), own(block)) for block in model.blocks]
+    return tuple(BlockFlops(2.0 * mine, 4.0 * width * keys, 2.0 * memory) for (mine, memory), keys in zip(numbers, seen))
+
+
+def shared_flops(model: RecurrentDecoder) -> float:
+    """Forward FLOPs a position of the memory projection that all blocks share; it runs once a pass with memory."""
+    return 0.0 if model.memory_projection is None else 2.0 * matrices(model.memory_projection)
+
+
 def forward_flops(model: RecurrentDecoder, length: int) -> ForwardFlops:
     """Forward FLOPs a position of a pass over rows of ``length`` tokens, by part."""
-    backbone = model.backbone
-    keys = [mean_keys(length, block.window) for block in model.blocks]
-    parts = count_parameters(model)
+    blocks = block_flops(model, length)
     return ForwardFlops(
-        blocks=2.0 * (sum(matrices(block.block) for block in model.blocks) + parts.memory_gates),
-        attention=4.0 * query_width(model) * sum(keys),
-        memory=2.0 * parts.memory_projections,
-        head=2.0 * backbone.width * backbone.vocab_size,
+        blocks=sum(block.matrices for block in blocks),
+        attention=sum(block.attention for block in blocks),
+        memory=shared_flops(model) + sum(block.memory for block in blocks),
+        head=2.0 * model.backbone.width * model.backbone.vocab_size,
     )
 
 
-def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> float:
-    """Forward and backward FLOPs of a training step, a token of data, every pass counted.
+class Work(NamedTuple):
+    """Blocks that run over positions of a row."""
 
-    Memory projections count only where memory arrives; a group of weight 0 needs no head, and one that
-    only feeds a refinement stops at the source block. Frozen matrices hand gradients on but get none.
+    positions: float  # share of a row, or their number
+    start: int  # blocks, zero-based and half open
+    stop: int
+    received: bool  # memory arrives
+    scored: bool  # the head runs too
+
+
+def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Work]:
+    """What a schedule runs: the blocks below the first receiver once a row, then those of every pass.
+
+    Args:
+        model: its receivers and its source say which blocks a pass needs.
+        schedule: of the step.
+        length: tokens a row.
+    """
+    weights, first = schedule.group_weights(length), min(model.receivers, default=0)
+    plan = schedule.plan(length, generator=torch.Generator())  # an order costs the same; the default generator stays as it is
+    parts = [Work(1.0, 0, first, received=False, scored=False)] if first else []
+    for step in plan:
+        count = len(range(step.start, step.stop, step.step))
+        stop = model.source if only_feeds(plan, step, weights, length) else len(model.blocks)
+        received = step.memory == "all" or (step.memory == "first" and count == 1)
+        parts.append(Work(count / length, first, stop, received, scored=weights[step.group] > 0))
+    return parts
+
+
+def work_flops(model: RecurrentDecoder, work: Sequence[Work], *, length: int) -> float:
+    """Forward FLOPs of what runs over rows of ``length`` tokens; memory projections count only where memory arrives."""
+    blocks, shared, head = block_flops(model, length), shared_flops(model), forward_flops(model, length).head
+    total = 0.0
+    for part in work:
+        mine = blocks[part.start : part.stop]
+        cost = sum(block.matrices + block.attention for block in mine)
+        if part.received:
+            fed = any(part.start <= index < part.stop for index in model.receivers)
+            cost += sum(block.memory for block in mine) + (shared if fed else 0.0)
+        total += part.positions * (cost + (head if part.scored else 0.0))
+    return total
+
+
+def block_forwards(model: RecurrentDecoder, schedule: Schedule, length: int) -> tuple[float, ...]:
+    """How often a position runs through each block in a training step; their sum is the cost in block forwards.
+
+    Args:
+        model, schedule, length: as in ``work_of``.
+    """
+    work = work_of(model, schedule, length)
+    return tuple(sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(model.blocks)))
+
+
+def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> float:
+    """Forward and backward FLOPs of a training step, a token of data, every block of every pass counted as it runs.
+
+    Memory projections count only where memory arrives, the head only for scored groups. Frozen matrices hand gradients
+    on but get none; what lies below everything that trains has no backward.
 
     Args:
         model: native or adapted, with ``requires_grad`` as it trains.
         schedule: of the step.
         length: tokens a row.
     """
-    flops = forward_flops(model, length)
-    weights = schedule.group_weights(length)
-    plan = schedule.plan(length, generator=torch.Generator())  # an order costs the same; the default generator stays as it is
-    share = model.source / len(model.blocks) if model.source else 1.0
-    whole = len(plan) > 1 and all(step.covers(length) for step in plan)
-    blocks = 3.0 * (flops.blocks + flops.attention) - 2.0 * sum(matrices(block.block, frozen=True) for block in model.blocks)
-    head = (3.0 if model.backbone.head.weight.requires_grad else 2.0) * flops.head
+    blocks, shared, head = block_flops(model, length), shared_flops(model), forward_flops(model, length).head
+    frozen = [2.0 * matrices(block.block, frozen=True) for block in model.blocks]
+    differentiated = _differentiated(model)
     total = 0.0
-    for step in plan:
-        positions = len(range(step.start, step.stop, step.step)) / length
-        scored = weights[step.group] > 0
-        depth = share if whole and not scored and step is not plan[-1] else 1.0
-        cost = depth * blocks
-        if step.memory == "all" or (step.memory == "first" and positions * length <= 1):
-            cost += 3.0 * flops.memory
-        total += positions * (cost + (head if scored else 0.0))
+    for part in work_of(model, schedule, length):
+        cost = 3.0 * shared if part.received else 0.0
+        for index in range(part.start, part.stop):
+            forward = blocks[index].matrices + blocks[index].attention
+            backward = 2.0 * forward - frozen[index] if part.received or differentiated[index] else 0.0
+            cost += forward + backward + (3.0 * blocks[index].memory if part.received else 0.0)
+        if part.scored:
+            cost += (3.0 if model.backbone.head.weight.requires_grad else 2.0) * head
+        total += part.positions * cost
     if schedule.kv_refresh:
-        total += 3.0 * _refreshed_share(plan) * (flops.memory + _projection_flops(model))
+        again = shared + sum(block.memory for block in blocks) + _projection_flops(model)
+        total += 3.0 * _refreshed_share(schedule.plan(length, generator=torch.Generator())) * again
     return total
+
+
+def _differentiated(model: RecurrentDecoder) -> list[bool]:
+    """For each block: whether it, or anything below it, trains, so that a backward pass reaches it even without memory."""
+    above = ("head", "norm")  # a tied head goes by the embedding's name
+    reached = any(p.requires_grad for name, p in model.backbone.named_parameters() if name.split(".")[0] not in above)
+    return list(accumulate((any(p.requires_grad for p in block.parameters()) for block in model.blocks), or_, initial=reached))[1:]
 
 
 def _refreshed_share(plan: Sequence[Pass]) -> float:

@@ -86,6 +86,13 @@ def release(model: LatentRecurrentModel) -> Any:
     return decoder
 
 
+def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
+    """The decoder inside an adapted model, unchanged: the plain twin that trains and is scored on the same tokens."""
+    plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
+    plain.original = model.original
+    return plain
+
+
 def _adapt_native(model: LatentRecurrentModel, config: RecurrenceConfig, train_schedule: Schedule | None) -> LatentRecurrentModel:
     if model.recurrence is not None:
         raise ValueError("this model is recurrent already: train it as it is, or lrt.release(model) first")

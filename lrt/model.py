@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
+from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment, as_ids, columns
+from lrt.padding import alignment, as_ids, columns, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
@@ -112,7 +112,8 @@ class LatentRecurrentModel(nn.Module):
             schedule: None = ``self.train_schedule`` in training mode, ``self.eval_schedule`` in evaluation mode.
             document_ids: (B, T); where it changes a document begins, and memory and attention stay inside it.
             attention_mask: (B, T), 0 marks padding on the left or on the right.
-            position_ids: (B, T) for RoPE; None counts from the row's first real token.
+            position_ids: (B, T) for RoPE; None counts from the row's first real token. Where a position does not follow the one
+                before it, a document begins, as in the packed rows of transformers.
             return_logits: None = only without targets.
             valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
                 passes the count over all ranks and accumulation steps.
@@ -181,15 +182,20 @@ class LatentRecurrentModel(nn.Module):
             raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
         if self.recurrence is None:
             schedule = baseline()
+        row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids)
+        return run_schedule(self, row, schedule, generator=generator, keep_inputs=keep_inputs)
+
+    def row(self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Row:
+        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
-        changed = None if document_ids is None else F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
         starts = _either(changed, None if separator is None else input_ids == separator)
         borders = _either(changed, None if cut is None else input_ids == cut)
         documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         hidden, contexts = self.backbone.embed(input_ids, positions)
-        return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator, keep_inputs=keep_inputs)
+        return Row(hidden, contexts, starts, documents)
 
     def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:
         """Nats of every target under every loss group.
@@ -248,10 +254,31 @@ class LatentRecurrentModel(nn.Module):
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the recurrence added, by name."""
+        return {f"{name}.{key}": p for name, module in self.memory_modules().items() for key, p in module.named_parameters()}
+
+    def memory_modules(self) -> dict[str, nn.Module]:
+        """The modules that the recurrence added, by name."""
         added: dict[str, nn.Module | None] = {"memory_projection": self.memory_projection, "injection": self.injection}
         for index, block in enumerate(self.blocks):
             added |= {f"blocks.{index}.gate": block.gate, f"blocks.{index}.projection": block.projection}
-        return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
+        return {name: module for name, module in added.items() if module is not None}
+
+    @property
+    def peft_config(self) -> Any:
+        """Configs of the adapters that PEFT has put into this model, by name; it sets them once its layers are in."""
+        try:
+            return self.__dict__["_peft_config"]
+        except KeyError:
+            raise AttributeError("peft_config") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        self.__dict__["_peft_config"] = adapters
+        train_memory_beside(self, self.memory_modules(), adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_peft_config", None)
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
         _check_tensors(input_ids=input_ids, targets=targets, labels=labels)

@@ -1,4 +1,4 @@
-"""Rows that begin at column 0: alignment of padding, and checks of prompts.
+"""Rows that begin at column 0: alignment of padding, borders of packed documents, and checks of prompts.
 
 Legend: B batch, T columns.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,6 +42,51 @@ def columns(values: Tensor, keep: int | Tensor) -> Tensor:
     if keep < 0:
         raise ValueError(f"logits_to_keep = {keep}: give how many last columns to keep, 0 for all, or a tensor of columns")
     return values[:, -keep:]
+
+
+def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
+    """Where a document begins: bool (B, T), true where a number is not ``step`` more than the one before it.
+
+    None without a border inside a row; on a GPU nobody looks, because that would wait for the device.
+    """
+    if numbers is None:
+        return None
+    border = numbers[:, 1:] != numbers[:, :-1] + step
+    if border.device.type == "cpu" and not bool(border.any()):
+        return None
+    return F.pad(border, (1, 0), value=True)
+
+
+def packed_documents(
+    input_ids: Tensor, *, document_ids: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+) -> Tensor | None:
+    """Number of the document of each token (B, T), from what transformers' collators say of packed rows; None = nothing is said.
+
+    Args:
+        input_ids: (B, T).
+        document_ids, seq_idx: (B, T); a document begins where one of them changes.
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) where documents begin and end in the flattened rows; both the same.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit the rows.
+    """
+    lengths = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+    numbers = [x.expand(input_ids.shape) for x in (document_ids, seq_idx) if x is not None and x.shape[-1] == input_ids.shape[-1]]
+    if len(numbers) < sum(x is not None for x in (document_ids, seq_idx)):
+        raise ValueError(f"document_ids or seq_idx do not fit input_ids of shape {tuple(input_ids.shape)}: give one number a token")
+    if lengths is not None:
+        other = lengths if cu_seq_lens_k is None else cu_seq_lens_k
+        tokens, on_cpu = input_ids.numel(), lengths.device.type == "cpu"
+        if lengths.shape != other.shape or on_cpu and not torch.equal(lengths, other.to(lengths)):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but queries and keys of a row are the same tokens: give the same for both")
+        if lengths.ndim != 1 or on_cpu and (int(lengths[0]) != 0 or int(lengths[-1]) != tokens):
+            raise ValueError(f"cu_seq_lens_q is {lengths.tolist()}, but the rows hold {tokens} tokens: it begins with 0 and ends with {tokens}")
+        places = torch.arange(tokens, device=input_ids.device)
+        numbers.append(torch.searchsorted(lengths[1:].to(places), places, right=True).view(input_ids.shape))
+    borders = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+    for each in numbers:
+        borders = borders | F.pad(each[:, 1:] != each[:, :-1], (1, 0))
+    return borders.cumsum(1) if numbers else None
 
 
 def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:

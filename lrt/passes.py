@@ -7,7 +7,7 @@ Legend: B batch, T row length, P positions of the pass, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,16 +18,17 @@ from lrt.engine import Engine, engine_of
 from lrt.forward import Row, take
 from lrt.kernels.attention import natural_order
 from lrt.recurrence import reset_memory, shift_right
+from lrt.schedules import only_feeds
 from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
 class PassResult(NamedTuple):
-    """A pass that ran: its plan, the last block's output (B, P, D) and the memory (B, P, D)."""
+    """A pass that ran: its plan, the last block's output (B, P, D), the memory (B, P, D), and every block's input when asked for."""
 
     plan: Pass
     hidden: Tensor
     memory: Tensor | None
-    inputs: tuple[Tensor, ...] = ()  # (B, P, D) input of every block, when asked for
+    inputs: tuple[Tensor, ...] = ()
 
 
 def run_schedule(
@@ -46,50 +47,57 @@ def run_schedule(
         One result a pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
         not be scored.
     """
-    plan = schedule.plan(row.length, generator=generator)
+    plan, engine = schedule.plan(row.length, generator=generator), engine_of(model, keep_inputs=keep_inputs)
     if not (plan[0].memory == "zero" and plan[0].covers(row.length)):
-        loop: Callable[..., list[PassResult]] = chunks
-    elif len(plan) > 1 and not plan[1].covers(row.length):
-        loop = interleave
-    else:
-        loop = refine
-    return loop(engine_of(model), row, plan, schedule, keep_inputs)
+        return chunks(engine, row, plan)
+    if len(plan) == 1:
+        return refine(engine, row, plan, schedule)
+    loop = refine if plan[1].covers(row.length) else interleave
+    row, inputs = below_memory(engine, row)
+    results = loop(engine, row, plan, schedule)
+    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results] if inputs else results
 
 
-def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
+def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:
+    """The row where memory first enters: what the blocks below compute is the same in every pass, so they run once."""
+    first = engine.model.receivers[0]
+    if not first:
+        return row, ()
+    out = engine.run(row, stop=first, keep_kv=False)
+    return row._replace(hidden=out.hidden, start=first), out.inputs
+
+
+def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
-    first = engine.run(whole, keep_inputs=schedule.kv_refresh or keep_inputs)
+    first = engine.run(whole, keep_inputs=schedule.kv_refresh)
     buffer = engine.buffer(whole, parts, handed_on(first if schedule.kv_refresh else first._replace(inputs=()), schedule))
-    results = [result_of(plan[0], first)]
+    results = [PassResult(plan[0], first.hidden, first.memory, first.inputs)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
         if schedule.kv_refresh:
             buffer.refresh(other.start for other in later)
-        stores = buffer.stores(residue)
-        out = engine.run(parts[residue], buffer.received(residue), stores=stores, index=index, keep_kv=bool(later), keep_inputs=keep_inputs)
-        results.append(result_of(step, out))
+        out = engine.run(parts[residue], buffer.received(residue), stores=buffer.stores(residue), index=index, keep_kv=bool(later))
+        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if later:
             buffer.write_back(residue, handed_on(out, schedule))
     return results
 
 
-def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
+def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
     weights, received = schedule.group_weights(row.length), None
     results: list[PassResult] = []
     for index, (step, mine) in enumerate(zip(plan, engine.copies(row, len(plan)))):
-        last = step is plan[-1]
-        only_feeds = weights[step.group] == 0 and not last
-        stop = engine.model.source if only_feeds else None
-        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop, keep_inputs=keep_inputs and last)
-        results.append(result_of(step, out))
-        if not last:
+        stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
+        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
+        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
+        if step is not plan[-1]:
             received = received_everywhere(row, handed_on(out, schedule))
     return results
 
 
-def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, keep_inputs: bool = False) -> list[PassResult]:
+def chunks(engine: Engine, row: Row, plan: Sequence[Pass]) -> list[PassResult]:
     """Contiguous passes, left to right; memory arrives at the first position of each, from the chunk before."""
     prefix, memory = engine.prefix(row), None
     results: list[PassResult] = []
@@ -97,15 +105,11 @@ def chunks(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule, k
         part, received = stretch(row, step.positions), None
         if step.memory == "first" and memory is not None:
             received = reset_memory(F.pad(memory[:, -1:], (0, 0, 0, part.length - 1)), part.starts)
-        out = engine.run(part, received, stores=prefix.stores(step), keep_inputs=keep_inputs)
+        out = engine.run(part, received, stores=prefix.stores(step))
         prefix.keep(out.kv)
         memory = out.memory
-        results.append(result_of(step, out))
+        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
     return results
-
-
-def result_of(step: Pass, out: PassOutput) -> PassResult:
-    return PassResult(step, out.hidden, out.memory, out.inputs)
 
 
 def received_everywhere(row: Row, before: PassOutput) -> Tensor:

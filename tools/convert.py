@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(f"{name:9s} {kind.holds}\n          lossless for: {kind.lossless}" for name, kind in KINDS.items()))
         return 0
-    missing = [f"--{name}" for name in ("from", "to", "input", "output") if getattr(options, name) is None]
+    missing = [f"--{name}" for name in ("to", "input", "output") if getattr(options, name) is None]
     if missing:
         parser.error(f"missing {', '.join(missing)} (or --list)")
     signal.signal(signal.SIGTERM, _stop)
@@ -90,9 +90,9 @@ def _bytes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="show the kinds and what is lossless")
-    parser.add_argument("--from", choices=list(KINDS), help="kind of the input")
+    parser.add_argument("--from", choices=list(KINDS), help="kind of the input (default: what lies there)")
     parser.add_argument("--to", choices=[name for name, kind in KINDS.items() if kind.write], help="kind of the output")
-    parser.add_argument("--input", help="the checkpoint")
+    parser.add_argument("--input", help="the checkpoint; of a training run the newest export or checkpoint")
     parser.add_argument("--output", help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written tensors (default: the narrowest that holds the source exactly)")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")

@@ -19,10 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from options import parse_prefill
 
-import lrt
-from lrt.data.tokenizer import check_vocabulary, load_tokenizer
-from lrt.decoding import prefill, scoring
+from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.decoding import scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.sampling import Sampling
@@ -31,7 +31,8 @@ from lrt.decoding.session import start, stop_at
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder that lrt.save wrote")
+    parser.add_argument("model", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
+    parser.add_argument("--base", help="the decoder of a folder that holds the memory alone")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--prompt", help="text; empty = only the separator")
     where.add_argument("--file", help="a text file with the prompt")
@@ -65,9 +66,8 @@ def run(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    model = lrt.load(args.model, dtype=dtype, device=args.device)
-    tokenizer = load_tokenizer(args.tokenizer or find_tokenizer(args.model))
-    check_vocabulary(tokenizer, model.vocab_size)
+    opened = open_model(args.model, base=args.base, dtype=dtype, device=args.device)
+    model, tokenizer = opened.model, open_tokenizer(opened, name=args.tokenizer, base=args.base)
     text = args.prompt if args.file is None else read_prompt(Path(args.file))
     modes = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
     if args.compare:
@@ -127,28 +127,6 @@ def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[in
     mode = "decode" if session.state.memory is not None else "zero"
     print(f"[memory mode {mode}; {len(session.rows[0])} tokens, {speed}; prefill {report or 'none'}]", file=sys.stderr)
     return session.rows[0]
-
-
-def parse_prefill(text: str) -> prefill.Prefill:
-    name, *rest = text.split(":")
-    possible = "exact, refine:K, fixed_point, or fixed_point:GROUPS:TOL"
-    try:
-        if name == "exact" and not rest:
-            return prefill.exact()
-        if name == "refine" and len(rest) == 1:
-            return prefill.refine(int(rest[0]))
-        if name == "fixed_point" and len(rest) <= 2:
-            return prefill.fixed_point(*(kind(value) for kind, value in zip((int, float), rest)))
-    except ValueError as error:
-        raise ValueError(f"--prefill {text}: {error}; use {possible}") from None
-    raise ValueError(f"--prefill {text}: use {possible}")
-
-
-def find_tokenizer(folder: str) -> str:
-    for place in (Path(folder), Path(folder) / "tokenizer", Path(folder).parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file():
-            return str(place)
-    raise ValueError(f"{folder} holds no tokenizer.json: name one with --tokenizer (the recipe's data.tokenizer; \"bytes\" for bytes)")
 
 
 def read_line() -> str | None:

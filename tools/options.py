@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from lrt.decoding import prefill
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """Type of an option: a whole number of ``least`` or more."""
@@ -15,3 +17,23 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return whole
+
+
+def parse_prefill(text: str, *, option: str = "--prefill") -> prefill.Prefill:
+    """A way to prefill from its name: exact, refine:K, fixed_point or fixed_point:GROUPS:TOL.
+
+    Raises:
+        ValueError: another name, or numbers that it does not take.
+    """
+    name, *rest = text.split(":")
+    possible = "exact, refine:K, fixed_point, or fixed_point:GROUPS:TOL"
+    try:
+        if name == "exact" and not rest:
+            return prefill.exact()
+        if name == "refine" and len(rest) == 1:
+            return prefill.refine(int(rest[0]))
+        if name == "fixed_point" and len(rest) <= 2:
+            return prefill.fixed_point(*(kind(value) for kind, value in zip((int, float), rest)))
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}; use {possible}") from None
+    raise ValueError(f"{option} {text}: use {possible}")

@@ -23,7 +23,7 @@ class RecurrenceConfig:
     """How the previous token's latent state enters the decoder (spec: paper section 3)."""
 
     sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
-    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3)
+    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     kv_projection: bool = True  # memory enters keys and values
     residual: bool = True  # memory is added to the block's input
     gate_channels: int | None = None  # channels that the gates read; None = all
@@ -41,18 +41,23 @@ class RecurrenceConfig:
         """Number of the source block, 1..n_layers.
 
         Raises:
-            ValueError: the block does not exist in a model of ``n_layers`` blocks.
+            ValueError: the block does not exist in a model of ``n_layers`` blocks, or lies below every block that receives memory.
         """
-        source = self.source_layer
+        source, first = self.source_layer, 1 + min(self.block_indices(n_layers))
         if source is None:
-            return max(1, round(2 * n_layers / 3))
-        if isinstance(source, float):
-            return min(n_layers, max(1, round(source * n_layers)))
-        if not 1 <= source <= n_layers:
+            return max(round(2 * n_layers / 3), first)
+        number = min(n_layers, max(1, round(source * n_layers))) if isinstance(source, float) else source
+        if not 1 <= number <= n_layers:
             raise ValueError(
                 f"recurrence.source_layer = {source}, but the model has {n_layers} blocks: use 1..{n_layers}, or a fraction such as 0.67"
             )
-        return source
+        if number < first:
+            raise ValueError(
+                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives memory, {first} "
+                f"(recurrence.blocks): what it computes would never depend on memory, which is no recurrence. Use a source of "
+                f"{first}..{n_layers}, leave it out, or let memory enter a lower block"
+            )
+        return number
 
     def block_indices(self, n_layers: int) -> tuple[int, ...]:
         """Zero-based indices of the blocks that receive memory.
@@ -180,7 +185,7 @@ class DataConfig:
     validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train
     text_column: str = "text"
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int = 0  # processes that read and tokenize; 0 = in the training process
+    workers: int | None = None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
     buffer_documents: int = 256  # documents among which a row's best fit is searched
     shuffle_seed: int | None = None  # None = run.seed
     on_corrupt: Literal["stop", "skip"] = "stop"  # a shard that cannot be read
@@ -240,6 +245,7 @@ class ParallelConfig:
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
+    host_threads: int | None = None  # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
 
     @property
     def reduces_once(self) -> bool:
@@ -260,7 +266,11 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     every: int = 10  # steps between console rows; the JSONL has every step
+    csv: bool = False  # train.csv and evaluation.csv beside metrics.jsonl
     tensorboard: bool = False
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline in the environment needs no account
+    trackio: bool = False
+    project: str = "lrt"  # of wandb and trackio
     plot: bool = True  # PNG of the curves at the end
     profile_start: int | None = None  # first step of a torch.profiler window
     profile_steps: int = 3
@@ -273,8 +283,8 @@ class EvaluationConfig:
     batch: int = 16  # rows a forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")
     buckets: int = 4  # position buckets of the report
-    sample_prompt: str = "The "
-    sample_tokens: int = 120
+    sample_prompt: str = "The "  # of a text that is decoded with every evaluation
+    sample_tokens: int = 120  # 0 = no such text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +370,8 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
     if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
+    if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
+        errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")

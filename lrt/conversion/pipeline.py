@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from lrt.conversion.checkpoints import Checkpoint
-from lrt.conversion.kinds import KINDS, read_base
+from lrt.conversion.kinds import KINDS, kind_of, read_base
+from lrt.conversion.opening import find_model
 from lrt.conversion.tokenizers import read_files, read_nanochat
 from lrt.conversion.verification import Verification, verify
 from lrt.serialization import new_folder
@@ -34,7 +35,7 @@ def convert(
     path: str | Path,
     output: str | Path,
     *,
-    source: str,
+    source: str | None = None,
     target: str,
     dtype: torch.dtype | None = None,
     step: int | None = None,
@@ -50,7 +51,8 @@ def convert(
     Args:
         path: the checkpoint.
         output: a folder that does not exist yet.
-        source, target: names of ``KINDS``.
+        source: one of ``KINDS``; None = the kind that lies there. Of a training run the newest export or checkpoint is meant.
+        target: one of ``KINDS``.
         dtype: of the written tensors; None = the narrowest that holds the source exactly.
         step: which checkpoint of a run; None = the newest.
         tokenizer: folder (or tokenizer.json) whose tokenizer travels; None = the one found beside the checkpoint.
@@ -65,17 +67,19 @@ def convert(
             comparison fails. The source is never changed, and nothing is left at the output.
     """
     for name, role in ((source, "--from"), (target, "--to")):
-        if name not in KINDS:
+        if name is not None and name not in KINDS:
             raise ValueError(f"{role} {name}: unknown kind; use one of {', '.join(KINDS)}")
     write = KINDS[target].write
     if write is None:
         raise ValueError(f"--to {target}: {KINDS[target].holds} is only read; use one of {', '.join(k for k, v in KINDS.items() if v.write)}")
     if not Path(path).exists():
         raise ValueError(f"--input {path}: there is nothing")
+    path = find_model(path) if source in (None, "lrt", "hf") else Path(path)
+    source = source or kind_of(path)
     if (base is not None) != (source == "adapter"):
         raise ValueError("--base names the decoder of an adapter: give it with --from adapter, and only there")
     more = {} if base is None else {"base": read_base(Path(base))}
-    opened: Checkpoint = KINDS[source].read(Path(path), step=step, **more)
+    opened: Checkpoint = KINDS[source].read(path, step=step, **more)
     if tokenizer is not None:
         opened = dataclasses.replace(opened, tokenizer=_given_tokenizer(Path(tokenizer)), notes=())
     kept = dtype or common_dtype(opened.tensors)

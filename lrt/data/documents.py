@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from lrt.data.tokenizer import Measured
+
 
 class CorruptShard(ValueError):
     """A file that cannot be read, named in the message."""
@@ -29,6 +31,14 @@ class Documents(Protocol):
 
         Raises:
             CorruptShard: the file cannot be read.
+        """
+
+    def measure(self, group: int, documents: Sequence[int]) -> list[Measured]:
+        """The same, with the bytes that each token stands for.
+
+        Raises:
+            CorruptShard: the file cannot be read.
+            ValueError: there are no texts, and the tokenizer does not tell their bytes.
         """
 
 

@@ -7,22 +7,23 @@ import os
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lrt.config import DataConfig
 from lrt.data.batch import Batch, make_batch
 from lrt.data.documents import Documents
-from lrt.data.packing import Packer, Row
+from lrt.data.held_out import ValidationLoader
 from lrt.data.sources import open_documents
-from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order
+from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order, read_in_order
 from lrt.data.tokenizer import Tokenizer
 
 PREFETCH = 4  # batches that each worker prepares ahead
+GPU_WORKERS = 3  # a rank, where the recipe names none: with them small models waited 0.0 % of a step (docs/data.md)
+DOCUMENTS_PER_WORKER = 64  # a smaller corpus has fewer workers
 
 
 def build_loader(
@@ -60,11 +61,17 @@ def build_loader(
     if split not in ("train", "validation"):
         raise ValueError(f'split = {split!r}: use "train" or "validation"')
     for name, value, least in (("workers", data.workers, 0), ("buffer_documents", data.buffer_documents, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"data.{name} = {value}: use {least} or more")
     documents = open_documents(data, tokenizer=tokenizer, split=split)
     key = "data.train" if split == "train" else "data.validation"
-    _check_length(documents, sequence_length, key=key, on_corrupt=data.on_corrupt)
+    # Held-out documents are measured from the start: a tokenizer whose bytes cannot be told is refused now, not at the first evaluation.
+    skip = {"on_corrupt": data.on_corrupt}
+    if split == "train":
+        lengths = (len(piece.tokens) for piece in in_order(documents, **skip))
+    else:
+        lengths = (len(found.ids) for _, _, found in read_in_order(documents.measure, documents.sizes, **skip))
+    _check_length(lengths, sequence_length, key=key)
     if split == "validation":
         limit = None if limit_tokens is None else -(-limit_tokens // sequence_length)
         return ValidationLoader(
@@ -90,17 +97,26 @@ def build_loader(
     )
 
 
-def _check_length(documents: Documents, sequence_length: int, *, key: str, on_corrupt: str) -> None:
-    """Refuse a corpus shorter than one row; reads no more than it must."""
+def _check_length(lengths: Iterable[int], sequence_length: int, *, key: str) -> None:
+    """Refuse a corpus shorter than one row, from the tokens of its documents; reads no more than it must."""
     total = 0
-    for piece in in_order(documents, on_corrupt=on_corrupt):
-        total += 1 + len(piece.tokens)
+    for tokens in lengths:
+        total += 1 + tokens if tokens else 0
         if total > sequence_length:
             return
     raise ValueError(
         f"model.sequence_length = {sequence_length}, but {key} has only {total} tokens: sequence longer than the corpus; "
         f"use model.sequence_length = {max(1, total - 1)} or less, or more text"
     )
+
+
+def usual_workers(*, documents: int) -> int:
+    """Workers of a run that names none: with a GPU the training process should have nothing to do but to launch.
+
+    Args:
+        documents: of the corpus, a rank.
+    """
+    return min(GPU_WORKERS, documents // DOCUMENTS_PER_WORKER) if torch.cuda.is_available() else 0
 
 
 class TrainLoader:
@@ -125,10 +141,11 @@ class TrainLoader:
     ) -> None:
         self._documents, self._data, self._bos, self._length, self._rows = documents, data, bos_id, length, rows
         self._rank, self._world_size = rank, world_size
-        self._streams_here = max(1, data.workers)
+        total = int(documents.sizes.sum())
+        self.workers = data.workers if data.workers is not None else usual_workers(documents=total // world_size)
+        self._streams_here = max(1, self.workers)
         self._identity = {"documents": documents.fingerprint, "tokenizer": tokenizer_fingerprint}
         self._set(Plan(seed=seed, streams=world_size * self._streams_here, sizes=tuple(documents.sizes.tolist())), states=None, turn=0)
-        total = int(documents.sizes.sum())
         if total < self._plan.streams:
             raise ValueError(
                 f"data.train has {total} documents for {self._plan.streams} streams ({world_size} ranks x {self._streams_here} workers): "
@@ -167,7 +184,7 @@ class TrainLoader:
         dataset = _Batches(
             self._documents, plan=self._plan, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
         )
-        workers = self._data.workers
+        workers = self.workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
         options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
         with warnings.catch_warnings():
@@ -191,7 +208,7 @@ class TrainLoader:
         if self._engine is None:
             return self._states
         states = list(self._states)
-        for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self._data.workers)):
+        for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self.workers)):
             states[self._order[worker]] = state
         return states
 
@@ -348,58 +365,3 @@ def _set_up_worker(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # SIGTERM is also how a loader ends workers that do not answer: they live on for a minute only
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
-
-
-class ValidationLoader:
-    """Every document once; the rows are the same for every number of ranks, and kept for the next time.
-
-    Global row n goes to rank (n // rows) % world_size. Where rows run out, batches are filled with masked rows.
-    """
-
-    def __init__(
-        self, documents: Documents, *, data: DataConfig, bos_id: int, length: int, rows: int, rank: int, world_size: int, limit: int | None
-    ) -> None:
-        self._documents, self._rows, self._rank, self._world_size, self._limit = documents, rows, rank, world_size, limit
-        pieces = in_order(documents, on_corrupt=data.on_corrupt)
-        self._packer = Packer(lambda: next(pieces, None), length=length, bos_id=bos_id, buffer=data.buffer_documents)
-        self._packed: list[Row] = []
-        self._padding = Row(np.full(length, bos_id, dtype=np.int64), 0, [])
-        self._complete = False
-        self._start = self._given = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the documents, scored or not: the same data, wherever they lie."""
-        return self._documents.fingerprint
-
-    def __iter__(self) -> Iterator[Batch]:
-        step = self._rows * self._world_size
-        first, self._start = self._start, 0
-        self._given = first
-        while self._reach((first + 1) * step) > first * step:
-            begin = first * step + self._rank * self._rows
-            mine = self._packed[begin : begin + self._rows]
-            first += 1
-            self._given = first
-            yield make_batch(mine + [self._padding] * (self._rows - len(mine)), self._documents)
-        self._given = 0
-
-    def _reach(self, count: int) -> int:
-        """Pack until there are ``count`` rows or no more documents; returns the rows there are up to the limit."""
-        if self._limit is not None:
-            count = min(count, self._limit)
-        while len(self._packed) < count and not self._complete:
-            row = self._packer.row()
-            if row is None:
-                self._complete = True
-            else:
-                self._packed.append(row)
-        return min(count, len(self._packed))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Batches given of the present round."""
-        return {"batches": self._given}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin the next round behind the batches of ``state``."""
-        self._start = state["batches"]

@@ -34,6 +34,7 @@ class Row(NamedTuple):
     tokens: np.ndarray  # (length,) int64
     filled: int  # tokens of it that are real; less than its length only in the last row of a finite stream
     origin: list[tuple[int, int, int]]  # (group, document, offset) of each piece
+    spans: list[tuple[int, int]]  # (first, stop) of each piece's tokens in the row, without its separator
 
 
 class Packer:
@@ -66,6 +67,7 @@ class Packer:
         """The next row, or None when every document is used up."""
         tokens = np.full(self._length, self._bos, dtype=np.int64)
         origin: list[tuple[int, int, int]] = []
+        spans: list[tuple[int, int]] = []
         filled = 0
         while filled < self._length:
             self._fill()
@@ -78,12 +80,13 @@ class Packer:
                 break
             piece = self._take(age)
             part = piece.tokens[: room - 1]
+            spans.append((filled + 1, filled + 1 + len(part)))
             tokens[filled + 1 : filled + 1 + len(part)] = part
             filled += 1 + len(part)
             origin.append((piece.group, piece.document, piece.offset))
             if len(part) < len(piece.tokens):
                 self._add(piece.after(len(part)))
-        return Row(tokens, filled, origin) if origin else None
+        return Row(tokens, filled, origin, spans) if origin else None
 
     def _fill(self) -> None:
         while not self._finished and len(self._pieces) < self._buffer:

@@ -53,7 +53,7 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
             skipped += 1
     documents: Documents
     if tokenized:
-        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], skipped=skipped)
+        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], tokenizer=tokenizer, skipped=skipped)
     else:
         documents = TextDocuments(opened, tokenizer, skipped=skipped)
     if not documents.sizes.sum():

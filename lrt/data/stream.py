@@ -10,15 +10,16 @@ streams (``deal_again``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Packer, Piece, Row
 
+Found = TypeVar("Found")
 READ_AHEAD = 64  # documents tokenized at once
 SPANS_PER_STREAM = 4  # groups are split until each stream has at least so many spans an epoch
 
@@ -164,7 +165,7 @@ class Stream:
             first_turn, epoch = 0, epoch + 1
 
     def _read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
-        return _read_or_skip(self._documents, group, documents, on_corrupt=self._on_corrupt)
+        return _read_or_skip(self._documents.read, group, documents, on_corrupt=self._on_corrupt)
 
     def _read_waiting(self, waiting: Sequence[Sequence[int]]) -> list[Piece]:
         by_group: dict[int, list[int]] = {}
@@ -178,18 +179,30 @@ class Stream:
 
 def in_order(documents: Documents, *, on_corrupt: str) -> Iterator[Piece]:
     """Every document once, in the order of the files."""
-    for group, size in enumerate(documents.sizes.tolist()):
+    for group, document, tokens in read_in_order(documents.read, documents.sizes, on_corrupt=on_corrupt):
+        if len(tokens):
+            yield Piece(group, document, 0, tokens)
+
+
+def read_in_order(read: Callable[[int, Sequence[int]], list[Found]], sizes: np.ndarray, *, on_corrupt: str) -> Iterator[tuple[int, int, Found]]:
+    """Group, number and what ``read`` finds of every document, in the order of the files.
+
+    Args:
+        read: a method of ``Documents``, from a group and some of its documents.
+        sizes: (groups,) documents of each group.
+        on_corrupt: "stop" or "skip", for files that cannot be read.
+    """
+    for group, size in enumerate(sizes.tolist()):
         for begin in range(0, size, READ_AHEAD):
             chosen = range(begin, min(size, begin + READ_AHEAD))
-            for document, tokens in zip(chosen, _read_or_skip(documents, group, chosen, on_corrupt=on_corrupt)):
-                if len(tokens):
-                    yield Piece(group, document, 0, tokens)
+            for document, found in zip(chosen, _read_or_skip(read, group, chosen, on_corrupt=on_corrupt)):
+                yield group, document, found
 
 
-def _read_or_skip(documents: Documents, group: int, chosen: Sequence[int], *, on_corrupt: str) -> list[np.ndarray]:
-    """Token ids of some documents; none at all if the file cannot be read and on_corrupt is "skip"."""
+def _read_or_skip(read: Callable[[int, Sequence[int]], list[Found]], group: int, chosen: Sequence[int], *, on_corrupt: str) -> list[Found]:
+    """What ``read`` finds of some documents; nothing at all if the file cannot be read and on_corrupt is "skip"."""
     try:
-        return documents.read(group, chosen)
+        return read(group, chosen)
     except CorruptShard:
         if on_corrupt == "stop":
             raise

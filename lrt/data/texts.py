@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lrt.data.documents import corrupt, fingerprint_files
-from lrt.data.tokenizer import Tokenizer
+from lrt.data.tokenizer import Measured, Tokenizer
 
 TEXT_GROUP = 16  # documents of a text file that form a group: few, because groups are what is shuffled
 GROUPS_HELD = 4  # groups of text kept in memory by a stream
@@ -51,6 +51,10 @@ class TextDocuments:
             if len(self._held) > GROUPS_HELD:
                 self._held.popitem(last=False)
         return self._held[group]
+
+    def measure(self, group: int, documents: Sequence[int]) -> list[Measured]:
+        texts = self.texts(group)
+        return self._tokenizer.measure([texts[i] for i in documents])
 
     def read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
         texts = self.texts(group)

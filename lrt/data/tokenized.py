@@ -13,13 +13,14 @@ import itertools
 import json
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrt.data.documents import CorruptShard, fingerprint_files
-from lrt.data.tokenizer import Tokenizer
+from lrt.data.tokenizer import Measured, Tokenizer
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -116,8 +117,8 @@ def check_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: Tokeni
 class TokenizedDocuments:
     """Memory-mapped documents; a group's checksum is verified when it is first read."""
 
-    def __init__(self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, skipped: int = 0) -> None:
-        self._shards, self.skipped = shards, skipped
+    def __init__(self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, tokenizer: Tokenizer, skipped: int = 0) -> None:
+        self._shards, self._tokenizer, self.skipped = shards, tokenizer, skipped
         self._dtype = np.dtype(dtype).newbyteorder("<")
         per_shard = [[min(GROUP, e["documents"] - first) for first in range(0, e["documents"], GROUP)] for _, e in self._shards]
         self._groups = [(number, group) for number, sizes in enumerate(per_shard) for group in range(len(sizes))]
@@ -148,6 +149,13 @@ class TokenizedDocuments:
                 )
             self._verified.add(group)
         return [tokens[offsets[first + i] : offsets[first + i + 1]] for i in documents]
+
+    def measure(self, group: int, documents: Sequence[int]) -> list[Measured]:
+        return [Measured(ids.astype(np.int64), self._table[ids]) for ids in self.read(group, documents)]
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        return self._tokenizer.token_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}

@@ -11,8 +11,9 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,6 +30,22 @@ _O200K = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+# Texts on which a table of bytes per token is verified: spaces, lines, case, accents, compatibility forms, other scripts.
+_SAMPLES = (
+    "The quick brown fox; isn't it 12345?",
+    " Two  spaces,\n\na line and\ta tab.\n",
+    "naïve CAFÉ, ½ of it — “quoted”",
+    "Привет, 世界! 🙂",
+)
+
+
+class Measured(NamedTuple):
+    """A text as token ids, and how many of its bytes each id stands for."""
+
+    ids: np.ndarray  # (n,) int64
+    sizes: np.ndarray  # (n,) int64; they sum to the UTF-8 bytes of the text, unless it has no ids at all
 
 
 class Tokenizer(Protocol):
@@ -48,8 +65,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, special tokens left out."""
 
+    def measure(self, texts: Sequence[str]) -> list[Measured]:
+        """Ids of every text, without separators, and the bytes of the text that each id stands for."""
+
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for special tokens."""
+        """UTF-8 bytes that each id stands for, (vocab_size,) int64; 0 for special tokens.
+
+        Raises:
+            ValueError: the bytes of a text do not follow from its ids; ``measure`` counts those of the texts.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer so that ``load_tokenizer(folder)`` gives it back."""
@@ -71,6 +95,10 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= int(i) < 256).decode("utf-8", "replace")
+
+    def measure(self, texts: Sequence[str]) -> list[Measured]:
+        every = [np.array(self.encode(text), dtype=np.int64) for text in texts]
+        return [Measured(ids, np.ones_like(ids)) for ids in every]
 
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], dtype=np.int64)
@@ -135,9 +163,40 @@ class FileTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def measure(self, texts: Sequence[str]) -> list[Measured]:
+        found = []
+        for text, ids in zip(texts, self.encode_documents(texts)):
+            numbers = np.array(ids, dtype=np.int64)
+            sizes = self._table[numbers]
+            right = int(sizes.sum()) == len(text.encode("utf-8", "replace"))
+            found.append(Measured(numbers, sizes if right else self._by_offsets(text)))
+        return found
+
+    def _by_offsets(self, text: str) -> np.ndarray:
+        """Bytes of ``text`` from the end of one token to the end of the next; the last token takes what is left."""
+        ends = np.array([end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets], dtype=np.int64)
+        if len(ends):
+            ends = np.maximum.accumulate(ends)
+            ends[-1] = len(text)
+        until = np.cumsum([0, *(len(character.encode("utf-8", "replace")) for character in text)])
+        return np.diff(until[ends], prepend=0)
+
     def token_bytes(self) -> np.ndarray:
+        for sample in _SAMPLES:
+            counted, size = int(self._table[self.encode(sample)].sum()), len(sample.encode())
+            if counted != size:
+                raise ValueError(
+                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be counted for the {size} of "
+                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: evaluate text or parquet files, whose bytes are counted"
+                )
+        return self._table.copy()
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Bytes of each id as far as its spelling tells, not verified."""
         # Byte-level vocabularies write one character a byte; others write a space as U+2581 and raw bytes as <0x41>.
-        byte_level = "ByteLevel" in json.dumps(json.loads(self._text).get("decoder"))
+        parts = json.loads(self._text)
+        byte_level = any("ByteLevel" in json.dumps(parts.get(part)) for part in ("decoder", "pre_tokenizer", "normalizer"))
         added = self._tokenizer.get_added_tokens_decoder()
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():

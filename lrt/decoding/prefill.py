@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lrt import accounting
+from lrt.accounting import Work, work_flops
 from lrt.decoding import step as decoding
 from lrt.decoding.prefill_passes import Settled, Span
 from lrt.decoding.state import DecodeState
@@ -123,8 +123,8 @@ class Exact:
         if everywhere:
             index = (places + late[:, None]).clamp_max(length - 1)
             hidden = hidden.gather(1, index[:, :, None].expand_as(hidden))
-        total = float(counts.sum())
-        return Settled(hidden if everywhere else hidden[:, 0], [0] * batch, [0.0] * batch, counts.tolist(), [True] * batch, total, total)
+        work = [Work(float(counts.sum()), 0, len(model.blocks), received=True, scored=False)]
+        return Settled(hidden if everywhere else hidden[:, 0], [0] * batch, [0.0] * batch, counts.tolist(), [True] * batch, work)
 
 
 @dataclass(frozen=True)
@@ -323,8 +323,7 @@ def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, every
     span, real = _span(model, state, tokens, counts, kind="plain"), counts.tolist()
     hidden = _taken(span.whole(), tokens, counts, everywhere)
     span.commit(state, real, real)
-    positions = float(span.tokens.numel())
-    return Settled(hidden, [0] * len(real), [0.0] * len(real), real, [True] * len(real), positions, positions)
+    return Settled(hidden, [0] * len(real), [0.0] * len(real), real, [True] * len(real), span.ran)
 
 
 def _finish(
@@ -334,7 +333,7 @@ def _finish(
     """The blocks above the source, and everything into the state."""
     hidden = _taken(span.finish(), tokens, span.counts, everywhere)
     span.commit(state, real, exact)
-    return Settled(hidden, sweeps, residual, exact, converged, span.positions, float(span.tokens.numel()))
+    return Settled(hidden, sweeps, residual, exact, converged, span.ran)
 
 
 def _taken(hidden: Tensor, tokens: Tensor, counts: Tensor, everywhere: bool) -> Tensor:
@@ -358,11 +357,9 @@ def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Set
 
 
 def _flops(model: Any, state: DecodeState, parts: Sequence[Settled]) -> float | None:
-    """Forward FLOPs of every pass; the blocks' cost is taken as equal for every block."""
+    """Forward FLOPs of every block of every pass, and of the head at the last position of every row."""
     if not hasattr(getattr(model.backbone, "config", None), "windows"):
         return None
-    each = accounting.forward_flops(model, max(1, int(state.lengths.max())))
-    share = model.source / len(model.blocks)
-    block = each.blocks + each.attention + each.memory
-    lower, upper = sum(part.lower for part in parts), sum(part.upper for part in parts)
-    return block * (share * lower + (1 - share) * upper) + each.head * state.batch
+    head = Work(state.batch, 0, 0, received=False, scored=True)
+    work = [head, *(one for part in parts for one in part.work)]
+    return work_flops(model, work, length=max(1, int(state.lengths.max())))

@@ -9,22 +9,24 @@ Legend: B batch, P positions of the stretch, M earlier keys in view, N slots, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrt.accounting import Work
 from lrt.attention import Buffer, Cache, Strided, causal_mask
 from lrt.decoding.state import DecodeState, slot_positions
 from lrt.decoding.step import attention_cut_of, separator_of
 from lrt.forward import run_blocks, take
 from lrt.kernels.attention import usable
 from lrt.recurrence import reset_memory
-from lrt.types import KV, KVStore, at_least_float32
+from lrt.types import KV, KVStore, PassOutput, at_least_float32
 
 MASKS = 64  # kept at most
+T = TypeVar("T")
 
 
 class Settled(NamedTuple):
@@ -35,8 +37,7 @@ class Settled(NamedTuple):
     residual: list[float]
     exact: list[int]  # leading positions of the stretch that are exact, given an exact state
     converged: list[bool]
-    lower: float  # positions run through the blocks up to the source, all rows and passes together
-    upper: float  # positions run through the blocks above it
+    work: list[Work]  # what ran, in positions of all rows together
 
 
 class Span:
@@ -66,7 +67,8 @@ class Span:
         self.past: list[KV] = []  # (B, M, G, K) of every block, where the state has consumed tokens
         self.own: dict[int, KV] = {}  # (B, P, G, K) by block, as last computed
         self.work: dict[int, KV] = {}  # (B, M + P, G, K) by block: the same behind the past, written in place
-        self.positions = 0.0  # run through the blocks up to the source so far, all rows and passes together
+        self.entry = min(model.receivers, default=0)  # the first block that memory reaches; those below run once
+        self.ran: list[Work] = []  # so far, in positions of all rows together
         self._part: tuple[list[int], Span] | None = None  # the rows that are still swept
         self._masks: dict[Any, Tensor] = {}
 
@@ -117,18 +119,15 @@ class Span:
         return reset_memory(self.memory[:, :-1][:, where], None if self.starts is None else self.starts[:, where])
 
     def first(self) -> None:
-        """Forward over all positions; memory arrives only from before the stretch."""
-        received = None
-        if self.start is not None and self.memory is not None:
-            received = reset_memory(F.pad(self.memory[:, :1], (0, 0, 0, self.length - 1)), self.starts)
-        self._lower(received)
+        """Forward over all positions up to the source block; memory arrives only from before the stretch."""
+        self._run("first", self._first)
+        self._count(self.tokens.numel(), 0, self.entry)
+        self._count(self.tokens.numel(), self.entry, self.model.source, received=self.start is not None)
 
     def again(self) -> Tensor:
         """Pass over all positions, fed by the pass before, up to the source block; residual of every row (B,)."""
-        assert self.memory is not None
-        old = self.memory[:, 1:].clone()
-        self._lower(self.received(slice(None)))
-        return self._residual(self.memory[:, 1:], old, slice(0, self.length))
+        self._count(self.tokens.numel(), self.entry, self.model.source, received=True)
+        return self._run("again", self._again)
 
     def sweep(self, where: slice, keep: Tensor | None = None) -> Tensor:
         """Pass over some positions up to the source block, fed by the newest memory; residual of every row (B,).
@@ -138,14 +137,15 @@ class Span:
             keep: bool (B, p), the ones whose result counts; None = all.
         """
         assert self.memory is not None and self.source_hidden is not None
-        source = self.model.source
-        self._open(range(source))
-        stores = [self._store(layer, where, keep) for layer in range(source)]
-        contexts = [take(context, where) for context in self.contexts[:source]]
+        entry, source = self.entry, self.model.source
+        self._open(range(entry, source))
+        stores = [None] * entry + [self._store(layer, where, keep) for layer in range(entry, source)]
+        contexts = [take(context, where) for context in self.contexts[entry:source]]
         hidden, received = self.hidden[:, where], self.received(where)
         if self.compiled:  # the same strides as in a pass over all positions
             contexts, hidden, received = [_contiguous(context) for context in contexts], hidden.contiguous(), received.contiguous()
-        out = run_blocks(self.model, hidden, contexts, received, stores=stores, stop=source)
+        contexts = [*self.contexts[:entry], *contexts]
+        out = run_blocks(self.model, hidden, contexts, received, stores=stores, start=entry, stop=source)
         assert out.memory is not None
         memory, top = self.memory[:, where.start + 1 : where.stop + 1 : where.step], self.source_hidden[:, where]
         residual = self._residual(out.memory, memory, where, keep)
@@ -170,31 +170,57 @@ class Span:
         for first in range(certain + 1, min(certain + groups + 1, longest)):
             where = slice(first, longest, groups)
             changes.append(live.sweep(where))
-            self.positions += len(rows) * len(range(first, longest, groups))
+            self._count(len(rows) * len(range(first, longest, groups)), self.entry, self.model.source, received=True)
         return torch.stack(changes).amax(0).tolist()
 
     def whole(self) -> Tensor:
         """Forward of a model without memory; the last block's output (B, P, D)."""
-        return self._pass(None, 0, len(self.model.blocks)).hidden
+        self._count(self.tokens.numel(), 0, len(self.model.blocks))
+        return self._run("whole", self._whole)
 
     def finish(self) -> Tensor:
         """The blocks above the source, once, over the settled memory; the last block's output (B, P, D)."""
-        self._put_back()
-        return self._pass(self.received(slice(None)), self.model.source, len(self.model.blocks)).hidden
+        self._count(self.tokens.numel(), self.model.source, len(self.model.blocks), received=True)
+        return self._run("finish", self._finish)
 
-    def _lower(self, received: Tensor | None) -> None:
-        out = self._pass(received, 0, self.model.source)
+    def _run(self, name: str, action: Callable[[], T]) -> T:
+        """Run a pass; recorded spans may replay it."""
+        return action()
+
+    def _count(self, positions: int, start: int, stop: int, *, received: bool = False) -> None:
+        self.ran.append(Work(positions, start, stop, received, scored=False))
+
+    def _first(self) -> None:
+        if self.entry:
+            self.hidden = self._pass(self.hidden, None, 0, self.entry).hidden
+        received = None
+        if self.start is not None and self.memory is not None:
+            received = reset_memory(F.pad(self.memory[:, :1], (0, 0, 0, self.length - 1)), self.starts)
+        self._settle(received)
+
+    def _again(self) -> Tensor:
+        assert self.memory is not None
+        old = self.memory[:, 1:].clone()
+        self._settle(self.received(slice(None)))
+        return self._residual(self.memory[:, 1:], old, slice(0, self.length))
+
+    def _whole(self) -> Tensor:
+        return self._pass(self.hidden, None, 0, len(self.model.blocks)).hidden
+
+    def _finish(self) -> Tensor:
+        self._put_back()
+        assert self.source_hidden is not None
+        return self._pass(self.source_hidden, self.received(slice(None)), self.model.source, len(self.model.blocks)).hidden
+
+    def _settle(self, received: Tensor | None) -> None:
+        """The blocks from where memory enters up to the source; their memory is the newest from now on."""
+        out = self._pass(self.hidden, received, self.entry, self.model.source)
         assert self.memory is not None and out.memory is not None
         self.memory[:, 1:] = out.memory
         self.source_hidden = out.hidden.clone()
-        self.positions += self.tokens.numel()
 
-    def _pass(self, received: Tensor | None, start: int, stop: int) -> Any:
+    def _pass(self, hidden: Tensor, received: Tensor | None, start: int, stop: int) -> PassOutput:
         """Pass over all positions through some blocks, in plain causal attention after the state's keys."""
-        hidden = self.hidden
-        if start:
-            assert self.source_hidden is not None
-            hidden = self.source_hidden
         stores: list[KVStore | None] | None = None
         if self.past and self.kernels:
             self._open(range(start, stop))
@@ -295,7 +321,8 @@ class Span:
 
     def select(self, rows: Sequence[int]) -> Span:
         """The working tensors of some rows."""
-        self._open(range(self.model.source))
+        swept = range(self.entry, self.model.source)
+        self._open(swept)
         index = torch.tensor(rows, device=self.counts.device)
 
         def pick(x: Any) -> Any:
@@ -308,7 +335,7 @@ class Span:
             setattr(part, name, pick(getattr(self, name)))
         part.contexts = tuple(type(c)(*map(pick, c)) for c in self.contexts)
         part.past = [KV(*map(pick, kv)) for kv in self.past]
-        part.work = {layer: KV(*map(pick, kv)) for layer, kv in self.work.items()}
+        part.work = {layer: KV(*map(pick, self.work[layer])) for layer in swept}
         return part
 
     def put(self, rows: Sequence[int], part: Span) -> None:
@@ -316,8 +343,8 @@ class Span:
         index = torch.tensor(rows, device=self.counts.device)
         assert self.memory is not None and part.memory is not None and self.source_hidden is not None and part.source_hidden is not None
         self.memory[index], self.source_hidden[index] = part.memory, part.source_hidden
-        for layer, mine in self.work.items():
-            mine.key[index], mine.value[index] = part.work[layer]
+        for layer, fresh in part.work.items():
+            self.work[layer].key[index], self.work[layer].value[index] = fresh
 
     # -------------------------------------------------------------- the end
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +44,12 @@ class DocumentScores:
     index: np.ndarray
     bytes: np.ndarray
     nats: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, scores: Mapping[str, Any], *, data: str) -> DocumentScores:
+        """Those of ``evaluate_bpb``'s results, which are of the same rows in every mode."""
+        first = next(iter(scores.values()))
+        return cls(data, first.documents, first.document_bytes, {mode: score.document_nats for mode, score in scores.items()})
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.npz`` file."""

@@ -36,7 +36,7 @@ def figure(path: Path, *, rows: int, columns: int, size: tuple[float, float], ti
     try:
         import matplotlib
     except ImportError:
-        raise ValueError('figures need matplotlib: pip install "lrt[plot]"') from None
+        raise ValueError('figures need matplotlib: pip install -e ".[plot]" in a checkout of lrt') from None
     from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -22,6 +22,16 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def scores_of(record: Record) -> dict[str, float]:
+    """Bits per byte of an evaluation by memory mode; of a model without memory its only score, under the first mode.
+
+    Args:
+        record: of an evaluation; an empty ``recurrence`` says that there is no memory.
+    """
+    scores = record["bpb"]
+    return dict(list(scores.items())[:1]) if record.get("recurrence") == {} else scores
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run as its files tell it.

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lrt.families.blocks import Context, FamilyBlock
 from lrt.families.description import Family, part, text_config
+from lrt.rotary import kept_frequencies
 
 
 class FamilyDecoder(nn.Module):
@@ -50,6 +51,10 @@ class FamilyDecoder(nn.Module):
         self.embedding_dropout = self._setting(family.embedding_dropout) or 0.0
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with kept_frequencies(self.rotary, self.local_rotary):
+            return super()._apply(fn, recurse)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
         """Hidden state (B, P, D) and one context a block.

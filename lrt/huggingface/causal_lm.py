@@ -25,7 +25,7 @@ from lrt.huggingface.loading import HUB, carry_over, check_config, device_of, dt
 from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.model import LatentRecurrentModel
-from lrt.padding import alignment, as_ids, columns
+from lrt.padding import alignment, as_ids, columns, packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
@@ -115,6 +115,11 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
     ) -> LRTOutput | tuple[Any, ...]:
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
@@ -129,6 +134,9 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             output_attentions: also return the attention weights of decoding, in evaluation mode; the call then uses a cache.
             inputs_embeds, token_type_ids: refused.
             cache_position: ignored; the cache counts for itself.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k: documents of packed rows, as DataCollatorWithFlattening gives them beside
+                position_ids: number of the document of each token, and where documents begin and end.
+            max_length_q, max_length_k: ignored; the longest document follows from the others.
 
         Raises:
             ValueError: as ``LatentRecurrentModel.forward``; a cache that would drop the memory.
@@ -140,6 +148,8 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         asked: dict[str, Any] = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
+        lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        document_ids = packed_documents(input_ids, document_ids=document_ids, **lengths)
         held = one_cache(cache, past_key_values)
         scored = labels is not None or targets is not None
         if held is None and not output_attentions and not (use_cache and not self.training and not scored):
@@ -154,7 +164,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         elif scored or schedule is not None or document_ids is not None or output_attentions and self.training:
             raise ValueError(
                 "with a cache, and where attention weights are asked for, tokens are decoded one after the other: evaluation mode only, and "
-                "labels, targets, schedule and document_ids do not apply"
+                "labels, targets, schedule and document_ids do not apply, nor do seq_idx and cu_seq_lens_q; pass use_cache=False"
             )
         else:
             held = RecurrentCache() if held is None else held

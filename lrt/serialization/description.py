@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
+from lrt.lora import put_adapter
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
@@ -52,7 +53,7 @@ def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRe
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
     model.train_schedule = schedule_of(config)
-    return model
+    return put_adapter(model, config["adapter"]) if config.get("adapter") else model
 
 
 def schedule_of(config: dict[str, Any]) -> Schedule:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
-
-from lrt.accounting import count_parameters
+from lrt.accounting import Work, count_parameters, work_of
 from lrt.config import ModelConfig, Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
@@ -59,14 +58,16 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
     Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
     keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
-    subsets = min(getattr(schedule, "subsets", 1), length)
+    subsets, work = min(getattr(schedule, "subsets", 1), length), work_of(model, schedule, length)
     config = getattr(model.backbone, "config", None)
     cut = isinstance(config, ModelConfig) and config.attention_reset is not None
-    windows = (None if block.window is None or block.window >= length - 1 else block.window for block in model.blocks)
-    reordered = sum(cut or takes_mask(length=length, groups=subsets, window=window) for window in windows)
-    projected = sum(block.projection is not None for block in model.blocks)
-    pairs = projected + reordered * (subsets - 1)
-    return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs * (schedule.token_compute - 1)
+    pairs: float = 0.0
+    for index, block in enumerate(model.blocks):
+        window = None if block.window is None or block.window >= length - 1 else block.window
+        reordered = cut or takes_mask(length=length, groups=subsets, window=window)
+        runs = sum(part.positions for part in work if part.received and part.start <= index < part.stop)
+        pairs += runs * ((block.projection is not None) + reordered * (subsets - 1))
+    return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs
 
 
 def expected_memory(
@@ -99,7 +100,8 @@ def expected_memory(
     every = activation_numbers(model)
     kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
     tokens = horizon.rows * recipe.model.sequence_length
-    passes = 1 + RECURRENT_PASS * (schedule.token_compute - 1)
+    work = work_of(model, schedule, recipe.model.sequence_length)
+    forwards = sum(part.positions * (part.stop - part.start) * (RECURRENT_PASS if part.received else 1.0) for part in work)
     more = recurrent_numbers(model, schedule, recipe.model.sequence_length) if parallel.activation_checkpointing != "block" else 0.0
     one_block = every * tokens if parallel.activation_checkpointing != "none" else 0.0
     chunk = min(parallel.loss_chunk or tokens, tokens)
@@ -111,9 +113,7 @@ def expected_memory(
     gradients = 4.0 * trained / shards
     if world_size == 1:  # sums that are always there (lrt.train.distributed.gradient_sums)
         kept_gradients = gradients
-        blocks = [p.numel() for part in (model.blocks, model.memory_projection) if part is not None for p in part.parameters() if p.requires_grad]
-        plan = schedule.plan(recipe.model.sequence_length, generator=torch.Generator().manual_seed(0))
-        of_passes = size * sum(blocks) * (1 if schedule.token_compute == 1 else min(len(plan), 1 + TWINS))
+        of_passes: float = size * _numbers_by_pass(model, work if schedule.token_compute > 1 else work[:1])
     else:
         of_passes = 0.0
         kept_gradients = (4.0 * trained if parallel.reduces_once else gradients) if horizon.accumulation > 1 else 0.0
@@ -122,11 +122,22 @@ def expected_memory(
         copies=size * copied,
         optimizer=4.0 * (2.0 * trained - by_muon) / shards,
         kept_gradients=kept_gradients,
-        activations=size * (tokens * (kept[parallel.activation_checkpointing] * n_layers * passes + more) + one_block),
+        activations=size * (tokens * (kept[parallel.activation_checkpointing] * forwards + more) + one_block),
         logits=logits,
         update=gradients + max(of_passes, 12.0 * stack / shards),  # Muon stacks averages, updates and what orthogonalizes them, in half precision
     )
     return Memory(*(part / 2**30 for part in parts))
+
+
+def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
+    """Numbers in the gradients of what the passes share, where each pass, up to the last twin's, keeps its own."""
+
+    def trained(module: Any) -> int:
+        return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    runs = [sum(part.start <= index < part.stop for part in work) for index in range(len(model.blocks))]
+    own = sum(trained(block) * max(1, min(count, 1 + TWINS)) for block, count in zip(model.blocks, runs))
+    return own + trained(model.memory_projection) * max(1, min(sum(part.received for part in work), 1 + TWINS))
 
 
 def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:

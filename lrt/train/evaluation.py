@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.loader import ValidationLoader
-from lrt.decoding import prefill
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.fast.one_token import can_fuse
 from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
+from lrt.eval.bootstrap import DocumentScores
+from lrt.eval.exact import exact_steps
+from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import Heartbeat
 from lrt.train.run import Run
+
+DOCUMENTS = "documents.npz"  # in a run's folder: what each held-out document cost at the newest evaluation
 
 
 def evaluate(
@@ -33,9 +37,6 @@ def evaluate(
 
     The first batch of rank 0 holds the same rows whatever the number of ranks. ``progress`` is called after every batch and mode.
     """
-    token_bytes = torch.zeros(model.vocab_size, dtype=torch.int64)
-    known = torch.from_numpy(tokenizer.token_bytes())
-    token_bytes[: len(known)] = known
     decode = None
     if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
@@ -45,7 +46,7 @@ def evaluate(
         scores = evaluate_bpb(
             model,
             rows,
-            token_bytes=token_bytes,
+            token_bytes=None if isinstance(rows, ValidationLoader) else _token_bytes(tokenizer, model.vocab_size),
             modes=recipe.evaluation.modes,
             buckets=recipe.evaluation.buckets,
             device=world.device,
@@ -64,19 +65,23 @@ def evaluate(
 
 def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
     """Mode ``decode`` by the step that generation uses: block by block the processor would be the limit."""
-    decoder, sharded = accelerate(model), fsdp_modules(model)
+    by_steps, sharded = exact_steps(accelerate(model), runner=runner), fsdp_modules(model)
 
-    @torch.no_grad()
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.compiler.set_stance("force_eager"):  # what still runs as modules is one position, too little to compile
-            if sharded:
+        if sharded:
+            with torch.compiler.set_stance("force_eager"):
                 model.score(tokens[:1, :1], targets[:1, :1], baseline())  # FSDP wants its first call through the whole model
-            for module in sharded:
-                module.unshard()  # the step's kernels read parameters without calling the modules
-            hidden = prefill.run(decoder, tokens, everywhere=True, runner=runner).hidden
-        return model.backbone.loss(hidden, targets)[1]
+        for module in sharded:
+            module.unshard()  # the step's kernels read parameters without calling the modules
+        return by_steps(tokens, targets)
 
     return nats
+
+
+def _token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """The tokenizer's table with a row for every id of the model."""
+    known = torch.from_numpy(tokenizer.token_bytes())
+    return torch.nn.functional.pad(known, (0, vocab_size - len(known)))
 
 
 def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
@@ -96,48 +101,23 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "step": run.state.step,
         "tokens": run.state.tokens,
         "bpb": {mode: score.value for mode, score in scores.items()},
+        "bpb_interval": {mode: _interval(score) for mode, score in scores.items()},
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
+        "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),
         "activations": activations,
         "unreadable": run.loader.skipped,
         "seconds": time.perf_counter() - began,
     }
     run.recorder.write(record)
+    if run.world.main and scores:
+        DocumentScores.of(scores, data=run.validation.fingerprint).save(run.folder / DOCUMENTS)
     return record
 
 
-@torch.no_grad()
-def recurrence_statistics(model: Any) -> dict[str, list[float]]:
-    """What the parameters have become: gains g, size of gates and projections, one number a receiving block; a and b, one a block.
-
-    Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
-    Every rank must call this.
-    """
-    if model.recurrence is None:
-        return {}
-    found: dict[str, list[float]] = {}
-    if model.injection is not None:
-        found["gains"] = _whole(model.injection.gains).tolist()
-    blocks = [model.blocks[index] for index in model.receivers]
-    gates = [block.gate for block in blocks if block.gate is not None]
-    if gates:
-        found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
-    if pairs:
-        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
-        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
-    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
-        scales = getattr(model.backbone, name, None)
-        if scales is not None:
-            found[name] = _whole(scales).tolist()
-    return found
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(_whole(tensor).float().square().mean().sqrt())
+def _interval(score: BitsPerByte) -> list[float] | None:
+    """Both ends of the bootstrap interval over documents; None where there are too few."""
+    found = score.interval()
+    return None if math.isnan(found.low) else [found.low, found.high]

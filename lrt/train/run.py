@@ -12,7 +12,7 @@ from torch import nn
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
-from lrt.train.checkpoint.checkpoint import CheckpointManager
+from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
 from lrt.train.entrance import Entrance

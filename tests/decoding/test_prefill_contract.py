@@ -12,7 +12,7 @@ from strategies import SEPARATOR, VOCABULARY, models, rows
 from test_generate_decoding import small
 
 import lrt
-from lrt.accounting import forward_flops
+from lrt.accounting import block_flops, forward_flops, shared_flops
 from lrt.decoding import prefill
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.prefix_cache import PrefixCache
@@ -87,6 +87,27 @@ def test_an_approximate_beginning_keeps_the_whole_from_being_exact():
     assert rest.report.exact_positions == (2,) and not rest.state.exact.any()
 
 
+@settings(max_examples=20)
+@given(models(), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from([None, 5]))
+def test_blocks_run_over_as_many_positions_as_is_counted(model, lengths, groups, chunk):
+    """Those below the first receiver and those above the source once."""
+    tokens, seen = torch.randint(0, VOCABULARY, (len(lengths), max(lengths))), [0] * len(model.blocks)
+    for index, block in enumerate(model.eval().blocks):
+        block.register_forward_pre_hook(lambda module, args, index=index: seen.__setitem__(index, seen[index] + args[0][..., 0].numel()))
+    spans = []
+    for method in (prefill.refine(2, chunk=chunk), prefill.fixed_point(groups, max_sweeps=3, chunk=chunk)):
+        spans.clear()
+        state = DecodeState.empty(model, batch=len(lengths), capacity=12)
+        seen[:] = [0] * len(seen)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prefill, "_span", lambda *args, make=prefill._span, **kind: spans.append(make(*args, **kind)) or spans[-1])
+            prefill.run(model, tokens, lengths=torch.tensor(lengths), state=state, method=method)
+        work = [part for span in spans for part in span.ran]
+        assert seen == [sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(seen))]
+        once = [*seen[: min(model.receivers)], *seen[model.source :]]
+        assert set(once) <= {tokens.numel()}
+
+
 # ------------------------------------------------------------------ stopping and freezing
 
 
@@ -143,9 +164,8 @@ def test_flops_count_every_pass():
     model, tokens = small(), torch.randint(1, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
     flops = {str(m): prefill.run(model, tokens, method=m).report.flops for m in (prefill.exact(), prefill.refine(1), prefill.refine(3))}
     step = flops["refine(3)"] - flops["refine(1)"]
-    share = model.source / len(model.blocks)
-    each = forward_flops(model, 12)
-    assert step == pytest.approx(2 * 12 * share * (each.blocks + each.attention + each.memory))
+    blocks, each = block_flops(model, 12), forward_flops(model, 12)
+    assert step == pytest.approx(2 * 12 * (shared_flops(model) + sum(map(sum, blocks[: model.source]))))
     assert flops["exact"] == pytest.approx(12 * (each.blocks + each.attention + each.memory) + each.head)
 
 

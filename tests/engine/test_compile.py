@@ -77,6 +77,32 @@ def test_one_graph_a_window_and_kind_of_pass(pattern, windows):
     assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 2  # residue 0, all of whose neighbours are fresh, and residue 1 where it is not the last
 
 
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_narrow_passes_compile_no_more_graphs():
+    """What the shared blocks leave is laid out as what a block leaves; numbers and gradients are those of eager blocks."""
+    torch._dynamo.reset()
+    model = small(blocks=(2, 3))
+    eager = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, targets = batch()
+
+    def step(schedule):
+        return lambda: model(tokens, targets=targets, schedule=schedule).loss.backward()
+
+    # Without gates in the first block: without memory, with keys that are kept or not, and with memory.
+    counts = [graphs_of(step(schedule)) for schedule in (lrt.refine(1), lrt.refine(3, weights=(0.3, 0, 0, 0.7)), lrt.interleaved(2))]
+    assert counts == [3, 0, 3]
+    for schedule in (lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2), lrt.interleaved(2, sweeps=2)):
+        for one in (model, eager):
+            one.zero_grad(set_to_none=True)
+            one.loss = one(tokens, targets=targets, schedule=schedule).loss
+            one.loss.backward()
+        torch.testing.assert_close(model.loss, eager.loss)
+        for (name, ours), theirs in zip(model.named_parameters(), eager.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_changed_batch_compiles_nothing():
     torch._dynamo.reset()
     model = small()

@@ -23,7 +23,8 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture(params=["llama", "gemma2"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return stir(lrt.adapt(make(request.param)))
+    blocks = (2, 3) if request.param == "gemma2" else None  # memory enters above the first block, or everywhere
+    return stir(lrt.adapt(make(request.param), lrt.RecurrenceConfig(init="identity", blocks=blocks)))
 
 
 def padded(tokens: torch.Tensor, side: str) -> torch.Tensor:

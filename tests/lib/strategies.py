@@ -45,7 +45,7 @@ def recurrence_configs(draw, n_layers, **fixed):
     blocks = draw(st.one_of(st.none(), st.lists(st.integers(1, n_layers), min_size=1, unique=True).map(tuple)))
     settings = {
         "sharing": draw(st.sampled_from(["shared", "layerwise"])),
-        "source_layer": draw(st.one_of(st.none(), st.integers(1, n_layers))),
+        "source_layer": draw(st.one_of(st.none(), st.integers(min(blocks or (1,)), n_layers))),
         "kv_projection": parts[0],
         "residual": parts[1],
         "gate_channels": draw(st.sampled_from([None, 2])),

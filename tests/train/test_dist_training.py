@@ -26,7 +26,7 @@ from lrt.decoding.fast import one_token
 from lrt.decoding.fast.acceleration import Accelerated
 from lrt.kernels import mixing
 from lrt.train import evaluation
-from lrt.train.checkpoint.checkpoint import CheckpointManager, latest, read_rest, read_tensors
+from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
 from lrt.train.checkpoint.weights import build_parallel, export, gather
 from lrt.train.distributed import parallel
 from lrt.train.distributed.graphs import Runner
@@ -54,6 +54,8 @@ PLANS = {
     "after_step": {},
     "after_forward": {"parallel.reshard": "after_forward"},
     "layerwise": {"recurrence.sharing": "layerwise"},
+    "narrow": {"recurrence.blocks": "[2,3]"},
+    "narrow, AC block": {"recurrence.blocks": "[3]", "parallel.activation_checkpointing": "block", "parallel.reshard": "after_forward"},
     "AC block": {"parallel.activation_checkpointing": "block"},
     "AC selective": {"parallel.activation_checkpointing": "selective", "parallel.reshard": "after_forward"},
 }
@@ -136,7 +138,7 @@ def float64():
 
 
 def check_gradients(world, folder, plan, schedule):
-    recipe, plain_recipe = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if "sharing" in k})
+    recipe, plain_recipe = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")})
     with float64():
         numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
         expected, plain = gradients(plain_recipe, alone(world), [rows(world)], SCHEDULES[schedule])

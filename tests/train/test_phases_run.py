@@ -14,7 +14,7 @@ import lrt
 from lrt.accounting import count_parameters, training_flops
 from lrt.config import ScheduleConfig, parse_recipe
 from lrt.schedules import Mixture
-from lrt.train.checkpoint.checkpoint import latest, read_rest, step_of
+from lrt.train.checkpoint import latest, read_rest, step_of
 from lrt.train.checkpoint.starting_model import shapes_of
 from lrt.train.horizon import plan_horizon
 from lrt.train.monitor.metrics import read_records
@@ -244,8 +244,11 @@ def test_a_horizon_that_moves_a_crossed_border_is_refused(late, tmp_path):
     longer = train(tiny(tmp_path, LATE, "training.steps=12"))  # from step 4, which had not crossed it
     assert [r["schedule"] for r in steps_of(longer)] == ["baseline"] * 6 + ["refine(1)"] * 6
     other = LATE.replace("0.5", "0.375").replace("passes=1", "passes=2")
-    again = train(tiny(tmp_path, other, "training.steps=16"))  # another schedule may follow, as ever
-    assert again.step == 16 and steps_of(again)[-1]["schedule"] == "refine(2)"
+    with pytest.raises(ValueError, match=r"trained with other settings: schedule.phases = .*training.branch_from"):
+        train(tiny(tmp_path, other, "training.steps=16"))  # steps 6..12 were not trained so
+    later = 'schedule.phases=[{until=0.375, kind="baseline"}, {until=0.75, kind="refine"}, {until=1.0, kind="refine", passes=2}]'
+    again = train(tiny(tmp_path, later, "training.steps=16"))  # what follows is another phase
+    assert [r["schedule"] for r in steps_of(again)] == ["baseline"] * 6 + ["refine(1)"] * 6 + ["refine(2)"] * 4
 
 
 def test_the_run_of_a_mixture_is_scored_by_its_longest_member(tmp_path):

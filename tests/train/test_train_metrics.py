@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, TensorBoard, plot_curves, read_records
+from lrt.train.monitor.curves import plot_curves
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, read_records
+from lrt.train.monitor.sinks import TensorBoard
 
 
 def record(step, **more):
@@ -128,7 +130,7 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 @pytest.mark.parametrize(
     "package, use, text",
     [
-        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'pip install -e "\.\[plot\]" .*, or set metrics.plot = false'),
+        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'figures need matplotlib: pip install -e "\.\[plot\]"'),
         ("torch.utils.tensorboard", TensorBoard, r'pip install -e "\.\[tensorboard\]"'),
     ],
 )

@@ -11,7 +11,7 @@ import time
 import pytest
 from test_train_run import ROOT, TINY, files_equal, tiny, train_records
 
-from lrt.train.checkpoint.checkpoint import latest, step_of
+from lrt.train.checkpoint import latest, step_of
 from lrt.train.trainer import train
 
 
@@ -158,7 +158,7 @@ print("STEPS", len(calls))
 
 
 def test_a_full_disk_ends_no_run_before_its_end_and_loses_nothing(tmp_path):
-    code = FULL_DISK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path))
+    code = FULL_DISK.format(tests=str(ROOT / "tests" / "train"), root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     said = done.stdout

@@ -22,10 +22,10 @@ from lrt.train.distributed.parallel import checkpointed, token_tables
 SCHEDULES = [lrt.baseline(), lrt.refine(1, weights=(0.0, 1.0)), lrt.interleaved(2), lrt.interleaved(3, sweeps=2), lrt.chunked(4)]
 
 
-def small():
+def small(layers=2, **recurrence):
     torch.manual_seed(0)
-    config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=32, sequence_length=8, window_pattern="L")
-    model = build(Recipe(model=config, recurrence=RecurrenceConfig(separator=1))).double().train()
+    config = ModelConfig(n_layers=layers, width=16, n_heads=2, vocab_size=32, sequence_length=8, window_pattern="L")
+    model = build(Recipe(model=config, recurrence=RecurrenceConfig(separator=1, **recurrence))).double().train()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -304,6 +304,21 @@ def test_many_passes_share_the_last_twin():
     plain(tokens, targets=targets, schedule=schedule, valid_targets=torch.tensor(16), generator=generator).loss.backward()
     assert_same(model, plain)
     assert len(runner.compute.twins.made) == 3 and max(map(len, runner.sums._leaves)) == 4
+
+
+def test_narrow_passes_have_twins_and_the_blocks_that_they_share_have_none():
+    model = small(layers=4, blocks=(3, 4))
+    plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
+    for seed, schedule in enumerate([lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(3, sweeps=2), lrt.interleaved(2, kv_refresh=True)]):
+        add_plain(plain, seed, schedule)
+        add_ours(runner, seed, schedule)
+        assert_same(model, plain)
+    calls = []
+    for twin in runner.compute.twins.made:
+        for index, block in enumerate(twin.blocks):
+            block.register_forward_pre_hook(lambda module, args, index=index: calls.append(index))
+    add_ours(runner, 0, lrt.refine(2))
+    assert sorted(calls) == [2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("selective", [False, True])

@@ -102,19 +102,10 @@ class RecordedSpan(Span):
         self.tokens.zero_()
         self.tokens[:, : tokens.shape[1]].copy_(tokens)
         self.counts.copy_(counts)
-        self.positions, self._live_rows = 0.0, list(range(len(tokens)))
+        self.ran, self._live_rows = [], list(range(len(tokens)))
         self._rows.fill_(True)
 
     # -------------------------------------------------------------- passes
-
-    def first(self) -> None:
-        self._run("first", self._first)
-        self.positions = float(self.tokens.numel())
-
-    def again(self) -> Tensor:
-        residual = self._run("again", super().again)
-        self.positions += self.tokens.numel()
-        return residual
 
     def round(self, rows: list[int], *, groups: int, number: int, longest: int) -> list[float]:
         self._certain.fill_(number * groups)
@@ -122,23 +113,17 @@ class RecordedSpan(Span):
             self._live_rows = rows
             self._rows.copy_(torch.tensor([row in rows for row in range(len(self.counts))]))
         residual = self._run(f"round {groups}", lambda: self._round(groups)).tolist()
-        self.positions += self.tokens.numel()
+        self._count(self.tokens.numel(), self.entry, self.model.source, received=True)
         return [residual[row] for row in rows]
-
-    def whole(self) -> Tensor:
-        return self._run("whole", self._whole)
-
-    def finish(self) -> Tensor:
-        return self._run("finish", super().finish)
 
     def _first(self) -> None:
         self._embed(self._nothing, None)
-        super().first()
-        self._open(range(self.model.source))  # here, once: what sweeps write must not be made again by a replay
+        super()._first()
+        self._open(range(self.entry, self.model.source))  # here, once: what sweeps write must not be made again by a replay
 
     def _whole(self) -> Tensor:
         self._embed(None, None)
-        return super().whole()
+        return super()._whole()
 
     def _round(self, groups: int) -> Tensor:
         keep = (self.places > self._certain) & self._rows[:, None]

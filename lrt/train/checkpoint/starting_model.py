@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt
+from lrt.adaptation import adapt, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
@@ -155,13 +155,6 @@ def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
     """Adapt a decoder; memory starts at zero, so no seed is involved."""
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
     return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
-
-
-def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
-    """The decoder inside an adapted model, unchanged: the twin that trains on the same tokens."""
-    plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
-    plain.original = model.original
-    return plain
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:

@@ -100,6 +100,11 @@ class FiniteGuard:
         self._limit, self._path = limit, path
         self.total, self._row = total, 0
 
+    @property
+    def skipping(self) -> int:
+        """Steps in a row, up to the last, that were skipped."""
+        return self._row
+
     def see(self, step: int, *, skipped: bool, loss: float, norm: float, sources: Sequence[str]) -> None:
         """Take note of a step.
 

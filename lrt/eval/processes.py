@@ -1,0 +1,72 @@
+"""Processes that share the rows of an evaluation; every one holds the whole model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started, or alone.
+
+    Attributes:
+        rank, size: number of this process, and of all.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, of a tensor on the CPU, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the other processes of torchrun over gloo: what is shared are small sums on the CPU."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Processes(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(name: str | None) -> torch.device:
+    """The device of this process: the one that is named, else its GPU, else the CPU.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu") if name is None else _parsed(name)
+    try:
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
+    return device
+
+
+def _parsed(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: no such device ({str(error).splitlines()[0]}); use cpu or cuda:0") from None
