@@ -152,6 +152,9 @@ class LatentRecurrentModel(nn.Module):
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = self.backbone.logits(columns(_restore(in_order(final, places), back), logits_to_keep))
+        hidden = None
+        if output_hidden_states or logits is None and targets is None:
+            hidden = _restore(in_order(self.backbone.final_norm(final), places), back)
         memory = last_memory(results, len(weights) - 1)
         loss: Tensor | None = None
         losses: tuple[Tensor, ...] = ()
@@ -163,9 +166,9 @@ class LatentRecurrentModel(nn.Module):
             losses = tuple(mean.detach() for mean in means)
         states: tuple[Tensor, ...] = ()
         if output_hidden_states:
-            layers = block_inputs(results, len(weights) - 1)
-            states = tuple(_restore(in_order(x, places), back) for x in (*layers, self.backbone.final_norm(final)))
-        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, states)
+            assert hidden is not None
+            states = (*(_restore(in_order(x, places), back) for x in block_inputs(results, len(weights) - 1)), hidden)
+        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, hidden, states)
 
     def run(
         self,

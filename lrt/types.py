@@ -203,6 +203,8 @@ class Output:
         logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
+        last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits, where neither loss nor logits
+            are asked for, or hidden states are: of it a head outside the model makes logits.
         hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm; empty unless asked for.
     """
 
@@ -210,6 +212,7 @@ class Output:
     logits: Tensor | None = None
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] = ()
+    last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] = ()
 
     def __getitem__(self, index: int | slice | str) -> Any:

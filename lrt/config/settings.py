@@ -280,6 +280,7 @@ class MetricsConfig:
 class EvaluationConfig:
     every: int = 0  # steps; 0 = only at the end
     tokens: int = 65536  # held-out tokens scored, the same in every mode
+    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
     batch: int = 16  # rows a forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")
     buckets: int = 4  # position buckets of the report

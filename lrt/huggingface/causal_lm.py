@@ -24,6 +24,7 @@ from lrt.huggingface.config import LRTConfig
 from lrt.huggingface.loading import HUB, carry_over, check_config, device_of, dtype_of, local_folder, refuse_unknown
 from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
+from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment, as_ids, columns, packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
@@ -88,6 +89,14 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         self._assemble(built.backbone, [], None, built.train_schedule)
         for name in ("recurrence", "source", "receivers", "blocks", "memory_projection", "injection", "original"):
             setattr(self, name, getattr(built, name))
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return Trunk(self)
+
+    def get_decoder(self) -> Any:
+        return self.base_model
 
     # -------------------------------------------------------------- the call
 
@@ -270,7 +279,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         if settings is not None:
             model.generation_config = settings
         elif (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         fits: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, fits) if informed else model
 

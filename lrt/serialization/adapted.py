@@ -71,7 +71,9 @@ def describe_decoder(decoder: Any) -> dict[str, Any]:
         "config": table,
     }
     shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    return {"adapted": about} | {key: getattr(config, key) for key in shared if hasattr(config, key)}
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # for tools that apply the head themselves
+    inner = config.get_text_config()
+    return {"adapted": about} | {k: getattr(c, k) for c, keys in ((config, shared), (inner, scales)) for k in keys if hasattr(c, k)}
 
 
 def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecurrentModel:

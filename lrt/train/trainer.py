@@ -31,6 +31,7 @@ from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
+from lrt.train.further_sources import open_sources
 from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.host import host_threads
@@ -153,7 +154,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(kept), guard, say, state, told,
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
     )  # fmt: skip
 
 

@@ -237,6 +237,8 @@ class Console:
     def write(self, record: Record) -> None:
         if record["kind"] == "evaluation":
             self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
+            for line in source_lines(record):
+                self.say(f"{'':>8} {line}")
             for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
             return
@@ -271,6 +273,13 @@ TABLE = (  # of an evaluation's record: what a line says, and the key of its num
     ("injected memory / residual", "injection_ratio", "mean"),
     ("memory / local keys", "key_ratio", "mean"), ("memory / local values", "value_ratio", "mean"),
 )  # fmt: skip
+
+
+def source_lines(record: Record) -> list[str]:
+    """Bits per byte of an evaluation's further sources, one a line."""
+    found = record.get("bpb_of_sources") or {}
+    width = max(map(len, found), default=0)
+    return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]
 
 
 def score_line(record: Record) -> str:
