@@ -204,7 +204,8 @@ class Output:
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
         last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits, where neither loss nor logits
-            are asked for: of it a head outside the model makes logits.
+            are asked for, or hidden states are: of it a head outside the model makes logits.
+        hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm; empty unless asked for.
     """
 
     loss: Tensor | None = None
@@ -212,6 +213,12 @@ class Output:
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] = ()
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place; what is None has no place."""
+        named = {"loss": self.loss, "logits": self.logits}
+        return named[index] if isinstance(index, str) else tuple(x for x in named.values() if x is not None)[index]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
