@@ -55,6 +55,7 @@ class Span:
         lengths = state.lengths.tolist()
         if any(lengths):
             self._follow(state, lengths)
+        self.reach = state.reach
         self._embed(state.memory, state.document_starts)
 
     def _begin(self, model: Any, tokens: Tensor, counts: Tensor) -> None:
@@ -62,6 +63,7 @@ class Span:
         self.places = torch.arange(tokens.shape[1], device=tokens.device)
         # Compiled blocks want tensors, not numbers that change: masks and slots, and inputs of one layout.
         self.compiled = any(getattr(block, "compiled", False) for block in model.blocks)
+        self.reach: Tensor | None = None  # (B,) of the state
         self.start: Tensor | None = None  # (B,) tokens that the state has consumed; None = no row has any
         self.straight = True  # all rows begin at one position, so that keys lie in natural order
         self.past: list[KV] = []  # (B, M, G, K) of every block, where the state has consumed tokens
@@ -87,7 +89,8 @@ class Span:
     def _embed(self, memory: Tensor | None, document_starts: Tensor | None) -> None:
         tokens = self.tokens
         positions = self.places if self.start is None else self.start[:, None] + self.places
-        self.hidden, self.contexts = self.model.backbone.embed(tokens, positions)
+        more = () if self.reach is None else (self.reach[:, None],)
+        self.hidden, self.contexts = self.model.backbone.embed(tokens, positions, *more)
         separator, cut = separator_of(self.model), attention_cut_of(self.model)
         self.starts = None if separator is None else tokens == separator
         self.document_starts = None

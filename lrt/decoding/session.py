@@ -108,6 +108,7 @@ class Session:
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows: list[list[int]] = [[] for _ in range(batch)]  # new tokens so far, on the host
         self.live = self.active.tolist()
+        self.prompts: list[list[int]] = [[] for _ in range(batch)]  # on the host, where they may have to be read again
         for row in range(batch):
             self._remember(row, None if history is None else history[row])
         self._runner = runner
@@ -149,6 +150,7 @@ class Session:
         steps = max(1, min(steps, left))
         if bool((self.active & (self.state.lengths + steps > self.state.capacity)).any()):
             self.state.check_room(steps)
+        steps = self._up_to_the_border(steps)
         if self._run is None:
             self._run = self._runner(self._step, self.active)
         self.column.zero_()
@@ -170,6 +172,31 @@ class Session:
                 self.active[row] = False
         self.live = burst.active
         return burst
+
+    def _up_to_the_border(self, steps: int) -> int:
+        """How many of ``steps`` come before a row gets so long that RoPE changes; a row that is so far is read again."""
+        rotary = getattr(self.model.backbone, "by_length", None)
+        if rotary is None:
+            return steps
+        assert self.state.reach is not None
+        for row, (length, reach) in enumerate(zip(self.state.lengths.tolist(), self.state.reach.tolist())):
+            if not self.live[row] or length > rotary.border or reach > rotary.border:
+                continue
+            if length < rotary.border:
+                steps = min(steps, rotary.border - length)
+                continue
+            rotary.check(length + 1)
+            known = (self.prompts[row] + self.rows[row])[:length]
+            if len(known) < length:
+                raise ValueError(
+                    f"row {row} gets longer than {rotary.border} tokens, where this decoder's RoPE changes and every key is made anew, but its "
+                    "earlier tokens are not known: give the session its prompts (history=), or begin with a longer prompt"
+                )
+            tokens = torch.tensor([known], device=self.state.lengths.device)
+            fresh = DecodeState.empty(self.model, batch=1, capacity=self.state.capacity, keep_at=self.state.kept_at)
+            _set_reach(fresh, torch.full_like(fresh.lengths, length + 1))
+            self.state.put([row], prefills.run(self.model, tokens, state=fresh).state)
+        return steps
 
     def __iter__(self) -> Iterator[Burst]:
         while any(self.live):
@@ -219,6 +246,8 @@ class Session:
     def _remember(self, row: int, prompt: Tensor | None) -> None:
         length = int(self.state.lengths[row]) + 1
         told = self.pending[row : row + 1] if prompt is None else prompt[:length]
+        if self.state.reach is not None:
+            self.prompts[row] = told.tolist()
         if self.history is not None:
             self.history[row] = self.pad_id
             self.history[row, length - len(told) : length] = told
@@ -348,6 +377,19 @@ def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = Non
     return Generated(torch.cat([prompt_ids, more], dim=1), session.rows, logprobs, report, session.state)
 
 
+def _set_reach(state: DecodeState, lengths: Tensor) -> None:
+    """Let RoPE that depends on the length of a row rotate by ``lengths`` (B,)."""
+    if state.reach is not None:
+        state.reach.copy_(lengths)
+
+
+def _rotated_alike(model: Any, a: DecodeState, b: DecodeState) -> bool:
+    if a.reach is None or b.reach is None:
+        return True
+    border = model.backbone.by_length.border
+    return bool(((a.reach > border) == (b.reach > border)).all())
+
+
 def _before_last(
     model: Any, tokens: Tensor, counts: Tensor, capacity: int, keep_at: Sequence[int], prefill: Prefill | None,
     prefix_cache: PrefixCache | None, runner: decoding.Runner,
@@ -356,15 +398,18 @@ def _before_last(
     method = prefills.exact() if prefill is None else prefill
     if prefix_cache is None or len(tokens) > 1:
         state = DecodeState.empty(model, batch=len(tokens), capacity=capacity, keep_at=keep_at)
+        _set_reach(state, counts)
         if tokens.shape[1] == 1 or int(counts.max()) == 1:
             return state, None
         done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=method, runner=runner)
         return done.state, done.report
     known, prompt = 0, tokens[0].tolist()
     state = DecodeState.empty(model, batch=1, capacity=capacity, keep_at=keep_at)
+    _set_reach(state, counts)
     found = prefix_cache.find(prompt[:-1], model=model, method=method, keep_at=state.kept_at)
-    if found is not None:
+    if found is not None and _rotated_alike(model, found, state):
         state.put([0], found)
+        _set_reach(state, counts)
         known = int(found.lengths[0])
     if known == len(prompt) - 1:
         return state, None

@@ -210,6 +210,14 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         if real.ndim != 2:
             raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
+        if state.reach is not None:
+            after = state.lengths + real.sum(1)
+            if self.backbone.by_length.crosses(torch.where(state.reach > self.backbone.by_length.border, 0, state.lengths), after):
+                raise ValueError(
+                    f"a row gets longer than {self.backbone.by_length.border} tokens, where this decoder's RoPE changes and every key is made anew: "
+                    "call cache.reset() and pass all tokens again (generate does)"
+                )
+            state.reach.copy_(torch.where(state.lengths == 0, after, state.reach))
         forth, inside, back = alignment(real)
         tokens = input_ids.gather(1, forth)
         hidden = torch.stack([absorb(self, state, tokens[:, t], inside[:, t]) for t in range(new)], dim=1)
@@ -235,6 +243,12 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         held = _one_cache(cache, past_key_values)
         seen = 0 if held is None else held.get_seq_length()
+        rotary = getattr(self.backbone, "by_length", None)
+        if seen and rotary is not None:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
+                held.reset()
+                seen = 0
         inputs = {"input_ids": input_ids[:, seen:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
         return inputs | {"logits_to_keep": kwargs.get("logits_to_keep", 1)}
 
