@@ -50,6 +50,8 @@ class Span:
         counts: (B,) real tokens of each row; the rest is padding on the right.
     """
 
+    reach: Tensor | None = None  # (B,) of the state
+
     def __init__(self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor) -> None:
         self._begin(model, tokens, counts)
         lengths = state.lengths.tolist()
@@ -63,7 +65,6 @@ class Span:
         self.places = torch.arange(tokens.shape[1], device=tokens.device)
         # Compiled blocks want tensors, not numbers that change: masks and slots, and inputs of one layout.
         self.compiled = any(getattr(block, "compiled", False) for block in model.blocks)
-        self.reach: Tensor | None = None  # (B,) of the state
         self.start: Tensor | None = None  # (B,) tokens that the state has consumed; None = no row has any
         self.straight = True  # all rows begin at one position, so that keys lie in natural order
         self.past: list[KV] = []  # (B, M, G, K) of every block, where the state has consumed tokens

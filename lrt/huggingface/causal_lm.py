@@ -244,7 +244,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         held = _one_cache(cache, past_key_values)
         seen = 0 if held is None else held.get_seq_length()
         rotary = getattr(self.backbone, "by_length", None)
-        if seen and rotary is not None:
+        if held is not None and seen and rotary is not None:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
                 held.reset()
