@@ -142,6 +142,9 @@ class LatentRecurrentModel(nn.Module):
         logits = None
         if return_logits or (return_logits is None and targets is None):
             logits = _restore(in_order(self.backbone.logits(final), places), back)
+        hidden = None
+        if logits is None and targets is None:
+            hidden = _restore(in_order(self.backbone.final_norm(final), places), back)
         memory = last_memory(results, len(weights) - 1)
         loss: Tensor | None = None
         losses: tuple[Tensor, ...] = ()
@@ -151,7 +154,7 @@ class LatentRecurrentModel(nn.Module):
             means = group_losses(sums, count)
             loss = weighted_loss(means, weights)
             losses = tuple(mean.detach() for mean in means)
-        return Output(loss, logits, None if memory is None else _restore(memory, back), losses)
+        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, hidden)
 
     def run(
         self,

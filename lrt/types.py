@@ -203,12 +203,15 @@ class Output:
         logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
+        last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits, where neither loss nor logits
+            are asked for: of it a head outside the model makes logits.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] = ()
+    last_hidden_state: Tensor | None = None
 
 
 def at_least_float32(x: Tensor) -> Tensor:

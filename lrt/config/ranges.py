@@ -32,19 +32,21 @@ class Range(NamedTuple):
 
 FROM_1, FROM_0, POSITIVE, SHARE, DECAY = Range(1), Range(0), Range(0, above=True), Range(0, 1), Range(0, 1, below=True)
 SEED = Range(0, 2**32 - 1)
+MOST_LAYERS = 10_000  # a file that names more would only keep a machine busy
+SIZE = Range(1, 1 << 20)  # products of such numbers are still numbers of elements
 AT_THE_END = Range(0, note="0 = only at the end")
 
 RANGES: dict[str, dict[str, Range]] = {
     "run": {"seed": SEED},
     "model": {
-        "n_layers": FROM_1,
-        "width": FROM_1,
-        "n_heads": FROM_1,
-        "n_kv_heads": FROM_1,
-        "vocab_size": FROM_1,
-        "vocab_multiple": FROM_1,
-        "sequence_length": FROM_1,
-        "mlp_ratio": POSITIVE,
+        "n_layers": Range(1, MOST_LAYERS),
+        "width": SIZE,
+        "n_heads": SIZE,
+        "n_kv_heads": SIZE,
+        "vocab_size": Range(1, 1 << 24),
+        "vocab_multiple": SIZE,
+        "sequence_length": Range(1, (1 << 31) - 1),
+        "mlp_ratio": Range(0, 1 << 10, above=True),
         "softcap": POSITIVE,
         "rope_base": POSITIVE,
         "gate_channels": FROM_1,

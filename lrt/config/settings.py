@@ -266,7 +266,11 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     every: int = 10  # steps between console rows; the JSONL has every step
+    csv: bool = False  # train.csv and evaluation.csv beside metrics.jsonl
     tensorboard: bool = False
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline in the environment needs no account
+    trackio: bool = False
+    project: str = "lrt"  # of wandb and trackio
     plot: bool = True  # PNG of the curves at the end
     profile_start: int | None = None  # first step of a torch.profiler window
     profile_steps: int = 3
@@ -276,11 +280,12 @@ class MetricsConfig:
 class EvaluationConfig:
     every: int = 0  # steps; 0 = only at the end
     tokens: int = 65536  # held-out tokens scored, the same in every mode
+    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
     batch: int = 16  # rows a forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")
     buckets: int = 4  # position buckets of the report
-    sample_prompt: str = "The "
-    sample_tokens: int = 120
+    sample_prompt: str = "The "  # of a text that is decoded with every evaluation
+    sample_tokens: int = 120  # 0 = no such text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +371,8 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
     if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
+    if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
+        errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")

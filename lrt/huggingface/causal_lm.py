@@ -22,6 +22,7 @@ from lrt import serialization
 from lrt.config import RecurrenceConfig
 from lrt.decoding.step import absorb
 from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment, packed_documents
 from lrt.serialization.adapted import decoder_of
@@ -125,6 +126,14 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         self._assemble(built.backbone, [], None, built.train_schedule)
         for name in ("recurrence", "source", "receivers", "blocks", "memory_projection", "injection", "original"):
             setattr(self, name, getattr(built, name))
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return Trunk(self)
+
+    def get_decoder(self) -> Any:
+        return self.base_model
 
     # -------------------------------------------------------------- the call
 

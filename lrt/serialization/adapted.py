@@ -71,7 +71,9 @@ def describe_decoder(decoder: Any) -> dict[str, Any]:
         "config": table,
     }
     shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
-    return {"adapted": about} | {key: getattr(config, key) for key in shared if hasattr(config, key)}
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # for tools that apply the head themselves
+    inner = config.get_text_config()
+    return {"adapted": about} | {k: getattr(c, k) for c, keys in ((config, shared), (inner, scales)) for k in keys if hasattr(c, k)}
 
 
 def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecurrentModel:
@@ -180,9 +182,11 @@ def _fitting(model: LatentRecurrentModel, folder: str | Path, tensors: Mapping[s
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md of a saved folder, with the front matter that the hub reads and the call that loads it."""
     about = config.get("adapted") or {"architecture": "native lrt decoder"}
-    kind = about["architecture"]
+    kind = str(about.get("architecture"))
+    if "adapted" in config and not (kind.isidentifier() and len(kind) <= 100):  # a name from a folder may hold any markup
+        kind = "decoder"
     name = about.get("name") or ""
-    named = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+    named = bool(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)) and not Path(name).exists()
     front = ["library_name: lrt", "pipeline_tag: text-generation", "tags:", "- latent-recurrent-transformer", "- arxiv:2605.26797"]
     alone = config.get("adapter_only", False)
     what = "The memory parameters of a" if alone else "A"
@@ -192,20 +196,20 @@ def model_card(config: Mapping[str, Any]) -> str:
             f"{what} Latent Recurrent Transformer (arXiv 2605.26797) around: {kind}{f' ({name})' if named else ''}.",
             "Every position also receives the state that an upper-middle block computed at the position before it.", "",
             *(["The decoder's own weights are not in this folder; `lrt.load` checks that the base has those of the training.", ""] if alone else []),
-            "```python", *_loading(config, name if named else "DECODER"), "```", "",
+            "```python", *_loading(config, kind=kind, name=name if named else "DECODER"), "```", "",
             "Recurrence:", "", "```json", json.dumps(config["recurrence"], indent=2), "```", "",
         ]
     )  # fmt: skip
 
 
-def _loading(config: Mapping[str, Any], name: str) -> list[str]:
+def _loading(config: Mapping[str, Any], *, kind: str, name: str) -> list[str]:
     """The lines that load a folder."""
     about, alone = config.get("adapted"), config.get("adapter_only", False)
     if about is not None and "config" not in about:
         weights = "the weights that the memory was trained on" if alone else "any weights, the folder's replace them"
         return [
             "import lrt", "",
-            f"decoder = {about['architecture']}(...)          # with {weights}",
+            f"decoder = {kind}(...)          # with {weights}",
             "family = lrt.Family(...)          # as for lrt.adapt",
             'model = lrt.load("FOLDER", base=decoder, family=family)',
         ]  # fmt: skip

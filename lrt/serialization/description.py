@@ -34,8 +34,13 @@ def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any
         "vocab_size": model.vocab_size,
         "recurrence": None if model.recurrence is None else dataclasses.asdict(model.recurrence),
         "schedule": schedule_to_table(model.train_schedule),
-        **({"model": dataclasses.asdict(model.backbone.config)} if decoder is None else describe_decoder(decoder)),
+        **(_native(model) if decoder is None else describe_decoder(decoder)),
     }
+
+
+def _native(model: LatentRecurrentModel) -> dict[str, Any]:
+    """The settings of a native decoder; its softcap also under the name that tools with a head of their own read."""
+    return {"model": dataclasses.asdict(model.backbone.config), "final_logit_softcapping": model.backbone.config.softcap}
 
 
 def native_config(model: LatentRecurrentModel) -> dict[str, Any]:

@@ -46,14 +46,24 @@ class Entrance:
             )
 
 
-def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter]) -> Entrance | None:
+def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter], *, began: int = 0) -> Entrance | None:
     """The ramp into the first phase with memory, the parameters set to zero; None where the recipe asks for none.
 
     Args:
         timetable: of the run.
         memory: the parameters of the recurrence, with their initial values.
+        began: step at which the run began: a branch may begin inside the phase.
+
+    Raises:
+        ValueError: the phase ends before the ramp.
     """
     stretch = timetable.entrance
-    return (
-        Entrance.of(memory, start=stretch.start, steps=stretch.ramp) if stretch is not None and stretch.ramp else None
-    )
+    if stretch is None or not stretch.ramp:
+        return None
+    start = max(stretch.start, began)
+    if start + stretch.ramp > stretch.stop:
+        raise ValueError(
+            f"schedule ramp = {stretch.ramp}, but the phase with memory has {max(0, stretch.stop - start)} steps from step "
+            f"{start} on, where this branch begins: use at most so many"
+        )
+    return Entrance.of(memory, start=start, steps=stretch.ramp)

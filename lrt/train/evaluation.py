@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,49 @@ from lrt.train.run import Run
 DOCUMENTS = "documents.npz"  # in a run's folder: what each held-out document cost at the newest evaluation
 
 
-def evaluate(
-    model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World, *, progress: Callable[[], None]
-) -> tuple[dict[str, BitsPerByte], Statistics]:
-    """Bits per byte in every mode of the recipe, over all ranks, and what the memory does in this rank's first batch.
+class Evaluated(NamedTuple):
+    """What an evaluation has found.
 
-    The first batch of rank 0 holds the same rows whatever the number of ranks. ``progress`` is called after every batch and mode.
+    Attributes:
+        scores: bits per byte by memory mode, over all ranks.
+        activations: what the memory does in this rank's first batch; rank 0's holds the same rows for any number of ranks.
+        sources: scores of the further sources, by name.
+    """
+
+    scores: dict[str, BitsPerByte]
+    activations: Statistics
+    sources: dict[str, dict[str, BitsPerByte]]
+
+
+def evaluate(
+    model: Any,
+    recipe: Recipe,
+    rows: ValidationLoader,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    progress: Callable[[], None],
+    sources: Mapping[str, ValidationLoader] | None = None,
+) -> Evaluated:
+    """Score held-out rows in every mode of the recipe.
+
+    Args:
+        model: plain or parallel.
+        recipe: of the run.
+        rows: of the run's validation data.
+        tokenizer: of the data.
+        world: the processes; every rank must call this.
+        progress: called after every batch and mode.
+        sources: further rows, by name.
     """
     decode = None
     if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
-    try:
-        scores = evaluate_bpb(
+
+    def score(rows: ValidationLoader) -> dict[str, BitsPerByte]:
+        return evaluate_bpb(
             model,
             rows,
             token_bytes=None if isinstance(rows, ValidationLoader) else _token_bytes(tokenizer, model.vocab_size),
@@ -54,10 +83,15 @@ def evaluate(
             progress=progress,
             decode=decode,
         )
+
+    try:
+        scores = score(rows)
+        by_source = {name: score(further) for name, further in (sources or {}).items()}
         first = next(iter(rows), None)
         if first is None:
-            return scores, {}
-        return scores, activation_statistics(model, first.input_ids.to(world.device), first.targets.to(world.device))
+            return Evaluated(scores, {}, by_source)
+        activations = activation_statistics(model, first.input_ids.to(world.device), first.targets.to(world.device))
+        return Evaluated(scores, activations, by_source)
     finally:
         free_gathered(model)
         _reshard_after_forward(model, keep)
@@ -95,15 +129,18 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     heart.beat(where)
     began = time.perf_counter()
     model = run.model if run.runner is None else run.runner.refresh()
-    scores, activations = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
+    scores, activations, sources = evaluate(
+        model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
+    )
     record = {
         "kind": "evaluation",
         "step": run.state.step,
         "tokens": run.state.tokens,
-        "bpb": {mode: score.value for mode, score in scores.items()},
+        "bpb": _values(scores),
         "bpb_interval": {mode: _interval(score) for mode, score in scores.items()},
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
+        **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),
@@ -115,6 +152,10 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     if run.world.main and scores:
         DocumentScores.of(scores, data=run.validation.fingerprint).save(run.folder / DOCUMENTS)
     return record
+
+
+def _values(scores: Mapping[str, BitsPerByte]) -> dict[str, float]:
+    return {mode: score.value for mode, score in scores.items()}
 
 
 def _interval(score: BitsPerByte) -> list[float] | None:

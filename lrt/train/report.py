@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from lrt.decoding.session import generate
 from lrt.eval.runs import Record, read_records, scores_of
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
 from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
 from lrt.train.monitor.host import data_was_the_limit, share_waited
-from lrt.train.monitor.metrics import memory_table
+from lrt.train.monitor.metrics import memory_table, source_lines
 from lrt.train.run import Run, RunResult
+from lrt.train.samples import decode_sample, write_sample
 
 
 def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
@@ -38,6 +36,7 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     result = dataclasses.replace(result, bpb=dict(record["bpb"]))
     if plain is not None:
         result = dataclasses.replace(result, sample=decode_sample(plain.to(run.world.device), run))
+        write_sample(run, result.sample)
         if run.recipe.metrics.plot:
             try:
                 plot_curves(read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png", title=run.recipe.run.name)
@@ -49,18 +48,6 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
         run.say(summary(run, result, record))
     run.world.barrier()
     return result
-
-
-def decode_sample(model: Any, run: Run) -> str | None:
-    """Text that the model writes after the recipe's prompt, one token after the other, drawn with the run's seed."""
-    config = run.recipe.evaluation
-    if not config.sample_tokens:
-        return None
-    prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(config.sample_prompt)]
-    generator = torch.Generator(device=run.world.device).manual_seed(run.recipe.run.seed)
-    ids = torch.tensor([prompt], device=run.world.device)
-    out = generate(model, ids, max_new_tokens=config.sample_tokens, temperature=0.8, top_k=40, generator=generator)
-    return run.tokenizer.decode(out[0].tolist()[1:])
 
 
 def summary(run: Run, result: RunResult, record: Record) -> str:
@@ -84,6 +71,8 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+    sources = source_lines(record)
+    lines += ["", "  bits per byte of", *(f"    {line}" for line in sources)] if sources else []
     memory = memory_table(record)
     lines += ["", *(f"  {line}" for line in memory)] if memory else []
     if result.sample is not None:

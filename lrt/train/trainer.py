@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
 from lrt.data.locks import locked
 from lrt.eval.runs import read_records
 from lrt.schedules import describe
-from lrt.train.checkpoint import CheckpointManager, read_tensors, stored_recipe, write_history
-from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, set_random_state
+from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
+from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
+from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
@@ -30,16 +31,19 @@ from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
+from lrt.train.further_sources import open_sources
 from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.host import host_threads
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
+from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
 from lrt.train.monitor.profiling import profiler
+from lrt.train.monitor.sinks import Guarded, open_sinks
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
+from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
 from lrt.types import Schedule
@@ -47,11 +51,12 @@ from lrt.types import Schedule
 # ------------------------------------------------------------------ putting a run together
 
 
-def train(recipe: Recipe) -> RunResult:
+def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> RunResult:
     """Train, evaluate, export: the whole life of a run.
 
     Args:
         recipe: everything that the run needs to know.
+        sinks: of one's own, which get every record on rank 0 and cannot end the run.
 
     Raises:
         ValueError: the recipe, the data or a checkpoint cannot be used.
@@ -66,7 +71,7 @@ def train(recipe: Recipe) -> RunResult:
         with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout), contextlib.ExitStack() as held:
             check_same_on_all(recipe, world)
             held.enter_context(_held_folder(recipe, world))
-            run = assemble(recipe, world)
+            run = assemble(recipe, world, sinks=sinks)
             try:
                 with host_threads(world.device, threads=recipe.parallel.host_threads):
                     result = _loop(run, signals, heart)
@@ -81,7 +86,7 @@ def train(recipe: Recipe) -> RunResult:
                 run.recorder.close()
 
 
-def assemble(recipe: Recipe, world: World) -> Run:
+def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run:
     """All parts of a run, at the step of its newest checkpoint."""
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -91,11 +96,15 @@ def assemble(recipe: Recipe, world: World) -> Run:
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
     folder = Path(recipe.run.output) / recipe.run.name
     resumed = find_resumed(recipe, folder, world)
-    state = TrainState() if resumed is None else resumed.state
+    branch = find_branch(recipe, world) if resumed is None else None
+    begun = resumed or branch
+    state = TrainState() if begun is None else begun.state
     horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
     timetable = plan_timetable(recipe, steps=horizon.steps)
     if resumed is not None:
         check_past(resumed, recipe, timetable, parameters, steps=horizon.steps)
+    if branch is not None:
+        check_length(branch, recipe, steps=horizon.steps)
     flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
@@ -106,15 +115,19 @@ def assemble(recipe: Recipe, world: World) -> Run:
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
-    entrance = open_entrance(timetable, memory)
+    entrance = open_entrance(timetable, memory, began=state.began)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
-    if resumed is None:
+    if begun is None:
         _refuse_non_finite(model, recipe, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
     if resumed is not None:
-        _resume(resumed, model, optimizer, loader, world)
-    console = _start_folder(recipe, folder, world, total=horizon.steps, resumed=resumed)
+        restore(resumed, _tensors(model, optimizer), loader, world)
+    if branch is not None:
+        restore(branch, without_fresh_memory(_tensors(model, optimizer), branch, recipe), loader, world)
+        if entrance is not None:
+            begin_ramp(entrance, _tensors(model, optimizer), world)
+    console = _start_folder(recipe, folder, world, total=horizon.steps, resumed=resumed, branch=branch)
     say = console.say if console is not None else lambda text: None
     manager = CheckpointManager(
         folder / "checkpoints",
@@ -126,11 +139,10 @@ def assemble(recipe: Recipe, world: World) -> Run:
         report=say,
     )
     manager.last_saved = state.step if resumed is not None else -1
-    sinks: list[Sink] = [console] if console is not None else []
+    kept: list[Sink] = [console] if console is not None else []
     if world.main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step, report=say))
-        if recipe.metrics.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard"))
+        kept += open_sinks(recipe, folder, resume_step=state.step, report=say)
+        kept += [Guarded(sink, report=say) for sink in sinks]
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
@@ -142,7 +154,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(sinks), guard, say, state, told,
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
     )  # fmt: skip
 
 
@@ -186,33 +198,30 @@ def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
         raise ValueError(f"{start}: {bad} not finite: start from weights that are")
 
 
-def _resume(resumed: Resumed, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> None:
-    read_tensors(resumed.folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
-    rest = resumed.rest
-    loader.load_state_dict([state["loader"] for state in rest.rank_states])
-    if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
-        set_random_state(rest.rank_states[world.rank]["random"], world.device)
-
-
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
     """Everything that is sharded or the same on all ranks, aliasing the live tensors."""
     tensors = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
     return {**tensors, **{f"optimizer.{name}": tensor for name, tensor in optimizer.named_state().items()}}
 
 
-def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, resumed: Resumed | None) -> Console | None:
+def _start_folder(
+    recipe: Recipe, folder: Path, world: World, *, total: int, resumed: Resumed | None, branch: Resumed | None
+) -> Console | None:
     """Write what the run is, and say where it begins."""
     if not world.main:
         world.barrier()
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    start = 0 if resumed is None else resumed.state.step
+    begun = resumed or branch
+    start = 0 if begun is None else begun.state.step
     changed = write_history(folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder))
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     world.barrier()
     console = Console(total=total, start=start, every=recipe.metrics.every)
     if resumed is not None:
         console.say(f"resumed from {resumed.folder}")
+    if branch is not None:
+        console.say(f"branched off {branch.folder} at step {start}")
     for change in changed:
         console.say(f"from step {start} on: {change}")
     if resumed is not None and start >= total:
@@ -244,6 +253,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if _evaluation_missed(run):
         with clock.paused():
             evaluate_run(run, heart)
+            record_sample(run)
     with profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
@@ -281,6 +291,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             if "evaluate" in due and not stop:
                 with clock.paused():
                     evaluate_run(run, heart)
+                    record_sample(run)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
             stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)

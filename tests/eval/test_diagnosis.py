@@ -60,7 +60,7 @@ def two_states():
     common = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         model.injection.gains.fill_(-10.0)
-        model.backbone.embedding.weight.copy_(common + 0.05 * torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+        model.backbone.embedding.weight.copy_(common + 0.05 * torch.randn(64, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
         model.backbone.head.weight.zero_()
         model.backbone.head.weight[1] = common
     return model

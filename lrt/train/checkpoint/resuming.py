@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrt.accounting import Parameters
 from lrt.config import Recipe
+from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.same_run import check_same_model, check_same_run, stored_recipe
 from lrt.train.checkpoint.verifying import Loaded, newest, read_rest, step_of
 from lrt.train.distributed.world import World
@@ -49,10 +50,10 @@ def find_resumed(recipe: Recipe, folder: Path, world: World) -> Resumed | None:
         )
     check_same_model(found, recipe)
     rest = read_rest(found)
-    return Resumed(found, rest, _state(found, rest))
+    return Resumed(found, rest, state_of(found, rest))
 
 
-def _state(folder: Path, rest: Loaded) -> TrainState:
+def state_of(folder: Path, rest: Loaded) -> TrainState:
     """How far a run is; what TrainState has that an older checkpoint lacks begins at its default."""
     known = {field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState) if field.name in rest.meta}
     wrong = [name for name in ("step", "tokens", "skipped") if not isinstance(known.get(name), int)]
@@ -70,6 +71,15 @@ def check_past(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameter
     check_same_run(resumed.folder, recipe, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
     if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
         check_borders(timetable, before=before, step=step)
+
+
+def restore(resumed: Resumed, tensors: dict[str, Tensor], loader: Any, world: World) -> None:
+    """Fill ``tensors``, and put the loader and random numbers where the checkpoint has them."""
+    read_tensors(resumed.folder, tensors, process_group=world.checkpoint_group)
+    rest = resumed.rest
+    loader.load_state_dict([state["loader"] for state in rest.rank_states])
+    if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
+        set_random_state(rest.rank_states[world.rank]["random"], world.device)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run says of itself: JSONL always, rows on the console, TensorBoard and a PNG where wanted.
+"""What a run says of itself: JSONL always, and rows on the console; other places are in ``lrt.train.monitor.sinks``.
 
 Numbers of a step are read one step late, when the device has them anyway, so that reading never waits
 for work that was only just queued.
@@ -25,7 +25,7 @@ from lrt.train.monitor.faults import NotSavedError
 
 
 class Sink(Protocol):
-    """Somewhere that records go."""
+    """Somewhere that records go: those of steps, evaluations and samples, told apart by ``kind``, each with its ``step``."""
 
     def write(self, record: Record) -> None: ...
 
@@ -237,9 +237,14 @@ class Console:
     def write(self, record: Record) -> None:
         if record["kind"] == "evaluation":
             self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
+            for line in source_lines(record):
+                self.say(f"{'':>8} {line}")
             for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
             return
+        if record["kind"] == "sample" and record["step"] < self._total:
+            for line in record["text"].splitlines():
+                self.say(f"{'':>8} | {line}")
         if record["kind"] != "train":
             return
         step = record["step"]
@@ -270,6 +275,13 @@ TABLE = (  # of an evaluation's record: what a line says, and the key of its num
 )  # fmt: skip
 
 
+def source_lines(record: Record) -> list[str]:
+    """Bits per byte of an evaluation's further sources, one a line."""
+    found = record.get("bpb_of_sources") or {}
+    width = max(map(len, found), default=0)
+    return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]
+
+
 def score_line(record: Record) -> str:
     """Bits per byte of an evaluation; a model without memory has one number and no mode."""
     scores = scores_of(record)
@@ -289,39 +301,6 @@ def memory_table(record: Record) -> list[str]:
         return []
     lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]
     return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
-
-
-class TensorBoard:
-    """Scalars for TensorBoard.
-
-    Raises:
-        ValueError: the package is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            mend = 'pip install -e ".[tensorboard]" in a checkout of lrt'
-            raise ValueError(f"metrics.tensorboard = true needs the package tensorboard: {mend}") from None
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, record: Record) -> None:
-        for name, value in _scalars(record):
-            with contextlib.suppress(OSError):  # metrics.jsonl says that the disk is full, and keeps everything
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _scalars(record: Record) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, (dict, list, tuple)):
-            inside = value if isinstance(value, dict) else {str(i): v for i, v in enumerate(value)}
-            yield from ((f"{name}/{key}", number) for key, number in _scalars(inside))
-        elif isinstance(value, (int, float)) and name != "step":
-            yield name, value
 
 
 class Recorder:
