@@ -92,8 +92,8 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     Raises:
         ValueError: a row without a token, or a token that the model does not know.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens) in torch.int64")
     counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     if lengths is not None:
         counts = lengths.to(device=tokens.device, dtype=torch.int64)

@@ -319,6 +319,8 @@ def _identity(recipe: Mapping[str, Any], *, horizon: bool) -> str:
         table |= {
             f"{section}.{k}": v for k, v in values.items() if (section, k) not in left_out and v != _plain(usual.get(k))
         }
+    if "training.branch_from" in table:
+        table["training.branch_from"] = True  # seeds branch from runs of their own
     return json.dumps(table, sort_keys=True, default=str)
 
 

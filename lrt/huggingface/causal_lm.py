@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from lrt import serialization
 from lrt.config import RecurrenceConfig
+from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb
 from lrt.huggingface.cache import RecurrentCache
 from lrt.huggingface.trunk import Trunk
@@ -219,14 +220,7 @@ class LRTForCausalLM(LatentRecurrentModel, PreTrainedModel, GenerationMixin):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         if real.ndim != 2:
             raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
-        if state.reach is not None:
-            after = state.lengths + real.sum(1)
-            if self.backbone.by_length.crosses(torch.where(state.reach > self.backbone.by_length.border, 0, state.lengths), after):
-                raise ValueError(
-                    f"a row gets longer than {self.backbone.by_length.border} tokens, where this decoder's RoPE changes and every key is made anew: "
-                    "call cache.reset() and pass all tokens again (generate does)"
-                )
-            state.reach.copy_(torch.where(state.lengths == 0, after, state.reach))
+        lengthen(self, state, state.lengths + real.sum(1))
         forth, inside, back = alignment(real)
         tokens = input_ids.gather(1, forth)
         hidden = torch.stack([absorb(self, state, tokens[:, t], inside[:, t]) for t in range(new)], dim=1)

@@ -243,10 +243,6 @@ MEMORY = 'until = 1, kind = "refine"'
             "schedule.phases[1].ramp = 5 has no effect: memory came in before",
         ),
         (
-            ["schedule.ramp=5", "recurrence.init=identity"],
-            'schedule.ramp = 5 has no effect with recurrence.init = "identity"',
-        ),
-        (
             ["schedule.ramp=5", "training.init_from=x"],
             "schedule.ramp = 5 would add the values of recurrence.init to those of training.init_from",
         ),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_train_run import TINY
 
 from lrt.config import load_recipe
 from lrt.train.sweep.pool import Slot, locked, run_sweep, visible_devices
@@ -326,6 +327,37 @@ def test_interrupted_and_continued_gives_the_same_table(tmp_path, launch, number
     assert all(one == list(range(1, len(one) + 1)) for one in steps)  # they went on where they were
     tables = [table(sweep, Results(folder / "results.jsonl"), folder=folder) for folder in (whole, cut)]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_real_runs_interrupted_and_continued_have_the_same_scores(tmp_path):
+    """The trainer itself: killed in the middle, the same command goes on from the checkpoints to the same bits."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    text = (
+        'recipe = "tiny.toml"\nset = ["training.steps=200", "checkpoint.every=10", "evaluation.sample_tokens=0"]\n'
+        "side_by_side = 2\n[[runs]]\n"
+        'name = "plain"\nset = ["recurrence=false", "schedule.kind=baseline"]\n[[runs]]\nname = "lrt"\n'
+    )
+    (tmp_path / "spec.toml").write_text(text)
+    line = [sys.executable, str(ROOT / "tools" / "sweep.py"), str(tmp_path / "spec.toml"), "--out"]
+    whole = subprocess.run([*line, str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    process = subprocess.Popen([*line, str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True)
+    while len(list((tmp_path / "cut" / "runs").glob("*/checkpoints/step_*"))) < 3:
+        time.sleep(0.05)
+    process.kill()  # its runs hear it, save and end
+    process.wait()
+    while True:
+        cut = subprocess.run([*line, str(tmp_path / "cut")], capture_output=True, text=True)
+        if "in use by another sweep" not in cut.stderr:
+            break
+        time.sleep(0.5)
+    assert cut.returncode == 0 and "2 done, 0 failed, 0 left" in cut.stdout, cut.stdout + cut.stderr
+    first, second = ({r["label"]: r for r in lines(tmp_path / name)} for name in ("whole", "cut"))
+    for label in ("plain", "lrt"):
+        assert all(first[label][key] == second[label][key] for key in ("bpb", "steps", "tokens", "flops", "data"))
+    attempts = [json.loads(p.read_text())["attempts"] for p in (tmp_path / "cut" / "runs").glob("*/run.json")]
+    assert any(len(one) == 2 and one[1]["from_step"] > 0 for one in attempts)
 
 
 def test_a_run_that_ended_unseen_is_written_down_not_run_again(tmp_path, launch):
