@@ -37,12 +37,14 @@ def rotated_alike(model: Any, a: DecodeState, b: DecodeState) -> bool:
     return bool(((a.reach > border) == (b.reach > border)).all())
 
 
-def up_to_the_border(model: Any, state: DecodeState, told: Sequence[Sequence[int]], live: Sequence[bool], *, steps: int) -> int:
+def up_to_the_border(
+    model: Any, state: DecodeState, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], live: Sequence[bool], *, steps: int
+) -> int:
     """How many of ``steps`` come before a row gets so long that RoPE changes; a row that is so far is read again, in place.
 
     Args:
         model, state: whose rows are decoded.
-        told: tokens of every row, from its first on.
+        prompts, new: tokens of every row, from its first on.
         live: rows that go on.
         steps: wanted.
 
@@ -58,13 +60,14 @@ def up_to_the_border(model: Any, state: DecodeState, told: Sequence[Sequence[int
         if length < rotary.border:
             steps = min(steps, rotary.border - length)
             continue
-        if len(told[row]) < length:
+        told = [*prompts[row], *new[row]]
+        if len(told) < length:
             raise ValueError(
                 f"row {row} gets longer than {rotary.border} tokens, where this decoder's RoPE changes and every key is made anew, but its "
                 "earlier tokens are not known: generate from all of its tokens in place of a state"
             )
         fresh = DecodeState.empty(model, batch=1, capacity=state.capacity, keep_at=state.kept_at)
         lengthen(model, fresh, torch.full_like(fresh.lengths, length + 1))
-        tokens = torch.tensor([told[row][:length]], device=state.lengths.device)
+        tokens = torch.tensor([told[:length]], device=state.lengths.device)
         state.put([row], prefill.run(model, tokens, state=fresh).state)
     return steps

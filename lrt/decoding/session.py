@@ -152,8 +152,7 @@ class Session:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"advance({steps!r}): use a whole number of 1 or more steps, or leave it out")
         steps = self._fitting(self.every if steps is None else min(steps, self.every))
-        told = [prompt + new for prompt, new in zip(self.prompts, self.rows)]
-        steps = up_to_the_border(self.model, self.state, told, self.live, steps=steps)
+        steps = up_to_the_border(self.model, self.state, self.prompts, self.rows, self.live, steps=steps)
         if self._run is None:
             self._run = self._runner(self._step, self.active)
         self.column.zero_()
