@@ -26,6 +26,24 @@ def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth, inside, (places - shift).clamp_min(0)
 
 
+def as_ids(ids: Tensor) -> Tensor:
+    """Token ids of any integer dtype as int64, which embeddings and losses want; floating-point numbers stay, to be refused."""
+    return ids if ids.is_floating_point() else ids.long()
+
+
+def columns(values: Tensor, keep: int | Tensor) -> Tensor:
+    """The last ``keep`` columns of (B, T, ...), or those that a tensor names; 0 = all.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if isinstance(keep, Tensor):
+        return values[:, keep]
+    if keep < 0:
+        raise ValueError(f"logits_to_keep = {keep}: give how many last columns to keep, 0 for all, or a tensor of columns")
+    return values[:, -keep:]
+
+
 def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
     """Where a document begins: bool (B, T), true where a number is not ``step`` more than the one before it.
 
@@ -119,7 +137,7 @@ def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[T
     for name, given in (("the prompt", tokens), ("attention_mask", attention_mask)):
         if not isinstance(given, (Tensor, type(None))) or tokens is None:
             raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
-    return tokens.to(device), None if attention_mask is None else attention_mask.to(device)
+    return as_ids(tokens.to(device)), None if attention_mask is None else attention_mask.to(device)
 
 
 def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
