@@ -87,11 +87,20 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
 def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
     weights, received = schedule.group_weights(row.length), None
+    copies = enumerate(engine.copies(row, sum(step.graded for step in plan)))
     results: list[PassResult] = []
-    for index, (step, mine) in enumerate(zip(plan, engine.copies(row, len(plan)))):
+    for step in plan:
         stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
-        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
-        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
+        if step.graded:
+            index, mine = next(copies)
+            out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
+        else:
+            # Nothing that goes in asks for a gradient: one graph for all blocks and passes.
+            still, fed = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
+            with torch.no_grad():
+                out = engine.run(still, fed, keep_kv=False, stop=stop)
+        if step.group >= 0:
+            results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if step is not plan[-1]:
             received = received_everywhere(row, handed_on(out, schedule))
     return results

@@ -147,6 +147,7 @@ class PassesConfig:
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     cut_gradient: bool = False  # no gradient from one pass into the passes before
+    settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,6 +243,10 @@ MEMORY = 'until = 1, kind = "refine"'
             "schedule.phases[1].ramp = 5 has no effect: memory came in before",
         ),
         (
+            ["schedule.settle=3"],
+            "schedule.settle = 3 has no effect with schedule.kind = 'interleaved': leave it out, or use refine",
+        ),
+        (
             ["schedule.ramp=5", "training.init_from=x"],
             "schedule.ramp = 5 would add the values of recurrence.init to those of training.init_from",
         ),
