@@ -271,7 +271,8 @@ def _common_data(runs: Sequence[_Run], *, refuse: bool) -> Mapping[str, Any] | N
         if different and refuse:
             raise ValueError(
                 f"{first.name} and {run.name} have different {' and '.join(different)}, so their scores do not "
-                "compare: leave one out, evaluate both on the same text (tools/evaluate.py), or ask for it (--different-data)"
+                "compare: leave one out, evaluate both on the same text (tools/evaluate.py), or ask for it "
+                "(--different-data)"
             )
         if different:
             return None

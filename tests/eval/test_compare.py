@@ -110,7 +110,7 @@ def test_seeds_that_branch_from_runs_of_their_own_are_one_setting(tmp_path):
 
 
 def test_documents_in_pairs(tmp_path):
-    """Both seeds of a setting are averaged; the difference is exact, and so is its interval where all documents agree."""
+    """Both seeds of a setting are averaged; the difference is exact, and so is its interval where documents agree."""
     index, size = np.arange(40), np.full(40, 100)
     for name, plain, extra in (("plain", True, 0.0), ("lrt", False, -2.0)):
         for seed in (1, 2):
