@@ -31,7 +31,13 @@ def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapt
         model: where PEFT has put its layers.
         memory: modules of the memory by name.
         adapters: PEFT's configs by name; one with ``modules_to_save=[]`` keeps the memory as it is, one for inference too.
+
+    Raises:
+        ValueError: a layer in the place of the native head, which computes its loss itself.
     """
+    head: Any = getattr(getattr(model, "backbone", None), "head", None)
+    if hasattr(head, "get_base_layer") and hasattr(head.get_base_layer(), "loss"):
+        raise ValueError('LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., exclude_modules=["backbone.head"])')
     for adapter, config in adapters.items():
         chosen = getattr(config, "modules_to_save", ())
         if chosen is not None and len(chosen) == 0 or getattr(config, "inference_mode", False):
@@ -50,9 +56,20 @@ def _wrap(model: nn.Module, name: str, adapter: str) -> None:
     if isinstance(module, ModulesToSaveWrapper):
         module.update(adapter)
     else:
+        _without_layers(module)
         module = ModulesToSaveWrapper(module, adapter)
         setattr(model.get_submodule(parent), last, module)
     module.set_adapter(adapter)
+
+
+def _without_layers(module: nn.Module) -> None:
+    """Take PEFT's layers out of a module that trains as a whole; "all-linear" has put some into the memory's projection."""
+    children: list[tuple[str, Any]] = list(module.named_children())
+    for name, child in children:
+        if hasattr(child, "get_base_layer"):
+            setattr(module, name, child.get_base_layer())
+        else:
+            _without_layers(child)
 
 
 # ------------------------------------------------------------------ folders

@@ -26,6 +26,24 @@ def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth, inside, (places - shift).clamp_min(0)
 
 
+def as_ids(ids: Tensor) -> Tensor:
+    """Token ids of any integer dtype as int64, which embeddings and losses want; floating-point numbers stay, to be refused."""
+    return ids if ids.is_floating_point() else ids.long()
+
+
+def columns(values: Tensor, keep: int | Tensor) -> Tensor:
+    """The last ``keep`` columns of (B, T, ...), or those that a tensor names; 0 = all.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if isinstance(keep, Tensor):
+        return values[:, keep]
+    if keep < 0:
+        raise ValueError(f"logits_to_keep = {keep}: give how many last columns to keep, 0 for all, or a tensor of columns")
+    return values[:, -keep:]
+
+
 def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
     """Where a document begins: bool (B, T), true where a number is not ``step`` more than the one before it.
 
@@ -37,6 +55,21 @@ def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
     if border.device.type == "cpu" and not bool(border.any()):
         return None
     return F.pad(border, (1, 0), value=True)
+
+
+def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | None) -> Tensor:
+    """Tokens of the row or document that each position belongs to: (B, 1), or (B, T) with documents.
+
+    Args:
+        positions: (B, T).
+        documents: (B, T) their numbers, rising by one from 0 or 1; None = one a row.
+        real: bool (B, T), false where there is padding; None = none.
+    """
+    ends = positions + 1 if real is None else torch.where(real, positions + 1, 0)
+    if documents is None:
+        return ends.amax(1, keepdim=True)
+    longest = ends.new_zeros(ends.shape[0], ends.shape[1] + 1).scatter_reduce(1, documents, ends, "amax")
+    return longest.gather(1, documents)
 
 
 def packed_documents(
@@ -77,8 +110,8 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     Raises:
         ValueError: a row without a token, or a token that the model does not know.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens) in torch.int64")
     counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     if lengths is not None:
         counts = lengths.to(device=tokens.device, dtype=torch.int64)
@@ -104,7 +137,7 @@ def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[T
     for name, given in (("the prompt", tokens), ("attention_mask", attention_mask)):
         if not isinstance(given, (Tensor, type(None))) or tokens is None:
             raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
-    return tokens.to(device), None if attention_mask is None else attention_mask.to(device)
+    return as_ids(tokens.to(device)), None if attention_mask is None else attention_mask.to(device)
 
 
 def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -53,7 +53,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_reset": FROM_0,
     },
     "recurrence": {"source_layer": POSITIVE, "gate_channels": FROM_1, "blocks": FROM_1, "separator": FROM_0},
-    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0},
+    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0, "settle": FROM_0},
     "data": {"workers": FROM_0, "buffer_documents": FROM_1, "shuffle_seed": SEED},
     "optimizer": {  # a rate of 0 freezes
         "matrix_lr": FROM_0,
@@ -108,7 +108,7 @@ USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("schedule", "kind"): {
         "baseline": (),
         "interleaved": ("subsets", "sweeps", "order", "kv_refresh", "weights", "cut_gradient", "ramp"),
-        "refine": ("passes", "weights", "cut_gradient", "ramp"),
+        "refine": ("passes", "weights", "cut_gradient", "settle", "ramp"),
         "chunked": ("chunks", "ramp"),
         "sequential": ("ramp",),
         "mixture": ("mix", "ramp"),

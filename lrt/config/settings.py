@@ -147,6 +147,7 @@ class PassesConfig:
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     cut_gradient: bool = False  # no gradient from one pass into the passes before
+    settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ class StretchConfig(PassesConfig):
 
     kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
     mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
-    ramp: int = 0  # steps in which gains and memory projections grow from zero to what init = "paper" gives; 0 = they begin with it
+    ramp: int = 0  # steps in which the memory comes in: its values grow from zero to what recurrence.init gives, its rates to their own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
 from lrt.forward import run_blocks
 from lrt.recurrence import reset_memory
+from lrt.types import PassOutput
 
 Action = Callable[[], None]  # a step on static tensors
 Runner = Callable[[Action, "Tensor"], Action]  # how steps run: (step, static ``active`` (B,)) -> step
@@ -49,21 +50,34 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
     model = getattr(model, "one_token", model)
     if hasattr(model, "absorb"):
         return model.absorb(state, tokens, active)
+    return consume(model, state, tokens, active).hidden[:, 0]
+
+
+@torch.no_grad()
+def consume(model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, stores: Any = None, keep_inputs: bool = False) -> PassOutput:
+    """The step of ``absorb`` in plain PyTorch, with all that the blocks computed (B, 1, ...).
+
+    Args:
+        model, state, tokens, active: as in ``absorb``.
+        stores: what each block attends to; None = the caches of ``state``.
+        keep_inputs: also return the input of every block.
+    """
     positions = state.lengths[:, None]
     cut = attention_cut_of(model)
     if cut is not None:
         state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
-    hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+    more = () if state.reach is None else (state.reach[:, None],)
+    hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
     received = None
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state))
+    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state) if stores is None else stores, keep_inputs=keep_inputs)
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
         keep_memory(state)
-    return out.hidden[:, 0]
+    return out
 
 
 @torch.no_grad()

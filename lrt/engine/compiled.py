@@ -21,10 +21,10 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def engine_of(model: RecurrentDecoder) -> Engine:
+def engine_of(model: RecurrentDecoder, *, keep_inputs: bool = False) -> Engine:
     """The engine for a model as it is now; one with twins stands in for compiled blocks."""
     fast = model.twins is not None or all(map(is_compiled, model.blocks))
-    return CompiledEngine(model) if fast else Engine(model)
+    return (CompiledEngine if fast else Engine)(model, keep_inputs=keep_inputs)
 
 
 class TrimmedEntries(Entries):
@@ -62,7 +62,7 @@ class CompiledEngine(Engine):
         # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
         out = run_blocks(
             self._decoder(index), row.hidden.contiguous(), row.contexts, received, stores=stores, start=row.start, stop=stop,
-            keep_inputs=keep_inputs, share=fan_out,
+            keep_inputs=keep_inputs or self.keep_inputs, share=fan_out,
         )  # fmt: skip
         return out if keep_kv else out._replace(kv=())
 

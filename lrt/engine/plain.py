@@ -42,13 +42,15 @@ class Engine:
 
     Args:
         model: the decoder's parts.
+        keep_inputs: every pass also returns the input of every block.
     """
 
     branch: Callable[[Tensor, int], Branched] = staticmethod(branch)  # a tensor for all positions, and by residue
     entries: type[Entries] = Entries
 
-    def __init__(self, model: RecurrentDecoder) -> None:
+    def __init__(self, model: RecurrentDecoder, *, keep_inputs: bool = False) -> None:
         self.model = model
+        self.keep_inputs = keep_inputs
 
     # -------------------------------------------------------------- rows
 
@@ -84,8 +86,9 @@ class Engine:
         """
         stores = self.whole_row(row) if stores is None else stores
         out = run_blocks(
-            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs
-        )
+            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop,
+            keep_inputs=keep_inputs or self.keep_inputs,
+        )  # fmt: skip
         return out if keep_kv else out._replace(kv=())
 
     def whole_row(self, row: Row) -> list[KVStore | None]:

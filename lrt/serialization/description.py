@@ -75,7 +75,9 @@ def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
     if isinstance(schedule, Interleaved):
         return {"kind": "interleaved", **dataclasses.asdict(schedule)}
     if isinstance(schedule, Refine):
-        return {"kind": "refine", "passes": schedule.passes, "weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
+        settle = {"settle": schedule.settle} if schedule.settle else {}  # older versions read folders without it
+        weights = {"weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
+        return {"kind": "refine", "passes": schedule.passes, **weights, **settle}
     return {"kind": "baseline"} if isinstance(schedule, Baseline) else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
 
 

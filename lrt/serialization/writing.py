@@ -21,10 +21,10 @@ from lrt.serialization.adapted import decoder_tensors, is_foreign, model_card, r
 from lrt.serialization.description import config_of
 from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.permissions import usual_permissions
-from lrt.serialization.tensors import in_memory, write_folder
+from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
 
 
-def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | None = None) -> Path:
+def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | str | None = None) -> Path:
     """Write a model to ``folder``: safetensors, config.json and a model card.
 
     Args:
@@ -32,7 +32,7 @@ def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool 
         folder: must not exist yet, or be empty.
         adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB; ``load`` then needs the decoder with
             the weights that it has now, of which a fingerprint is kept. Where the decoder was trained too, save the whole model.
-        shard_size: bytes of the largest file; None = one file.
+        shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:
         ValueError: the folder is in use, or this model cannot be saved so.
@@ -48,7 +48,7 @@ def write_model(
     *,
     tensors: Mapping[str, torch.Tensor] | None = None,
     adapter_only: bool = False,
-    shard_size: int | None = None,
+    shard_size: int | str | None = None,
 ) -> None:
     """Write a model's files into a folder that exists; see ``save``.
 
@@ -66,7 +66,7 @@ def write_model(
     if adapter_only:
         config |= {"adapter_only": True, "base_fingerprint": fingerprint(decoder_tensors(model, every).items())}
         chosen = {name: every[name] for name in (*model.memory_parameters(), *sorted(adapter_names(model) - {*model.memory_parameters()}))}
-    write_folder(place, in_memory(chosen), shard_size=shard_size)
+    write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
     write_description(place, config)
     settings: Any = getattr(model, "generation_config", None)
     if settings is not None:

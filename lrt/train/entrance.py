@@ -1,4 +1,4 @@
-"""The entrance into recurrence: gains and memory projections that grow from zero, so that nothing jumps."""
+"""The entrance into recurrence: the memory's values and learning rates grow from zero, so that nothing jumps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lrt.train.timetable import Timetable
 class Entrance:
     """Memory parameters that start at zero and receive their initial values in equal parts, one a step, beside the optimizer's updates.
 
+    Their learning rates rise over the same steps, because an optimizer without a past takes full steps in every direction.
     The model itself is what grows, so evaluations, checkpoints and exports on the way hold what is trained.
     """
 
@@ -36,6 +37,10 @@ class Entrance:
     def clear(self) -> None:
         """Set the parameters to zero: the state before the ramp."""
         torch._foreach_zero_([local(p) for p in self.parameters])
+
+    def share(self, step: int) -> float:
+        """Share of the memory's learning rates at a step (0-based)."""
+        return min(1.0, max(0, step - self.start + 1) / self.steps)
 
     @torch.no_grad()
     def advance(self, step: int) -> None:

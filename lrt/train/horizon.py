@@ -32,11 +32,16 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
         world_size: processes.
 
     Raises:
-        ValueError: no horizon is given, the ranks make no mesh, or the batch cannot be dealt to them.
+        ValueError: no horizon is given, the warmup is longer, the ranks make no mesh, or the batch cannot be dealt to them.
     """
     shards_of(recipe.parallel, world_size)
     training, length = recipe.training, recipe.model.sequence_length
     steps = steps_of(recipe, parameters)
+    if steps and training.warmup_steps > steps:
+        raise ValueError(
+            f"training.warmup_steps = {training.warmup_steps}, but the run has {steps} steps, so the rates would never be reached: "
+            f"use at most {steps}, or a longer horizon"
+        )
     rows = training.batch_tokens // length
     if rows % world_size:
         raise ValueError(

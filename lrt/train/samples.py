@@ -41,7 +41,7 @@ def write_sample(run: Run, text: str | None) -> None:
 
 
 def decode_sample(model: Any, run: Run) -> str | None:
-    """Text after the recipe's prompt, one token after the other, drawn with the run's seed; None where none is asked for."""
+    """Text after the recipe's prompt, one token after the other, drawn with the run's seed; None for no tokens."""
     config = run.recipe.evaluation
     if not config.sample_tokens:
         return None

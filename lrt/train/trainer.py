@@ -38,7 +38,7 @@ from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
 from lrt.train.monitor.profiling import profiler
 from lrt.train.monitor.sinks import Guarded, open_sinks
-from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups, rate_of
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
@@ -234,12 +234,12 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
     """A collective that failed says in which step."""
     try:
         yield
-    except torch.distributed.DistError as error:
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "timeout" not in str(error).lower():
+    except RuntimeError as error:  # so is torch.distributed.DistError
+        named = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "timeout"))
+        if not named:
             raise
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+        message = hang_message(heart.where, timeout_s, silent_s=heart.silent_s)
+        raise HangError(f"{message} ({str(error).splitlines()[0]})") from error
 
 
 # ------------------------------------------------------------------ the loop
@@ -251,7 +251,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     speeds: list[float] = []
     stop = False
     if _evaluation_missed(run):
-        with clock.paused():
+        with clock.paused(), signals.unheard():
             evaluate_run(run, heart)
             record_sample(run)
     with profiler(recipe, run.folder, run.world) as profile:
@@ -260,21 +260,23 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             profile(state.step + 1)
             with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
-            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
+            share = 1.0 if run.entrance is None else run.entrance.share(state.step)
+            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer, memory_scale=share)
             run.optimizer.set_rates(rates)
             schedule = run.timetable.schedule(state.step)
-            numbers = train_step(
-                run.model,
-                run.optimizer,
-                [_to_device(batch, run.world.device) for batch in batches],
-                schedule=schedule,
-                seed=run.timetable.seed_of(state.step),
-                clip_norm=recipe.training.clip_norm,
-                world=run.world,
-                stop=signals.received is not None or run.recorder.lost is not None,
-                runner=run.runner,
-                frozen=run.memory if run.timetable.at(state.step).plain else (),
-            )
+            with signals.unheard():  # a compiler that a step starts must not end by a stop's signal
+                numbers = train_step(
+                    run.model,
+                    run.optimizer,
+                    [_to_device(batch, run.world.device) for batch in batches],
+                    schedule=schedule,
+                    seed=run.timetable.seed_of(state.step),
+                    clip_norm=recipe.training.clip_norm,
+                    world=run.world,
+                    stop=signals.received is not None or run.recorder.lost is not None,
+                    runner=run.runner,
+                    frozen=run.memory if run.timetable.at(state.step).plain else (),
+                )
             if run.entrance is not None:
                 run.entrance.advance(state.step)
             state.step += 1
@@ -289,7 +291,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             if "save" in due and not stop:
                 _save(run)  # first: a stop during an evaluation may end the process before it is over
             if "evaluate" in due and not stop:
-                with clock.paused():
+                with clock.paused(), signals.unheard():
                     evaluate_run(run, heart)
                     record_sample(run)
         heart.beat(f"the end, at step {state.step}")
@@ -300,8 +302,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     run.manager.wait()
     if run.manager.last_saved != state.step:
         raise NotSavedError(
-            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on "
-            f"from the newest whole one"
+            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on from the newest"
         )
     run.recorder.check()
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
@@ -367,7 +368,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "groups": list(numbers.groups),
             "schedule": describe(passed.schedule),
             "lr_scale": passed.rates.lr_scale,
-            "lr": {group["name"]: group["base_lr"] * passed.rates.lr_scale for group in run.optimizer.param_groups},
+            "lr": {group["name"]: rate_of(group, passed.rates) for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
             "tokens": passed.tokens,
             "tokens_per_second": speed,

@@ -48,8 +48,8 @@ def train(model: Any, steps: int = 5) -> None:
 # ------------------------------------------------------------------ adapt, then LoRA
 
 
-@pytest.mark.parametrize("kind", ["llama", "native"])
-def test_the_memory_trains_and_is_saved_with_lora(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "targets"), [("llama", "two"), ("llama", "all-linear"), ("native", "two"), ("native", "all-linear")])
+def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_path: Path) -> None:
     """PEFT alone would freeze the memory at zero and leave it out of its file."""
 
     def fresh() -> Any:
@@ -57,7 +57,8 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, tmp_path: Path) -> 
 
     model = fresh()
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")][:2]
-    wrapped = peft.get_peft_model(model, lora(target_modules=names))
+    wrapped = peft.get_peft_model(model, lora(target_modules=names if targets == "two" else targets, exclude_modules=["backbone.head"]))
+    assert not [name for name in model.memory_parameters() if "lora" in name]
     memory = [p for p in model.memory_parameters().values() if p.requires_grad]
     assert len(memory) == len(fresh().memory_parameters()) and not any(p.any() for p in memory)
     train(wrapped)
@@ -65,9 +66,31 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, tmp_path: Path) -> 
     wrapped.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(wrapped))
+    whole = lrt.load(lrt.save(model, tmp_path / "whole"))
+    assert torch.equal(logits(whole), logits(model)) and set(dict(whole.named_parameters())) == set(dict(model.named_parameters()))
     merged = wrapped.merge_and_unload()
     assert set(merged.memory_parameters()) == set(fresh().memory_parameters()) and not hasattr(merged, "peft_config")
     assert torch.equal(logits(lrt.load(lrt.save(merged, tmp_path / "merged"))), logits(merged))
+
+
+@pytest.mark.parametrize("order", ["PEFT first", "checkpointing first"])
+def test_checkpointed_blocks_change_no_name(order: str, tmp_path: Path) -> None:
+    model = lrt.adapt(decoder())
+    if order == "checkpointing first":
+        model.gradient_checkpointing_enable()
+    wrapped = peft.get_peft_model(model, lora())
+    if order == "PEFT first":
+        model.gradient_checkpointing_enable()
+    train(wrapped)
+    assert model.is_gradient_checkpointing and all(p.any() for p in model.memory_parameters().values() if p.requires_grad)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(lrt.adapt(decoder()), tmp_path / "adapter")), logits(wrapped))
+
+
+def test_lora_in_the_native_head_is_refused() -> None:
+    model = lrt.adapt(lrt.build(parse_recipe(NATIVE)))
+    with pytest.raises(ValueError, match=r'computes its own loss: LoraConfig\(..., exclude_modules=\["backbone.head"\]\)'):
+        peft.get_peft_model(model, lora(target_modules="all-linear"))
 
 
 def test_the_memory_is_left_alone_where_that_is_asked_for() -> None:

@@ -21,13 +21,14 @@ from lrt.train.monitor.metrics import read_records
 pytestmark = pytest.mark.dist
 
 
-def launch(folder, *sets, ranks=2, options=(), gpu=False):
+def launch(folder, *sets, ranks=2, options=(), gpu=False, own_group=False):
     (folder / "r.toml").write_text(TINY)
     pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
     line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, **pipes, env=environment, start_new_session=own_group)
 
 
 def wait_for_step(process, step):
@@ -129,6 +130,35 @@ def test_a_second_run_in_the_same_folder_is_refused_on_every_rank(tmp_path):
     assert re.search(r"stopped by .* at step \d+ of 100000", output)
     steps = [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
     assert steps == list(range(1, len(steps) + 1)) and step_of(latest(tmp_path / "tiny" / "checkpoints")) == len(steps)
+
+
+def test_ctrl_c_in_a_terminal_saves_though_torchrun_hands_it_on_once_more(tmp_path):
+    """Every rank hears it twice: from the terminal, and from torchrun."""
+    process = launch(tmp_path, "training.steps=100000", "checkpoint.every=0", own_group=True)
+    wait_for_step(process, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert re.search(r"stopped by SIGINT at step \d+ of 100000; the same command goes on", output), errors
+    assert "KeyboardInterrupt" not in errors and step_of(latest(tmp_path / "tiny" / "checkpoints")) >= 3
+
+
+def test_a_killed_rank_is_called_lost_and_not_silent_for_minutes(tmp_path):
+    process = launch(tmp_path, "training.steps=100000")
+    wait_for_step(process, 3)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "no progress for about" not in errors
+    assert re.search(r"stopped: step \d+: another rank has ended or was killed, \S+ seconds after the last progress; restart", errors), errors
+
+
+@pytest.mark.slow
+def test_checkpointing_and_compilation_and_fsdp_end_together_on_two_processes(tmp_path):
+    sets = ("parallel.compile=true", "parallel.activation_checkpointing=selective", "parallel.reshard=after_forward")
+    process = launch(tmp_path, "training.steps=4", "checkpoint.every=2", *sets)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert (tmp_path / "tiny" / "export" / "config.json").is_file()
 
 
 def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):

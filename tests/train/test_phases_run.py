@@ -288,6 +288,17 @@ def test_a_ramp_brings_the_initial_values_in_equal_parts(tmp_path):
             torch.testing.assert_close(tensors[name], share * whole.detach(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("init", ["paper", "identity"])
+def test_the_memorys_rates_rise_over_the_ramp(tmp_path, init):
+    """An identity start alone disturbed a trained model: the first full steps of the memory took its loss from 1.11 to 2.84."""
+    result = train(tiny(tmp_path, RAMP, f"recurrence.init={init}"))
+    backbone, memory = ([r["lr"][name] / r["lr_scale"] for r in steps_of(result)] for name in ("matrices", "memory_matrices"))
+    assert backbone == pytest.approx([backbone[0]] * 8)
+    assert memory[4:] == pytest.approx([backbone[0] * share for share in (1 / 3, 2 / 3, 1, 1)])
+    gains = [r["lr"]["gains"] / r["lr_scale"] for r in steps_of(result)]
+    assert gains[4] == pytest.approx(gains[7] / 3)
+
+
 def test_a_ramp_needs_room():
     with pytest.raises(
         ValueError, match=r"schedule.phases\[1\].ramp = 9, but the phase has 4 steps: use at most so many"

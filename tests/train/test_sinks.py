@@ -228,7 +228,10 @@ def test_wandb_records_offline_and_goes_on(tmp_path):
 def test_trackio_records_on_this_machine_and_goes_on(tmp_path):
     """The real library (extra trackio), without network."""
     folder = run_twice(tmp_path, "metrics.trackio=true", "metrics.project=mine", TRACKIO_DIR=str(tmp_path / "trackio"))
-    code = "from trackio.sqlite_storage import SQLiteStorage as s; import json; print(json.dumps([s.get_runs('mine'), s.get_logs('mine', 'tiny')]))"
+    code = (
+        "from trackio.sqlite_storage import SQLiteStorage as s; import json; "
+        "print(json.dumps([s.get_runs('mine'), s.get_logs('mine', 'tiny')]))"
+    )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -309,6 +309,7 @@ BAD = {
     "data.train=/nowhere/*.parquet": "data.train",
     "recurrence.separator=3": "recurrence.separator = 3, but the tokenizer's separator is 256: set recurrence.separator = 256",
     "training.init_from=/nowhere": "holds no checkpoint",
+    "training.warmup_steps=9": "training.warmup_steps = 9, but the run has 8 steps, so the rates would never be reached: use at most 8",
     "training.steps=none": "training has no horizon: give exactly one of training.steps, training.tokens, training.tokens_per_parameter",
 }
 

@@ -41,15 +41,15 @@ def share_waited(records: Sequence[Record]) -> float:
     Args:
         records: of its metrics.jsonl; the first step of each schedule is left out, because it compiles.
     """
-    known: set[str] = set()
+    known: set[str | None] = set()  # None: records of before they named their schedule
     total = waited = 0.0
     for record in records:
         if record["kind"] != "train":
             continue
-        if record["schedule"] in known:
+        if record.get("schedule") in known:
             seconds = 1 / record["tokens_per_second"]  # in steps' tokens, which are alike
             total, waited = total + seconds, waited + seconds * record["data_wait"]
-        known.add(record["schedule"])
+        known.add(record.get("schedule"))
     return waited / total if total else 0.0
 
 

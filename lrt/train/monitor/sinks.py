@@ -1,7 +1,7 @@
 """Where else the records of a run can go: CSV, TensorBoard, Weights & Biases, trackio.
 
-A sink has two methods, ``write`` a record and ``close``. metrics.jsonl is written in any case and holds everything; what goes
-wrong in another sink is said once, and the run goes on without it.
+A sink has two methods, ``write`` a record and ``close``. metrics.jsonl is written in any case and holds everything.
+What goes wrong in another sink is said once, and the run goes on without it.
 """
 
 from __future__ import annotations
