@@ -306,7 +306,7 @@ TIERS = [
     ["eval"],
     ["train"],
     ["conversion"],
-    ["eval.folders", "eval.tracking"],
+    ["eval.folders", "eval.tracking", "eval.harness", "eval.harness_model"],
 ]
 LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named
     ("lrt.data.sources", "lrt.data.hub"),
