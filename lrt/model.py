@@ -17,7 +17,7 @@ from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment, as_ids, columns, restarts
+from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
@@ -133,7 +133,7 @@ class LatentRecurrentModel(nn.Module):
         targets = self._check(input_ids, targets, labels)
         document_ids, position_ids = _as_rows("document_ids", document_ids, input_ids), _as_rows("position_ids", position_ids, input_ids)
         length = input_ids.shape[1]
-        back = None
+        back = real = None
         if attention_mask is not None:
             forth, real, back = alignment(attention_mask)
             input_ids = input_ids.gather(1, forth)
@@ -143,9 +143,8 @@ class LatentRecurrentModel(nn.Module):
         chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
             raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), sequential() or a mixture")
-        results = self.run(
-            input_ids, chosen, document_ids=document_ids, position_ids=position_ids, generator=generator, keep_inputs=output_hidden_states
-        )
+        more: dict[str, Any] = {"generator": generator, "keep_inputs": output_hidden_states}
+        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, real=real, **more)
         weights = chosen.group_weights(length)
         groups = by_group(results, len(weights))
         final, places = groups[-1]
@@ -177,6 +176,7 @@ class LatentRecurrentModel(nn.Module):
         *,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        real: Tensor | None = None,
         generator: torch.Generator | None = None,
         keep_inputs: bool = False,
     ) -> list[PassResult]:
@@ -185,11 +185,13 @@ class LatentRecurrentModel(nn.Module):
             raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
         if self.recurrence is None:
             schedule = baseline()
-        row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids)
+        row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids, real=real)
         return run_schedule(self, row, schedule, generator=generator, keep_inputs=keep_inputs)
 
-    def row(self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Row:
-        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents."""
+    def row(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None, real: Tensor | None = None
+    ) -> Row:
+        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents; ``real`` is false where there is padding."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
         changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
@@ -197,7 +199,11 @@ class LatentRecurrentModel(nn.Module):
         borders = _either(changed, None if cut is None else input_ids == cut)
         documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
-        hidden, contexts = self.backbone.embed(input_ids, positions)
+        by_length = getattr(self.backbone, "by_length", None)
+        if by_length is None or position_ids is None and input_ids.shape[1] <= by_length.border:
+            hidden, contexts = self.backbone.embed(input_ids, positions)
+        else:
+            hidden, contexts = self.backbone.embed(input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real))
         return Row(hidden, contexts, starts, documents)
 
     def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:

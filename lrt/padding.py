@@ -57,6 +57,21 @@ def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
     return F.pad(border, (1, 0), value=True)
 
 
+def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | None) -> Tensor:
+    """Tokens of the row or document that each position belongs to: (B, 1), or (B, T) with documents.
+
+    Args:
+        positions: (B, T).
+        documents: (B, T) their numbers, rising by one from 0 or 1; None = one a row.
+        real: bool (B, T), false where there is padding; None = none.
+    """
+    ends = positions + 1 if real is None else torch.where(real, positions + 1, 0)
+    if documents is None:
+        return ends.amax(1, keepdim=True)
+    longest = ends.new_zeros(ends.shape[0], ends.shape[1] + 1).scatter_reduce(1, documents, ends, "amax")
+    return longest.gather(1, documents)
+
+
 def packed_documents(
     input_ids: Tensor, *, document_ids: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
 ) -> Tensor | None:

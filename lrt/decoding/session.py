@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrt.decoding import prefill as prefills
 from lrt.decoding import step as decoding
+from lrt.decoding.lengths import lengthen, rotated_alike, up_to_the_border
 from lrt.decoding.prefill import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.sampling import Sampling, check_stops, choose, row_seeds
@@ -109,6 +110,7 @@ class Session:
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows: list[list[int]] = [[] for _ in range(batch)]  # new tokens so far, on the host
         self.live = self.active.tolist()
+        self.prompts: list[list[int]] = [[] for _ in range(batch)]  # on the host, where they may have to be read again
         for row in range(batch):
             self._remember(row, None if history is None else history[row])
         self._runner = runner
@@ -150,6 +152,7 @@ class Session:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"advance({steps!r}): use a whole number of 1 or more steps, or leave it out")
         steps = self._fitting(self.every if steps is None else min(steps, self.every))
+        steps = up_to_the_border(self.model, self.state, self.prompts, self.rows, self.live, steps=steps)
         if self._run is None:
             self._run = self._runner(self._step, self.active)
         self.column.zero_()
@@ -253,6 +256,8 @@ class Session:
     def _remember(self, row: int, prompt: Tensor | None) -> None:
         length = int(self.state.lengths[row]) + 1
         told = self.pending[row : row + 1] if prompt is None else prompt[:length]
+        if self.state.reach is not None:
+            self.prompts[row] = told.tolist()
         if self.history is not None:
             self.history[row] = self.pad_id
             self.history[row, length - len(told) : length] = told
@@ -404,6 +409,7 @@ def _after(
     capacity = int(before.lengths.max()) + tokens.shape[1] + room
     state = DecodeState.empty(model, batch=before.batch, capacity=max(capacity, *before.kept_at, 1), keep_at=before.kept_at)
     state.put(range(before.batch), before)
+    lengthen(model, state, state.lengths + counts)
     if tokens.shape[1] == 1 or int(counts.max()) == 1:
         return state, None
     done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=prefills.exact() if method is None else method, runner=runner)
@@ -418,14 +424,16 @@ def _before_last(
     method = prefills.exact() if prefill is None else prefill
     if prefix_cache is None or len(tokens) > 1:
         state = DecodeState.empty(model, batch=len(tokens), capacity=capacity, keep_at=keep_at)
+        lengthen(model, state, counts)
         if tokens.shape[1] == 1 or int(counts.max()) == 1:
             return state, None
         done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=method, runner=runner)
         return done.state, done.report
     known, prompt = 0, tokens[0].tolist()
     state = DecodeState.empty(model, batch=1, capacity=capacity, keep_at=keep_at)
+    lengthen(model, state, counts)
     found = prefix_cache.find(prompt[:-1], model=model, method=method, keep_at=state.kept_at)
-    if found is not None:
+    if found is not None and rotated_alike(model, found, state):
         state.put([0], found)
         known = int(found.lengths[0])
     if known == len(prompt) - 1:

@@ -46,6 +46,7 @@ class DecodeState:
         kept_at: lengths at which the memory is kept, so that ``truncate`` can go back there.
         kept: (B, len(kept_at), D), or None.
         capacity: tokens a row can hold.
+        reach: (B,) int64 tokens by which RoPE that depends on the length of a row rotates its keys; None where it does not.
         fingerprint: of the model, see ``fingerprint``.
     """
 
@@ -60,6 +61,7 @@ class DecodeState:
     kept: Tensor | None
     capacity: int
     fingerprint: str
+    reach: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -69,7 +71,8 @@ class DecodeState:
         Args:
             model: the model that will decode; one position is run to learn the shape of its keys.
             batch: rows.
-            capacity: tokens a row can hold, prompt and continuation together.
+            capacity: tokens a row can hold, prompt and continuation together; RoPE that depends on the length of a row
+                (longrope) takes it as the length, until ``generate`` says a nearer one.
             keep_at: lengths at which the memory is kept for ``truncate``.
 
         Raises:
@@ -101,6 +104,7 @@ class DecodeState:
             kept=None if memory is None or not kept_at else memory.new_zeros(batch, len(kept_at), memory.shape[-1]),
             capacity=capacity,
             fingerprint=fingerprint(model),
+            reach=None if getattr(model.backbone, "by_length", None) is None else torch.full((batch,), capacity, dtype=torch.int64, device=device),
         )
 
     # -------------------------------------------------------------- what it says
@@ -186,7 +190,7 @@ class DecodeState:
         index = torch.as_tensor(rows, device=self.lengths.device)
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             mine[index] = _reslot(theirs, other.lengths, mine.shape[1]).to(mine.dtype)
-        for name in ("memory", "lengths", "document_starts", "approximate_from", "kept"):
+        for name in _SMALL:
             if getattr(self, name) is not None:
                 getattr(self, name)[index] = getattr(other, name)
 
@@ -276,6 +280,7 @@ class DecodeState:
             document_starts=tensors["document_starts"],
             approximate_from=tensors["approximate_from"],
             kept=tensors.get("kept"),
+            reach=tensors.get("reach"),
         )
 
     def _map(self, change: Any) -> DecodeState:
@@ -314,6 +319,8 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
         one["memory"] = (rows, probe.memory.shape[-1]), probe.memory.dtype
         if kept_at:
             one["kept"] = (rows, len(kept_at), probe.memory.shape[-1]), probe.memory.dtype
+    if getattr(model.backbone, "by_length", None) is not None:
+        one["reach"] = (rows,), torch.int64
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name in sorted(one.keys() | found.keys()):
         if found.get(name) != one.get(name):
@@ -324,7 +331,7 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
     return None
 
 
-_SMALL = ("memory", "lengths", "document_starts", "approximate_from", "kept")
+_SMALL = ("memory", "lengths", "document_starts", "approximate_from", "kept", "reach")
 
 
 def slot_positions(last: Tensor, slots: int) -> Tensor:

@@ -66,7 +66,8 @@ def consume(model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, s
     cut = attention_cut_of(model)
     if cut is not None:
         state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
-    hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+    more = () if state.reach is None else (state.reach[:, None],)
+    hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
     received = None
     if state.memory is not None:
         separator = separator_of(model)

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from lrt import serialization
 from lrt.config import RecurrenceConfig
+from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
 from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache
@@ -192,6 +193,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
         forth, inside, back = alignment(real)
         state = cache.room(self, batch, new)
+        lengthen(self, state, state.lengths + real.sum(1))
         _check_positions(position_ids, state.lengths, real.bool())
         tokens, steps = input_ids.gather(1, forth), []
         weights: list[Tensor] = []
@@ -229,10 +231,15 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         held = one_cache(cache, past_key_values)
+        rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()
+        if held is not None and rotary is not None and 0 < seen < input_ids.shape[1]:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
+                held.reset()
+                kwargs["next_sequence_length"], seen = None, 0
         if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
             new = kwargs["next_sequence_length"] or input_ids.shape[1]
         else:
-            seen = 0 if held is None else held.get_seq_length()
             new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
         inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True, "logits_to_keep": 1}
         return inputs | {name: kwargs[name] for name in ("logits_to_keep", "output_hidden_states", "output_attentions") if name in kwargs}

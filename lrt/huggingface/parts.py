@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 from lrt.serialization.adapted import decoder_of, is_foreign
 
@@ -88,18 +89,17 @@ class Parts:
         if options.pop("use_reentrant") or offload:
             raise ValueError('blocks are checkpointed with use_reentrant=False and without offloading: leave both out, or {"use_reentrant": False}')
         self.gradient_checkpointing_disable()
-        for index in range(0, len(self.blocks), every_n_layers):
-            self.blocks[index] = checkpoint_wrapper(self.blocks[index], **options)
+        for block in list(self.blocks)[::every_n_layers]:  # their forward alone, not a module around each: PEFT reads names of modules
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the activations of every block again."""
-        for index, block in enumerate(self.blocks):
-            if isinstance(block, CheckpointWrapper):
-                self.blocks[index] = block._checkpoint_wrapped_module
+        for block in filter(_is_checkpointed, self.blocks):
+            del block.forward
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(isinstance(block, CheckpointWrapper) for block in self.blocks)
+        return any(map(_is_checkpointed, self.blocks))
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """``gradient_checkpointing_enable`` by its name of newer versions of transformers."""
@@ -107,6 +107,10 @@ class Parts:
 
     activation_checkpointing_disable = gradient_checkpointing_disable
     is_activation_checkpointing = is_gradient_checkpointing
+
+
+def _is_checkpointed(block: nn.Module) -> bool:
+    return getattr(block.__dict__.get("forward"), "func", None) is checkpoint
 
 
 def _check_same_kind(what: str, before: Any, after: Any) -> None:

@@ -73,6 +73,20 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_p
     assert torch.equal(logits(lrt.load(lrt.save(merged, tmp_path / "merged"))), logits(merged))
 
 
+@pytest.mark.parametrize("order", ["PEFT first", "checkpointing first"])
+def test_checkpointed_blocks_change_no_name(order: str, tmp_path: Path) -> None:
+    model = lrt.adapt(decoder())
+    if order == "checkpointing first":
+        model.gradient_checkpointing_enable()
+    wrapped = peft.get_peft_model(model, lora())
+    if order == "PEFT first":
+        model.gradient_checkpointing_enable()
+    train(wrapped)
+    assert model.is_gradient_checkpointing and all(p.any() for p in model.memory_parameters().values() if p.requires_grad)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(lrt.adapt(decoder()), tmp_path / "adapter")), logits(wrapped))
+
+
 def test_lora_in_the_native_head_is_refused() -> None:
     model = lrt.adapt(lrt.build(parse_recipe(NATIVE)))
     with pytest.raises(ValueError, match=r'computes its own loss: LoraConfig\(..., exclude_modules=\["backbone.head"\]\)'):

@@ -67,7 +67,7 @@ def test_lora_of_trl_trains_the_memory(tmp_path: Path) -> None:
     from peft import LoraConfig
 
     given = scope(decoder())
-    arguments = trl.SFTConfig(str(tmp_path), max_steps=5, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False, learning_rate=1e-2)
+    arguments = trl.SFTConfig(str(tmp_path), max_steps=5, use_cpu=True, bf16=False, report_to=[], learning_rate=1e-2)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = trl.SFTTrainer(
         lrt.adapt(given["decoder"]), args=arguments, train_dataset=given["texts"], processing_class=given["tokenizer"], peft_config=lora
@@ -86,7 +86,7 @@ def test_a_policy_that_is_its_reference_has_no_margin(kind: str, tmp_path: Path)
 
     given = scope(decoder())
     model = stir(lrt.adapt(given["decoder"]))
-    common = {"use_cpu": True, "bf16": False, "report_to": [], "gradient_checkpointing": False}
+    common = {"use_cpu": True, "bf16": False, "report_to": []}
     arguments = trl.DPOConfig(str(tmp_path), max_steps=1, logging_steps=1, learning_rate=0.0, **common)
     more = {"args": arguments, "train_dataset": given["pairs"], "processing_class": given["tokenizer"]}
     lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
