@@ -313,6 +313,7 @@ LAZY = {  # imports inside functions: Triton where a kernel runs, transformers w
     ("lrt.decoding.fast.one_token", "lrt.decoding.fast.one_token_triton"),
     ("lrt.huggingface", "lrt.huggingface.cache"),
     ("lrt.huggingface", "lrt.huggingface.causal_lm"),
+    ("lrt.huggingface.modeling_lrt", "lrt.huggingface"),
     ("lrt.kernels.mixing", "lrt.kernels.mixing_triton"),
     ("lrt.train.distributed.gradient_sums", "lrt.kernels.sums_triton"),
 }
