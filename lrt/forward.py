@@ -43,11 +43,19 @@ def memory_inputs(model: RecurrentDecoder, received: Tensor | None, *, start: in
     stop = len(model.blocks) if stop is None else stop
     if received is None or not any(start <= index < stop for index in model.receivers):
         return inputs
-    key, value = model.memory_projection(received) if model.memory_projection is not None else (None, None)
+    into_keys = for_keys(model, received)
     gains = model.injection() if model.injection is not None else (None,) * len(model.receivers)
     for index, gain in zip(model.receivers, gains):
-        inputs[index] = MemoryInput(received, key, value, gain)
+        inputs[index] = into_keys._replace(gain=gain)
     return inputs
+
+
+def for_keys(model: RecurrentDecoder, received: Tensor) -> MemoryInput:
+    """The received memory (B, P, D) as the keys and values of every block want it, and no residual."""
+    if model.memory_projection is None:
+        return MemoryInput(received)
+    made = model.memory_projection(received)
+    return MemoryInput(received, aligned=made) if isinstance(made, Tensor) else MemoryInput(received, *made)
 
 
 def run_blocks(

@@ -10,7 +10,7 @@ from hf_decoders import make, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Oracle, oracle_loss
-from strategies import SEPARATOR, VOCABULARY, model_configs, randomized, rows
+from strategies import SEPARATOR, VOCABULARY, WAYS, model_configs, randomized, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrt
@@ -38,9 +38,10 @@ def narrow_models(draw):
     first = draw(st.integers(2, config.n_layers))
     more = draw(st.sets(st.integers(first, config.n_layers)))
     parts = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    sharing, projection = draw(st.sampled_from(WAYS if parts[0] else WAYS[:2]))
     recurrence = RecurrenceConfig(
         blocks=(first, *sorted(more - {first})), source_layer=draw(st.one_of(st.none(), st.integers(first, config.n_layers))),
-        sharing=draw(st.sampled_from(["shared", "layerwise"])), kv_projection=parts[0], residual=parts[1],
+        sharing=sharing, projection=projection, kv_projection=parts[0], residual=parts[1],
         separator=draw(st.sampled_from([None, SEPARATOR])),
     )  # fmt: skip
     return randomized(build_model(config, recurrence, dtype=torch.float64), draw(st.integers(0, 2**31)))
@@ -74,7 +75,7 @@ def numbers(model, tokens, targets, schedule):
 
 def whole(engine, row):
     """In the place of ``below_memory``: every pass runs every block."""
-    return row
+    return row, ()
 
 
 # ------------------------------------------------------------------ nothing moves
@@ -192,14 +193,14 @@ def test_the_cost_in_block_forwards(layers, blocks, source, schedule, cost):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("sharing", ["shared", "layerwise"])
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
 @pytest.mark.parametrize(
     "schedule", [lrt.baseline(), lrt.refine(1, weights=(0, 1)), lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2, sweeps=2)]
 )
-def test_flops_are_those_that_torch_counts(schedule, sharing, frozen):
+def test_flops_are_those_that_torch_counts(schedule, way, frozen):
     """Products of matrices; attention is left out, because torch counts hidden keys too."""
     config = ModelConfig(n_layers=6, width=64, n_heads=2, vocab_size=64, sequence_length=16, window_pattern="SL")
-    model = randomized(build_model(config, RecurrenceConfig(blocks=(4, 6), sharing=sharing), dtype=torch.float64), 0)
+    model = randomized(build_model(config, RecurrenceConfig(blocks=(4, 6), sharing=way[0], projection=way[1]), dtype=torch.float64), 0)
     added = set(map(id, model.memory_parameters().values()))
     for parameter in model.parameters():
         parameter.requires_grad_(not frozen or id(parameter) in added)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, causal_mask
-from lrt.forward import Row, at_hand, memory_inputs, run_blocks
+from lrt.forward import Row, at_hand, for_keys, run_blocks
 from lrt.kernels.attention import usable
 from lrt.kernels.gradients import Branch, Branched, branch, split
 from lrt.recurrence import reset_memory
@@ -160,11 +160,11 @@ class PositionBuffer:
         """Bring the newest memory into the keys and values of some residues; gates and local parts stay those of the first pass."""
         model = self._engine.model
         for residue in residues:
-            newest = memory_inputs(model, self.received(residue))
+            newest = for_keys(model, self.received(residue))
             for layer in model.receivers:
                 keys, values = self._kv[layer - self._row.start]
                 context = at_hand(self._parts[residue].contexts[layer])
-                keys[residue], values[residue] = model.blocks[layer].refresh(self._inputs[layer][residue], newest[layer], context)
+                keys[residue], values[residue] = model.blocks[layer].refresh(self._inputs[layer][residue], newest, context)
 
 
 class Prefix:

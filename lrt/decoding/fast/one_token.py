@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lrt.backbone import Decoder
+from lrt.config import RecurrenceConfig
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import attention_cut_of, keep_memory, separator_of
 
@@ -24,16 +25,21 @@ EPS = torch.finfo(torch.float32).eps  # of every norm, in half precision too
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether the kernels fit: a native model of a power-of-two head width, with triton installed."""
+    """Whether the kernels fit: a native model of a power-of-two head width with projections of the memory's own, and triton installed."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
     backbone = model.backbone
-    if type(backbone) is not Decoder:
+    if type(backbone) is not Decoder or not _knows(model.recurrence):
         return False
     width = backbone.head_dim
     return width >= 16 and width & (width - 1) == 0 and next(model.parameters()).dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _knows(recurrence: RecurrenceConfig | None) -> bool:
+    """Whether the kernels compute this recurrence; of an aligned projection they know nothing."""
+    return recurrence is None or recurrence.projection == "separate"
 
 
 def fuse(model: Any) -> FusedDecoder:
