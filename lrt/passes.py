@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.engine import Engine, engine_of
-from lrt.forward import Row, take
+from lrt.forward import Row
 from lrt.kernels.attention import natural_order
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import only_feeds
@@ -44,12 +44,12 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
         not be scored.
     """
     plan, engine = schedule.plan(row.length, generator=generator), engine_of(model)
-    if not (plan[0].memory == "zero" and plan[0].covers(row.length)):
-        return chunks(engine, row, plan)
     if len(plan) == 1:
         return refine(engine, row, plan, schedule)
-    loop = refine if plan[1].covers(row.length) else interleave
-    return loop(engine, below_memory(engine, row), plan, schedule)
+    row = below_memory(engine, row)
+    if not plan[0].covers(row.length):
+        return chunks(engine, row, plan)
+    return refine(engine, row, plan, schedule) if plan[1].covers(row.length) else interleave(engine, row, plan, schedule)
 
 
 def below_memory(engine: Engine, row: Row) -> Row:
@@ -89,18 +89,30 @@ def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
 
 
 def chunks(engine: Engine, row: Row, plan: Sequence[Pass]) -> list[PassResult]:
-    """Contiguous passes, left to right; memory arrives at the first position of each, from the chunk before."""
-    prefix, memory = engine.prefix(row), None
-    results: list[PassResult] = []
-    for step in plan:
-        part, received = stretch(row, step.positions), None
-        if step.memory == "first" and memory is not None:
-            received = reset_memory(F.pad(memory[:, -1:], (0, 0, 0, part.length - 1)), part.starts)
-        out = engine.run(part, received, stores=prefix.stores(step))
-        prefix.keep(out.kv)
-        memory = out.memory
-        results.append(PassResult(step, out.hidden, out.memory))
-    return results
+    """Contiguous passes, left to right, up to the source block; the blocks above it wait for nothing and run once."""
+    row, parts = engine.pieces(row, [step.stop - step.start for step in plan])
+    prefix = engine.prefix(row)
+    hidden: list[Tensor] = []
+    memory: list[Tensor] = []
+    fed: list[Tensor] = []
+    with engine.chunkwise(len(plan)):
+        for step, part in zip(plan, parts):
+            received = received_first(part, memory[-1]) if memory else None
+            out = engine.run(part, received, stores=prefix.stores(step), stop=engine.model.source)
+            assert out.memory is not None
+            prefix.keep(out.kv)
+            fed.append(torch.zeros_like(out.memory) if received is None else received)
+            hidden.append(out.hidden)
+            memory.append(out.memory)
+    above = row._replace(hidden=torch.cat(hidden, 1), start=engine.model.source)
+    out = engine.run(above, torch.cat(fed, 1), keep_kv=False)
+    return [PassResult(Pass(0, row.length, 1, plan[0].group, "first"), out.hidden, torch.cat(memory, 1))]
+
+
+def received_first(part: Row, memory: Tensor) -> Tensor:
+    """m[t-1] (B, P, D) of a chunk: the last memory of the chunk before at its first position, zero elsewhere."""
+    last = memory[:, -1:]
+    return reset_memory(last if part.length == 1 else F.pad(last, (0, 0, 0, part.length - 1)), part.starts)
 
 
 def received_everywhere(row: Row, before: PassOutput) -> Tensor:
@@ -115,12 +127,6 @@ def handed_on(out: PassOutput, schedule: Schedule) -> PassOutput:
         return out
     kv = tuple(KV(key.detach(), value.detach()) for key, value in out.kv)
     return PassOutput(out.hidden, out.memory.detach(), kv, tuple(x.detach() for x in out.inputs))
-
-
-def stretch(row: Row, positions: slice) -> Row:
-    """Some positions of a row."""
-    contexts = tuple(take(context, positions) for context in row.contexts)
-    return Row(row.hidden[:, positions], contexts, None if row.starts is None else row.starts[:, positions], None, row.start)
 
 
 # ------------------------------------------------------------------ what the passes say together

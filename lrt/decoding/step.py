@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
-from lrt.forward import run_blocks
+from lrt.forward import Row, run_blocks
 from lrt.recurrence import reset_memory
 
 Action = Callable[[], None]  # a step on static tensors
@@ -34,7 +34,9 @@ def attention_cut_of(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+def absorb(
+    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
+) -> Tensor:
     """Let every active row of ``state`` consume one token, in place.
 
     Args:
@@ -42,23 +44,27 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
         state: its rows; must have room for one token.
         tokens: (B,) token ids.
         active: (B,) bool; other rows stay as they are.
+        row: what block ``row.start`` receives at these tokens, with contexts; None = the tokens embedded, for the first block.
+        stop: the first block that does not run, above the source; None = all run.
 
     Returns:
-        (B, D) output of the last block.
+        (B, D) output of the last block that ran.
     """
     model = getattr(model, "one_token", model)
     if hasattr(model, "absorb"):
-        return model.absorb(state, tokens, active)
+        return model.absorb(state, tokens, active, row=row, stop=stop)
     positions = state.lengths[:, None]
     cut = attention_cut_of(model)
     if cut is not None:
         state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
-    hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+    if row is None:
+        hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+        row = Row(hidden, contexts, None, None)
     received = None
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state))
+    out = run_blocks(model, row.hidden, row.contexts, received, stores=masked_caches(state), start=row.start, stop=stop)
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)

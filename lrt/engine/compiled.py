@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from lrt.forward import Row, run_blocks
 from lrt.kernels.attention import block_mask, usable
 from lrt.kernels.gradients import Branched, branch_compiled, fan_out
 from lrt.types import PassOutput, RecurrentDecoder
+
+CHUNK_GRAPHS = 8  # chunks of a row that are compiled, each for itself; more run eagerly, which a CUDA graph hides
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -75,6 +78,11 @@ class CompiledEngine(Engine):
         place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "documents": row.documents, "device": device}
         masks = {window: block_mask(window=seen, **place) for window, seen in windows.items()}
         return [masks[block.window] for block in blocks]
+
+    def chunkwise(self, count: int) -> AbstractContextManager[Any]:
+        """A chunk that autograd follows sees more keys than the one before, and is a graph of its own: only a few are compiled."""
+        few = count <= CHUNK_GRAPHS or not torch.is_grad_enabled()
+        return super().chunkwise(count) if few else torch.compiler.set_stance("force_eager")
 
     def _decoder(self, index: int) -> RecurrentDecoder:
         """What runs a pass: the model, or the twin that keeps its gradients apart."""
