@@ -150,6 +150,7 @@ class Work(NamedTuple):
     stop: int
     received: bool  # memory arrives
     scored: bool  # the head runs too
+    graded: bool = True  # a backward pass follows
 
 
 def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Work]:
@@ -167,7 +168,8 @@ def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Wo
         count = len(range(step.start, step.stop, step.step))
         stop = model.source if only_feeds(plan, step, weights, length) else len(model.blocks)
         received = step.memory == "all" or (step.memory == "first" and count == 1)
-        parts.append(Work(count / length, first, stop, received, scored=weights[step.group] > 0))
+        scored = step.group >= 0 and weights[step.group] > 0
+        parts.append(Work(count / length, first, stop, received, scored, step.graded))
     return parts
 
 
@@ -210,7 +212,10 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     frozen = [2.0 * matrices(block.block, frozen=True) for block in model.blocks]
     differentiated = _differentiated(model)
     total = 0.0
-    for part in work_of(model, schedule, length):
+    work = work_of(model, schedule, length)
+    settling = [part for part in work if not part.graded]
+    total += work_flops(model, settling, length=length)
+    for part in (part for part in work if part.graded):
         cost = 3.0 * shared if part.received else 0.0
         for index in range(part.start, part.stop):
             forward = blocks[index].matrices + blocks[index].attention

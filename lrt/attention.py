@@ -52,23 +52,26 @@ def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen. Sinks are scores (H,) without a value."""
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
     if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
-    if grouped:
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = (q @ k.transpose(-1, -2)) * scale
+    weights = attention_weights(query, key, mask, scale=scale, softcap=softcap, sinks=sinks)
+    return (weights.to(value.dtype) @ value.transpose(1, 2).repeat_interleave(query.shape[2] // value.shape[2], dim=1)).transpose(1, 2)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The weights (B, H, P, N) of ``masked_attention``, in float32 at least; with sinks a row sums to less than one."""
+    scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1).repeat_interleave(query.shape[2] // key.shape[2], dim=1)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return (weights[..., : k.shape[2]] @ v).transpose(1, 2)
+    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., : key.shape[1]]
 
 
 def causal_attention(

@@ -10,15 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
+from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment
-from lrt.passes import PassResult, by_group, in_order, last_memory, run_schedule
+from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
+from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.types import Backbone, Block, Output, Schedule
@@ -82,6 +82,8 @@ class LatentRecurrentModel(nn.Module):
         self.blocks: Any = nn.ModuleList(wrapped)
         self.train_schedule: Schedule | Mixture = train_schedule or (baseline() if recurrence is None else interleaved(2))
 
+    eval_schedule: Schedule = sequential()  # of calls in evaluation mode that name none: exact, one token after the other
+
     # -------------------------------------------------------------- the call
 
     def forward(
@@ -97,6 +99,8 @@ class LatentRecurrentModel(nn.Module):
         *,
         valid_targets: Tensor | None = None,
         generator: torch.Generator | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
     ) -> Output:
         """Run a schedule over rows of tokens.
 
@@ -105,26 +109,31 @@ class LatentRecurrentModel(nn.Module):
             targets: (B, T), already shifted: targets[t] follows input_ids[t]; -100 is ignored.
             labels: (B, T), Hugging Face convention: shifted inside; at most one of targets and labels.
                 Neither is scored where attention_mask says padding.
-            schedule: None = ``self.train_schedule`` in training mode, sequential() in evaluation mode.
+            schedule: None = ``self.train_schedule`` in training mode, ``self.eval_schedule`` in evaluation mode.
             document_ids: (B, T); where it changes a document begins, and memory and attention stay inside it.
             attention_mask: (B, T), 0 marks padding on the left or on the right.
-            position_ids: (B, T) for RoPE; None counts from the row's first real token.
+            position_ids: (B, T) for RoPE; None counts from the row's first real token. Where a position does not follow the one
+                before it, a document begins, as in the packed rows of transformers.
             return_logits: None = only without targets.
             valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
                 passes the count over all ranks and accumulation steps.
             generator: draws the member of a mixture, and the order of subsets where the schedule asks for it.
+            logits_to_keep: logits of so many last columns, or of the columns that a tensor names; 0 = all.
+            output_hidden_states: also return the input of every block and the normalized output of the last one.
 
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
-        _check_tensors(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
+        _check_tensors(input_ids=input_ids, targets=targets, labels=labels, attention_mask=attention_mask)
+        input_ids = as_ids(input_ids)
+        targets, labels = (None if given is None else as_ids(given) for given in (targets, labels))
         if attention_mask is not None:
             _check_mask(attention_mask, input_ids)
             labels = None if labels is None or labels.shape != input_ids.shape else labels.masked_fill(~attention_mask.bool(), IGNORE)
         targets = self._check(input_ids, targets, labels)
         document_ids, position_ids = _as_rows("document_ids", document_ids, input_ids), _as_rows("position_ids", position_ids, input_ids)
         length = input_ids.shape[1]
-        back = None
+        back = real = None
         if attention_mask is not None:
             forth, real, back = alignment(attention_mask)
             input_ids = input_ids.gather(1, forth)
@@ -134,13 +143,17 @@ class LatentRecurrentModel(nn.Module):
         chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
             raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), sequential() or a mixture")
-        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, generator=generator)
+        more: dict[str, Any] = {"generator": generator, "keep_inputs": output_hidden_states}
+        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, real=real, **more)
         weights = chosen.group_weights(length)
         groups = by_group(results, len(weights))
         final, places = groups[-1]
         logits = None
         if return_logits or (return_logits is None and targets is None):
-            logits = _restore(in_order(self.backbone.logits(final), places), back)
+            logits = self.backbone.logits(columns(_restore(in_order(final, places), back), logits_to_keep))
+        hidden = None
+        if output_hidden_states or logits is None and targets is None:
+            hidden = _restore(in_order(self.backbone.final_norm(final), places), back)
         memory = last_memory(results, len(weights) - 1)
         loss: Tensor | None = None
         losses: tuple[Tensor, ...] = ()
@@ -150,7 +163,11 @@ class LatentRecurrentModel(nn.Module):
             means = group_losses(sums, count)
             loss = weighted_loss(means, weights)
             losses = tuple(mean.detach() for mean in means)
-        return Output(loss, logits, None if memory is None else _restore(memory, back), losses)
+        states: tuple[Tensor, ...] = ()
+        if output_hidden_states:
+            assert hidden is not None
+            states = (*(_restore(in_order(x, places), back) for x in block_inputs(results, len(weights) - 1)), hidden)
+        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, hidden, states)
 
     def run(
         self,
@@ -159,22 +176,35 @@ class LatentRecurrentModel(nn.Module):
         *,
         document_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        real: Tensor | None = None,
         generator: torch.Generator | None = None,
+        keep_inputs: bool = False,
     ) -> list[PassResult]:
         """Embed rows (B, T) without padding on the left and run every pass of ``schedule`` over them."""
         if self.recurrence is None and schedule.token_compute > 1:
             raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
         if self.recurrence is None:
             schedule = baseline()
+        row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids, real=real)
+        return run_schedule(self, row, schedule, generator=generator, keep_inputs=keep_inputs)
+
+    def row(
+        self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None, real: Tensor | None = None
+    ) -> Row:
+        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents; ``real`` is false where there is padding."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
-        changed = None if document_ids is None else F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+        changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
         starts = _either(changed, None if separator is None else input_ids == separator)
         borders = _either(changed, None if cut is None else input_ids == cut)
         documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
-        hidden, contexts = self.backbone.embed(input_ids, positions)
-        return run_schedule(self, Row(hidden, contexts, starts, documents), schedule, generator=generator)
+        by_length = getattr(self.backbone, "by_length", None)
+        if by_length is None or position_ids is None and input_ids.shape[1] <= by_length.border:
+            hidden, contexts = self.backbone.embed(input_ids, positions)
+        else:
+            hidden, contexts = self.backbone.embed(input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real))
+        return Row(hidden, contexts, starts, documents)
 
     def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:
         """Nats of every target under every loss group.
@@ -186,6 +216,7 @@ class LatentRecurrentModel(nn.Module):
         Returns:
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
+        input_ids, targets = as_ids(input_ids), as_ids(targets)
         self._check(input_ids, targets, None)
         schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
@@ -197,7 +228,7 @@ class LatentRecurrentModel(nn.Module):
         """The schedule of a call that names none."""
         if self.recurrence is None:
             return baseline()
-        return self.train_schedule if self.training else sequential()
+        return self.train_schedule if self.training else self.eval_schedule
 
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output (B, P, D)."""
@@ -232,10 +263,31 @@ class LatentRecurrentModel(nn.Module):
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the recurrence added, by name."""
+        return {f"{name}.{key}": p for name, module in self.memory_modules().items() for key, p in module.named_parameters()}
+
+    def memory_modules(self) -> dict[str, nn.Module]:
+        """The modules that the recurrence added, by name."""
         added: dict[str, nn.Module | None] = {"memory_projection": self.memory_projection, "injection": self.injection}
         for index, block in enumerate(self.blocks):
             added |= {f"blocks.{index}.gate": block.gate, f"blocks.{index}.projection": block.projection}
-        return {f"{name}.{key}": p for name, module in added.items() if module is not None for key, p in module.named_parameters()}
+        return {name: module for name, module in added.items() if module is not None}
+
+    @property
+    def peft_config(self) -> Any:
+        """Configs of the adapters that PEFT has put into this model, by name; it sets them once its layers are in."""
+        try:
+            return self.__dict__["_peft_config"]
+        except KeyError:
+            raise AttributeError("peft_config") from None
+
+    @peft_config.setter
+    def peft_config(self, adapters: Any) -> None:
+        self.__dict__["_peft_config"] = adapters
+        train_memory_beside(self, self.memory_modules(), adapters)
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("_peft_config", None)
 
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
         _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
@@ -250,6 +302,8 @@ class LatentRecurrentModel(nn.Module):
             targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+        if targets is not None and targets.is_floating_point():
+            raise ValueError(f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, -100 where nothing is scored")
         if targets is not None:
             _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)
         return targets

@@ -1,4 +1,4 @@
-"""Rows that begin at column 0: alignment of padding, and checks of prompts.
+"""Rows that begin at column 0: alignment of padding, borders of packed documents, and checks of prompts.
 
 Legend: B batch, T columns.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,14 +26,92 @@ def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return forth, inside, (places - shift).clamp_min(0)
 
 
+def as_ids(ids: Tensor) -> Tensor:
+    """Token ids of any integer dtype as int64, which embeddings and losses want; floating-point numbers stay, to be refused."""
+    return ids if ids.is_floating_point() else ids.long()
+
+
+def columns(values: Tensor, keep: int | Tensor) -> Tensor:
+    """The last ``keep`` columns of (B, T, ...), or those that a tensor names; 0 = all.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if isinstance(keep, Tensor):
+        return values[:, keep]
+    if keep < 0:
+        raise ValueError(f"logits_to_keep = {keep}: give how many last columns to keep, 0 for all, or a tensor of columns")
+    return values[:, -keep:]
+
+
+def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
+    """Where a document begins: bool (B, T), true where a number is not ``step`` more than the one before it.
+
+    None without a border inside a row; on a GPU nobody looks, because that would wait for the device.
+    """
+    if numbers is None:
+        return None
+    border = numbers[:, 1:] != numbers[:, :-1] + step
+    if border.device.type == "cpu" and not bool(border.any()):
+        return None
+    return F.pad(border, (1, 0), value=True)
+
+
+def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | None) -> Tensor:
+    """Tokens of the row or document that each position belongs to: (B, 1), or (B, T) with documents.
+
+    Args:
+        positions: (B, T).
+        documents: (B, T) their numbers, rising by one from 0 or 1; None = one a row.
+        real: bool (B, T), false where there is padding; None = none.
+    """
+    ends = positions + 1 if real is None else torch.where(real, positions + 1, 0)
+    if documents is None:
+        return ends.amax(1, keepdim=True)
+    longest = ends.new_zeros(ends.shape[0], ends.shape[1] + 1).scatter_reduce(1, documents, ends, "amax")
+    return longest.gather(1, documents)
+
+
+def packed_documents(
+    input_ids: Tensor, *, document_ids: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+) -> Tensor | None:
+    """Number of the document of each token (B, T), from what transformers' collators say of packed rows; None = nothing is said.
+
+    Args:
+        input_ids: (B, T).
+        document_ids, seq_idx: (B, T); a document begins where one of them changes.
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) where documents begin and end in the flattened rows; both the same.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit the rows.
+    """
+    lengths = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
+    numbers = [x.expand(input_ids.shape) for x in (document_ids, seq_idx) if x is not None and x.shape[-1] == input_ids.shape[-1]]
+    if len(numbers) < sum(x is not None for x in (document_ids, seq_idx)):
+        raise ValueError(f"document_ids or seq_idx do not fit input_ids of shape {tuple(input_ids.shape)}: give one number a token")
+    if lengths is not None:
+        other = lengths if cu_seq_lens_k is None else cu_seq_lens_k
+        tokens, on_cpu = input_ids.numel(), lengths.device.type == "cpu"
+        if lengths.shape != other.shape or on_cpu and not torch.equal(lengths, other.to(lengths)):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ, but queries and keys of a row are the same tokens: give the same for both")
+        if lengths.ndim != 1 or on_cpu and (int(lengths[0]) != 0 or int(lengths[-1]) != tokens):
+            raise ValueError(f"cu_seq_lens_q is {lengths.tolist()}, but the rows hold {tokens} tokens: it begins with 0 and ends with {tokens}")
+        places = torch.arange(tokens, device=input_ids.device)
+        numbers.append(torch.searchsorted(lengths[1:].to(places), places, right=True).view(input_ids.shape))
+    borders = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+    for each in numbers:
+        borders = borders | F.pad(each[:, 1:] != each[:, :-1], (1, 0))
+    return borders.cumsum(1) if numbers else None
+
+
 def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     """The real tokens (B,) of each row.
 
     Raises:
         ValueError: a row without a token, or a token that the model does not know.
     """
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens)")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"the prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}: expected token ids (batch, tokens) in torch.int64")
     counts = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     if lengths is not None:
         counts = lengths.to(device=tokens.device, dtype=torch.int64)
@@ -58,7 +137,7 @@ def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[T
     for name, given in (("the prompt", tokens), ("attention_mask", attention_mask)):
         if not isinstance(given, (Tensor, type(None))) or tokens is None:
             raise ValueError(f"{name} is a {type(given).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
-    return tokens.to(device), None if attention_mask is None else attention_mask.to(device)
+    return as_ids(tokens.to(device)), None if attention_mask is None else attention_mask.to(device)
 
 
 def align(tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -23,14 +23,17 @@ from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
 class PassResult(NamedTuple):
-    """A pass that ran: its plan, the last block's output (B, P, D) and the memory (B, P, D)."""
+    """A pass that ran: its plan, the last block's output (B, P, D), the memory (B, P, D), and every block's input when asked for."""
 
     plan: Pass
     hidden: Tensor
     memory: Tensor | None
+    inputs: tuple[Tensor, ...] = ()
 
 
-def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None) -> list[PassResult]:
+def run_schedule(
+    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None, keep_inputs: bool = False
+) -> list[PassResult]:
     """Run every pass of a schedule and return what each computed.
 
     Args:
@@ -38,38 +41,44 @@ def run_schedule(model: RecurrentDecoder, row: Row, schedule: Schedule, *, gener
         row: embedded tokens.
         schedule: which positions, in which order.
         generator: draws the order of subsets, where the schedule asks for it.
+        keep_inputs: also return the input of every block.
 
     Returns:
         One result a pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
         not be scored.
     """
-    plan, engine = schedule.plan(row.length, generator=generator), engine_of(model)
+    plan, engine = schedule.plan(row.length, generator=generator), engine_of(model, keep_inputs=keep_inputs)
     if len(plan) == 1:
         return refine(engine, row, plan, schedule)
-    row = below_memory(engine, row)
+    row, inputs = below_memory(engine, row)
     if not plan[0].covers(row.length):
-        return chunks(engine, row, plan)
-    return refine(engine, row, plan, schedule) if plan[1].covers(row.length) else interleave(engine, row, plan, schedule)
+        results = chunks(engine, row, plan)
+    else:
+        results = (refine if plan[1].covers(row.length) else interleave)(engine, row, plan, schedule)
+    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results] if inputs else results
 
 
-def below_memory(engine: Engine, row: Row) -> Row:
+def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:
     """The row where memory first enters: what the blocks below compute is the same in every pass, so they run once."""
     first = engine.model.receivers[0]
-    return row._replace(hidden=engine.run(row, stop=first, keep_kv=False).hidden, start=first) if first else row
+    if not first:
+        return row, ()
+    out = engine.run(row, stop=first, keep_kv=False)
+    return row._replace(hidden=out.hidden, start=first), out.inputs
 
 
 def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
     first = engine.run(whole, keep_inputs=schedule.kv_refresh)
-    buffer = engine.buffer(whole, parts, handed_on(first, schedule))
-    results = [PassResult(plan[0], first.hidden, first.memory)]
+    buffer = engine.buffer(whole, parts, handed_on(first if schedule.kv_refresh else first._replace(inputs=()), schedule))
+    results = [PassResult(plan[0], first.hidden, first.memory, first.inputs)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
         if schedule.kv_refresh:
             buffer.refresh(other.start for other in later)
         out = engine.run(parts[residue], buffer.received(residue), stores=buffer.stores(residue), index=index, keep_kv=bool(later))
-        results.append(PassResult(step, out.hidden, out.memory))
+        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if later:
             buffer.write_back(residue, handed_on(out, schedule))
     return results
@@ -78,11 +87,14 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
 def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
     weights, received = schedule.group_weights(row.length), None
+    graded = enumerate(engine.copies(row, sum(step.graded for step in plan)))
     results: list[PassResult] = []
-    for index, (step, mine) in enumerate(zip(plan, engine.copies(row, len(plan)))):
+    for step in plan:
         stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
-        out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
-        results.append(PassResult(step, out.hidden, out.memory))
+        index, mine = next(graded) if step.graded else (0, row)
+        out = engine.run(mine, received, index=index, graded=step.graded, keep_kv=False, stop=stop)
+        if step.group >= 0:
+            results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if step is not plan[-1]:
             received = received_everywhere(row, handed_on(out, schedule))
     return results
@@ -91,28 +103,34 @@ def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
 def chunks(engine: Engine, row: Row, plan: Sequence[Pass]) -> list[PassResult]:
     """Contiguous passes, left to right, up to the source block; the blocks above it wait for nothing and run once."""
     row, parts = engine.pieces(row, [step.stop - step.start for step in plan])
-    prefix = engine.prefix(row)
-    hidden: list[Tensor] = []
-    memory: list[Tensor] = []
-    fed: list[Tensor] = []
+    prefix, source = engine.prefix(row), engine.model.source
+    outs: list[PassOutput] = []
+    received: list[Tensor] = []
     with engine.chunkwise(len(plan)):
         for step, part in zip(plan, parts):
-            received = received_first(part, memory[-1]) if memory else None
-            out = engine.run(part, received, stores=prefix.stores(step), stop=engine.model.source)
-            assert out.memory is not None
-            prefix.keep(out.kv)
-            fed.append(torch.zeros_like(out.memory) if received is None else received)
-            hidden.append(out.hidden)
-            memory.append(out.memory)
-    above = row._replace(hidden=torch.cat(hidden, 1), start=engine.model.source)
-    out = engine.run(above, torch.cat(fed, 1), keep_kv=False)
-    return [PassResult(Pass(0, row.length, 1, plan[0].group, "first"), out.hidden, torch.cat(memory, 1))]
+            if outs:
+                received.append(received_first(part, outs[-1]))
+            outs.append(engine.run(part, received[-1] if received else None, stores=prefix.stores(step), stop=source))
+            prefix.keep(outs[-1].kv)
+    loop = side_by_side(outs)
+    fed = F.pad(torch.cat(received, 1), (0, 0, parts[0].length, 0))  # the first chunk receives nothing
+    out = engine.run(row._replace(hidden=loop.hidden, start=source), fed, keep_kv=False)
+    whole = Pass(0, row.length, 1, plan[0].group, "first")
+    return [PassResult(whole, out.hidden, loop.memory, (*loop.inputs, *out.inputs))]
 
 
-def received_first(part: Row, memory: Tensor) -> Tensor:
+def received_first(part: Row, before: PassOutput) -> Tensor:
     """m[t-1] (B, P, D) of a chunk: the last memory of the chunk before at its first position, zero elsewhere."""
-    last = memory[:, -1:]
+    assert before.memory is not None
+    last = before.memory[:, -1:]
     return reset_memory(last if part.length == 1 else F.pad(last, (0, 0, 0, part.length - 1)), part.starts)
+
+
+def side_by_side(outs: Sequence[PassOutput]) -> PassOutput:
+    """What passes over contiguous chunks computed, as of one pass over all of them; without keys and values."""
+    memory = torch.cat([out.memory for out in outs if out.memory is not None], 1)
+    inputs = tuple(torch.cat(of_block, 1) for of_block in zip(*(out.inputs for out in outs)))
+    return PassOutput(torch.cat([out.hidden for out in outs], 1), memory, (), inputs)
 
 
 def received_everywhere(row: Row, before: PassOutput) -> Tensor:
@@ -142,6 +160,12 @@ def by_group(results: Sequence[PassResult], groups: int) -> list[tuple[Tensor, T
         hidden = members[0].hidden if len(members) == 1 else torch.cat([r.hidden for r in members], dim=1)
         merged.append((hidden, torch.cat([places[r.plan.positions] for r in members])))
     return merged
+
+
+def block_inputs(results: Sequence[PassResult], group: int) -> list[Tensor]:
+    """Inputs (B, P, D) of every block in the passes of a loss group, in the order of ``by_group``."""
+    members = [r.inputs for r in results if r.plan.group == group]
+    return list(members[0]) if len(members) == 1 else [torch.cat(parts, dim=1) for parts in zip(*members)]
 
 
 def last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:

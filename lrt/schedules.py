@@ -74,18 +74,21 @@ class Refine:
     passes: int
     weights: Weights = "paper"
     cut_gradient: bool = False
+    settle: int = 0
     kv_refresh: bool = False
 
     @property
     def token_compute(self) -> int:
-        return 1 + self.passes
+        return 1 + self.settle + self.passes
 
     def group_weights(self, length: int) -> tuple[float, ...]:
         return (1.0,) * (1 + self.passes) if isinstance(self.weights, str) else self.weights
 
     def plan(self, length: int, *, generator: torch.Generator | None = None) -> tuple[Pass, ...]:
-        first = Pass(0, length, 1, 0, "zero")
-        return (first, *(Pass(0, length, 1, k + 1, "all") for k in range(self.passes)))
+        scored = isinstance(self.weights, str) or self.weights[0] > 0
+        first = Pass(0, length, 1, 0, "zero", graded=scored or not self.settle)
+        settling = [Pass(0, length, 1, -1, "all", graded=False)] * self.settle
+        return (first, *settling, *(Pass(0, length, 1, k + 1, "all") for k in range(self.passes)))
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], lengt
         weights: of the loss groups.
         length: tokens a row.
     """
-    return weights[step.group] == 0 and step is not plan[-1] and all(other.covers(length) for other in plan)
+    unscored = step.group < 0 or weights[step.group] == 0
+    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)
 
 
 # ------------------------------------------------------------------ the public constructors
@@ -200,7 +204,9 @@ def interleaved(
     return Interleaved(S, sweeps, order, kv_refresh, _check_weights(weights, 1 + sweeps), cut_gradient)
 
 
-def refine(K: int, weights: str | Sequence[float] = "paper", cut_gradient: bool = False) -> Schedule:
+def refine(
+    K: int, weights: str | Sequence[float] = "paper", cut_gradient: bool = False, settle: int = 0
+) -> Schedule:
     """Initialization, then K passes over all positions, each fed by the pass before (multi-refinement).
 
     Args:
@@ -208,15 +214,19 @@ def refine(K: int, weights: str | Sequence[float] = "paper", cut_gradient: bool 
         weights: loss weight of the initialization and of each pass; "paper" = all 1. With a weight of 0 the
             initialization stops at the source block and is not scored.
         cut_gradient: no gradient flows from a pass into the passes before it.
+        settle: passes without gradient between the initialization and the K, so that these meet the memory that
+            decoding meets. They end at the source block and cost no backward.
 
     Returns:
-        A schedule of (1 + K)x token compute.
+        A schedule of (1 + settle + K)x token compute.
 
     Raises:
-        ValueError: K below 1, or bad weights.
+        ValueError: K below 1, settle below 0, or bad weights.
     """
     _at_least_one("passes", K)
-    return Refine(K, _check_weights(weights, 1 + K), cut_gradient)
+    if isinstance(settle, bool) or not isinstance(settle, int) or settle < 0:
+        raise ValueError(f"schedule.settle = {settle!r}: use a whole number of 0 or more")
+    return Refine(K, _check_weights(weights, 1 + K), cut_gradient, settle)
 
 
 def chunked(C: int) -> Schedule:
@@ -288,7 +298,7 @@ def describe(schedule: Schedule) -> str:
     if isinstance(schedule, Interleaved):
         return f"interleaved({schedule.subsets})" if schedule.sweeps == 1 else f"interleaved({schedule.subsets}, sweeps={schedule.sweeps})"
     if isinstance(schedule, Refine):
-        return f"refine({schedule.passes})"
+        return f"refine({schedule.passes}, settle={schedule.settle})" if schedule.settle else f"refine({schedule.passes})"
     if isinstance(schedule, Chunked):
         return "sequential" if schedule.chunk == 1 else f"chunked({schedule.chunk})"
     return "baseline"
@@ -337,7 +347,7 @@ def _construct(config: Any) -> Schedule:
     if config.kind == "baseline":
         return baseline()
     if config.kind == "refine":
-        return refine(config.passes, config.weights, config.cut_gradient)
+        return refine(config.passes, config.weights, config.cut_gradient, config.settle)
     if config.kind == "chunked":
         return chunked(config.chunks)
     if config.kind == "sequential":

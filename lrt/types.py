@@ -54,16 +54,19 @@ class Later:
     """A tensor of a context that is made when a block first asks for it, and then kept.
 
     What is made in the order of the blocks is also differentiated in their order: a sharded table is gathered while
-    the block before computes, and its gradient is reduced while that block is differentiated.
+    the block before computes, and its gradient is reduced while that block is differentiated. A pass without gradient
+    may be the first to ask: what is made has a gradient if it would have had one when it was promised.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make: Callable[[], Any] | None = make
         self._made: Any = None
+        self._graded = torch.is_grad_enabled()
 
     def __call__(self) -> Any:
         if self._make is not None:
-            self._made, self._make = self._make(), None
+            with torch.set_grad_enabled(self._graded):
+                self._made, self._make = self._make(), None
         return self._made
 
 
@@ -161,8 +164,9 @@ class Pass(NamedTuple):
     start: int
     stop: int
     step: int
-    group: int  # loss group it belongs to
+    group: int  # loss group it belongs to; -1: none, its memory is all that it gives
     memory: Literal["zero", "all", "first"]  # positions that receive m[t-1]: none, all, or the first one only
+    graded: bool = True  # gradients come back through it
 
     @property
     def positions(self) -> slice:
@@ -203,12 +207,22 @@ class Output:
         logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
+        last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits, where neither loss nor logits
+            are asked for, or hidden states are: of it a head outside the model makes logits.
+        hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm; empty unless asked for.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     memory: Tensor | None = None
     groups: tuple[Tensor, ...] = ()
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place; what is None has no place."""
+        named = {"loss": self.loss, "logits": self.logits}
+        return named[index] if isinstance(index, str) else tuple(x for x in named.values() if x is not None)[index]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

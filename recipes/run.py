@@ -51,6 +51,9 @@ def main() -> int:
         except HangError as error:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # threads that wait for the lost rank would keep the process alive
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -84,6 +84,31 @@ def test_refine_is_the_oracle(model, row, passes, data):
 
 
 @settings(max_examples=10)
+@given(
+    model=models(), row=rows(length=st.integers(1, 6)), passes=st.integers(1, 2), settle=st.integers(1, 3), data=st.data()
+)
+def test_settled_memory_is_the_oracle(model, row, passes, settle, data):
+    """Passes without gradient come between the initialization and those that are graded; every gradient is compared."""
+    tokens, targets = row
+    size = {"min_size": 1 + passes, "max_size": 1 + passes}
+    weights = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.6]), **size).filter(any))
+    expected = oracles(model, tokens, "refine", passes, settle)
+    assert_against_oracle(model, tokens, targets, lrt.refine(passes, weights=weights, settle=settle), expected, weights)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.4])
+def test_one_graded_pass_on_settled_memory_is_the_last_of_many_with_cut_gradients(first):
+    model, tokens = small_model(3), torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
+    schedules = lrt.refine(1, weights=(first, 0.6), settle=3), lrt.refine(4, weights=(first, 0, 0, 0, 0.6), cut_gradient=True)
+    ours, theirs = (model(tokens, targets=tokens, schedule=schedule, return_logits=True) for schedule in schedules)
+    torch.testing.assert_close(ours.logits, theirs.logits, **SAME)
+    torch.testing.assert_close(ours.loss, theirs.loss, **SAME)
+    for got, want in zip(gradients(ours.loss, model), gradients(theirs.loss, model)):
+        torch.testing.assert_close(got, want, **SAME)
+    assert len(ours.groups) == 2 and schedules[0].token_compute == 5
+
+
+@settings(max_examples=10)
 @given(model=models(), row=rows(length=st.integers(1, 7)), chunk=st.integers(1, 8))
 def test_chunked_is_the_oracle(model, row, chunk):
     tokens, targets = row

@@ -297,6 +297,7 @@ TIERS = [
     ["accounting", "forward"],
     ["engine"],
     ["backbone", "families", "passes"],
+    ["lora"],
     ["model"],
     ["adaptation"],
     ["serialization"],
@@ -305,7 +306,7 @@ TIERS = [
     ["eval"],
     ["train"],
     ["conversion"],
-    ["eval.folders"],
+    ["eval.folders", "eval.tracking"],
 ]
 LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named
     ("lrt.data.sources", "lrt.data.hub"),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrt
+from lrt.accounting import Work, training_flops, work_flops
 from lrt.config import ScheduleConfig, parse_recipe
 from lrt.eval.bpb import evaluate_bpb
 from lrt.schedules import from_config
@@ -83,6 +84,8 @@ def test_paper_weights_and_token_compute():
         (lambda: lrt.refine(1, weights=(-1, 2)), r"use finite weights of 0 or more"),
         (lambda: lrt.refine(1, weights=3), r'schedule.weights = 3: use "paper" or a list of 2 numbers'),
         (lambda: lrt.refine(1, weights=["a", 1]), r"schedule.weights = \['a', 1\]: use \"paper\" or a list of 2 numbers"),
+        (lambda: lrt.refine(1, settle=-1), r"schedule.settle = -1: use a whole number of 0 or more"),
+        (lambda: lrt.refine(1, settle=True), r"schedule.settle = True"),
         (lambda: lrt.refine(1, weights="mean"), r'use "paper" or a list of 2 numbers'),
     ],
 )
@@ -97,6 +100,27 @@ def test_from_config_is_the_constructor():
     assert from_config(ScheduleConfig(kind="baseline")) == lrt.baseline()
     assert from_config(ScheduleConfig(kind="chunked", chunks=7)) == lrt.chunked(7)
     assert from_config(ScheduleConfig(kind="sequential")) == lrt.sequential()
+
+
+def test_settling_passes_have_no_group_and_no_gradient():
+    def kinds(schedule):
+        return [(step.group, step.graded) for step in schedule.plan(8)]
+
+    assert kinds(lrt.refine(2, settle=2)) == [(0, True), (-1, False), (-1, False), (1, True), (2, True)]
+    assert kinds(lrt.refine(1, weights=(0, 1), settle=1)) == [(0, False), (-1, False), (1, True)]  # it would hand on nothing
+    assert kinds(lrt.refine(1, weights=(0, 1))) == [(0, True), (1, True)]
+    assert lrt.refine(1, "paper", False, 3) == lrt.refine(1, settle=3) and lrt.refine(1, settle=3).token_compute == 5
+
+
+def test_settling_passes_cost_a_forward_to_the_source(tmp_path):
+    text = "[model]\nn_layers = 4\nwidth = 32\nn_heads = 2\nvocab_size = 32\nsequence_length = 8\n[recurrence]\nsource_layer = 3\n"
+    model = lrt.build(parse_recipe(text + '[schedule]\nkind = "refine"\nsettle = 2\n'))
+    assert model.train_schedule == lrt.refine(1, settle=2)
+    more = training_flops(model, lrt.refine(1, settle=2), 8) - training_flops(model, lrt.refine(1), 8)
+    a_pass = work_flops(model, [Work(1.0, 0, 3, received=True, scored=False)], length=8)
+    assert more == pytest.approx(2 * a_pass)
+    lrt.save(model, tmp_path / "model")
+    assert lrt.load(tmp_path / "model").train_schedule == lrt.refine(1, settle=2)
 
 
 # ------------------------------------------------------------------ mixtures

@@ -82,10 +82,6 @@ def entrance_errors(r: Any) -> list[str]:
             errors.append(
                 f"{where}.ramp = {c.ramp} has no effect: memory came in before; give it to the first phase with memory"
             )
-        elif r.recurrence is not None and r.recurrence.init == "identity":
-            errors.append(
-                f'{where}.ramp = {c.ramp} has no effect with recurrence.init = "identity", which is zero: leave it out, or use "paper"'
-            )
         elif r.training.init_from is not None:
             errors.append(
                 f"{where}.ramp = {c.ramp} would add the values of recurrence.init to those of training.init_from: leave one out"

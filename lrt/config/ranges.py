@@ -32,26 +32,28 @@ class Range(NamedTuple):
 
 FROM_1, FROM_0, POSITIVE, SHARE, DECAY = Range(1), Range(0), Range(0, above=True), Range(0, 1), Range(0, 1, below=True)
 SEED = Range(0, 2**32 - 1)
+MOST_LAYERS = 10_000  # a file that names more would only keep a machine busy
+SIZE = Range(1, 1 << 20)  # products of such numbers are still numbers of elements
 AT_THE_END = Range(0, note="0 = only at the end")
 
 RANGES: dict[str, dict[str, Range]] = {
     "run": {"seed": SEED},
     "model": {
-        "n_layers": FROM_1,
-        "width": FROM_1,
-        "n_heads": FROM_1,
-        "n_kv_heads": FROM_1,
-        "vocab_size": FROM_1,
-        "vocab_multiple": FROM_1,
-        "sequence_length": FROM_1,
-        "mlp_ratio": POSITIVE,
+        "n_layers": Range(1, MOST_LAYERS),
+        "width": SIZE,
+        "n_heads": SIZE,
+        "n_kv_heads": SIZE,
+        "vocab_size": Range(1, 1 << 24),
+        "vocab_multiple": SIZE,
+        "sequence_length": Range(1, (1 << 31) - 1),
+        "mlp_ratio": Range(0, 1 << 10, above=True),
         "softcap": POSITIVE,
         "rope_base": POSITIVE,
         "gate_channels": FROM_1,
         "attention_reset": FROM_0,
     },
     "recurrence": {"source_layer": POSITIVE, "gate_channels": FROM_1, "blocks": FROM_1, "separator": FROM_0},
-    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0},
+    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0, "settle": FROM_0},
     "data": {"workers": FROM_0, "buffer_documents": FROM_1, "shuffle_seed": SEED},
     "optimizer": {  # a rate of 0 freezes
         "matrix_lr": FROM_0,
@@ -89,6 +91,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "shard": Range(1, also=-1, note="-1 = all that remain"),
         "timeout_minutes": Range(0, 525600, above=True),
         "loss_chunk": Range(0, note="0 = all"),
+        "host_threads": FROM_1,
     },
     "checkpoint": {"every": AT_THE_END, "keep_last": FROM_1, "keep_every": Range(0, note="0 = none")},
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},
@@ -105,7 +108,7 @@ USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("schedule", "kind"): {
         "baseline": (),
         "interleaved": ("subsets", "sweeps", "order", "kv_refresh", "weights", "cut_gradient", "ramp"),
-        "refine": ("passes", "weights", "cut_gradient", "ramp"),
+        "refine": ("passes", "weights", "cut_gradient", "settle", "ramp"),
         "chunked": ("chunks", "ramp"),
         "sequential": ("ramp",),
         "mixture": ("mix", "ramp"),

@@ -147,6 +147,7 @@ class PassesConfig:
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     cut_gradient: bool = False  # no gradient from one pass into the passes before
+    settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ class StretchConfig(PassesConfig):
 
     kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
     mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
-    ramp: int = 0  # steps in which gains and memory projections grow from zero to what init = "paper" gives; 0 = they begin with it
+    ramp: int = 0  # steps in which the memory comes in: its values grow from zero to what recurrence.init gives, its rates to their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ class DataConfig:
     validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train
     text_column: str = "text"
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int = 0  # processes that read and tokenize; 0 = in the training process
+    workers: int | None = None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
     buffer_documents: int = 256  # documents among which a row's best fit is searched
     shuffle_seed: int | None = None  # None = run.seed
     on_corrupt: Literal["stop", "skip"] = "stop"  # a shard that cannot be read
@@ -245,6 +246,7 @@ class ParallelConfig:
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
+    host_threads: int | None = None  # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
 
     @property
     def reduces_once(self) -> bool:
@@ -265,7 +267,11 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     every: int = 10  # steps between console rows; the JSONL has every step
+    csv: bool = False  # train.csv and evaluation.csv beside metrics.jsonl
     tensorboard: bool = False
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline in the environment needs no account
+    trackio: bool = False
+    project: str = "lrt"  # of wandb and trackio
     plot: bool = True  # PNG of the curves at the end
     profile_start: int | None = None  # first step of a torch.profiler window
     profile_steps: int = 3
@@ -275,11 +281,12 @@ class MetricsConfig:
 class EvaluationConfig:
     every: int = 0  # steps; 0 = only at the end
     tokens: int = 65536  # held-out tokens scored, the same in every mode
+    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
     batch: int = 16  # rows a forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")
     buckets: int = 4  # position buckets of the report
-    sample_prompt: str = "The "
-    sample_tokens: int = 120
+    sample_prompt: str = "The "  # of a text that is decoded with every evaluation
+    sample_tokens: int = 120  # 0 = no such text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +372,8 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
     if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
+    if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
+        errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,9 @@ from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder, open_saved
+from lrt.serialization.fingerprint import fingerprint, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
-from lrt.train.checkpoint.checkpoint import find_checkpoint, step_of
+from lrt.train.checkpoint.verifying import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
 
@@ -303,6 +304,8 @@ def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Ch
         different = theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
         if different:
             raise ValueError(f"{path} was made for another decoder than {base.where}: name the one that it was trained on with --base")
+    if not same_weights(config.pop("base_fingerprint", None), fingerprint(decoder_weights(base.tensors))):
+        raise ValueError(f"{path} was trained on other weights than those of {base.where}: name the decoder that it was trained on with --base")
     tensors = {name: t for name, t in base.tensors.items() if not is_memory(name)} | memory
     shapes = expected_shapes(config)
     check_shapes(f"{path} on {base.where}", tensors, shapes)
@@ -319,6 +322,7 @@ def read_memory(path: Path) -> Checkpoint:
     config, memory = read_config(path), open_folder(path)
     if not config.pop("adapter_only", False):
         raise ValueError(f"{path} holds a whole model: use --from lrt or hf")
+    refuse_peft(config, path)
     check_shapes(str(path), memory, {name: shape for name, shape in expected_shapes(config).items() if is_memory(name)})
     return Checkpoint("adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step"))
 
@@ -329,6 +333,17 @@ def read_decoder(path: Path) -> Checkpoint:
     tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
     config = config_of(model)
     return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))
+
+
+def decoder_weights(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The decoder's own tensors, read one after the other."""
+    return ((name, tensor.read()) for name, tensor in tensors.items() if not is_memory(name))
+
+
+def refuse_peft(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raises ValueError where a PEFT adapter lies beside the memory, which the target or the base knows nothing of."""
+    if config.get("adapter"):
+        raise ValueError(f"{where} holds a LoRA adapter beside the memory: lrt.load it, merge it (merge_and_unload), and lrt.save the whole model")
 
 
 def is_memory(name: str) -> bool:

@@ -20,7 +20,7 @@ from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import is_plain, open_decoder
-from lrt.train.checkpoint.checkpoint import find_checkpoint, latest, read_tensors, step_of
+from lrt.train.checkpoint import find_checkpoint, latest, read_tensors, step_of
 from lrt.train.checkpoint.starting_model import is_native, read_backbone
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from lrt.conversion.checkpoints import Checkpoint, is_memory
+from lrt.conversion.checkpoints import Checkpoint, decoder_weights, is_memory, refuse_peft
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer
+from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.tensors import LazyTensor, write_folder
 from lrt.serialization.writing import write_description
 
@@ -37,8 +38,9 @@ def write_adapter(folder: Path, source: Checkpoint, *, shard_size: int | None, p
     """Only the memory parameters, for ``lrt.load(folder, base=decoder)`` or --from adapter --base."""
     if source.config["recurrence"] is None:
         raise ValueError(f"{source.where} has no recurrence, so there is nothing to put into an adapter")
+    refuse_peft(source.config, source.where)
     memory = {name: t for name, t in source.tensors.items() if is_memory(name)}
-    config = {**source.config, "adapter_only": True}
+    config = {**source.config, "adapter_only": True, "base_fingerprint": fingerprint(decoder_weights(source.tensors))}
     return write_lrt(folder, replace(source, tensors=memory, config=config), shard_size=shard_size, progress=progress)
 
 

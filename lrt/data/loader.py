@@ -22,6 +22,8 @@ from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_orde
 from lrt.data.tokenizer import Tokenizer
 
 PREFETCH = 4  # batches that each worker prepares ahead
+GPU_WORKERS = 3  # a rank, where the recipe names none: with them small models waited 0.0 % of a step (docs/data.md)
+DOCUMENTS_PER_WORKER = 64  # a smaller corpus has fewer workers
 
 
 def build_loader(
@@ -59,7 +61,7 @@ def build_loader(
     if split not in ("train", "validation"):
         raise ValueError(f'split = {split!r}: use "train" or "validation"')
     for name, value, least in (("workers", data.workers, 0), ("buffer_documents", data.buffer_documents, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"data.{name} = {value}: use {least} or more")
     documents = open_documents(data, tokenizer=tokenizer, split=split)
     key = "data.train" if split == "train" else "data.validation"
@@ -108,6 +110,15 @@ def _check_length(lengths: Iterable[int], sequence_length: int, *, key: str) -> 
     )
 
 
+def usual_workers(*, documents: int) -> int:
+    """Workers of a run that names none: with a GPU the training process should have nothing to do but to launch.
+
+    Args:
+        documents: of the corpus, a rank.
+    """
+    return min(GPU_WORKERS, documents // DOCUMENTS_PER_WORKER) if torch.cuda.is_available() else 0
+
+
 class TrainLoader:
     """Endless shuffled batches of one rank; ``state_dict`` is its place after the last batch that it gave.
 
@@ -130,10 +141,11 @@ class TrainLoader:
     ) -> None:
         self._documents, self._data, self._bos, self._length, self._rows = documents, data, bos_id, length, rows
         self._rank, self._world_size = rank, world_size
-        self._streams_here = max(1, data.workers)
+        total = int(documents.sizes.sum())
+        self.workers = data.workers if data.workers is not None else usual_workers(documents=total // world_size)
+        self._streams_here = max(1, self.workers)
         self._identity = {"documents": documents.fingerprint, "tokenizer": tokenizer_fingerprint}
         self._set(Plan(seed=seed, streams=world_size * self._streams_here, sizes=tuple(documents.sizes.tolist())), states=None, turn=0)
-        total = int(documents.sizes.sum())
         if total < self._plan.streams:
             raise ValueError(
                 f"data.train has {total} documents for {self._plan.streams} streams ({world_size} ranks x {self._streams_here} workers): "
@@ -172,7 +184,7 @@ class TrainLoader:
         dataset = _Batches(
             self._documents, plan=self._plan, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
         )
-        workers = self._data.workers
+        workers = self.workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
         options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
         with warnings.catch_warnings():
@@ -196,7 +208,7 @@ class TrainLoader:
         if self._engine is None:
             return self._states
         states = list(self._states)
-        for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self._data.workers)):
+        for worker, state in enumerate(_worker_states(self._engine.state_dict(), workers=self.workers)):
             states[self._order[worker]] = state
         return states
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ import numpy as np
 
 from lrt.config import DataConfig
 from lrt.data.documents import CorruptShard, Documents
+from lrt.data.locks import locked
 from lrt.data.packing import Packer, Piece
 from lrt.data.sources import open_documents, split_files
 from lrt.data.stream import read_in_order
 from lrt.data.texts import TextDocuments
 from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
+
+LARGEST = 1 << 22  # ids of a tokenizer; its trainer makes room for all of them before it begins
 
 
 class CorpusReport(NamedTuple):
@@ -50,14 +53,19 @@ def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, li
         limit_bytes: stop reading after so many bytes of text; None = all.
 
     Raises:
-        ValueError: the vocabulary is too small, the data are bad, or the folder cannot be made.
+        ValueError: the vocabulary is too small or too large, the data are bad, or the folder cannot be made or is in use.
     """
+    if not 257 <= vocab_size <= LARGEST:
+        size = "small: 256 bytes and the separator need 257 or more" if vocab_size < 257 else f"large: use at most {LARGEST}"
+        raise ValueError(f"--vocab-size {vocab_size} is too {size}")
+    with _output_folder(output) as folder:
+        return _train_tokenizer(data, vocab_size=vocab_size, folder=folder, limit_bytes=limit_bytes)
+
+
+def _train_tokenizer(data: DataConfig, *, vocab_size: int, folder: Path, limit_bytes: int | None) -> Tokenizer:
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HFTokenizer
 
-    if vocab_size < 257:
-        raise ValueError(f"--vocab-size {vocab_size} is too small: 256 bytes and the separator need 257 or more")
-    folder = _output_folder(output)
     documents = _text_documents(data)
     tokenizer = HFTokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
@@ -84,12 +92,16 @@ def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, sha
         The manifest.
 
     Raises:
-        ValueError: bad data, or the folder holds something else.
+        ValueError: bad data, or the folder holds something else or is in use.
     """
+    with _output_folder(output) as folder:
+        return _tokenize_corpus(data, folder=folder, processes=processes, shard_documents=shard_documents)
+
+
+def _tokenize_corpus(data: DataConfig, *, folder: Path, processes: int, shard_documents: int) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     tokenizer = load_tokenizer(data.tokenizer)
-    folder = _output_folder(output)
     documents = _text_documents(data)
     shards = _shard_groups(documents, shard_documents)
     job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": [len(groups) for _, groups in shards]}
@@ -187,14 +199,19 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
 # ------------------------------------------------------------------ pieces of the above
 
 
-def _output_folder(output: str | Path) -> Path:
+@contextmanager
+def _output_folder(output: str | Path) -> Iterator[Path]:
+    """The folder to fill, which no other process fills meanwhile."""
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
-        raise ValueError(f"--output {folder} {why}: give a folder, new or one that the same command began") from None
-    return folder
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder, advice="give another --output"))
+        except OSError as error:
+            why = "is a file" if folder.is_file() else f"cannot be made ({error.strerror})"
+            raise ValueError(
+                f"--output {folder} {why}: give a folder, new or one that the same command began"
+            ) from None
+        yield folder
 
 
 def _text_documents(data: DataConfig) -> TextDocuments:

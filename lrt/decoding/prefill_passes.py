@@ -39,11 +39,14 @@ class Span:
         counts: (B,) real tokens of each row; the rest is padding on the right.
     """
 
+    reach: Tensor | None = None  # (B,) of the state
+
     def __init__(self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor) -> None:
         self._begin(model, tokens, counts)
         lengths = state.lengths.tolist()
         if any(lengths):
             self._follow(state, lengths)
+        self.reach = state.reach
         self._embed(state.memory, state.document_starts)
 
     def _begin(self, model: Any, tokens: Tensor, counts: Tensor) -> None:
@@ -77,7 +80,8 @@ class Span:
     def _embed(self, memory: Tensor | None, document_starts: Tensor | None) -> None:
         tokens = self.tokens
         positions = self.places if self.start is None else self.start[:, None] + self.places
-        self.hidden, self.contexts = self.model.backbone.embed(tokens, positions)
+        more = () if self.reach is None else (self.reach[:, None],)
+        self.hidden, self.contexts = self.model.backbone.embed(tokens, positions, *more)
         separator, cut = separator_of(self.model), attention_cut_of(self.model)
         self.starts = None if separator is None else tokens == separator
         self.document_starts = None

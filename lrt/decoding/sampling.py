@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 # (logits (B, V), history (B, N) token ids, lengths (B,) of the history) -> logits (B, V)
+COLDEST, HOTTEST = 1e-8, 1e30  # temperatures: below, float32 cannot tell a draw from the best token; above, from an even draw
 LogitProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,7 +26,7 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, and so is what is too small for two different logits to differ less than it (below 1e-8).
         top_k: keep the k most probable tokens.
         top_p: keep the fewest tokens whose probability is at least p.
         min_p: keep tokens at least this fraction as probable as the best one.
@@ -81,20 +82,31 @@ def choose(
         seen: bool (B, V) tokens that occurred; None without a repetition penalty.
 
     Returns:
-        Tokens (B,) and their log-probability (B,) under the model's own, unchanged distribution.
+        Tokens (B,) and their log-probability (B,) under the model's own, unchanged distribution. The token is -1 where
+        there is none to choose: scores hold NaN, or all are -inf.
+
+    Raises:
+        ValueError: a processor gave scores of another shape.
     """
     scores = logits
     for processor in sampling.processors:
         assert history is not None
         scores = processor(scores, history, lengths)
+        if scores.shape != logits.shape:
+            raise ValueError(
+                f"a processor of sampling.processors gave logits of shape {tuple(scores.shape)}, but took {tuple(logits.shape)}: "
+                f"it must change numbers alone"
+            )
     if seen is not None:
         penalty = sampling.repetition_penalty
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
-    if sampling.temperature > 0:
-        scores = keep_probable(scores / sampling.temperature, sampling)
+    there = scores.amax(-1) > float("-inf")  # not so for NaN either
+    if sampling.temperature > COLDEST:
+        scores = keep_probable(scores / min(sampling.temperature, HOTTEST), sampling)
         scores = scores - exponential_noise(seeds, lengths, scores.shape[-1]).log()
-    token = scores.argmax(-1)
-    return token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    token = torch.where(there, scores.argmax(-1), -1)
+    logprob = logits.gather(1, token.clamp_min(0)[:, None])[:, 0] - logits.logsumexp(-1)
+    return token, logprob
 
 
 def keep_probable(scores: Tensor, sampling: Sampling) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrt.decoding import prefill as prefills
 from lrt.decoding import step as decoding
+from lrt.decoding.lengths import lengthen, rotated_alike, up_to_the_border
 from lrt.decoding.prefill import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.sampling import Sampling, check_stops, choose, row_seeds
@@ -62,7 +63,7 @@ class Session:
         state: has consumed each row's prompt but the last token; written in place.
         pending: (B,) the last token of each prompt.
         max_new_tokens: of every row.
-        history: (B, T) prompts, beginning at column 0, for penalties and processors; None = only the pending token.
+        history: the tokens of each row that penalties and processors see, the pending one last; None = only that one.
         sampling: how tokens are chosen.
         stop_ids: a row ends after one of these.
         stop_when: looks at a row's new tokens on the host, once in ``every`` steps.
@@ -79,7 +80,7 @@ class Session:
         pending: Tensor,
         *,
         max_new_tokens: int,
-        history: Tensor | None = None,
+        history: Sequence[Tensor] | None = None,
         sampling: Sampling = Sampling(),
         stop_ids: Sequence[int] = (),
         stop_when: StopWhen | None = None,
@@ -105,9 +106,11 @@ class Session:
         self.new_tokens = torch.zeros(batch, every, dtype=torch.int64, device=device)
         self.new_logprobs = torch.zeros(batch, every, dtype=torch.float32, device=device)
         self.emitted = torch.zeros(batch, every, dtype=torch.bool, device=device)
+        self.lost = torch.zeros(batch, dtype=torch.bool, device=device)  # rows for which no token could be chosen
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows: list[list[int]] = [[] for _ in range(batch)]  # new tokens so far, on the host
         self.live = self.active.tolist()
+        self.prompts: list[list[int]] = [[] for _ in range(batch)]  # on the host, where they may have to be read again
         for row in range(batch):
             self._remember(row, None if history is None else history[row])
         self._runner = runner
@@ -122,6 +125,8 @@ class Session:
 
     def _choose(self, logits: Tensor, lengths: Tensor) -> None:
         token, logprob = choose(logits, self.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen)
+        self.lost.logical_or_(self.active & (token < 0))
+        self.active.logical_and_(token >= 0)
         token = torch.where(self.active, token, self.pad_id)
         self.new_tokens.index_copy_(1, self.column, token[:, None])
         self.new_logprobs.index_copy_(1, self.column, logprob.to(torch.float32)[:, None])
@@ -139,21 +144,25 @@ class Session:
 
     @torch.no_grad()
     def advance(self, steps: int | None = None) -> Burst:
-        """Run ``steps`` (at most ``every``; None = that many) and look at what the rows emitted.
+        """Run ``steps`` (at most ``every``; None = that many, fewer where a row's room ends) and look at what the rows emitted.
 
         Raises:
-            ValueError: a row has no room left in the state.
+            ValueError: a row goes on and has no room left in the state, or no token could be chosen for a row.
         """
-        steps = self.every if steps is None else min(steps, self.every)
-        left = int(torch.where(self.active, self.remaining, 0).max())
-        steps = max(1, min(steps, left))
-        if bool((self.active & (self.state.lengths + steps > self.state.capacity)).any()):
-            self.state.check_room(steps)
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"advance({steps!r}): use a whole number of 1 or more steps, or leave it out")
+        steps = self._fitting(self.every if steps is None else min(steps, self.every))
+        steps = up_to_the_border(self.model, self.state, self.prompts, self.rows, self.live, steps=steps)
         if self._run is None:
             self._run = self._runner(self._step, self.active)
         self.column.zero_()
         for _ in range(steps):
             self._run()
+        if bool(self.lost.any()):
+            rows = self.lost.nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"no token can be chosen for rows {rows}: their logits are NaN or all -inf; look at the model's weights and at sampling.processors"
+            )
         emitted, tokens, logprobs = self.emitted[:, :steps].tolist(), self.new_tokens[:, :steps].tolist(), self.new_logprobs[:, :steps].tolist()
         burst = Burst(
             [[t for t, e in zip(row, on) if e] for row, on in zip(tokens, emitted)],
@@ -171,6 +180,20 @@ class Session:
         self.live = burst.active
         return burst
 
+    def _fitting(self, steps: int) -> int:
+        """So many steps, or as few as every row that goes on can take; one host sync."""
+        active, left, lengths = torch.stack([self.active.long(), self.remaining, self.state.lengths]).tolist()
+        for row, on in enumerate(active):
+            room = self.state.capacity - lengths[row]
+            if on and room < 1:
+                raise ValueError(
+                    f"row {row} has {lengths[row]} tokens, and {left[row]} more do not fit a state of capacity {self.state.capacity}: "
+                    f"end it with retire({row}), and the others go on, or make the state with a larger capacity"
+                )
+            if on and left[row] > room:
+                steps = min(steps, room)
+        return max(1, min(steps, max((n for n, on in zip(left, active) if on), default=1)))
+
     def __iter__(self) -> Iterator[Burst]:
         while any(self.live):
             yield self.advance()
@@ -178,7 +201,12 @@ class Session:
     # -------------------------------------------------------------- rows come and go
 
     def retire(self, row: int) -> None:
-        """End a row; others go on."""
+        """End a row; others go on.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        self._check_row(row)
         self.active[row] = False
         self.live[row] = False
 
@@ -197,7 +225,11 @@ class Session:
 
         Returns:
             The prefill's report, or None when nothing was prefilled.
+
+        Raises:
+            ValueError: there is no such row, or the prompt does not fit.
         """
+        self._check_row(row)
         tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=self.state.lengths.device)
         counts = check_prompt(self.model, tokens, None)
         if len(prompt) - 1 + max_new_tokens > self.state.capacity:
@@ -209,6 +241,7 @@ class Session:
         self.state.put([row], state)
         self.pending[row] = tokens[0, -1]
         self.seeds[row] = row_seeds(1, None, self.seeds.device)[0] if seed is None else seed
+        self.lost[row] = False
         self.remaining[row] = max_new_tokens
         self.active[row] = max_new_tokens > 0
         self.live[row] = max_new_tokens > 0
@@ -216,9 +249,15 @@ class Session:
         self._remember(row, tokens[0])
         return report
 
+    def _check_row(self, row: int) -> None:
+        if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < self.state.batch:
+            raise ValueError(f"row {row!r}: this session has rows 0..{self.state.batch - 1}")
+
     def _remember(self, row: int, prompt: Tensor | None) -> None:
         length = int(self.state.lengths[row]) + 1
         told = self.pending[row : row + 1] if prompt is None else prompt[:length]
+        if self.state.reach is not None:
+            self.prompts[row] = told.tolist()
         if self.history is not None:
             self.history[row] = self.pad_id
             self.history[row, length - len(told) : length] = told
@@ -265,6 +304,8 @@ def generate(
     pad_id: int = 0,
     generator: torch.Generator | None = None,
     prefill: Prefill | None = None,
+    *,
+    state: DecodeState | None = None,
 ) -> Tensor:
     """Continue prompts by true recurrence.
 
@@ -279,6 +320,7 @@ def generate(
         pad_id: fills rows that have ended.
         generator: draws one seed a row; the same generator state gives the same tokens.
         prefill: ``lrt.prefill.exact()`` (None), ``.refine(k)`` or ``.fixed_point(...)``.
+        state: what the rows have consumed before ``prompt_ids``; it stays as it is. None = nothing.
 
     Returns:
         (B, T + new) token ids, new <= max_new_tokens.
@@ -289,7 +331,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
         model, prompt_ids, attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id,
-        generator=generator, prefill=prefill,
+        generator=generator, prefill=prefill, state=state,
     ).ids  # fmt: skip
 
 
@@ -304,6 +346,7 @@ def start(
     prefill: Prefill | None = None,
     prefix_cache: PrefixCache | None = None,
     keep_at: Sequence[int] = (),
+    state: DecodeState | None = None,
     runner: decoding.Runner = decoding.graphed,
     **settings: Any,
 ) -> tuple[Session, Report | None]:
@@ -313,6 +356,7 @@ def start(
         model, prompt_ids, attention_mask, max_new_tokens, generator, prefill: as in ``generate``.
         prefix_cache: where known beginnings are looked up and put (one row at a time).
         keep_at: see DecodeState.
+        state: as in ``generate``; penalties and processors see only the tokens of ``prompt_ids``.
         runner: how steps run.
         settings: of the Session: sampling, stop_ids, stop_when, pad_id, every.
 
@@ -328,11 +372,16 @@ def start(
     check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
     tokens, lengths = align(*on_device(prompt_ids, attention_mask, device))
     counts = check_prompt(model, tokens, lengths)
-    capacity = tokens.shape[1] + max_new_tokens
-    state, report = _before_last(model, tokens, counts, capacity, keep_at, prefill, prefix_cache, runner)
+    if state is None:
+        state, report = _before_last(model, tokens, counts, tokens.shape[1] + max_new_tokens, keep_at, prefill, prefix_cache, runner)
+    else:
+        if prefix_cache is not None or keep_at:
+            raise ValueError("state goes on with its own keep_at and without prefix_cache: leave both out")
+        state, report = _after(model, state, tokens, counts, room=max_new_tokens, method=prefill, runner=runner)
     pending = tokens.gather(1, counts[:, None] - 1)[:, 0]
     seeds = row_seeds(len(tokens), generator, device)
-    return Session(model, state, pending, max_new_tokens=max_new_tokens, history=tokens, seeds=seeds, runner=runner, **settings), report
+    told = [row[:count] for row, count in zip(tokens, counts.tolist())]
+    return Session(model, state, pending, max_new_tokens=max_new_tokens, history=told, seeds=seeds, runner=runner, **settings), report
 
 
 def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Generated:
@@ -348,6 +397,25 @@ def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = Non
     return Generated(torch.cat([prompt_ids, more], dim=1), session.rows, logprobs, report, session.state)
 
 
+def _after(
+    model: Any, before: DecodeState, tokens: Tensor, counts: Tensor, *, room: int, method: Prefill | None, runner: decoding.Runner
+) -> tuple[DecodeState, Report | None]:
+    """A state that has consumed what ``before`` has and every prompt but its last token."""
+    before.check_model(model)
+    if before.batch != len(tokens):
+        raise ValueError(
+            f"the state has {before.batch} rows, but the prompt {len(tokens)}: give a row for each, or state.fork(n) and state.select(rows)"
+        )
+    capacity = int(before.lengths.max()) + tokens.shape[1] + room
+    state = DecodeState.empty(model, batch=before.batch, capacity=max(capacity, *before.kept_at, 1), keep_at=before.kept_at)
+    state.put(range(before.batch), before)
+    lengthen(model, state, state.lengths + counts)
+    if tokens.shape[1] == 1 or int(counts.max()) == 1:
+        return state, None
+    done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=prefills.exact() if method is None else method, runner=runner)
+    return done.state, done.report
+
+
 def _before_last(
     model: Any, tokens: Tensor, counts: Tensor, capacity: int, keep_at: Sequence[int], prefill: Prefill | None,
     prefix_cache: PrefixCache | None, runner: decoding.Runner,
@@ -356,14 +424,16 @@ def _before_last(
     method = prefills.exact() if prefill is None else prefill
     if prefix_cache is None or len(tokens) > 1:
         state = DecodeState.empty(model, batch=len(tokens), capacity=capacity, keep_at=keep_at)
+        lengthen(model, state, counts)
         if tokens.shape[1] == 1 or int(counts.max()) == 1:
             return state, None
         done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=method, runner=runner)
         return done.state, done.report
     known, prompt = 0, tokens[0].tolist()
     state = DecodeState.empty(model, batch=1, capacity=capacity, keep_at=keep_at)
+    lengthen(model, state, counts)
     found = prefix_cache.find(prompt[:-1], model=model, method=method, keep_at=state.kept_at)
-    if found is not None:
+    if found is not None and rotated_alike(model, found, state):
         state.put([0], found)
         known = int(found.lengths[0])
     if known == len(prompt) - 1:

@@ -46,6 +46,7 @@ class DecodeState:
         kept_at: lengths at which the memory is kept, so that ``truncate`` can go back there.
         kept: (B, len(kept_at), D), or None.
         capacity: tokens a row can hold.
+        reach: (B,) int64 tokens by which RoPE that depends on the length of a row rotates its keys; None where it does not.
         fingerprint: of the model, see ``fingerprint``.
     """
 
@@ -60,6 +61,7 @@ class DecodeState:
     kept: Tensor | None
     capacity: int
     fingerprint: str
+    reach: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -69,7 +71,8 @@ class DecodeState:
         Args:
             model: the model that will decode; one position is run to learn the shape of its keys.
             batch: rows.
-            capacity: tokens a row can hold, prompt and continuation together.
+            capacity: tokens a row can hold, prompt and continuation together; RoPE that depends on the length of a row
+                (longrope) takes it as the length, until ``generate`` says a nearer one.
             keep_at: lengths at which the memory is kept for ``truncate``.
 
         Raises:
@@ -101,6 +104,7 @@ class DecodeState:
             kept=None if memory is None or not kept_at else memory.new_zeros(batch, len(kept_at), memory.shape[-1]),
             capacity=capacity,
             fingerprint=fingerprint(model),
+            reach=None if getattr(model.backbone, "by_length", None) is None else torch.full((batch,), capacity, dtype=torch.int64, device=device),
         )
 
     # -------------------------------------------------------------- what it says
@@ -121,12 +125,7 @@ class DecodeState:
 
     def check_model(self, model: Any) -> None:
         """Raises ValueError when this state was made by another model (or the same one before an update)."""
-        found = fingerprint(model)
-        if found != self.fingerprint:
-            raise ValueError(
-                f"this state belongs to another model (fingerprint {self.fingerprint[:12]}, the model's is {found[:12]}): "
-                "use the weights and dtype it was made with, or prefill the prompt again"
-            )
+        _check_fingerprint(self.fingerprint, model)
 
     def check_room(self, tokens: int) -> None:
         """Raises ValueError when a row cannot take ``tokens`` more; one host sync."""
@@ -191,7 +190,7 @@ class DecodeState:
         index = torch.as_tensor(rows, device=self.lengths.device)
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             mine[index] = _reslot(theirs, other.lengths, mine.shape[1]).to(mine.dtype)
-        for name in ("memory", "lengths", "document_starts", "approximate_from", "kept"):
+        for name in _SMALL:
             if getattr(self, name) is not None:
                 getattr(self, name)[index] = getattr(other, name)
 
@@ -252,7 +251,7 @@ class DecodeState:
         """Read a state for ``model``, onto its device.
 
         Raises:
-            ValueError: no such file, not a state, or a state of another model.
+            ValueError: no such file, not a state, a state of another model, or one whose tensors or numbers do not fit together.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give one that DecodeState.save wrote")
@@ -264,8 +263,12 @@ class DecodeState:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise ValueError(f"{path}: not a decoding state of this version of lrt: give a file that DecodeState.save wrote")
-        devices = [next(block.parameters()).device for block in model.blocks][: len(about["windows"])]
-        state = cls(
+        _check_fingerprint(str(about.get("fingerprint")), model)
+        wrong = _misfit(about, tensors, model)
+        if wrong is not None:
+            raise ValueError(f"{path}: {wrong}: the file was changed, or its model has another shape")
+        devices = [next(block.parameters()).device for block in model.blocks]
+        return cls(
             keys=tuple(tensors[f"key.{i}"].to(device) for i, device in enumerate(devices)),
             values=tuple(tensors[f"value.{i}"].to(device) for i, device in enumerate(devices)),
             windows=tuple(about["windows"]),
@@ -277,16 +280,58 @@ class DecodeState:
             document_starts=tensors["document_starts"],
             approximate_from=tensors["approximate_from"],
             kept=tensors.get("kept"),
+            reach=tensors.get("reach"),
         )
-        state.check_model(model)
-        return state
 
     def _map(self, change: Any) -> DecodeState:
         changes = {name: change(x) for name in _SMALL if (x := getattr(self, name)) is not None}
         return dataclasses.replace(self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)), **changes)
 
 
-_SMALL = ("memory", "lengths", "document_starts", "approximate_from", "kept")
+def _check_fingerprint(made_by: str, model: Any) -> None:
+    found = fingerprint(model)
+    if found != made_by:
+        raise ValueError(
+            f"this state belongs to another model (fingerprint {made_by[:12]}, the model's is {found[:12]}): "
+            "use the weights and dtype it was made with, or prefill the prompt again"
+        )
+
+
+def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> str | None:
+    """What of a file is not what ``DecodeState.save`` writes of a state of ``model``; None when all is."""
+    windows = [block.window for block in model.blocks]
+    capacity, kept_at = about.get("capacity"), about.get("kept_at")
+    if type(capacity) is not int or capacity < 1 or about.get("windows") != windows:
+        return f"it names windows {about.get('windows')} and capacity {capacity}, but the model has windows {windows}"
+    if not isinstance(kept_at, list) or not all(type(n) is int and 1 <= n <= capacity for n in kept_at):
+        return f"it keeps the memory at {kept_at}, which are no lengths 1..{capacity}"
+    lengths = tensors.get("lengths")
+    rows = len(lengths) if lengths is not None and lengths.ndim == 1 else 0
+    probe = _probe(getattr(model, "plain", model))
+    one: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: ((rows,), torch.int64) for name in ("lengths", "document_starts", "approximate_from")
+    }
+    for i, (kv, window) in enumerate(zip(probe.kv, windows)):
+        slots = capacity + 1 if window is None else min(window + 1, capacity + 1)
+        one[f"key.{i}"] = (rows, slots, *kv.key.shape[2:]), kv.key.dtype
+        one[f"value.{i}"] = (rows, slots, *kv.value.shape[2:]), kv.value.dtype
+    if probe.memory is not None:
+        one["memory"] = (rows, probe.memory.shape[-1]), probe.memory.dtype
+        if kept_at:
+            one["kept"] = (rows, len(kept_at), probe.memory.shape[-1]), probe.memory.dtype
+    if getattr(model.backbone, "by_length", None) is not None:
+        one["reach"] = (rows,), torch.int64
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for name in sorted(one.keys() | found.keys()):
+        if found.get(name) != one.get(name):
+            return f"its tensor {name} is {found.get(name, 'missing')}, but {one.get(name, 'no such tensor')} is expected"
+    starts, known = tensors["document_starts"], tensors["lengths"]
+    if rows < 1 or bool(((known < 0) | (known > capacity) | (starts < 0) | (starts > known) | (tensors["approximate_from"] < 0)).any()):
+        return f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, with a capacity of {capacity}"
+    return None
+
+
+_SMALL = ("memory", "lengths", "document_starts", "approximate_from", "kept", "reach")
 
 
 def slot_positions(last: Tensor, slots: int) -> Tensor:
@@ -327,7 +372,11 @@ _known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """A digest of the model's settings and of every weight; equal on every device, recomputed after an update."""
+    """A digest of the model's settings and of every weight; equal on every device, recomputed after an update.
+
+    An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen: the digest of
+    before stays, so states made before such an update must be made again.
+    """
     parameters = [(n, p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters()]
     version = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for _, p in parameters)
     if model in _known and _known[model][0] == version:

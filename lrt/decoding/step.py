@@ -18,6 +18,7 @@ from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
 from lrt.forward import Row, run_blocks
 from lrt.recurrence import reset_memory
+from lrt.types import PassOutput
 
 Action = Callable[[], None]  # a step on static tensors
 Runner = Callable[[Action, "Tensor"], Action]  # how steps run: (step, static ``active`` (B,)) -> step
@@ -53,23 +54,40 @@ def absorb(
     model = getattr(model, "one_token", model)
     if hasattr(model, "absorb"):
         return model.absorb(state, tokens, active, row=row, stop=stop)
+    return consume(model, state, tokens, active, row=row, stop=stop).hidden[:, 0]
+
+
+@torch.no_grad()
+def consume(
+    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None, stores: Any = None,
+    keep_inputs: bool = False,
+) -> PassOutput:  # fmt: skip
+    """The step of ``absorb`` in plain PyTorch, with all that the blocks computed (B, 1, ...).
+
+    Args:
+        model, state, tokens, active, row, stop: as in ``absorb``.
+        stores: what each block attends to; None = the caches of ``state``.
+        keep_inputs: also return the input of every block.
+    """
     positions = state.lengths[:, None]
     cut = attention_cut_of(model)
     if cut is not None:
         state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
     if row is None:
-        hidden, contexts = model.backbone.embed(tokens[:, None], positions)
+        more = () if state.reach is None else (state.reach[:, None],)
+        hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
         row = Row(hidden, contexts, None, None)
     received = None
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    out = run_blocks(model, row.hidden, row.contexts, received, stores=masked_caches(state), start=row.start, stop=stop)
+    stores = masked_caches(state) if stores is None else stores
+    out = run_blocks(model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs)
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
         keep_memory(state)
-    return out.hidden[:, 0]
+    return out
 
 
 @torch.no_grad()

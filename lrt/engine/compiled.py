@@ -24,10 +24,10 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
-def engine_of(model: RecurrentDecoder) -> Engine:
+def engine_of(model: RecurrentDecoder, *, keep_inputs: bool = False) -> Engine:
     """The engine for a model as it is now; one with twins stands in for compiled blocks."""
     fast = model.twins is not None or all(map(is_compiled, model.blocks))
-    return CompiledEngine(model) if fast else Engine(model)
+    return (CompiledEngine if fast else Engine)(model, keep_inputs=keep_inputs)
 
 
 class TrimmedEntries(Entries):
@@ -55,19 +55,11 @@ class CompiledEngine(Engine):
     def copies(self, row: Row, count: int) -> Sequence[Row]:
         return fan_out([row] * count)
 
-    def run(
-        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
-        keep_kv: bool = True, keep_inputs: bool = False,
-    ) -> PassOutput:  # fmt: skip
-        stores = self.whole_row(row) if stores is None else stores
-        if not keep_kv:
-            stores = [Transient(store) for store in stores]
+    def compute(self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any) -> PassOutput:
+        stores = stores if keep_kv else [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
-        out = run_blocks(
-            self._decoder(index), row.hidden.contiguous(), row.contexts, received, stores=stores, start=row.start, stop=stop,
-            keep_inputs=keep_inputs, share=fan_out,
-        )  # fmt: skip
-        return out if keep_kv else out._replace(kv=())
+        hidden = row.hidden.contiguous()
+        return run_blocks(self._decoder(index), hidden, row.contexts, received, stores=stores, share=fan_out, **options)
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
         """Block masks where FlexAttention is the fastest; eager, it would hold all scores."""

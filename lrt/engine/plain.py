@@ -43,13 +43,15 @@ class Engine:
 
     Args:
         model: the decoder's parts.
+        keep_inputs: every pass also returns the input of every block.
     """
 
     branch: Callable[[Tensor, int], Branched] = staticmethod(branch)  # a tensor for all positions, and by residue
     entries: type[Entries] = Entries
 
-    def __init__(self, model: RecurrentDecoder) -> None:
+    def __init__(self, model: RecurrentDecoder, *, keep_inputs: bool = False) -> None:
         self.model = model
+        self.keep_inputs = keep_inputs
 
     # -------------------------------------------------------------- rows
 
@@ -69,7 +71,7 @@ class Engine:
 
     def run(
         self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
-        keep_kv: bool = True, keep_inputs: bool = False,
+        graded: bool = True, keep_kv: bool = True, keep_inputs: bool = False,
     ) -> PassOutput:  # fmt: skip
         """Run the blocks from ``row.start`` on.
 
@@ -78,15 +80,22 @@ class Engine:
             received: their m[t-1] (B, P, D); None = zero memory.
             stores: what each block attends to; None = the pass's own positions, which are a whole row.
             stop: the first block that does not run (zero-based); None = run all.
-            index: of the pass in its schedule.
+            index: of the pass among the graded ones of its schedule.
+            graded: gradients come back through it; otherwise nothing that goes in asks for one.
             keep_kv: a later pass reads the keys and values of this one.
             keep_inputs: ``refresh`` will need the input of every block.
         """
+        if not graded:
+            row, received = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
         stores = self.whole_row(row) if stores is None else stores
-        out = run_blocks(
-            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs
-        )
+        options: dict[str, Any] = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
+        with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
+            out = self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
         return out if keep_kv else out._replace(kv=())
+
+    def compute(self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any) -> PassOutput:
+        """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
+        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, **options)
 
     def whole_row(self, row: Row) -> list[KVStore | None]:
         """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""

@@ -271,7 +271,8 @@ def _common_data(runs: Sequence[_Run], *, refuse: bool) -> Mapping[str, Any] | N
         if different and refuse:
             raise ValueError(
                 f"{first.name} and {run.name} have different {' and '.join(different)}, so their scores do not "
-                "compare: leave one out, evaluate both on the same text (tools/evaluate.py), or ask for it (--different-data)"
+                "compare: leave one out, evaluate both on the same text (tools/evaluate.py), or ask for it "
+                "(--different-data)"
             )
         if different:
             return None
@@ -319,6 +320,8 @@ def _identity(recipe: Mapping[str, Any], *, horizon: bool) -> str:
         table |= {
             f"{section}.{k}": v for k, v in values.items() if (section, k) not in left_out and v != _plain(usual.get(k))
         }
+    if "training.branch_from" in table:
+        table["training.branch_from"] = True  # seeds branch from runs of their own
     return json.dumps(table, sort_keys=True, default=str)
 
 

@@ -76,8 +76,8 @@ def _curves(comparison: Comparison, path: Path) -> str | None:
         _legend(axes[0][0])
     return (
         "Bits per byte at the end of each run against what it spent, with 95 % intervals over seeds. Thin lines: "
-        "scores on the way of a single run, whose rates have not fallen yet. With memory the score is that of mode decode, "
-        "where it is known."
+        "scores on the way of a single run, whose rates have not fallen yet. With memory the score is that of mode "
+        "decode, where it is known."
     )
 
 

@@ -110,12 +110,12 @@ def write_report(comparison: Comparison, out: Path) -> Path:
             f"## Against {reference.label}",
             "Percent of its bits per byte at equal tokens, training compute and seconds (± half of a 95 % interval "
             "over seeds), and the difference on the same documents with a 95 % bootstrap interval. Below 0 is better. "
-            f"Between the ends of {reference.label}'s runs its score is interpolated over the logarithm of the amount; outside "
-            "of them nothing is said (-).",
+            f"Between the ends of {reference.label}'s runs its score is interpolated over the logarithm of the amount; "
+            "outside of them nothing is said (-).",
             _markdown_table(differences_table(comparison)),
         ]
     for path, caption in draw(comparison, page):
-        parts += [f"![{caption}]({path.name})", f"*{caption}*"]
+        parts += [f"![{path.stem.removeprefix(page.stem + '_')}]({path.name})", f"*{caption}*"]
     parts += ["## Runs", _markdown_table(_runs_table(comparison)), *_remarks(comparison)]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page.with_suffix(".json").write_text(json.dumps(to_json(comparison), indent=1), encoding="utf-8")

@@ -15,8 +15,9 @@ STYLE: Any = {
     "axes.axisbelow": True, "axes.edgecolor": "#606060", "axes.grid": True, "axes.labelsize": 10,
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 11,
     "axes.titleweight": "bold", "figure.titlesize": 13, "font.size": 9.5,
-    "grid.color": "#E4E4E4", "grid.linewidth": 0.8, "legend.fontsize": 9, "legend.frameon": False, "lines.linewidth": 1.6, "savefig.dpi": 150,
-    "savefig.facecolor": "white", "xtick.color": "#606060", "ytick.color": "#606060", "xtick.labelcolor": "black", "ytick.labelcolor": "black",
+    "grid.color": "#E4E4E4", "grid.linewidth": 0.8, "legend.fontsize": 9, "legend.frameon": False,
+    "lines.linewidth": 1.6, "savefig.dpi": 150, "savefig.facecolor": "white", "xtick.color": "#606060",
+    "ytick.color": "#606060", "xtick.labelcolor": "black", "ytick.labelcolor": "black",
 }  # fmt: skip
 
 

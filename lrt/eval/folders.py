@@ -163,7 +163,7 @@ def evaluate_folder(
     tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
     length = row_length(opened, settings)
     rows = settings.rows or rows_that_fit(model, length)
-    sources = _sources(opened, settings, tokenizer, length=length, rows=rows, processes=processes)
+    sources = held_out_rows(opened, settings, tokenizer, length=length, rows=rows, processes=processes)
     exact = fastest_exact(model) if "decode" in modes and model.recurrence is not None else None
     way: Decode | None = exact
     how = {"zero": "the initialization forward alone, without memory", "parallel": f"the schedule of training, {model.train_schedule}"}
@@ -235,7 +235,7 @@ def _modes(model: Any, memory: str, path: str | Path) -> tuple[str, ...]:
 # ------------------------------------------------------------------ where the rows come from
 
 
-class _Sources:
+class Sources:
     """Held-out rows of several sources, one after the other; documents are numbered through."""
 
     def __init__(self, loaders: dict[str, ValidationLoader]) -> None:
@@ -262,7 +262,17 @@ class _Sources:
         return {name: (first, stop) for name, first, stop in zip(self._by_name, self._first, self._first[1:])}
 
 
-def _sources(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, length: int, rows: int, processes: Processes) -> _Sources:
+def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, length: int, rows: int, processes: Processes = Processes()) -> Sources:
+    """Held-out rows of the data that the settings name, or of the model's own run.
+
+    Args:
+        length: tokens of a row.
+        rows: of a batch.
+        processes: those that share the rows.
+
+    Raises:
+        ValueError: no such data, or data that do not fit.
+    """
     share: dict[str, Any] = {"sequence_length": length, "rows": rows, "rank": processes.rank, "world_size": processes.size}
     if settings.data:
         datas = {spec: DataConfig(validation=spec, text_column=settings.text_column) for spec in settings.data}
@@ -278,7 +288,7 @@ def _sources(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, length
         }
     except ValueError as error:
         raise ValueError(_in_options(str(error)) if settings.data else str(error)) from None
-    return _Sources(loaders)  # type: ignore[arg-type]
+    return Sources(loaders)  # type: ignore[arg-type]
 
 
 def _in_options(message: str) -> str:

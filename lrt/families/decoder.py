@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lrt.families.blocks import Context, FamilyBlock
 from lrt.families.description import Family, part, text_config
+from lrt.families.rotary import length_rotary
+from lrt.rotary import kept_frequencies
 
 
 class FamilyDecoder(nn.Module):
@@ -38,6 +40,7 @@ class FamilyDecoder(nn.Module):
         self.embedding_out = nn.ModuleList([part(decoder, path) for path in family.embedding_out])
         self.rotary = _optional(decoder, family.rotary)
         self.local_rotary = _optional(decoder, family.local_rotary)
+        self.by_length = length_rotary(self.rotary)
         self.norm = _optional(decoder, family.final_norm)
         self.head = part(decoder, family.head)
         self.beside = nn.ModuleList([part(decoder, path) for path in family.beside])  # kept, so that it is saved and loaded with the rest
@@ -51,12 +54,17 @@ class FamilyDecoder(nn.Module):
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with kept_frequencies(self.rotary, self.local_rotary):
+            return super()._apply(fn, recurse)
+
+    def embed(self, tokens: Tensor, positions: Tensor, reach: Tensor | None = None) -> tuple[Tensor, tuple[Context, ...]]:
         """Hidden state (B, P, D) and one context a block.
 
         Args:
             tokens: (B, P) ids.
             positions: (P,) or (B, P).
+            reach: (B, 1 or P) tokens of the row or document in the end, for a rotation that depends on them; None = few.
         """
         device = self.embedding.weight.device
         tokens, positions = tokens.to(device), (positions[None] if positions.ndim == 1 else positions).to(device)
@@ -72,7 +80,7 @@ class FamilyDecoder(nn.Module):
         hidden = F.dropout(hidden, self.embedding_dropout, self.training)
         for module in self.embedding_out:
             hidden = module(hidden)
-        tables = {window: self._tables(hidden, positions, window) for window in set(self.windows)}
+        tables = {window: self._tables(hidden, positions, window, reach) for window in set(self.windows)}
         masks = {window: self._mask(hidden, window) for window in set(self.windows)}
         return hidden, tuple(Context(*tables[window], masks[window]) for window in self.windows)
 
@@ -108,9 +116,11 @@ class FamilyDecoder(nn.Module):
         """What the decoder's config says under ``key``."""
         return None if key is None else getattr(self.config, key)
 
-    def _tables(self, hidden: Tensor, positions: Tensor, window: int | None) -> tuple[Tensor | None, Tensor | None]:
+    def _tables(self, hidden: Tensor, positions: Tensor, window: int | None, reach: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if self.rotary is None:
             return None, None
+        if self.by_length is not None:
+            return self.by_length(self.rotary, hidden, positions, reach)
         if window is not None and self.local_rotary is not None:
             return self.local_rotary(hidden, positions)
         if "layer_type" in inspect.signature(self.rotary.forward).parameters:

@@ -14,7 +14,7 @@ def rotated_channels(attention: Any) -> int:
     return attention.rotary_ndims
 
 
-_NORMS: Any = {"query_norm": "self_attn.q_layernorm", "key_norm": "self_attn.k_layernorm"}
+_NORMS: Any = {"query_norm": "self_attn.q_layernorm", "key_norm": "self_attn.k_layernorm", "norm_heads_first": True}
 PHI = replace(
     LLAMA,
     name="phi",
@@ -31,5 +31,5 @@ PHI_NORMED = replace(PHI, name="phi_normed", **_NORMS)
 STABLELM = replace(LLAMA, name="stablelm", mlp_out=("dropout",), rotated=rotated_channels)
 STABLELM_PARALLEL = replace(STABLELM, name="stablelm_parallel", mlp_in=("input_layernorm",), parallel=always, residual_first=True)
 STABLELM_NORMED, STABLELM_PARALLEL_NORMED = (
-    replace(family, name=f"{family.name}_normed", norm_heads_first=True, **_NORMS) for family in (STABLELM, STABLELM_PARALLEL)
+    replace(family, name=f"{family.name}_normed", **_NORMS) for family in (STABLELM, STABLELM_PARALLEL)
 )

@@ -185,6 +185,7 @@ def _hidden(backbone: FamilyDecoder, blocks: list[FamilyBlock], tokens: Tensor) 
 
 
 def _call(decoder: nn.Module, tokens: Tensor, **more: Any) -> Any:
+    more["use_cache"] = False  # with a cache transformers may round in another order
     accepted = inspect.signature(decoder.forward).parameters
     if getattr(decoder, "config", None) is not text_config(decoder) and "token_type_ids" in accepted:
         more["token_type_ids"] = torch.zeros_like(tokens)  # text everywhere

@@ -29,6 +29,8 @@ class RecurrentCache(Cache):
 
     def room(self, model: LatentRecurrentModel, batch: int, tokens: int) -> DecodeState:
         """The state with room for ``tokens`` more, which it then counts as seen."""
+        if self.state is not None and self.state.batch != batch:
+            raise ValueError(f"this cache holds {self.state.batch} rows, but {batch} came: start with a fresh cache, or select rows of this one")
         self.columns += tokens
         if self.state is None:
             self.state = DecodeState.empty(model, batch=batch, capacity=max(SMALLEST_CAPACITY, self.columns))
@@ -36,8 +38,6 @@ class RecurrentCache(Cache):
             larger = DecodeState.empty(model, batch=self.state.batch, capacity=2 * self.columns)
             larger.put(range(self.state.batch), self.state)
             self.state = larger
-        if self.state.batch != batch:
-            raise ValueError(f"this cache holds {self.state.batch} rows, but {batch} came: start with a fresh cache, or select rows of this one")
         return self.state
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -62,6 +62,10 @@ class RecurrentCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise ValueError("RecurrentCache carries the memory of an lrt model and works with no other model")
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]  # a recurrent state that counts its tokens: what was seen is to be cut off the next input
 
     @property
     def is_compileable(self) -> bool:

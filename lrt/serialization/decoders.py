@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lrt.config.ranges import MOST_LAYERS
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
 
@@ -127,7 +128,7 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
     """Refuse the entries of a config.json with which transformers would fetch or run something.
 
     Raises:
-        ValueError: the config is quantized, names a kernel of the hub, or code for a part of the model.
+        ValueError: the config is quantized, names a kernel of the hub, code for a part of the model, or layers without end.
     """
     if table.get("quantization_config") is not None:
         raise ValueError(f"{where} is quantized, and its matrices cannot train: save it dequantized first")
@@ -136,6 +137,8 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
     for path, value in _leaves(table):
         if path[-1].endswith("_implementation") and "/" in str(value):
             raise ValueError(f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub: leave it out")
+        if "layer" in path[-1] and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{where}: config.json names {value} layers ({'.'.join(path)}), but at most {MOST_LAYERS} are built: it was changed")
         if "auto_map" in path[1:]:
             raise ValueError(f"{where}: config.json names code for a part of the model ({'.'.join(path)}), and lrt runs no code of a folder")
 

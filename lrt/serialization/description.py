@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
+from lrt.lora import put_adapter
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
@@ -33,8 +34,13 @@ def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any
         "vocab_size": model.vocab_size,
         "recurrence": None if model.recurrence is None else dataclasses.asdict(model.recurrence),
         "schedule": schedule_to_table(model.train_schedule),
-        **({"model": dataclasses.asdict(model.backbone.config)} if decoder is None else describe_decoder(decoder)),
+        **(_native(model) if decoder is None else describe_decoder(decoder)),
     }
+
+
+def _native(model: LatentRecurrentModel) -> dict[str, Any]:
+    """The settings of a native decoder; its softcap also under the name that tools with a head of their own read."""
+    return {"model": dataclasses.asdict(model.backbone.config), "final_logit_softcapping": model.backbone.config.softcap}
 
 
 def native_config(model: LatentRecurrentModel) -> dict[str, Any]:
@@ -52,7 +58,7 @@ def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRe
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
     model.train_schedule = schedule_of(config)
-    return model
+    return put_adapter(model, config["adapter"]) if config.get("adapter") else model
 
 
 def schedule_of(config: dict[str, Any]) -> Schedule:
@@ -69,7 +75,9 @@ def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
     if isinstance(schedule, Interleaved):
         return {"kind": "interleaved", **dataclasses.asdict(schedule)}
     if isinstance(schedule, Refine):
-        return {"kind": "refine", "passes": schedule.passes, "weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
+        settle = {"settle": schedule.settle} if schedule.settle else {}  # older versions read folders without it
+        weights = {"weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
+        return {"kind": "refine", "passes": schedule.passes, **weights, **settle}
     return {"kind": "baseline"} if isinstance(schedule, Baseline) else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
 
 

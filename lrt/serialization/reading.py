@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from lrt.model import LatentRecurrentModel
-from lrt.serialization.adapted import load_adapter, load_whole
+from lrt.rotary import kept_frequencies
+from lrt.serialization.adapted import load_into, load_whole, needs_base
 from lrt.serialization.description import model_from_config, read_config, schedule_of
 from lrt.serialization.tensors import check_shapes, open_folder
 
@@ -20,18 +21,20 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
         folder: with safetensors (whole or in shards) and config.json.
         dtype: of the parameters; None = as saved.
         device: None = CPU.
-        base: the decoder that a folder of ``adapter_only=True`` was made for; it becomes part of the model.
+        base: the decoder that a folder of ``adapter_only=True`` was made for, with the weights that the memory was trained on, or a
+            decoder of one's own for a whole folder of it, whose weights are replaced; it becomes part of the model.
         family: as in ``lrt.adapt``, for a decoder that needs it.
 
     Raises:
-        ValueError: not such a folder, its tensors do not fit its config, or ``base`` is missing or another decoder.
+        ValueError: not such a folder, its tensors do not fit its config, or ``base`` is missing, another decoder, or one of other weights.
     """
     config = read_config(folder)
     tensors = open_folder(folder)
-    if config.get("adapter_only"):
+    if config.get("adapter_only") or base is not None and needs_base(config):
         if base is not None and (device is not None or dtype is not None):
-            base = base.to(device=device, dtype=dtype)
-        return load_adapter(folder, config, tensors, base, family=family, train_schedule=schedule_of(config))
+            with kept_frequencies(base):
+                base = base.to(device=device, dtype=dtype)
+        return load_into(base, folder, config, tensors, family=family, train_schedule=schedule_of(config))
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: leave base out")
     if "adapted" in config:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lrt.serialization.permissions import usual_permissions
+
 WRITING, WRITTEN, LIST = ".lrt-writing", ".lrt-written", ".files.json"
 # What a save owns, and therefore removes where the new model has no such file. What else lies there (a tokenizer, a trainer's state) stays.
 OWNED = re.compile(
@@ -38,7 +40,9 @@ def renewed_folder(folder: str | Path) -> Iterator[Path]:
     place.mkdir()
     try:
         yield place
+        usual_permissions(place)
         names = sorted(file.name for file in place.iterdir())
+        usual_permissions(place)
         (place / LIST).write_text(json.dumps(names), encoding="utf-8")
         place.rename(folder / WRITTEN)
     except BaseException:

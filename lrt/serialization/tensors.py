@@ -7,6 +7,7 @@ A folder holds ``model.safetensors``, or ``model-00001-of-00003.safetensors`` an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,21 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
     return tensors
+
+
+def size_in_bytes(size: int | str | None) -> int | None:
+    """Bytes from a number, or from text such as "10KB", "1.5 GB" or "2GiB"; None stays None.
+
+    Raises:
+        ValueError: text that is no size, or a size below 1 byte.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), flags=re.IGNORECASE)
+    found = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    if found < 1:
+        raise ValueError(f'shard_size = {size!r}: give bytes of the largest file, such as 5000000000, "5GB" or "5GiB"')
+    return found
 
 
 def check_shapes(where: str, found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -6,7 +6,6 @@ A new folder is written beside its place and renamed, so a broken save leaves no
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,20 +15,24 @@ from typing import Any
 
 import torch
 
+from lrt.lora import adapter_names, describe_adapter
 from lrt.model import LatentRecurrentModel
-from lrt.serialization.adapted import is_foreign, model_card, refuse_whole, without_ties
+from lrt.serialization.adapted import decoder_tensors, is_foreign, model_card, refuse_whole, without_ties
 from lrt.serialization.description import config_of
-from lrt.serialization.tensors import in_memory, write_folder
+from lrt.serialization.fingerprint import fingerprint
+from lrt.serialization.permissions import usual_permissions
+from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
 
 
-def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | None = None) -> Path:
+def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | str | None = None) -> Path:
     """Write a model to ``folder``: safetensors, config.json and a model card.
 
     Args:
         model: the model, on any device.
         folder: must not exist yet, or be empty.
-        adapter_only: only the memory parameters of an adapted model, a few MB; ``load`` then needs its decoder.
-        shard_size: bytes of the largest file; None = one file.
+        adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB; ``load`` then needs the decoder with
+            the weights that it has now, of which a fingerprint is kept. Where the decoder was trained too, save the whole model.
+        shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:
         ValueError: the folder is in use, or this model cannot be saved so.
@@ -45,7 +48,7 @@ def write_model(
     *,
     tensors: Mapping[str, torch.Tensor] | None = None,
     adapter_only: bool = False,
-    shard_size: int | None = None,
+    shard_size: int | str | None = None,
 ) -> None:
     """Write a model's files into a folder that exists; see ``save``.
 
@@ -56,10 +59,14 @@ def write_model(
         raise ValueError("adapter_only = True, but this model was not made by lrt.adapt: save it whole")
     if is_foreign(model) and not adapter_only:
         refuse_whole(model)
-    config = config_of(model) | ({"adapter_only": True} if adapter_only else {})
     every = model.state_dict() if tensors is None else tensors
-    chosen = {name: every[name] for name in model.memory_parameters()} if adapter_only else without_ties(model, every)
-    write_folder(place, in_memory(chosen), shard_size=shard_size)
+    config, chosen = config_of(model), without_ties(model, every)
+    adapter = describe_adapter(model, model.original and model.original[0])
+    config |= {"adapter": adapter} if adapter else {}
+    if adapter_only:
+        config |= {"adapter_only": True, "base_fingerprint": fingerprint(decoder_tensors(model, every).items())}
+        chosen = {name: every[name] for name in (*model.memory_parameters(), *sorted(adapter_names(model) - {*model.memory_parameters()}))}
+    write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
     write_description(place, config)
     settings: Any = getattr(model, "generation_config", None)
     if settings is not None:
@@ -71,7 +78,7 @@ def write_description(place: Path, config: Mapping[str, Any]) -> None:
     table = {key: value for key, value in config.items() if key != "auto_map"}
     if not config.get("adapter_only"):
         table["auto_map"] = {"AutoConfig": "modeling_lrt.LRTConfig", "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM"}
-        shutil.copyfile(Path(__file__).with_name("modeling_lrt.py"), place / "modeling_lrt.py")
+        shutil.copyfile(Path(__file__).parents[1] / "huggingface" / "modeling_lrt.py", place / "modeling_lrt.py")
     (place / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(table), encoding="utf-8")
 
@@ -90,7 +97,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield place
-        os.chmod(place, 0o755)
+        usual_permissions(place)
         if target.exists():
             target.rmdir()
         place.rename(target)

@@ -52,13 +52,18 @@ def activation_numbers(model: LatentRecurrentModel) -> float:
     return 12.0 * model.backbone.width + sum(max(p.shape) for module in mlp for p in module.parameters() if p.ndim > 1)
 
 
+def graded_work(model: LatentRecurrentModel, schedule: Schedule, length: int) -> list[Work]:
+    """What a schedule runs and keeps something of: passes without gradient keep nothing."""
+    return [part for part in work_of(model, schedule, length) if part.graded]
+
+
 def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
     Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
     keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
-    subsets, work = min(getattr(schedule, "subsets", 1), length), work_of(model, schedule, length)
+    subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)
     config = getattr(model.backbone, "config", None)
     cut = isinstance(config, ModelConfig) and config.attention_reset is not None
     pairs: float = 0.0
@@ -100,7 +105,7 @@ def expected_memory(
     every = activation_numbers(model)
     kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
     tokens = horizon.rows * recipe.model.sequence_length
-    work = work_of(model, schedule, recipe.model.sequence_length)
+    work = graded_work(model, schedule, recipe.model.sequence_length)
     forwards = sum(part.positions * (part.stop - part.start) * (RECURRENT_PASS if part.received else 1.0) for part in work)
     more = recurrent_numbers(model, schedule, recipe.model.sequence_length) if parallel.activation_checkpointing != "block" else 0.0
     one_block = every * tokens if parallel.activation_checkpointing != "none" else 0.0

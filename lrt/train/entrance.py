@@ -1,4 +1,4 @@
-"""The entrance into recurrence: gains and memory projections that grow from zero, so that nothing jumps."""
+"""The entrance into recurrence: the memory's values and learning rates grow from zero, so that nothing jumps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lrt.train.timetable import Timetable
 class Entrance:
     """Memory parameters that start at zero and receive their initial values in equal parts, one a step, beside the optimizer's updates.
 
+    Their learning rates rise over the same steps, because an optimizer without a past takes full steps in every direction.
     The model itself is what grows, so evaluations, checkpoints and exports on the way hold what is trained.
     """
 
@@ -37,6 +38,10 @@ class Entrance:
         """Set the parameters to zero: the state before the ramp."""
         torch._foreach_zero_([local(p) for p in self.parameters])
 
+    def share(self, step: int) -> float:
+        """Share of the memory's learning rates at a step (0-based)."""
+        return min(1.0, max(0, step - self.start + 1) / self.steps)
+
     @torch.no_grad()
     def advance(self, step: int) -> None:
         """After the update of a step (0-based): the next part, as long as the ramp lasts."""
@@ -46,14 +51,24 @@ class Entrance:
             )
 
 
-def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter]) -> Entrance | None:
+def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter], *, began: int = 0) -> Entrance | None:
     """The ramp into the first phase with memory, the parameters set to zero; None where the recipe asks for none.
 
     Args:
         timetable: of the run.
         memory: the parameters of the recurrence, with their initial values.
+        began: step at which the run began: a branch may begin inside the phase.
+
+    Raises:
+        ValueError: the phase ends before the ramp.
     """
     stretch = timetable.entrance
-    return (
-        Entrance.of(memory, start=stretch.start, steps=stretch.ramp) if stretch is not None and stretch.ramp else None
-    )
+    if stretch is None or not stretch.ramp:
+        return None
+    start = max(stretch.start, began)
+    if start + stretch.ramp > stretch.stop:
+        raise ValueError(
+            f"schedule ramp = {stretch.ramp}, but the phase with memory has {max(0, stretch.stop - start)} steps from step "
+            f"{start} on, where this branch begins: use at most so many"
+        )
+    return Entrance.of(memory, start=start, steps=stretch.ramp)

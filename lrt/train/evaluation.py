@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer
@@ -21,6 +20,7 @@ from lrt.eval import BitsPerByte, activation_statistics, evaluate_bpb
 from lrt.eval.activations import Statistics
 from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
+from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
@@ -30,20 +30,49 @@ from lrt.train.run import Run
 DOCUMENTS = "documents.npz"  # in a run's folder: what each held-out document cost at the newest evaluation
 
 
-def evaluate(
-    model: Any, recipe: Recipe, rows: ValidationLoader, tokenizer: Tokenizer, world: World, *, progress: Callable[[], None]
-) -> tuple[dict[str, BitsPerByte], Statistics]:
-    """Bits per byte in every mode of the recipe, over all ranks, and what the memory does in this rank's first batch.
+class Evaluated(NamedTuple):
+    """What an evaluation has found.
 
-    The first batch of rank 0 holds the same rows whatever the number of ranks. ``progress`` is called after every batch and mode.
+    Attributes:
+        scores: bits per byte by memory mode, over all ranks.
+        activations: what the memory does in this rank's first batch; rank 0's holds the same rows for any number of ranks.
+        sources: scores of the further sources, by name.
+    """
+
+    scores: dict[str, BitsPerByte]
+    activations: Statistics
+    sources: dict[str, dict[str, BitsPerByte]]
+
+
+def evaluate(
+    model: Any,
+    recipe: Recipe,
+    rows: ValidationLoader,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    progress: Callable[[], None],
+    sources: Mapping[str, ValidationLoader] | None = None,
+) -> Evaluated:
+    """Score held-out rows in every mode of the recipe.
+
+    Args:
+        model: plain or parallel.
+        recipe: of the run.
+        rows: of the run's validation data.
+        tokenizer: of the data.
+        world: the processes; every rank must call this.
+        progress: called after every batch and mode.
+        sources: further rows, by name.
     """
     decode = None
     if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
-    try:
-        scores = evaluate_bpb(
+
+    def score(rows: ValidationLoader) -> dict[str, BitsPerByte]:
+        return evaluate_bpb(
             model,
             rows,
             token_bytes=None if isinstance(rows, ValidationLoader) else _token_bytes(tokenizer, model.vocab_size),
@@ -54,10 +83,15 @@ def evaluate(
             progress=progress,
             decode=decode,
         )
+
+    try:
+        scores = score(rows)
+        by_source = {name: score(further) for name, further in (sources or {}).items()}
         first = next(iter(rows), None)
         if first is None:
-            return scores, {}
-        return scores, activation_statistics(model, first.input_ids.to(world.device), first.targets.to(world.device))
+            return Evaluated(scores, {}, by_source)
+        activations = activation_statistics(model, first.input_ids.to(world.device), first.targets.to(world.device))
+        return Evaluated(scores, activations, by_source)
     finally:
         free_gathered(model)
         _reshard_after_forward(model, keep)
@@ -95,15 +129,18 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     heart.beat(where)
     began = time.perf_counter()
     model = run.model if run.runner is None else run.runner.refresh()
-    scores, activations = evaluate(model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where))
+    scores, activations, sources = evaluate(
+        model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
+    )
     record = {
         "kind": "evaluation",
         "step": run.state.step,
         "tokens": run.state.tokens,
-        "bpb": {mode: score.value for mode, score in scores.items()},
+        "bpb": _values(scores),
         "bpb_interval": {mode: _interval(score) for mode, score in scores.items()},
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
+        **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),
@@ -117,42 +154,11 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     return record
 
 
+def _values(scores: Mapping[str, BitsPerByte]) -> dict[str, float]:
+    return {mode: score.value for mode, score in scores.items()}
+
+
 def _interval(score: BitsPerByte) -> list[float] | None:
     """Both ends of the bootstrap interval over documents; None where there are too few."""
     found = score.interval()
     return None if math.isnan(found.low) else [found.low, found.high]
-
-
-@torch.no_grad()
-def recurrence_statistics(model: Any) -> dict[str, list[float]]:
-    """What the parameters have become: gains g, size of gates and projections, one number a receiving block; a and b, one a block.
-
-    Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
-    Every rank must call this.
-    """
-    if model.recurrence is None:
-        return {}
-    found: dict[str, list[float]] = {}
-    if model.injection is not None:
-        found["gains"] = _whole(model.injection.gains).tolist()
-    blocks = [model.blocks[index] for index in model.receivers]
-    gates = [block.gate for block in blocks if block.gate is not None]
-    if gates:
-        found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
-    if pairs:
-        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
-        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
-    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
-        scales = getattr(model.backbone, name, None)
-        if scales is not None:
-            found[name] = _whole(scales).tolist()
-    return found
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(_whole(tensor).float().square().mean().sqrt())

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lrt.accounting import Parameters, training_flops
-from lrt.config import ParallelConfig, Recipe
+from lrt.config import ParallelConfig, Recipe, TrainingConfig
 from lrt.config.ranges import HORIZON
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import Mixture, baseline, phases_of
@@ -32,11 +32,16 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
         world_size: processes.
 
     Raises:
-        ValueError: no horizon is given, the ranks make no mesh, or the batch cannot be dealt to them.
+        ValueError: no horizon is given, the warmup is longer, the ranks make no mesh, or the batch cannot be dealt to them.
     """
     shards_of(recipe.parallel, world_size)
     training, length = recipe.training, recipe.model.sequence_length
     steps = steps_of(recipe, parameters)
+    if steps and training.warmup_steps > steps:
+        raise ValueError(
+            f"training.warmup_steps = {training.warmup_steps}, but the run has {steps} steps, so the rates would never be reached: "
+            f"use at most {steps}, or a longer horizon"
+        )
     rows = training.batch_tokens // length
     if rows % world_size:
         raise ValueError(
@@ -92,6 +97,21 @@ def mean_flops(recipe: Recipe, model: LatentRecurrentModel) -> float:
         mean += (phase.until - begin) * step
         begin = phase.until
     return mean
+
+
+def rest_of(horizon: Horizon, *, training: TrainingConfig, step: int, tokens: int) -> Horizon:
+    """The horizon of a run that goes on: one in tokens is not overrun, whatever the batches so far.
+
+    Args:
+        horizon: of a run that begins with this recipe.
+        training: of the recipe.
+        step: optimizer steps done.
+        tokens: trained on in them.
+    """
+    if training.steps is not None or tokens == step * horizon.batch_tokens:
+        return horizon
+    left = max(0, (training.tokens or horizon.tokens) - tokens) // horizon.batch_tokens
+    return horizon._replace(steps=step + left, tokens=tokens + left * horizon.batch_tokens)
 
 
 def shards_of(config: ParallelConfig, world_size: int) -> int:

@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-import lrt
-
 Record = dict[str, Any]
-PACKAGE = Path(lrt.__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class RunFile:
@@ -73,7 +71,7 @@ def provenance(device: torch.device, *, world_size: int) -> Record:
         device: on which it computes.
         world_size: processes of the run.
     """
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "lrt": lrt.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "lrt": sys.modules["lrt"].__version__}
     if device.type == "cuda":
         versions["cuda"] = torch.version.cuda or "none"
     if "transformers" in sys.modules:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
-from lrt.train.checkpoint.checkpoint import CheckpointManager
+from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
 from lrt.train.entrance import Entrance
@@ -84,3 +84,4 @@ class Run:
     say: Callable[[str], None]
     state: TrainState
     told: RunFile | None = None  # run.json, of the rank that writes
+    sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name

@@ -53,6 +53,11 @@ class Timetable:
         """Steps at which a phase ended, of those that have been crossed when ``before`` steps are done."""
         return tuple(stretch.stop for stretch in self.stretches[:-1] if stretch.stop < before)
 
+    def past(self, step: int) -> tuple[Stretch, ...]:
+        """What ran in the first ``step`` steps."""
+        begun = (stretch for stretch in self.stretches if stretch.start < step)
+        return tuple(stretch._replace(stop=min(stretch.stop, step)) for stretch in begun)
+
     @property
     def entrance(self) -> Stretch | None:
         """The first phase with memory; None where there is none."""

@@ -8,46 +8,55 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrt.accounting import Parameters, count_parameters, peak_flops, training_flops
+from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
+from lrt.data.locks import locked
 from lrt.eval.runs import read_records
 from lrt.schedules import describe
-from lrt.train.checkpoint.checkpoint import CheckpointManager, check_same_model, check_same_schedule, latest, read_rest, read_tensors, stored_recipe
+from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
+from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
+from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
-from lrt.train.checkpoint.weights import build_parallel, warm_start
+from lrt.train.checkpoint.weights import build_parallel, not_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
-from lrt.train.distributed.world import World, open_world
+from lrt.train.distributed.world import World, check_same_on_all, open_world
 from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
-from lrt.train.horizon import plan_horizon, steps_of
+from lrt.train.further_sources import open_sources
+from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, Recorder, Sink, TensorBoard, peak_memory_gib
-from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups
+from lrt.train.monitor.host import host_threads
+from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
+from lrt.train.monitor.profiling import profiler
+from lrt.train.monitor.sinks import Guarded, open_sinks
+from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups, rate_of
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
 from lrt.train.run import Run, RunResult, TrainState
+from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
-from lrt.train.timetable import Timetable, check_borders, plan_timetable
+from lrt.train.timetable import plan_timetable
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
 
 
-def train(recipe: Recipe) -> RunResult:
+def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> RunResult:
     """Train, evaluate, export: the whole life of a run.
 
     Args:
         recipe: everything that the run needs to know.
+        sinks: of one's own, which get every record on rank 0 and cannot end the run.
 
     Raises:
         ValueError: the recipe, the data or a checkpoint cannot be used.
@@ -59,10 +68,13 @@ def train(recipe: Recipe) -> RunResult:
             with signals.unheard():  # a stop that ends these workers too would leave the next compilation waiting for ever
                 start_compile_workers()
         timeout = 60 * recipe.parallel.timeout_minutes
-        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
-            run = assemble(recipe, world)
+        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout), contextlib.ExitStack() as held:
+            check_same_on_all(recipe, world)
+            held.enter_context(_held_folder(recipe, world))
+            run = assemble(recipe, world, sinks=sinks)
             try:
-                result = _loop(run, signals, heart)
+                with host_threads(world.device, threads=recipe.parallel.host_threads):
+                    result = _loop(run, signals, heart)
                 _tell(run, "done" if result.stopped is None else f"stopped: {result.stopped}")
                 return result
             except BaseException as error:
@@ -74,7 +86,7 @@ def train(recipe: Recipe) -> RunResult:
                 run.recorder.close()
 
 
-def assemble(recipe: Recipe, world: World) -> Run:
+def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run:
     """All parts of a run, at the step of its newest checkpoint."""
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -82,7 +94,17 @@ def assemble(recipe: Recipe, world: World) -> Run:
     shapes = shapes_of(recipe)
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
+    folder = Path(recipe.run.output) / recipe.run.name
+    resumed = find_resumed(recipe, folder, world)
+    branch = find_branch(recipe, world) if resumed is None else None
+    begun = resumed or branch
+    state = TrainState() if begun is None else begun.state
+    horizon = rest_of(horizon, training=recipe.training, step=state.step, tokens=state.tokens)
     timetable = plan_timetable(recipe, steps=horizon.steps)
+    if resumed is not None:
+        check_past(resumed, recipe, timetable, parameters, steps=horizon.steps)
+    if branch is not None:
+        check_length(branch, recipe, steps=horizon.steps)
     flops = {schedule: training_flops(shapes, schedule, recipe.model.sequence_length) for schedule in timetable.kinds}
     first = recipe.metrics.profile_start
     if first is not None and not 1 <= first <= horizon.steps:
@@ -91,21 +113,21 @@ def assemble(recipe: Recipe, world: World) -> Run:
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
-    folder = Path(recipe.run.output) / recipe.run.name
-    resumed = _newest(recipe, folder, world)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
-    entrance = open_entrance(timetable, memory)
+    entrance = open_entrance(timetable, memory, began=state.began)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
+    if begun is None:
+        _refuse_non_finite(model, recipe, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
-    state = TrainState()
     if resumed is not None:
-        state = _resume(resumed, model, optimizer, loader, world)
-        _check_borders(resumed, recipe, timetable, parameters, step=state.step)
-        if state.step >= horizon.steps:
-            check_same_schedule(resumed, recipe)
-    console = _start_folder(recipe, folder, world, total=horizon.steps, start=state.step)
+        restore(resumed, _tensors(model, optimizer), loader, world)
+    if branch is not None:
+        restore(branch, without_fresh_memory(_tensors(model, optimizer), branch, recipe), loader, world)
+        if entrance is not None:
+            begin_ramp(entrance, _tensors(model, optimizer), world)
+    console = _start_folder(recipe, folder, world, total=horizon.steps, resumed=resumed, branch=branch)
     say = console.say if console is not None else lambda text: None
     manager = CheckpointManager(
         folder / "checkpoints",
@@ -117,13 +139,10 @@ def assemble(recipe: Recipe, world: World) -> Run:
         report=say,
     )
     manager.last_saved = state.step if resumed is not None else -1
-    sinks: list[Sink] = [console] if console is not None else []
+    kept: list[Sink] = [console] if console is not None else []
     if world.main:
-        sinks.append(JsonLines(folder / "metrics.jsonl", resume_step=state.step, report=say))
-        if recipe.metrics.tensorboard:
-            sinks.append(TensorBoard(folder / "tensorboard"))
-    if resumed is not None:
-        say(f"resumed from {resumed}")
+        kept += open_sinks(recipe, folder, resume_step=state.step, report=say)
+        kept += [Guarded(sink, report=say) for sink in sinks]
     guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
@@ -135,7 +154,7 @@ def assemble(recipe: Recipe, world: World) -> Run:
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(sinks), guard, say, state, told,
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
     )  # fmt: skip
 
 
@@ -143,6 +162,14 @@ def _tell(run: Run, state: str) -> None:
     """Write into run.json how this attempt ended."""
     if run.told is not None:
         run.told.end(state, step=run.state.step)
+
+
+@contextlib.contextmanager
+def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
+    """Rank 0 holds the run's folder, alone among all processes of the machine or the file system, while the block runs."""
+    with contextlib.ExitStack() as held:
+        world.from_main(lambda: held.enter_context(locked(Path(recipe.run.output) / recipe.run.name, advice="choose another run.name")))
+        yield
 
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
@@ -163,36 +190,12 @@ def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
             raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
-def _newest(recipe: Recipe, folder: Path, world: World) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; other ranks wait for rank 0 to look."""
-    found = latest(folder / "checkpoints") if world.main else None
-    number = world.agree(-1 if found is None else int(found.name.removeprefix("step_")))
-    if number < 0:
-        return None
-    newest = folder / "checkpoints" / f"step_{number:08d}"
-    if not recipe.checkpoint.resume:
-        raise ValueError(
-            f"checkpoint.resume = false, but {folder} holds a run that reached step {number}: choose another run.name, "
-            f"delete the folder, or set checkpoint.resume = true"
-        )
-    check_same_model(newest, recipe)
-    return newest
-
-
-def _resume(folder: Path, model: Any, optimizer: MuonAdamW, loader: Any, world: World) -> TrainState:
-    read_tensors(folder, _tensors(model, optimizer), process_group=world.checkpoint_group)
-    rest = read_rest(folder)
-    loader.load_state_dict([state["loader"] for state in rest.rank_states])
-    if rest.meta["world_size"] == world.size:  # otherwise there is no same stream of random numbers to go on with
-        _set_random_state(rest.rank_states[world.rank]["random"], world.device)
-    return TrainState(**{field.name: rest.meta[field.name] for field in dataclasses.fields(TrainState) if field.name in rest.meta})
-
-
-def _check_borders(folder: Path, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, step: int) -> None:
-    """Refuse a horizon that moves borders of the same phases among the steps that are done."""
-    stored = stored_recipe(folder)
-    if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
-        check_borders(timetable, before=plan_timetable(stored, steps=steps_of(stored, parameters)), step=step)
+def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
+    """A run could only skip every step."""
+    bad = not_finite(dict(named_parameters(model)), world)
+    if bad:
+        start = f"training.init_from = {recipe.training.init_from}" if recipe.training.init_from else f"run.backbone = {recipe.run.backbone}"
+        raise ValueError(f"{start}: {bad} not finite: start from weights that are")
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
@@ -201,25 +204,29 @@ def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
     return {**tensors, **{f"optimizer.{name}": tensor for name, tensor in optimizer.named_state().items()}}
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _start_folder(recipe: Recipe, folder: Path, world: World, *, total: int, start: int) -> Console | None:
+def _start_folder(
+    recipe: Recipe, folder: Path, world: World, *, total: int, resumed: Resumed | None, branch: Resumed | None
+) -> Console | None:
+    """Write what the run is, and say where it begins."""
     if not world.main:
         world.barrier()
         return None
     folder.mkdir(parents=True, exist_ok=True)
+    begun = resumed or branch
+    start = 0 if begun is None else begun.state.step
+    changed = write_history(folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder))
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     world.barrier()
-    return Console(total=total, start=start, every=recipe.metrics.every)
+    console = Console(total=total, start=start, every=recipe.metrics.every)
+    if resumed is not None:
+        console.say(f"resumed from {resumed.folder}")
+    if branch is not None:
+        console.say(f"branched off {branch.folder} at step {start}")
+    for change in changed:
+        console.say(f"from step {start} on: {change}")
+    if resumed is not None and start >= total:
+        console.say(f"already finished, nothing trained: {resumed.folder} is the end of this run, which is evaluated and exported again")
+    return console
 
 
 @contextlib.contextmanager
@@ -227,12 +234,12 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
     """A collective that failed says in which step."""
     try:
         yield
-    except torch.distributed.DistError as error:
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower() and "timeout" not in str(error).lower():
+    except RuntimeError as error:  # so is torch.distributed.DistError
+        named = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "timeout"))
+        if not named:
             raise
-        raise HangError(f"{hang_message(heart.where, timeout_s)} ({str(error).splitlines()[0]})") from error
+        message = hang_message(heart.where, timeout_s, silent_s=heart.silent_s)
+        raise HangError(f"{message} ({str(error).splitlines()[0]})") from error
 
 
 # ------------------------------------------------------------------ the loop
@@ -244,36 +251,39 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     speeds: list[float] = []
     stop = False
     if _evaluation_missed(run):
-        with clock.paused():
+        with clock.paused(), signals.unheard():
             evaluate_run(run, heart)
-    with _profiler(recipe, run.folder, run.world) as profile:
+            record_sample(run)
+    with profiler(recipe, run.folder, run.world) as profile:
         while state.step < total and not stop:
             heart.beat(f"step {state.step + 1}")
             profile(state.step + 1)
             with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
-            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer)
+            share = 1.0 if run.entrance is None else run.entrance.share(state.step)
+            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer, memory_scale=share)
             run.optimizer.set_rates(rates)
             schedule = run.timetable.schedule(state.step)
-            numbers = train_step(
-                run.model,
-                run.optimizer,
-                [_to_device(batch, run.world.device) for batch in batches],
-                schedule=schedule,
-                seed=run.timetable.seed_of(state.step),
-                clip_norm=recipe.training.clip_norm,
-                world=run.world,
-                stop=signals.received is not None,
-                runner=run.runner,
-                frozen=run.memory if run.timetable.at(state.step).plain else (),
-            )
+            with signals.unheard():  # a compiler that a step starts must not end by a stop's signal
+                numbers = train_step(
+                    run.model,
+                    run.optimizer,
+                    [_to_device(batch, run.world.device) for batch in batches],
+                    schedule=schedule,
+                    seed=run.timetable.seed_of(state.step),
+                    clip_norm=recipe.training.clip_norm,
+                    world=run.world,
+                    stop=signals.received is not None or run.recorder.lost is not None,
+                    runner=run.runner,
+                    frozen=run.memory if run.timetable.at(state.step).plain else (),
+                )
             if run.entrance is not None:
                 run.entrance.advance(state.step)
             state.step += 1
             state.tokens += run.horizon.batch_tokens
             state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, Passed(rates, schedule, state.flops, sources, *clock.lap()))
+            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
@@ -281,18 +291,20 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             if "save" in due and not stop:
                 _save(run)  # first: a stop during an evaluation may end the process before it is over
             if "evaluate" in due and not stop:
-                with clock.paused():
+                with clock.paused(), signals.unheard():
                     evaluate_run(run, heart)
+                    record_sample(run)
         heart.beat(f"the end, at step {state.step}")
         for past in late.pop(keep=0):
             stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
     reached = state.step >= total
     _save(run)
-    if not run.manager.wait():
+    run.manager.wait()
+    if run.manager.last_saved != state.step:
         raise NotSavedError(
-            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on "
-            f"from the newest whole one"
+            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on from the newest"
         )
+    run.recorder.check()
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
     name = None if reached and not stop else signals.received or "a signal on another rank"
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
@@ -300,6 +312,11 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     if name is not None:
         run.say(f"stopped by {name} at step {state.step} of {total}; the same command goes on from {run.manager.folder}")
         return result
+    if run.guard.skipping:
+        raise NonFiniteError(
+            f"the run ended at step {state.step} while its steps were not finite and were skipped (the last {run.guard.skipping}), so nothing is "
+            f"exported. The weights are finite: the same command evaluates and exports them as they are"
+        )
     return finish(run, result, heart)
 
 
@@ -327,6 +344,7 @@ class Passed(NamedTuple):
 
     rates: Rates
     schedule: Schedule
+    tokens: int  # of all steps so far
     flops: float  # of all steps so far
     sources: list[str]
     seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
@@ -350,9 +368,9 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "groups": list(numbers.groups),
             "schedule": describe(passed.schedule),
             "lr_scale": passed.rates.lr_scale,
-            "lr": {group["name"]: group["base_lr"] * passed.rates.lr_scale for group in run.optimizer.param_groups},
+            "lr": {group["name"]: rate_of(group, passed.rates) for group in run.optimizer.param_groups},
             "grad_norm": numbers.norm,
-            "tokens": numbers.step * run.horizon.batch_tokens,
+            "tokens": passed.tokens,
             "tokens_per_second": speed,
             "flops": passed.flops,
             "flops_per_second": flops,
@@ -366,35 +384,19 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
 
 
 def _save(run: Run) -> None:
+    if run.state.step == run.manager.last_saved:
+        return
+    tensors = _tensors(run.model, run.optimizer)
+    bad = not_finite(tensors, run.world)
+    if bad:
+        raise NonFiniteError(
+            f"step {run.state.step}: {bad} not finite, so no checkpoint of it is written and nothing is exported. The checkpoints before are whole: "
+            f"go on from one of them with lower learning rates (training.branch_from), or look at the data"
+        )
     run.manager.save(
         run.state.step,
-        tensors=_tensors(run.model, run.optimizer),
-        rank_state={"loader": run.loader.state_dict(), "random": _random_state(run.world.device)},
-        meta=dataclasses.asdict(run.state),
+        tensors=tensors,
+        rank_state={"loader": run.loader.state_dict(), "random": random_state(run.world.device)},
+        meta={**dataclasses.asdict(run.state), "planned_steps": run.horizon.steps},
+        prune=not run.guard.skipping,
     )
-
-
-@contextlib.contextmanager
-def _profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside it has of it."""
-    start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
-    running: torch.profiler.profile | None = None
-
-    def finish() -> None:
-        nonlocal running
-        if running is not None:
-            running.stop()
-            (folder / "profile").mkdir(exist_ok=True)
-            running.export_chrome_trace(str(folder / "profile" / f"rank{world.rank}_step{start}.json"))
-            running = None
-
-    def before(step: int) -> None:
-        nonlocal running
-        if step == start:
-            running = torch.profiler.profile()
-            running.start()
-        elif start is not None and step == start + count:
-            finish()
-
-    yield before
-    finish()

@@ -243,8 +243,8 @@ MEMORY = 'until = 1, kind = "refine"'
             "schedule.phases[1].ramp = 5 has no effect: memory came in before",
         ),
         (
-            ["schedule.ramp=5", "recurrence.init=identity"],
-            'schedule.ramp = 5 has no effect with recurrence.init = "identity"',
+            ["schedule.settle=3"],
+            "schedule.settle = 3 has no effect with schedule.kind = 'interleaved': leave it out, or use refine",
         ),
         (
             ["schedule.ramp=5", "training.init_from=x"],

@@ -19,7 +19,7 @@ import lrt
 from lrt.config import CheckpointConfig, parse_recipe
 from lrt.conversion import convert, inspect_checkpoint
 from lrt.conversion.inspection import describe
-from lrt.train.checkpoint.checkpoint import CheckpointManager
+from lrt.train.checkpoint import CheckpointManager
 
 SMALL = "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nn_kv_heads = 1\nvocab_size = 300\nsequence_length = 16\n[training]\nbatch_tokens = 64\n"
 

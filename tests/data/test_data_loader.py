@@ -7,15 +7,20 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrt.config import DataConfig
 from lrt.data import CorruptShard, build_loader, load_tokenizer
-from lrt.data.batch import IGNORED
+from lrt.data.batch import IGNORED, make_batch
+from lrt.data.loader import usual_workers
+from lrt.data.packing import Row
 
 BYTES = load_tokenizer("bytes")
 
@@ -51,6 +56,39 @@ def pieces_seen(batches) -> Counter:
                 group, _, documents = part.rpartition("[")[2].partition("]: ")
                 found.update((int(group), d.strip()) for d in documents.split(","))
     return found
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators of torch are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_is_made_without_torchs_thread_pool():
+    """A copy shared out over two threads of a busy host took 400 times as long, and small models waited for it."""
+    rows = [Row(np.arange(n, n + 1025), 1025 - n, [(0, n, 0)]) for n in range(64)]
+    with Operators() as operators:
+        batch = make_batch(rows, SimpleNamespace(name=str))
+    assert operators.seen <= {torch.ops.aten.lift_fresh.default}  # what takes up an array, no copy
+    assert batch.input_ids.is_contiguous() and batch.targets.is_contiguous()
+    for n in (0, 63):
+        assert torch.equal(batch.input_ids[n], torch.arange(n, n + 1024))
+        assert torch.equal(batch.targets[n], torch.arange(n + 1, n + 1025).where(torch.arange(1024) < 1024 - n, IGNORED))
+
+
+def test_a_run_that_names_no_workers_has_some_beside_a_gpu(corpus, monkeypatch):
+    assert train(corpus, workers=None).workers == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [usual_workers(documents=n) for n in (1000, 192, 191, 64, 63, 0)] == [3, 3, 2, 1, 0, 0]
+    loaders = [train(corpus, workers=workers) for workers in (None, 0, 2)]  # 90 documents
+    assert [loader.workers for loader in loaders] == [1, 0, 2]
+    assert train(corpus, workers=None, world_size=2, rank=1).workers == 0
 
 
 def test_batches_are_small_plain_data(corpus):

@@ -303,3 +303,27 @@ def test_inspect_counts_what_packing_costs(tmp_path):
     assert (report.documents, report.tokens, report.bytes) == (5, 65, 65)
     assert report.rows == 3 and report.cut_documents == 1 / 5 and report.cut_tokens == 10 / 65
     assert report.separator_share == 6 / 71
+
+
+def test_a_vocabulary_that_no_memory_holds_is_refused(tool, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    arguments = ["train-tokenizer", "--train", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]
+    assert tool.main([*arguments, "--vocab-size", "9999999999"]) == 2
+    assert "--vocab-size 9999999999 is too large: use at most 4194304" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["tokenize", "train-tokenizer"])
+def test_two_in_one_folder_are_refused_and_the_first_goes_on(tool, tmp_path, capsys, command):
+    (tmp_path / "a.txt").write_text("some text")
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from lrt.data.locks import locked\n"
+    code += f"with locked({str(tmp_path / 'out')!r}, advice=''):\n    print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    tokenizer = ["--tokenizer", "bytes"] if command == "tokenize" else []
+    arguments = [command, "--train", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"), *tokenizer]
+    assert tool.main(arguments) == 2
+    assert f"out is in use by another process (process {holder.pid} on " in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    assert tool.main(arguments) == 0 and not list((tmp_path / "out").glob(".*"))

@@ -72,6 +72,9 @@ def test_one_graph_a_window_and_kind_of_pass(pattern, windows):
     assert graphs_of(step(lrt.baseline())) == windows
     assert graphs_of(step(lrt.refine(1))) == windows  # the pass with memory
     assert graphs_of(step(lrt.refine(3))) == 0
+    # The pass with memory and without gradient, and the one whose memory has none to hand on.
+    assert graphs_of(step(lrt.refine(1, settle=1))) == 2 * windows
+    assert graphs_of(step(lrt.refine(2, settle=3))) == 0
     # An initialization that keeps its keys, and one graph a residue: on the CPU the window is in the mask alone.
     assert graphs_of(step(lrt.interleaved(2))) == windows + 2
     assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 2  # residue 0, all of whose neighbours are fresh, and residue 1 where it is not the last
@@ -164,7 +167,16 @@ def test_changing_schedules_compile_nothing_once_each_was_seen():
 # ------------------------------------------------------------------ the runner
 
 
-@pytest.mark.parametrize("schedule", [lrt.baseline(), lrt.refine(1, weights=(0.0, 1.0)), lrt.interleaved(2), lrt.interleaved(3, order="random")])
+SCHEDULES = [
+    lrt.baseline(),
+    lrt.refine(1, weights=(0.0, 1.0)),
+    lrt.refine(1, weights=(0.0, 1.0), settle=2),
+    lrt.interleaved(2),
+    lrt.interleaved(3, order="random"),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_a_runner_leaves_the_gradients_of_the_model(schedule):
     """Over accumulated micro-batches and several updates of the masters, in float32, bit for bit."""
     model = small()

@@ -101,8 +101,16 @@ def test_what_is_not_at_its_end_is_shown_and_not_compared(tmp_path):
     assert "lrt (at step 30 of 60)" in [row[0] for row in scores_table(found)]
 
 
+def test_seeds_that_branch_from_runs_of_their_own_are_one_setting(tmp_path):
+    for seed in (1, 2):
+        branch = [f"training.branch_from={tmp_path}/trunk-s{seed}", "training.lr_schedule=wsd", "data.workers=2"]
+        write_run(tmp_path / f"branch-s{seed}", seed=seed, overrides=branch)
+    (curve,) = compare([tmp_path]).curves
+    assert (curve.label, curve.points[0].seeds) == ("branch", (1, 2))
+
+
 def test_documents_in_pairs(tmp_path):
-    """Both seeds of a setting are averaged; the difference is exact, and so is its interval where all documents agree."""
+    """Both seeds of a setting are averaged; the difference is exact, and so is its interval where documents agree."""
     index, size = np.arange(40), np.full(40, 100)
     for name, plain, extra in (("plain", True, 0.0), ("lrt", False, -2.0)):
         for seed in (1, 2):

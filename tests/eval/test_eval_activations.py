@@ -12,7 +12,7 @@ import lrt
 from lrt.config import parse_recipe
 from lrt.eval import activation_statistics
 from lrt.train import evaluation
-from lrt.train.checkpoint.checkpoint import latest
+from lrt.train.checkpoint import latest
 from lrt.train.monitor.metrics import memory_table, read_records
 from lrt.train.trainer import train
 

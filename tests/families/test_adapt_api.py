@@ -82,8 +82,8 @@ def test_a_described_stack_is_adapted(tokens: Tensor, tmp_path: Any) -> None:
         torch.testing.assert_close(model(tokens, schedule=lrt.interleaved(9)).logits, exact)
         assert (exact - decoder(tokens)).abs().max() > 0.01
     assert lrt.generate(model, tokens, max_new_tokens=3, temperature=0.0).shape == (2, 12)
-    with pytest.raises(ValueError, match="lrt cannot build a Plain from a folder"):
-        lrt.save(model, tmp_path / "whole")
+    with pytest.raises(ValueError, match="lrt cannot build a Plain from a folder: pass base="):
+        lrt.load(lrt.save(model, tmp_path / "whole"))
     folder = lrt.save(model, tmp_path / "memory", adapter_only=True)
     again = lrt.load(folder, base=plain(), family=PLAIN)
     with torch.no_grad():
@@ -166,8 +166,6 @@ def test_lora_trains_beside_the_memory(tokens: Tensor, tmp_path: Any) -> None:
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert any("lora_A" in name for name in trained) and set(model.memory_parameters()) <= trained
     assert not any("base_layer" in name for name in trained)
-    with pytest.raises(ValueError, match="wrapped by PEFT: save the memory with"):
-        lrt.save(model, tmp_path / "whole")
     lrt.save(model, tmp_path / "memory", adapter_only=True)
     assert lrt.release(model) is wrapped
     prompts = peft.get_peft_model(make("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

@@ -144,10 +144,6 @@ def test_what_would_drop_the_memory_is_refused(model: Any, tokens: torch.Tensor,
 def test_calls_that_cannot_work_say_so(model: Any, tokens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="inputs_embeds is not supported"):
         model(inputs_embeds=torch.zeros(1, 2, 24))
-    with pytest.raises(ValueError, match="out.memory is the state of the source block"):
-        model(tokens, output_hidden_states=True)
-    with pytest.raises(ValueError, match="drops the cache inside a block"):
-        model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="labels, targets, schedule and document_ids do not apply"):
         model(tokens, past_key_values=RecurrentCache(), labels=tokens)
     with pytest.raises(ValueError, match="resize the decoder's embeddings before lrt.adapt"):
@@ -205,12 +201,6 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path, tokens: torc
         torch.testing.assert_close(resumed.eval()(tokens).logits, final, rtol=1e-4, atol=1e-4)
 
 
-def test_trainer_refuses_its_own_gradient_checkpointing(tmp_path: Path) -> None:
-    model = lrt.adapt(make("llama", dtype=torch.float32))
-    with pytest.raises(ValueError, match="gradient checkpointing|drops the cache"):
-        trainer(model, tmp_path, gradient_checkpointing=True).train()
-
-
 def test_accelerate_needs_no_special_code() -> None:
     from accelerate import Accelerator
 
@@ -251,14 +241,6 @@ def test_auto_classes_read_native_and_adapted_folders(tmp_path: Path, model: Any
         assert "library_name: lrt" in (folder / "README.md").read_text() and (folder / "config.json").exists()
         half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-
-
-def test_from_pretrained_refuses_what_it_would_ignore(tmp_path: Path, model: Any) -> None:
-    folder = lrt.save(model, tmp_path / "m")
-    with pytest.raises(ValueError, match="takes no load_in_8bit"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
-    with pytest.raises(ValueError, match="give one device"):
-        transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
 
 
 @pytest.mark.parametrize("order", ["import lrt, transformers", "import transformers; transformers.AutoModelForCausalLM; import lrt"])

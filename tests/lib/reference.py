@@ -149,8 +149,11 @@ class Oracle:
             for t in set(range(self.length)) - visited:
                 self.kv[layer][t] = self.finish(layer, t, self.parts[layer][t], self.received(t))
 
-    def refine(self, passes):
+    def refine(self, passes, settle=0):
         groups = self.initialize()
+        for _ in range(settle):
+            with torch.no_grad():
+                self.run(range(self.length), {t: self.received(t) for t in range(self.length)})
         for _ in range(passes):
             self.run(range(self.length), {t: self.received(t) for t in range(self.length)})
             groups.append(self.logits())

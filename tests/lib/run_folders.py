@@ -16,8 +16,8 @@ def score(tokens, *, gain=0.0, seed=1):
 
 
 def write_run(
-    folder, *, tokens=100_000_000, seed=1, plain=False, cost=1.0, gain=0.0, speed=1e6, data="abc", evaluate=True, steps=STEPS,
-    bpb=None, overrides=(), about=True, buckets=4, every=10,
+    folder, *, tokens=100_000_000, seed=1, plain=False, cost=1.0, gain=0.0, speed=1e6, data="abc", evaluate=True,
+    steps=STEPS, bpb=None, overrides=(), about=True, buckets=4, every=10,
 ):  # fmt: skip
     """One run; ``cost`` times the FLOPs and 1 / cost of the speed of the plain twin, ``gain`` less bits per byte."""
     folder.mkdir(parents=True)
@@ -29,8 +29,9 @@ def write_run(
         done = tokens * step // STEPS
         loss = 1.0 + 3.0 * math.exp(-step / 6) + 0.02 * noise.random() - 0.1 * gain
         records.append({
-            "kind": "train", "step": step, "tokens": done, "loss": loss, "groups": [loss] if plain else [loss + 0.05, loss],
-            "flops": 6e6 * cost * done, "tokens_per_second": speed / cost / (50 if step == 1 else 1), "grad_norm": 0.5 + noise.random(),
+            "kind": "train", "step": step, "tokens": done, "flops": 6e6 * cost * done,
+            "loss": loss, "groups": [loss] if plain else [loss + 0.05, loss], "grad_norm": 0.5 + noise.random(),
+            "tokens_per_second": speed / cost / (50 if step == 1 else 1),
             "lr_scale": min(1.0, 2 * (1 - step / STEPS)),
         })  # fmt: skip
         if evaluate and (step % every == 0 or step == STEPS):

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from hf_decoders import make, stir
+from strategies import randomized
 
 import lrt
+from lrt.config import parse_recipe
+from lrt.huggingface import LRTForCausalLM
 from lrt.serialization.renewal import renewed_folder
 from lrt.serialization.writing import write_model
 
+NATIVE = "[model]\nn_layers = 1\nwidth = 32\nn_heads = 2\nvocab_size = 128\nsequence_length = 16"
 TOKENS = torch.arange(9)[None]
 
 
@@ -95,8 +99,12 @@ def killed_at(count: int, act: Callable[[], Any], folder: Path) -> bool:
 
 
 def test_a_kill_at_any_change_leaves_one_model_or_the_other(tmp_path: Path) -> None:
-    sharded(tmp_path / "old")
-    old, new = logits(lrt.load(tmp_path / "old")), adapted(2)
+    def native(seed: int) -> Any:
+        return LRTForCausalLM.of(randomized(lrt.build(parse_recipe(NATIVE)), seed)).eval()
+
+    lrt.save(native(1), tmp_path / "old", shard_size=30000)
+    assert len(list((tmp_path / "old").glob("model-*"))) > 3
+    old, new, third = logits(lrt.load(tmp_path / "old")), native(2), native(3)
     wanted, seen, count = logits(new), [], 0
     while True:
         folder = shutil.copytree(tmp_path / "old", tmp_path / f"folder_{count}")
@@ -107,7 +115,6 @@ def test_a_kill_at_any_change_leaves_one_model_or_the_other(tmp_path: Path) -> N
         assert torch.equal(logits(lrt.load(folder)), found)
         if not died:
             break
-        third = adapted(3)
         third.save_pretrained(folder)  # and the next save leaves nothing of either
         assert torch.equal(logits(lrt.load(folder)), logits(third)) and not list(folder.glob(".lrt*")) and not list(folder.glob("model-*"))
         shutil.rmtree(folder)

@@ -168,6 +168,22 @@ def test_a_known_decoder_with_code_beside_it_opens_without_the_code(unasked: Pat
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())["adapted"]["config"]
 
 
+def test_the_file_that_opens_our_folders_is_not_run_where_lrt_is(unasked: Path, tmp_path: Path) -> None:
+    """Anybody may have put something else under its name."""
+    import transformers
+
+    model = lrt.adapt(llama())
+    folder = lrt.save(model, tmp_path / "ours")
+    assert (folder / "modeling_lrt.py").is_file()
+    (folder / "modeling_lrt.py").write_text(CODE.format(marker=str(unasked)))
+    convert(folder, tmp_path / "out", source="lrt", target="hf", report=lambda _: None)
+    convert(folder, tmp_path / "again", source="hf", target="lrt", report=lambda _: None)
+    lrt.load(folder)
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    transformers.AutoConfig.from_pretrained(folder)
+    assert "marker" not in (tmp_path / "out" / "modeling_lrt.py").read_text()  # the copy is ours
+
+
 @pytest.mark.parametrize("name", ["pipeline", "Trainer", "AutoModelForCausalLM", "DetrForObjectDetection", "evil", "__spec__", 3, None])
 def test_only_a_causal_language_model_is_built_from_a_config(name: Any, unasked: Path, tmp_path: Path) -> None:
     lrt.save(lrt.adapt(llama()), tmp_path / "ours")

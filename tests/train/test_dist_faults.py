@@ -13,7 +13,7 @@ import torch
 from test_train_run import ROOT, TINY
 
 from lrt.config import parse_recipe
-from lrt.train.checkpoint.checkpoint import latest, read_rest, step_of
+from lrt.train.checkpoint import latest, read_rest, step_of
 from lrt.train.distributed.world import open_world, register_graph
 from lrt.train.monitor.faults import HangError
 from lrt.train.monitor.metrics import read_records
@@ -21,13 +21,14 @@ from lrt.train.monitor.metrics import read_records
 pytestmark = pytest.mark.dist
 
 
-def launch(folder, *sets, ranks=2, options=(), gpu=False):
+def launch(folder, *sets, ranks=2, options=(), gpu=False, own_group=False):
     (folder / "r.toml").write_text(TINY)
     pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
     line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, **pipes, env=environment, start_new_session=own_group)
 
 
 def wait_for_step(process, step):
@@ -92,9 +93,72 @@ def test_ranks_whose_torchrun_has_ended_save_and_end(tmp_path):
     assert first.returncode == -signal.SIGUSR1 and not any(map(alive, ranks))
     assert re.search(r"stopped by (the end of torchrun|a signal on another rank) at step \d+ of 100000", output)
     step = step_of(latest(tmp_path / "tiny" / "checkpoints"))
-    second = launch(tmp_path, f"training.steps={step + 2}")
-    output, errors = second.communicate(timeout=120)
-    assert second.returncode == 0 and "resumed from" in output, errors
+    second = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
+    wait_for_step(second, step + 2)
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=120)
+    assert step_of(latest(tmp_path / "tiny" / "checkpoints")) >= step + 2
+
+
+def test_ranks_with_different_settings_are_refused_on_all(tmp_path):
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT / "tests" / "train")!r}, {str(ROOT / "recipes")!r}, {str(ROOT)!r}]
+import run
+sys.argv = ["run.py", "--recipe", {str(tmp_path / "r.toml")!r}, "--set", "run.output={tmp_path}", "--set", "run.seed=" + os.environ["RANK"]]
+sys.exit(run.main())
+"""
+    (tmp_path / "r.toml").write_text(TINY)
+    (tmp_path / "ranks.py").write_text(code)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+    words = "error: the ranks have different settings: run.seed = 0 on rank 0, 1 on rank 1: start all with the same recipe"
+    assert done.returncode != 0 and done.stderr.count(words) == 2, done.stderr
+    assert not (tmp_path / "lrt").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused_on_every_rank(tmp_path):
+    first = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
+    wait_for_step(first, 3)
+    second = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode != 0 and errors.count("is in use by another process (process ") == 2, errors
+    assert "choose another run.name" in errors
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=120)
+    assert re.search(r"stopped by .* at step \d+ of 100000", output)
+    steps = [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1)) and step_of(latest(tmp_path / "tiny" / "checkpoints")) == len(steps)
+
+
+def test_ctrl_c_in_a_terminal_saves_though_torchrun_hands_it_on_once_more(tmp_path):
+    """Every rank hears it twice: from the terminal, and from torchrun."""
+    process = launch(tmp_path, "training.steps=100000", "checkpoint.every=0", own_group=True)
+    wait_for_step(process, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert re.search(r"stopped by SIGINT at step \d+ of 100000; the same command goes on", output), errors
+    assert "KeyboardInterrupt" not in errors and step_of(latest(tmp_path / "tiny" / "checkpoints")) >= 3
+
+
+def test_a_killed_rank_is_called_lost_and_not_silent_for_minutes(tmp_path):
+    process = launch(tmp_path, "training.steps=100000")
+    wait_for_step(process, 3)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "no progress for about" not in errors
+    assert re.search(r"stopped: step \d+: another rank has ended or was killed, \S+ seconds after the last progress; restart", errors), errors
+
+
+@pytest.mark.slow
+def test_checkpointing_and_compilation_and_fsdp_end_together_on_two_processes(tmp_path):
+    sets = ("parallel.compile=true", "parallel.activation_checkpointing=selective", "parallel.reshard=after_forward")
+    process = launch(tmp_path, "training.steps=4", "checkpoint.every=2", *sets)
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert (tmp_path / "tiny" / "export" / "config.json").is_file()
 
 
 def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):

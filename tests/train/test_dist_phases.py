@@ -10,7 +10,7 @@ from test_phases_run import MIX, TINY, is_of_memory
 
 from lrt.config import parse_recipe
 from lrt.schedules import describe
-from lrt.train.checkpoint.checkpoint import latest
+from lrt.train.checkpoint import latest
 from lrt.train.monitor.metrics import read_records
 from lrt.train.timetable import plan_timetable
 

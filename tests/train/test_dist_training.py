@@ -26,7 +26,7 @@ from lrt.decoding.fast import one_token
 from lrt.decoding.fast.acceleration import Accelerated
 from lrt.kernels import mixing
 from lrt.train import evaluation
-from lrt.train.checkpoint.checkpoint import CheckpointManager, latest, read_rest, read_tensors
+from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
 from lrt.train.checkpoint.weights import build_parallel, export, gather
 from lrt.train.distributed import parallel
 from lrt.train.distributed.graphs import Runner
@@ -47,6 +47,7 @@ SCHEDULES = {
     "interleaved refreshed": lrt.interleaved(4, kv_refresh=True),
     "interleaved random": lrt.interleaved(4, order="random"),
     "refine": lrt.refine(2, weights=(0.0, 0.3, 0.7)),
+    "settled": lrt.refine(1, weights=(0.0, 1.0), settle=2),
     "chunked": lrt.chunked(4),
     "sequential": lrt.sequential(),
 }
@@ -414,7 +415,7 @@ def check_decoded(world, folder):
         free_gathered(model)
         tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
         batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)][world.rank :: world.size]
-        scores, _ = evaluate(model, recipe, batches, tokenizer, world, progress=lambda: None)
+        scores, *_ = evaluate(model, recipe, batches, tokenizer, world, progress=lambda: None)
     finally:
         evaluation.accelerate, evaluation._token_by_token = before
     assert asked == ([{"runner": decoding.graphed}] if gpu else [])
@@ -460,8 +461,8 @@ def check_evaluation(world, folder):
             for block in model.blocks:
                 block.compile(backend="eager", fullgraph=True, dynamic=False)
             nothing = {"progress": lambda: None}
-            scores, activations = evaluate(model, recipe, batches[world.rank :: world.size], tokenizer, world, **nothing)
-            expected, numbers = evaluate(plain, recipe, batches, tokenizer, alone(world), **nothing)
+            scores, activations, _ = evaluate(model, recipe, batches[world.rank :: world.size], tokenizer, world, **nothing)
+            expected, numbers, _ = evaluate(plain, recipe, batches, tokenizer, alone(world), **nothing)
             for mode, score in scores.items():
                 assert score.value == pytest.approx(expected[mode].value, rel=1e-9)
             assert {"injection_ratio", "memory_gate", "value_ratio", "source_norm"} <= activations.keys() == numbers.keys()

@@ -207,7 +207,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
     for family in ("smollm", "llama"):  # tied and untied heads
         lrt.save(stir(lrt.adapt(make(family, dtype=torch.float32))), tmp_path / family)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
 

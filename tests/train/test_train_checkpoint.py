@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lrt.config import CheckpointConfig, parse_recipe
-from lrt.train.checkpoint.checkpoint import (
+from lrt.train.checkpoint import (
     CheckpointManager,
     check_same_model,
     damage,
@@ -140,7 +140,7 @@ folder = {folder!r}
 os.makedirs(folder, exist_ok=True)
 small = ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=96k") == 0
 from test_train_checkpoint import manager, tensors
-from lrt.train.checkpoint.checkpoint import latest, read_tensors
+from lrt.train.checkpoint import latest, read_tensors
 import torch
 said = []
 m = manager(folder, report=said.append)
@@ -174,7 +174,7 @@ KILLED = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from test_train_checkpoint import manager, tensors
-from lrt.train.checkpoint.checkpoint import latest, step_of
+from lrt.train.checkpoint import latest, step_of
 m = manager({folder!r})
 start = latest({folder!r})
 step = step_of(start) if start else 0

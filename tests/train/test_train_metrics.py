@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lrt.train.monitor.curves import plot_curves
-from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, TensorBoard, read_records
+from lrt.train.monitor.metrics import Clock, Console, JsonLines, LateReader, read_records
+from lrt.train.monitor.sinks import TensorBoard
 
 
 def record(step, **more):

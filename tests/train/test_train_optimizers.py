@@ -152,7 +152,7 @@ def test_unknown_parameters_and_vectors_for_muon_are_refused():
     with pytest.raises(ValueError, match="parameter 'adapter.weight' of shape .* matches none .*optimizer.kind"):
         group_of("adapter.weight", torch.zeros(2, 2))
     with pytest.raises(ValueError, match="Muon takes matrices"):
-        group_of("blocks.0.norm.weight", torch.zeros(2))
+        group_of("blocks.0.block.norm.weight", torch.zeros(2))
     with pytest.raises(ValueError, match="takes no closure"):
         MuonAdamW(parameter_groups(small_model(), small_recipe())).step(lambda: None)
 
@@ -272,7 +272,7 @@ def test_learning_rate_schedules(total, warmup, fraction, final, kind):
 
 def test_rates_of_the_specification():
     optimizer, training = OptimizerConfig(), TrainingConfig()
-    assert rates_at(0, total=1000, training=training, optimizer=optimizer) == (1.0, 0.85, 1.0)
+    assert rates_at(0, total=1000, training=training, optimizer=optimizer) == (1.0, 0.85, 1.0, 1.0)
     middle = rates_at(150, total=1000, training=training, optimizer=optimizer)
     assert middle.momentum == pytest.approx(0.90) and middle.decay_scale == pytest.approx(0.85)
     late = rates_at(750, total=1000, training=training, optimizer=optimizer)

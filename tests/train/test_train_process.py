@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from test_train_run import ROOT, TINY, files_equal, tiny, train_records
 
-from lrt.train.checkpoint.checkpoint import latest, step_of
+from lrt.train.checkpoint import latest, step_of
 from lrt.train.trainer import train
 
 
@@ -60,6 +61,36 @@ def test_a_signal_to_the_whole_process_group_saves_and_exits_0(tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM at step" in output
+
+
+@pytest.mark.slow  # compilers take minutes where they share two cores
+def test_a_signal_to_the_whole_group_while_compiling_saves_and_exits_0(tmp_path):
+    """The C++ compiler is in the group too: it must not end, and the first step with it."""
+    small = ("recurrence=false", "schedule.kind=baseline", "model.n_layers=1", "model.value_embeddings=none")
+    line = command(tmp_path, "training.steps=100000", "checkpoint.every=0", "parallel.compile=true", *small)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(line, **pipes, env=environment)
+    until = time.monotonic() + 300
+    while not any("cc1plus" in name for name in commands_of_group(process.pid)):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=550)
+    assert process.returncode == 0, errors
+    assert re.search(r"stopped by SIGTERM at step 1 of 100000", output) and "Traceback" not in errors
+    assert step_of(latest(tmp_path / "tiny" / "checkpoints")) == 1
+
+
+def commands_of_group(group):
+    """Names of all processes of a group."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (folder / "stat").read_text().rpartition(")")
+            if int(rest.split()[2]) == group:
+                yield name
+        except (FileNotFoundError, ProcessLookupError):
+            continue
 
 
 def test_the_compilers_workers_do_not_hear_the_signals():
@@ -158,7 +189,7 @@ print("STEPS", len(calls))
 
 
 def test_a_full_disk_ends_no_run_before_its_end_and_loses_nothing(tmp_path):
-    code = FULL_DISK.format(tests=str(ROOT / "tests"), root=str(ROOT), folder=str(tmp_path))
+    code = FULL_DISK.format(tests=str(ROOT / "tests" / "train"), root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     said = done.stdout

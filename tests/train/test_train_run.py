@@ -17,8 +17,7 @@ import lrt
 from lrt.config import load_recipe, parse_recipe
 from lrt.data import Batch
 from lrt.train import trainer
-from lrt.train.checkpoint import weights
-from lrt.train.checkpoint.checkpoint import latest, read_rest, step_of
+from lrt.train.checkpoint import latest, read_rest, step_of, weights
 from lrt.train.distributed.parallel import named_parameters, parallelize
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import FiniteGuard, Heartbeat, NonFiniteError, StopSignal
@@ -128,7 +127,7 @@ def test_the_export_is_the_trained_model(finished):
 
     assert load_tokenizer(str(finished.folder / "export")).bos_id == 256
     trained = weights.gather(model, ONE)
-    from lrt.train.checkpoint.checkpoint import read_tensors
+    from lrt.train.checkpoint import read_tensors
 
     read = {f"model.{n}": torch.zeros_like(t) for n, t in trained.items()}
     read_tensors(latest(finished.folder / "checkpoints"), read)
@@ -180,9 +179,10 @@ def test_a_profile_has_the_steps_asked_for(tmp_path, start, count):
             train(tiny(tmp_path / "wrong", **{"metrics.profile_start": wrong}))
 
 
-def test_a_finished_run_is_only_evaluated_again(finished, tmp_path):
+def test_a_finished_run_is_only_evaluated_again(finished, tmp_path, capsys):
     shutil.copytree(finished.folder, tmp_path / "tiny")
     again = train(tiny(tmp_path))
+    assert re.search(r"waiting for data +\d+\.\d % of the time", capsys.readouterr().out)
     assert again.bpb == finished.bpb and train_records(again.folder) == train_records(finished.folder)
 
 
@@ -309,6 +309,7 @@ BAD = {
     "data.train=/nowhere/*.parquet": "data.train",
     "recurrence.separator=3": "recurrence.separator = 3, but the tokenizer's separator is 256: set recurrence.separator = 256",
     "training.init_from=/nowhere": "holds no checkpoint",
+    "training.warmup_steps=9": "training.warmup_steps = 9, but the run has 8 steps, so the rates would never be reached: use at most 8",
     "training.steps=none": "training has no horizon: give exactly one of training.steps, training.tokens, training.tokens_per_parameter",
 }
 

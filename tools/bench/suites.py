@@ -16,7 +16,7 @@ import torch
 from options import at_least
 
 import lrt
-from lrt.config import ModelConfig, ParallelConfig
+from lrt.config import ModelConfig, ParallelConfig, RecurrenceConfig
 
 SEPARATOR = 7  # any token: tokens are random
 
@@ -48,11 +48,18 @@ SUITES = {
 
 
 class Variant(NamedTuple):
-    """What is trained: how memory projections are shared (None: the plain twin), and the passes."""
+    """What is trained: how memory projections are shared (None: the plain twin), which blocks receive memory, and the passes."""
 
     sharing: str | None
     schedule: Any
     graphs: tuple[int, int]  # compiled graphs that it adds to those before it on a CPU: a window, and in all
+    upper_half: bool = False  # memory enters the upper half of the blocks alone: 7 to 12 of 12, source 8
+
+    def recurrence(self, suite: Suite) -> RecurrenceConfig | None:
+        if self.sharing is None:
+            return None
+        blocks = tuple(range(suite.layers // 2 + 1, suite.layers + 1)) if self.upper_half else None
+        return RecurrenceConfig(sharing=self.sharing, separator=suite.separator, blocks=blocks)
 
 
 VARIANTS = {
@@ -60,6 +67,9 @@ VARIANTS = {
     "refine(1)": Variant("shared", lrt.refine(1), (2, 0)),
     "refine(1), source 8/12, weights (0, 1)": Variant("shared", lrt.refine(1, weights=(0.0, 1.0)), (0, 0)),
     "interleaved(2)": Variant("shared", lrt.interleaved(2), (1, 2)),
+    "upper half refine(1)": Variant("shared", lrt.refine(1), (0, 0), upper_half=True),
+    "upper half refine(1), weights (0, 1)": Variant("shared", lrt.refine(1, weights=(0.0, 1.0)), (0, 0), upper_half=True),
+    "upper half interleaved(2)": Variant("shared", lrt.interleaved(2), (0, 0), upper_half=True),
     "interleaved(4)": Variant("shared", lrt.interleaved(4), (0, 4)),
     "layerwise interleaved(2)": Variant("layerwise", lrt.interleaved(2), (0, 2)),
 }
@@ -74,10 +84,10 @@ def parser(text: str) -> argparse.ArgumentParser:
     description, _, epilog = text.partition("\n\n")
     made = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, plain = made.add_argument, ParallelConfig()
-    variants = [v for v in VARIANTS if v != "interleaved(4)"]
+    variants = [name for name, variant in VARIANTS.items() if name != "interleaved(4)" and not variant.upper_half]
     add("--suites", nargs="+", default=["d12"], choices=sorted(SUITES), metavar="SUITE", help=f"shapes: {', '.join(SUITES)} (default: d12)")
     add("--variants", nargs="*", default=variants, choices=list(VARIANTS), metavar="VARIANT",
-        help=f"what is trained: {', '.join(map(repr, VARIANTS))} (default: all but interleaved(4))")  # fmt: skip
+        help=f"what is trained: {', '.join(map(repr, VARIANTS))} (default: all but interleaved(4) and the upper half)")  # fmt: skip
     add("--turns", type=at_least(1), default=4, help="rounds in which every variant is timed (default: 4)")
     add("--steps", type=at_least(1), default=4, help="timed steps of a variant in a round (default: 4)")
     add("--rows", type=at_least(1), help="rows a GPU, instead of the suite's")

@@ -39,13 +39,12 @@ from lrt.train.distributed.parallel import free_gathered, named_parameters, redu
 from lrt.train.distributed.world import World, open_world
 
 
-def recipe_of(suite: Suite, sharing: str | None, parallel: ParallelConfig) -> Recipe:
-    recurrence = None if sharing is None else RecurrenceConfig(sharing=sharing, separator=suite.separator)
+def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: ParallelConfig) -> Recipe:
     return Recipe(
         run=RunConfig(name="bench"),
         model=suite.model(),
         recurrence=recurrence,
-        schedule=ScheduleConfig(kind="baseline") if sharing is None else ScheduleConfig(),
+        schedule=ScheduleConfig(kind="baseline") if recurrence is None else ScheduleConfig(),
         data=DataConfig(train="demo", tokenizer="bytes"),
         training=TrainingConfig(steps=1, batch_tokens=suite.rows * suite.length, micro_batch=suite.rows, clip_norm=1.0),
         parallel=parallel,
@@ -209,17 +208,17 @@ def run_suite(
         say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
 
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
-    models: dict[str | None, Built] = {}
+    models: dict[RecurrenceConfig | None, Built] = {}
     pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
     subjects: list[Subject] = []
     tokens = suite.rows * suite.length * options.accumulation
     expected = 0
     windows = len(set(suite.model().windows()))
     for key, variant in chosen.items():
-        recipe = recipe_of(suite, variant.sharing, parallel)
-        if variant.sharing not in models:
-            models[variant.sharing] = build_for(recipe, world, options, pool)
-        built = models[variant.sharing]
+        recipe = recipe_of(suite, variant.recurrence(suite), parallel)
+        if recipe.recurrence not in models:
+            models[recipe.recurrence] = build_for(recipe, world, options, pool)
+        built = models[recipe.recurrence]
         flops = training_flops(build(recipe, device="meta"), variant.schedule, suite.length)
         step = bare_step(built, variant.schedule, suite, world, accumulation=options.accumulation)
         subjects.append(Subject(key, step, own_bytes=built.bytes, flops=flops, world=world, tokens=tokens))
@@ -271,12 +270,19 @@ def run_suite(
 
 
 def whole_steps(
-    key: str, variant: Variant, models: dict[str | None, Built], suite: Suite, parallel: ParallelConfig, world: World, options: argparse.Namespace
+    key: str,
+    variant: Variant,
+    models: dict[RecurrenceConfig | None, Built],
+    suite: Suite,
+    parallel: ParallelConfig,
+    world: World,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Whole steps of one and of many micro-batches, and bare forward + backward of one, taking turns."""
     from lrt.train.optim.groups import MuonAdamW, parameter_groups
 
-    recipe, built = recipe_of(suite, variant.sharing, parallel), models[variant.sharing]
+    recipe = recipe_of(suite, variant.recurrence(suite), parallel)
+    built = models[recipe.recurrence]
     optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), compile=options.backend is None)
     micro_batches = max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
     options_of: dict[str, Any] = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}

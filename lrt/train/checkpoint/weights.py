@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
+from lrt.data import Tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.renewal import config_file, renewed_folder
-from lrt.train.checkpoint.checkpoint import find_checkpoint, read_tensors
+from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
+from lrt.train.checkpoint.verifying import find_checkpoint
 from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
 from lrt.train.distributed.world import World
 from lrt.train.optim.muon import layout_of, local
@@ -101,8 +104,25 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     return whole
 
 
+def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
+    """Which tensors hold numbers that are not finite, in words ("a and 2 more are"), the same on every rank; None = none does."""
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    rows = [local(tensors[name]) for name in names]
+    flags = [~torch.linalg.vector_norm(row, math.inf).isfinite() if row.numel() else row.new_zeros(()) for row in rows]
+    bad = world.total(torch.stack([flag.int().to(world.device) for flag in flags])).tolist()
+    found = [name for name, count in zip(names, bad) if count]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{', '.join(found[:3])}{more} {'is' if len(found) == 1 else 'are'}" if found else None
+
+
 def export(
-    model: nn.Module, recipe: Recipe, folder: Path | None, world: World, *, step: int | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    folder: Path | None,
+    world: World,
+    *,
+    tokenizer: Tokenizer | None = None,
+    step: int | None = None,
 ) -> LatentRecurrentModel | None:
     """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
     the recipe continues a decoder without memory.
@@ -112,6 +132,7 @@ def export(
         recipe: of the model.
         folder: None = write nothing.
         world: the processes.
+        tokenizer: written beside the model.
         step: of the run; config.json says it, so that an export that is older than a checkpoint is known.
 
     Returns:
@@ -127,6 +148,8 @@ def export(
                 decoder_of(plain).save_pretrained(place)
             else:
                 write_model(plain, place)
+            if tokenizer is not None:
+                tokenizer.save(place)
             if step is not None:
                 _add_step(place / "config.json", step)
     return plain.eval()

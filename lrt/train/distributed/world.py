@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lrt.config import Recipe
+from lrt.config import Recipe, dump_recipe, parse_recipe
+from lrt.train.checkpoint.same_run import changes
 from lrt.train.monitor.faults import HangError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,22 @@ class World:
         dist.broadcast(shared, src=0)
         return int(shared.item())
 
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` gives on rank 0, on every rank; so its ValueError or OSError."""
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.main:
+            try:
+                answer[0] = function()
+            except (ValueError, OSError) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, group=self.checkpoint_group)
+        if answer[1] is not None:
+            raise answer[1]
+        result: T = answer[0]
+        return result
+
     def barrier(self) -> None:
         if self.checkpoint_group is not None:
             dist.barrier(self.checkpoint_group)
@@ -91,6 +111,27 @@ def open_world(recipe: Recipe) -> Iterator[World]:
         _leave()
         raise
     _leave()
+
+
+def check_same_on_all(recipe: Recipe, world: World) -> None:
+    """Refuse ranks that were started with different settings: they would train one model by several recipes.
+
+    Raises:
+        ValueError: on every rank; the differing keys are named.
+    """
+    if world.size == 1:
+        return
+    text = dump_recipe(recipe)
+    digests = [""] * world.size
+    dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest(), group=world.checkpoint_group)
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    texts: list[str] = [""] * world.size
+    dist.all_gather_object(texts, text, group=world.checkpoint_group)
+    found = changes(parse_recipe(texts[0]), parse_recipe(texts[other]))
+    different = "; ".join(f"{c.key} = {c.there!r} on rank 0, {c.here!r} on rank {other}" for c in found)
+    raise ValueError(f"the ranks have different settings: {different}: start all with the same recipe and the same --set")
 
 
 _GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+ECHO = 5.0  # seconds after a signal in which torchrun's own copy of it may arrive
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
@@ -40,6 +42,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received: str | None = None
+        self._at = -math.inf
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before: dict[int, Any] = {}
 
@@ -75,9 +78,12 @@ class StopSignal:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
+        # A terminal sends Ctrl-C to torchrun too, which hands it on: the ranks hear one Ctrl-C twice.
+        echo = self._launcher is not None and time.monotonic() - self._at < ECHO
+        if self._received is not None and number == signal.SIGINT and not echo:
             raise KeyboardInterrupt
-        self._received = signal.Signals(number).name
+        if self._received is None:
+            self._received, self._at = signal.Signals(number).name, time.monotonic()
 
 
 def start_compile_workers() -> None:
@@ -99,6 +105,11 @@ class FiniteGuard:
     def __init__(self, *, limit: int, path: Path, total: int = 0) -> None:
         self._limit, self._path = limit, path
         self.total, self._row = total, 0
+
+    @property
+    def skipping(self) -> int:
+        """Steps in a row, up to the last, that were skipped."""
+        return self._row
 
     def see(self, step: int, *, skipped: bool, loss: float, norm: float, sources: Sequence[str]) -> None:
         """Take note of a step.
@@ -157,6 +168,11 @@ class Heartbeat:
     def where(self) -> str:
         return self._where
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last beat; infinite before the first, when nothing is known."""
+        return math.inf if self._last == math.inf else time.monotonic() - self._last
+
     def _watch(self) -> None:
         while not self._stop.wait(min(5.0, self._timeout / 20)):
             silent = time.monotonic() - self._last
@@ -168,8 +184,19 @@ class Heartbeat:
                     faulthandler.dump_traceback(file=stream)
 
 
-def hang_message(where: str, timeout_s: float) -> str:
-    """What a user reads when a collective did not end."""
+def hang_message(where: str, timeout_s: float, *, silent_s: float = math.inf) -> str:
+    """What a user reads when a collective did not end.
+
+    Args:
+        where: such as "step 12".
+        timeout_s: of the process group.
+        silent_s: seconds without progress; a collective that ends long before its timeout has lost a rank.
+    """
+    if silent_s < 0.8 * timeout_s:
+        return (
+            f"{where}: another rank has ended or was killed, {silent_s:.3g} seconds after the last progress; "
+            f"restart with the same command to go on from the newest checkpoint"
+        )
     return (
         f"{where}: no progress for about {timeout_s / 60:.3g} minutes (parallel.timeout_minutes): a rank has died or hangs; "
         f"restart with the same command to go on from the newest checkpoint"

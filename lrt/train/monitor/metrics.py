@@ -1,4 +1,4 @@
-"""What a run says of itself: JSONL always, rows on the console, TensorBoard and a PNG where wanted.
+"""What a run says of itself: JSONL always, and rows on the console; other places are in ``lrt.train.monitor.sinks``.
 
 Numbers of a step are read one step late, when the device has them anyway, so that reading never waits
 for work that was only just queued.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from lrt.eval.runs import Record, read_records, scores_of
+from lrt.train.monitor.faults import NotSavedError
 
 
 class Sink(Protocol):
-    """Somewhere that records go."""
+    """Somewhere that records go: those of steps, evaluations and samples, told apart by ``kind``, each with its ``step``."""
 
     def write(self, record: Record) -> None: ...
 
@@ -134,13 +136,18 @@ class JsonLines:
 
     def __init__(self, path: Path, *, resume_step: int = 0, report: Callable[[str], None] = print) -> None:
         kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
-        beside = path.with_name(path.name + ".new")
-        beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        beside.replace(path)
+        _replace(path, kept)
         self._file = open(path, "ab", buffering=0)
         self._path, self._report, self._unwritten = path, report, b""
+        self._evaluated = {r["step"] for r in kept if r["kind"] == "evaluation"}
+        self.lost: str | None = None
 
     def write(self, record: Record) -> None:
+        if self.lost is None and not self._is_there():
+            self.lost = f"{self._path} was deleted or replaced under the run: its records are lost"
+            self._report(self.lost)
+        if record["kind"] == "evaluation":
+            self._forget(record["step"])
         waits = bool(self._unwritten)
         self._unwritten += (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
         try:
@@ -150,10 +157,47 @@ class JsonLines:
             if not waits:
                 self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
 
+    def check(self) -> None:
+        """Try once more to write what waits.
+
+        Raises:
+            NotSavedError: records are lost.
+        """
+        with contextlib.suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        if self._unwritten:
+            self.lost = f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written"
+        if self.lost is not None:
+            raise NotSavedError(f"{self.lost}. The same command goes on from the newest checkpoint")
+
     def close(self) -> None:
         if self._unwritten:
             self._report(f"{self._path} lacks its last {self._unwritten.count(10)} records: they could not be written")
         self._file.close()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            return False
+
+    def _forget(self, step: int) -> None:
+        """A step that is evaluated again has one record: the last."""
+        if step in self._evaluated and self._is_there() and not self._unwritten:
+            kept = [r for r in read_records(self._path) if r["kind"] != "evaluation" or r["step"] != step]
+            with contextlib.suppress(OSError):
+                _replace(self._path, kept)
+                self._file.close()
+                self._file = open(self._path, "ab", buffering=0)
+        self._evaluated.add(step)
+
+
+def _replace(path: Path, records: Sequence[Record]) -> None:
+    """Write a JSONL file anew; it is there whole, before and after."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    beside.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -193,9 +237,14 @@ class Console:
     def write(self, record: Record) -> None:
         if record["kind"] == "evaluation":
             self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
+            for line in source_lines(record):
+                self.say(f"{'':>8} {line}")
             for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
             return
+        if record["kind"] == "sample" and record["step"] < self._total:
+            for line in record["text"].splitlines():
+                self.say(f"{'':>8} | {line}")
         if record["kind"] != "train":
             return
         step = record["step"]
@@ -226,6 +275,13 @@ TABLE = (  # of an evaluation's record: what a line says, and the key of its num
 )  # fmt: skip
 
 
+def source_lines(record: Record) -> list[str]:
+    """Bits per byte of an evaluation's further sources, one a line."""
+    found = record.get("bpb_of_sources") or {}
+    width = max(map(len, found), default=0)
+    return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]
+
+
 def score_line(record: Record) -> str:
     """Bits per byte of an evaluation; a model without memory has one number and no mode."""
     scores = scores_of(record)
@@ -247,39 +303,6 @@ def memory_table(record: Record) -> list[str]:
     return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
 
 
-class TensorBoard:
-    """Scalars for TensorBoard.
-
-    Raises:
-        ValueError: the package is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            mend = 'pip install -e ".[tensorboard]" in a checkout of lrt'
-            raise ValueError(f"metrics.tensorboard = true needs the package tensorboard: {mend}") from None
-        self._writer = SummaryWriter(str(folder))
-
-    def write(self, record: Record) -> None:
-        for name, value in _scalars(record):
-            with contextlib.suppress(OSError):  # metrics.jsonl says that the disk is full, and keeps everything
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _scalars(record: Record) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, (dict, list, tuple)):
-            inside = value if isinstance(value, dict) else {str(i): v for i, v in enumerate(value)}
-            yield from ((f"{name}/{key}", number) for key, number in _scalars(inside))
-        elif isinstance(value, (int, float)) and name != "step":
-            yield name, value
-
-
 class Recorder:
     """Hands every record to every sink."""
 
@@ -289,6 +312,17 @@ class Recorder:
     def write(self, record: Record) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+    @property
+    def lost(self) -> str | None:
+        """What happened to records that a file no longer has; None = nothing."""
+        return next((sink.lost for sink in self._sinks if isinstance(sink, JsonLines)), None)
+
+    def check(self) -> None:
+        """Raises NotSavedError where records are lost."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonLines):
+                sink.check()
 
     def close(self) -> None:
         for sink in self._sinks:

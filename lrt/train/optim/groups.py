@@ -31,14 +31,21 @@ class Group(NamedTuple):
 
 # Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens / reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
-    Group("matrices", r"(blocks\.\d+\..*|memory_projection\.(key|value))\.weight", "muon", "matrix_lr"),  # gates too
+    Group("matrices", r"blocks\.\d+\.block\..*\.weight", "muon", "matrix_lr"),  # the token value's gate too
+    Group("memory_matrices", r"(blocks\.\d+\.(gate|projection\..*)|memory_projection\.(key|value))\.weight", "muon", "matrix_lr"),
     Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
     Group("head", r"backbone\.head\.weight", "adamw", "head_lr", by_width=True),
     Group("residual_scales", r"backbone\.residual_scales", "adamw", "scale_lr"),
     Group("embedding_scales", r"backbone\.embedding_scales", "adamw", "injection_lr", betas=(0.96, 0.95)),
     Group("gains", r"injection\.gains", "adamw", "injection_lr"),
 )
+MEMORY_GROUPS = ("memory_matrices", "gains", "memory")  # the last where AdamW has everything
 MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"  # what exists only because of the recurrence
+
+
+def rate_of(group: dict[str, Any], rates: Rates) -> float:
+    """The learning rate of a group at a step."""
+    return group["base_lr"] * rates.lr_scale * (rates.memory_scale if group["name"] in MEMORY_GROUPS else 1.0)
 
 
 def is_memory(name: str) -> bool:
@@ -197,7 +204,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def set_rates(self, rates: Rates) -> None:
         """Give every group its numbers for the coming step."""
         for group in self.param_groups:
-            group["lr"] = group["base_lr"] * rates.lr_scale
+            group["lr"] = rate_of(group, rates)
             if group["kind"] == "muon":
                 group["weight_decay"] = group["base_weight_decay"] * rates.decay_scale
                 group["betas"] = (rates.momentum, group["betas"][1])

@@ -23,6 +23,7 @@ class Rates(NamedTuple):
     lr_scale: float  # of every group's base rate
     momentum: float  # Muon
     decay_scale: float  # of the base weight decay, Muon
+    memory_scale: float = 1.0  # of the memory's own rates, beside lr_scale
 
 
 def lr_scale(step: int, *, total: int, training: TrainingConfig) -> float:
@@ -48,11 +49,21 @@ def lr_scale(step: int, *, total: int, training: TrainingConfig) -> float:
     return left + (1.0 - left) * training.final_lr_fraction
 
 
-def rates_at(step: int, *, total: int, training: TrainingConfig, optimizer: OptimizerConfig) -> Rates:
-    """Every number of the optimizer that changes with the step (spec section 5)."""
+def rates_at(
+    step: int, *, total: int, training: TrainingConfig, optimizer: OptimizerConfig, memory_scale: float = 1.0
+) -> Rates:
+    """Every number of the optimizer that changes with the step (spec section 5).
+
+    Args:
+        step: 0-based optimizer step.
+        total: steps of the whole run.
+        training, optimizer: sections of the recipe.
+        memory_scale: share of the memory's rates, below 1 while memory comes in.
+    """
     warm = min(step / optimizer.momentum_warmup_steps, 1.0) if optimizer.momentum_warmup_steps else 1.0
     return Rates(
         lr_scale=lr_scale(step, total=total, training=training),
         momentum=(1.0 - warm) * optimizer.momentum_start + warm * optimizer.momentum,
         decay_scale=1.0 - step / max(1, total),
+        memory_scale=memory_scale,
     )

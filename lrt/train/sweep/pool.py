@@ -67,8 +67,8 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{folder} is in use by another sweep ({file.read().strip() or 'unknown process'}), or by runs that it left "
-                "and that still save: wait for it, or choose another --out"
+                f"{folder} is in use by another sweep ({file.read().strip() or 'unknown process'}), or by runs that it "
+                "left and that still save: wait for it, or choose another --out"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

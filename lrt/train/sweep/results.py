@@ -194,6 +194,8 @@ def _rows(runs: Iterable[PlannedRun], results: Results, folder: Path) -> str:
     for label, members in groups.items():
         done = [record for run in members if results.done(run) and (record := results.of(run)) is not None]
         scores = [[r["bpb"][mode] for r in done if r["bpb"].get(mode) is not None] for mode in MODES]
+        if members[0].plain:  # one score, whatever the mode
+            scores = [[], [], next(filter(None, scores), [])]
         last = done[-1] if done else {}
         lines.append([
             label, f"{len(done)}/{len(members)}",

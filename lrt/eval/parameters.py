@@ -1,0 +1,44 @@
+"""What the parameters of the recurrence have become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def recurrence_statistics(model: Any) -> dict[str, list[float]]:
+    """What the parameters have become: gains g, size of gates and projections, one number a receiving block; a and b, one a block.
+
+    Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
+    Every rank must call this.
+    """
+    if model.recurrence is None:
+        return {}
+    found: dict[str, list[float]] = {}
+    if model.injection is not None:
+        found["gains"] = _whole(model.injection.gains).tolist()
+    blocks = [model.blocks[index] for index in model.receivers]
+    gates = [block.gate for block in blocks if block.gate is not None]
+    if gates:
+        found["gate_rms"] = [_rms(gate.weight) for gate in gates]
+    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
+    if pairs:
+        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
+        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
+    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
+        scales = getattr(model.backbone, name, None)
+        if scales is not None:
+            found[name] = _whole(scales).tolist()
+    return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(_whole(tensor).float().square().mean().sqrt())

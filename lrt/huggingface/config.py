@@ -1,0 +1,62 @@
+"""The config of a model, as transformers and its tools read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lrt.config import ModelConfig
+
+SHARED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
+    "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+class LRTConfig(PretrainedConfig):
+    """config.json of a saved model, with the attributes that tools read of every decoder.
+
+    Args:
+        table: config.json; ``model`` describes a native decoder, ``adapted`` a foreign one.
+    """
+
+    model_type = "lrt"
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
+
+    def __init__(self, **table: Any) -> None:
+        known = {"use_cache": True} | attributes(table) | table
+        later = {name: known.pop(name) for name in ("rope_parameters", "use_cache") if name in known}  # newer versions would rewrite them
+        super().__init__(**known)
+        for name, value in later.items():
+            setattr(self, name, value)
+
+
+def attributes(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``SHARED`` names, of the decoder that a config.json describes."""
+    if "model" in table:
+        native = ModelConfig(**table["model"])
+        values: dict[str, Any] = {
+            "hidden_size": native.d_model,
+            "num_hidden_layers": native.n_layers,
+            "num_attention_heads": native.heads,
+            "num_key_value_heads": native.kv_heads,
+            "head_dim": native.head_dim,
+            "intermediate_size": int(native.mlp_ratio * native.d_model),
+            "max_position_embeddings": native.sequence_length,
+            "rope_parameters": {"rope_type": "default", "rope_theta": native.rope_base},
+            "tie_word_embeddings": False,
+        }
+        return values
+    about = table.get("adapted", {}).get("config")
+    if about is None or about.get("model_type") not in CONFIG_MAPPING:
+        return {}
+    decoder = CONFIG_MAPPING[about["model_type"]].from_dict(dict(about)).get_text_config()
+    values = {name: value for name in SHARED if (value := getattr(decoder, name, None)) is not None}
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    if "rope_parameters" not in values and getattr(decoder, "rope_theta", None) is not None:  # before transformers 5
+        values["rope_parameters"] = {"rope_type": "default"} | (getattr(decoder, "rope_scaling", None) or {}) | {"rope_theta": decoder.rope_theta}
+    return values

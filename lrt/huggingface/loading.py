@@ -1,0 +1,97 @@
+"""What the many arguments of ``from_pretrained`` mean for a folder of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.serialization.description import read_config
+
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Nothing is ever unpickled, no code of the folder is run, and its tensors must fit: whatever these say, it is so.
+WITHOUT_MEANING = frozenset(
+    {"trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "weights_only", "strict",
+     "ignore_mismatched_sizes", "use_safetensors"}
+)  # fmt: skip
+CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")  # settings of calls, which a config may change
+STRUCTURE = ("model", "adapted", "recurrence", "schedule")
+SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+    """Raises ValueError for an argument that would have no effect; None and False ask for nothing."""
+    unknown = [name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False]
+    if more.get("use_safetensors") is False:
+        unknown.append("use_safetensors=False")
+    if unknown or positional:
+        raise ValueError(
+            f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: lrt.load, then change the model"
+        )
+
+
+def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
+    """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty."""
+    folder = Path(str(name))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        given = {key: value for key, value in hub.items() if value is not None and not (key == "token" and value is False)}
+        folder = Path(snapshot_download(str(name), **given))
+    return folder / subfolder
+
+
+def dtype_of(given: Any) -> torch.dtype | None:
+    """A dtype from its name; None and "auto" mean: as saved.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f'dtype = {given!r}: give a torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
+    return found
+
+
+def device_of(device_map: Any, folder: Path, *, max_memory: Mapping[Any, Any] | None) -> Any:
+    """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator, where the model fits it.
+
+    Raises:
+        ValueError: several devices, or a model that does not fit.
+    """
+    advice = "for several, load the decoder with it and lrt.load(folder, base=decoder)"
+    if isinstance(device_map, Mapping):
+        places = {str(place): place for place in device_map.values()}
+        if len(places) != 1:
+            raise ValueError(f"device_map = {device_map!r}: give one device; {advice}")
+        return next(iter(places.values()))
+    if device_map not in SEVERAL:
+        return device_map
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return "cpu"
+    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = torch.get_device_module(accelerator).mem_get_info(0)[0]
+    limit = (max_memory or {}).get(0, free)
+    if isinstance(limit, int) and needed > limit:
+        raise ValueError(f'device_map = "{device_map}": {needed / 1e9:.1f} GB of weights do not fit the {limit / 1e9:.1f} GB of one device; {advice}')
+    return torch.device(accelerator.type, 0)
+
+
+def check_config(config: Any, folder: Path) -> None:
+    """Raises ValueError when a config describes another model than the folder holds."""
+    stored = read_config(folder)
+    for name in STRUCTURE:
+        if getattr(config, name, stored.get(name)) != stored.get(name):
+            raise ValueError(f"config.{name} is not what {folder} holds: load it as it is, then change the model (model.train_schedule, lrt.adapt)")
+
+
+def carry_over(config: Any, onto: Any) -> None:
+    """Settings of calls that a given config has changed."""
+    for name in CALLS:
+        if getattr(config, name, None) != getattr(onto, name, None):
+            setattr(onto, name, getattr(config, name))

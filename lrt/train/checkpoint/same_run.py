@@ -1,0 +1,200 @@
+"""Whether a run may go on with these settings, and the history of the settings that it had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lrt.config import Recipe, parse_recipe, recipe_to_table
+from lrt.config.ranges import HORIZON
+
+HISTORY = "settings.jsonl"
+
+# What a run that goes on may change: where and how it computes, what it keeps and reports, how far it goes.
+# The loader compares the contents of the data and the tokenizer, so their paths may change too.
+FREE_SECTIONS = ("checkpoint", "metrics", "evaluation")
+FREE = {
+    *(
+        "run.name",
+        "run.output",
+        "data.train",
+        "data.validation",
+        "data.tokenizer",
+        "data.text_column",
+        "data.workers",
+        "data.on_corrupt",
+    ),
+    *("training.batch_tokens", "training.micro_batch", "training.max_skipped", *(f"training.{key}" for key in HORIZON)),
+    *(
+        f"parallel.{key}"
+        for key in (
+            "replicate",
+            "shard",
+            "activation_checkpointing",
+            "compile",
+            "cuda_graphs",
+            "reshard",
+            "timeout_minutes",
+            "loss_chunk",
+            "host_threads",
+        )
+    ),
+}
+MODEL = (
+    ("model", None),
+    ("recurrence", None),
+    ("run", ("backbone",)),
+    ("optimizer", ("kind",)),
+    ("training", ("stage",)),
+)
+
+
+class Change(NamedTuple):
+    """A setting that differs."""
+
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.there!r} there, {self.here!r} here"
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe in a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read; the message names the file.
+    """
+    path = folder / "recipe.toml"
+    try:
+        return parse_recipe(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({(str(error).splitlines() or ['empty'])[0]}): it is damaged, or of another version of lrt"
+        ) from None
+
+
+def changes(there: Recipe, here: Recipe) -> list[Change]:
+    """Every setting that differs between two recipes."""
+    a, b = _flat(there), _flat(here)
+    return [Change(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's settings by their full keys, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for section, values in recipe_to_table(recipe).items():
+        flat |= (
+            {f"{section}.{key}": value for key, value in values.items()}
+            if isinstance(values, dict)
+            else {section: values}
+        )
+    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    return plain
+
+
+# ------------------------------------------------------------------ may it go on
+
+
+def check_same_model(folder: Path, recipe: Recipe) -> None:
+    """Refuse a checkpoint whose tensors belong to another model.
+
+    Raises:
+        ValueError: the recipe stored there builds another model; the differing keys are named.
+    """
+    stored, here = recipe_to_table(stored_recipe(folder)), recipe_to_table(recipe)
+    different = []
+    for section, keys in MODEL:
+        a, b = stored[section], here[section]
+        if not isinstance(a, dict) or not isinstance(b, dict):
+            different += (
+                [f"{section} = {'on' if a else 'off'} there, {'on' if b else 'off'} here"] if bool(a) != bool(b) else []
+            )
+            continue
+        different += [
+            str(Change(f"{section}.{k}", a.get(k), b[k])) for k in keys or b if _plain(a.get(k)) != _plain(b[k])
+        ]
+    if different:
+        raise ValueError(
+            f"{folder} belongs to another model: {'; '.join(different)}. Choose another run.name, or set checkpoint.resume = false and "
+            f"training.init_from for a warm start"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_same_run(
+    folder: Path, recipe: Recipe, *, steps: int, planned: int | None, finished: bool, same_past: bool
+) -> None:
+    """Refuse settings that would make one run of two.
+
+    Args:
+        folder: the checkpoint to go on from.
+        recipe: to go on with.
+        steps: of the whole run, by this recipe.
+        planned: steps of the whole run, as planned when the checkpoint was written; None = not recorded.
+        finished: the checkpoint has reached the end of this recipe's run.
+        same_past: this recipe has the same schedule at every step that is done.
+
+    Raises:
+        ValueError: the keys that may not differ are named.
+    """
+    there = stored_recipe(folder)
+    every = changes(there, recipe)
+    free = (*FREE_SECTIONS, "schedule") if same_past else FREE_SECTIONS
+    refused = [c for c in every if c.key not in FREE and c.key.split(".")[0] not in free]
+    on = f'training.branch_from = "{folder}" goes on from there with other rates, another schedule or another horizon'
+    if finished and refused and all(c.key.startswith("schedule.") for c in refused):
+        raise ValueError(
+            f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. Choose another run.name: {on}"
+        )
+    if _is_shorter(there, recipe, steps=steps, planned=planned):
+        refused += [c for c in every if c.key.removeprefix("training.") in HORIZON]
+    if refused:
+        raise ValueError(
+            f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. Going on would record a mixture of both as one run: "
+            f"give the settings that it had, or choose another run.name, where {on}"
+        )
+
+
+def _is_shorter(there: Recipe, here: Recipe, *, steps: int, planned: int | None) -> bool:
+    """Whether the horizon has come nearer: rates so far would have been others."""
+    for key in HORIZON:
+        a, b = getattr(there.training, key), getattr(here.training, key)
+        if a is not None and b is not None:
+            return bool(b < a)
+    return planned is not None and steps < planned
+
+
+# ------------------------------------------------------------------ what it had
+
+
+def write_history(folder: Path, recipe: Recipe, *, step: int, there: Recipe | None) -> list[Change]:
+    """Note what a run is trained with from a step on, in ``settings.jsonl``: all settings first, then what has changed.
+
+    Args:
+        folder: of the run.
+        recipe: from now on.
+        step: optimizer steps done.
+        there: until now; None = the run begins.
+
+    Returns:
+        What has changed.
+    """
+    path = folder / HISTORY
+    if there is None or not path.is_file():
+        path.write_text(
+            json.dumps({"step": 0, "settings": _flat(recipe if there is None else there)}) + "\n", encoding="utf-8"
+        )
+    changed = [] if there is None else changes(there, recipe)
+    line = json.dumps({"step": step, "changed": {c.key: [c.there, c.here] for c in changed}})
+    if (
+        changed and line not in path.read_text(encoding="utf-8").splitlines()
+    ):  # a run that is killed before its next checkpoint begins so again
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    return changed
