@@ -306,13 +306,14 @@ TIERS = [
     ["eval"],
     ["train"],
     ["conversion"],
-    ["eval.folders", "eval.tracking"],
+    ["eval.folders", "eval.tracking", "eval.harness", "eval.harness_model"],
 ]
 LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named
     ("lrt.data.sources", "lrt.data.hub"),
     ("lrt.decoding.fast.one_token", "lrt.decoding.fast.one_token_triton"),
     ("lrt.huggingface", "lrt.huggingface.cache"),
     ("lrt.huggingface", "lrt.huggingface.causal_lm"),
+    ("lrt.huggingface.modeling_lrt", "lrt.huggingface"),
     ("lrt.kernels.mixing", "lrt.kernels.mixing_triton"),
     ("lrt.train.distributed.gradient_sums", "lrt.kernels.sums_triton"),
 }

@@ -207,9 +207,13 @@ def row_length(opened: Opened, settings: Settings) -> int:
         return settings.sequence_length
     if opened.recipe is not None:
         return opened.recipe.model.sequence_length
-    native = getattr(opened.model.backbone, "config", None)
-    known = getattr(native, "sequence_length", None) or getattr(native, "max_position_embeddings", None)
-    return min(known or LONGEST_ROW, LONGEST_ROW)
+    return min(row_length_of(opened.model), LONGEST_ROW)
+
+
+def row_length_of(model: Any) -> int:
+    """Tokens that a model was made to read."""
+    config = model.backbone.config if model.original is None else getattr(model.original[0], "config", None)
+    return getattr(config, "sequence_length", None) or getattr(config, "max_position_embeddings", None) or LONGEST_ROW
 
 
 def rows_that_fit(model: Any, length: int) -> int:

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,9 @@ from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, sequential
 from lrt.train.optim.rates import rates_at
 
-SHORTEST = 4  # inputs of the first rows; their number grows until half of the steps
+SHORTEST = 4  # inputs of the first rows
+KNOWN = 0.1  # nats below which rows grow; from half of the steps on they have their full length in any case
+GROWTH = 1.25
 LEARNED = 2e-3  # nats at full length below which, for so many steps, training ends early
 LEARNED_STEPS = 10
 TEST_ROWS = 64
@@ -118,7 +121,7 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
     Args:
         recipe: model, schedule, ``training`` (steps, micro_batch rows a step, warmup, clipping) and AdamW's rate.
         task: makes the rows.
-        length: inputs of a row at the end; rows begin short and grow over the first half of the steps.
+        length: inputs of a row at the end; rows begin short and grow whenever their present length is known.
         seed: of weights and rows.
         say: receives a line now and then.
     """
@@ -129,10 +132,9 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
     generator = torch.Generator().manual_seed(seed)
     rate = recipe.optimizer.adamw_lr
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=recipe.optimizer.betas, weight_decay=0.0)
-    learned = 0
+    learned, now = 0, min(SHORTEST, length)
     for step in range(settings.steps):
-        grown = min(1.0, 2 * (step + 1) / settings.steps)
-        now = round(SHORTEST + grown * (length - SHORTEST))
+        now = length if 2 * step >= settings.steps else now
         for group in optimizer.param_groups:
             group["lr"] = rate * rates_at(step, total=settings.steps, training=settings, optimizer=recipe.optimizer).lr_scale
         inputs, states = task.draw(settings.micro_batch, now, generator=generator)
@@ -144,6 +146,7 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
         optimizer.step()
         value = float(loss.detach())
         learned = learned + 1 if now == length and value < LEARNED else 0
+        now = min(length, math.ceil(GROWTH * now)) if value < KNOWN else now
         if (step + 1) % 50 == 0:
             say(f"step {step + 1}: {now} inputs, loss {value:.4f}")
         if learned == LEARNED_STEPS:

@@ -25,7 +25,7 @@ from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
 from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
 from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
-from lrt.train.checkpoint.weights import build_parallel, not_finite, warm_start
+from lrt.train.checkpoint.weights import build_parallel, not_finite, refuse_non_finite, warm_start
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
@@ -119,7 +119,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
     if begun is None:
-        _refuse_non_finite(model, recipe, world)
+        refuse_non_finite(model, recipe, world)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe), compile=recipe.parallel.compile)
     if resumed is not None:
         restore(resumed, _tensors(model, optimizer), loader, world)
@@ -188,14 +188,6 @@ def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
     for key, value in settings.items():
         if value is not None and value != tokenizer.bos_id:
             raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
-
-
-def _refuse_non_finite(model: Any, recipe: Recipe, world: World) -> None:
-    """A run could only skip every step."""
-    bad = not_finite(dict(named_parameters(model)), world)
-    if bad:
-        start = f"training.init_from = {recipe.training.init_from}" if recipe.training.init_from else f"run.backbone = {recipe.run.backbone}"
-        raise ValueError(f"{start}: {bad} not finite: start from weights that are")
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:

@@ -78,8 +78,8 @@ def test_a_signal_to_the_whole_group_while_compiling_saves_and_exits_0(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=550)
     assert process.returncode == 0, errors
-    assert re.search(r"stopped by SIGTERM at step 1 of 100000", output) and "Traceback" not in errors
-    assert step_of(latest(tmp_path / "tiny" / "checkpoints")) == 1
+    assert re.search(r"stopped by SIGTERM at step [12] of 100000", output) and "Traceback" not in errors  # the step after hears it
+    assert step_of(latest(tmp_path / "tiny" / "checkpoints")) in (1, 2)
 
 
 def commands_of_group(group):

@@ -115,6 +115,14 @@ def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
     return f"{', '.join(found[:3])}{more} {'is' if len(found) == 1 else 'are'}" if found else None
 
 
+def refuse_non_finite(model: nn.Module, recipe: Recipe, world: World) -> None:
+    """Refuse weights to start from with which a run could only skip every step."""
+    bad = not_finite(dict(named_parameters(model)), world)
+    if bad:
+        start = f"training.init_from = {recipe.training.init_from}" if recipe.training.init_from else f"run.backbone = {recipe.run.backbone}"
+        raise ValueError(f"{start}: {bad} not finite: start from weights that are")
+
+
 def export(
     model: nn.Module,
     recipe: Recipe,
