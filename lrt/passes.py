@@ -23,7 +23,7 @@ from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
 class PassResult(NamedTuple):
-    """A pass that ran: its plan, the last block's output (B, P, D), the memory (B, P, D), and every block's input when asked for."""
+    """A pass that ran: its plan, the last block's output and the memory (B, P, D), and block inputs when asked for."""
 
     plan: Pass
     hidden: Tensor
@@ -32,8 +32,9 @@ class PassResult(NamedTuple):
 
 
 def run_schedule(
-    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None, keep_inputs: bool = False
-) -> list[PassResult]:
+    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None,
+    keep_inputs: bool = False,
+) -> list[PassResult]:  # fmt: skip
     """Run every pass of a schedule and return what each computed.
 
     Args:
@@ -55,7 +56,9 @@ def run_schedule(
         results = chunks(engine, row, plan)
     else:
         results = (refine if plan[1].covers(row.length) else interleave)(engine, row, plan, schedule)
-    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results] if inputs else results
+    if not inputs:
+        return results
+    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results]
 
 
 def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:
@@ -71,13 +74,15 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
     first = engine.run(whole, keep_inputs=schedule.kv_refresh)
-    buffer = engine.buffer(whole, parts, handed_on(first if schedule.kv_refresh else first._replace(inputs=()), schedule))
+    known = first if schedule.kv_refresh else first._replace(inputs=())
+    buffer = engine.buffer(whole, parts, handed_on(known, schedule))
     results = [PassResult(plan[0], first.hidden, first.memory, first.inputs)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
         if schedule.kv_refresh:
             buffer.refresh(other.start for other in later)
-        out = engine.run(parts[residue], buffer.received(residue), stores=buffer.stores(residue), index=index, keep_kv=bool(later))
+        stores = buffer.stores(residue)
+        out = engine.run(parts[residue], buffer.received(residue), stores=stores, index=index, keep_kv=bool(later))
         results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if later:
             buffer.write_back(residue, handed_on(out, schedule))

@@ -1,4 +1,4 @@
-"""True recurrence over a stretch of prompt: only the blocks from the first receiver up to the source run token by token.
+"""True recurrence over a stretch of prompt: the blocks from the first receiver to the source alone run token by token.
 
 What the blocks below compute does not depend on memory, and nothing waits for the blocks above, so both run once, in
 parallel over the stretch.
@@ -34,9 +34,8 @@ def recur(span: Span, state: DecodeState, *, runner: Runner) -> None:
     assert state.memory is not None and span.memory is not None
     span.enter()
     hidden, memory, source, counts = span.hidden, span.memory, torch.empty_like(span.hidden), span.counts
-    loop = replace(
-        state, memory=state.memory.clone(), lengths=state.lengths.clone(), document_starts=state.document_starts.clone(), kept_at=(), kept=None
-    )
+    own: dict[str, Any] = {name: getattr(state, name).clone() for name in ("memory", "lengths", "document_starts")}
+    loop = replace(state, **own, kept_at=(), kept=None)
     column = torch.zeros(1, dtype=torch.int64, device=counts.device)
     active = torch.ones(len(counts), dtype=torch.bool, device=counts.device)
 
@@ -56,7 +55,7 @@ def recur(span: Span, state: DecodeState, *, runner: Runner) -> None:
 
 
 def at_column(contexts: Sequence[Any], column: Tensor) -> tuple[Any, ...]:
-    """Contexts of one position, which a tensor (1,) names, made where a block asks; a tensor of several blocks is read once."""
+    """Contexts of one position, which a tensor (1,) names, made where a block asks, and once for several blocks."""
     known: dict[int, Later] = {}
 
     def pick(x: Any) -> Any:

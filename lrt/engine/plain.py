@@ -1,4 +1,4 @@
-"""How one pass is computed, in plain PyTorch: rows taken apart, what each block attends to, and the buffer between passes.
+"""How one pass is computed, in plain PyTorch: rows taken apart, what blocks attend to, and the buffer between passes.
 
 Nothing is written in place where autograd follows: the buffer is tuples of tensors, one a residue, and writing back
 replaces an entry, so untouched positions are never copied.
@@ -70,8 +70,8 @@ class Engine:
     # -------------------------------------------------------------- passes
 
     def run(
-        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
-        graded: bool = True, keep_kv: bool = True, keep_inputs: bool = False,
+        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None,
+        index: int = 0, graded: bool = True, keep_kv: bool = True, keep_inputs: bool = False,
     ) -> PassOutput:  # fmt: skip
         """Run the blocks from ``row.start`` on.
 
@@ -93,7 +93,9 @@ class Engine:
             out = self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
         return out if keep_kv else out._replace(kv=())
 
-    def compute(self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any) -> PassOutput:
+    def compute(
+        self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
+    ) -> PassOutput:
         """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
         return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, **options)
 
@@ -102,12 +104,13 @@ class Engine:
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask a block for the positions t = residue (mod S) over keys grouped by residue; None: the kernel needs none."""
+        """One mask a block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)
         places = torch.arange(row.length, device=row.hidden.device)
-        return dense_masks(self.model, places[residue::groups], torch.cat([places[g::groups] for g in range(groups)]), row)
+        keys = torch.cat([places[g::groups] for g in range(groups)])
+        return dense_masks(self.model, places[residue::groups], keys, row)
 
     # -------------------------------------------------------------- what passes leave for later ones
 
@@ -156,8 +159,11 @@ class PositionBuffer:
         """What each block attends to in a pass over a residue."""
         start = self._row.start
         masks = self._engine.masks(self._row, groups=len(self._parts), residue=residue)[start:]
-        known = zip(self._kv, masks)
-        return [*[None] * start, *(Buffer(k.read_by(residue, mask), v.read_by(residue, mask), residue, mask) for (k, v), mask in known)]
+
+        def store(keys: Entries, values: Entries, mask: Mask) -> Buffer:
+            return Buffer(keys.read_by(residue, mask), values.read_by(residue, mask), residue, mask)
+
+        return [*[None] * start, *(store(*kv, mask) for kv, mask in zip(self._kv, masks))]
 
     def write_back(self, residue: int, out: PassOutput) -> None:
         """Put what a pass over a residue computed in the place of what was known."""
@@ -167,14 +173,15 @@ class PositionBuffer:
             keys[residue], values[residue] = fresh
 
     def refresh(self, residues: Iterable[int]) -> None:
-        """Bring the newest memory into the keys and values of some residues; gates and local parts stay those of the first pass."""
+        """Bring the newest memory into keys and values of some residues; gates and local parts stay as they were."""
         model = self._engine.model
         for residue in residues:
             newest = memory_inputs(model, self.received(residue))
             for layer in model.receivers:
                 keys, values = self._kv[layer - self._row.start]
                 context = at_hand(self._parts[residue].contexts[layer])
-                keys[residue], values[residue] = model.blocks[layer].refresh(self._inputs[layer][residue], newest[layer], context)
+                hidden = self._inputs[layer][residue]
+                keys[residue], values[residue] = model.blocks[layer].refresh(hidden, newest[layer], context)
 
 
 class Prefix:
@@ -205,8 +212,9 @@ class StaticPrefix(Prefix):
     def stores(self, step: Pass) -> list[KVStore | None]:
         if not self._kv:
             return super().stores(step)
-        slots, known = self._places[step.positions], zip(self._kv, self._masks[self._start :])
-        return [*[None] * self._start, *(Cache(key, value, slots, mask[..., step.positions, :]) for (key, value), mask in known)]
+        slots = self._places[step.positions]
+        masks = [mask[..., step.positions, :] for mask in self._masks[self._start :]]
+        return [*[None] * self._start, *(Cache(key, value, slots, mask) for (key, value), mask in zip(self._kv, masks))]
 
     def keep(self, kv: Sequence[KV]) -> None:
         if not self._kv:
@@ -229,7 +237,8 @@ def take_apart(row: Row, count: int, branch: Branch) -> tuple[Row, list[Row]]:
 def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tuple[list[Any], list[list[Any]]]:
     """Contexts by block for a pass over all positions, then by part and block.
 
-    What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is split later.
+    What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is
+    split later.
     """
     known: dict[int, tuple[Any, Sequence[Any]]] = {}
 
@@ -240,13 +249,15 @@ def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tup
 
     fields = [[apart(x) for x in context] for context in contexts]
     whole = [type(c)(*(everywhere for everywhere, _ in mine)) for c, mine in zip(contexts, fields)]
-    return whole, [[type(c)(*(parts[g] for _, parts in mine)) for c, mine in zip(contexts, fields)] for g in range(subsets)]
+    parts = [[type(c)(*(part[g] for _, part in mine)) for c, mine in zip(contexts, fields)] for g in range(subsets)]
+    return whole, parts
 
 
 def _apart(x: Any, subsets: int, branch: Branch) -> tuple[Any, Sequence[Any]]:
     if isinstance(x, Later):
         both = Later(lambda: branch(x(), subsets))
-        return Later(lambda: both().whole), [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
+        parts = [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
+        return Later(lambda: both().whole), parts
     if x is None or x.shape[1] == 1:
         return x, (x,) * subsets
     return branch(x, subsets)[:2]
