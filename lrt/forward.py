@@ -28,7 +28,9 @@ class Row(NamedTuple):
         return self.hidden.shape[1]
 
 
-def memory_inputs(model: RecurrentDecoder, received: Tensor | None, *, start: int = 0, stop: int | None = None) -> list[MemoryInput | None]:
+def memory_inputs(
+    model: RecurrentDecoder, received: Tensor | None, *, start: int = 0, stop: int | None = None
+) -> list[MemoryInput | None]:
     """The received memory m[t-1] as each block wants it; a shared projection runs once.
 
     Args:
@@ -92,7 +94,8 @@ def run_blocks(
     for index, mine, context in zip(range(start, stop), received_by, contexts):
         if keep_inputs:
             inputs.append(hidden)
-        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), None if stores is None else stores[index])
+        store = None if stores is None else stores[index]
+        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
         kv.append(KV(attached(key), attached(value)))
         if index + 1 == model.source:
             memory = model.memory_of(hidden)

@@ -125,7 +125,7 @@ def test_marks_that_do_not_fit_are_refused() -> None:
         model(ids, cu_seq_lens_q=torch.tensor([0, 3, 5]), cu_seq_lens_k=torch.tensor([0, 2, 5]))
     with pytest.raises(ValueError, match="document_ids or seq_idx do not fit input_ids"):
         model(ids, seq_idx=torch.zeros(1, 4, dtype=torch.int32))
-    with pytest.raises(ValueError, match="with a cache a row is one document, but position_ids restart: pass use_cache=False"):
+    with pytest.raises(ValueError, match="position_ids do not count on from what the cache holds"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=True)
     with pytest.raises(ValueError, match="nor do seq_idx and cu_seq_lens_q; pass use_cache=False"):
         model(ids, seq_idx=torch.zeros(1, 5, dtype=torch.int32), use_cache=True)

@@ -21,7 +21,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError(f'lm-evaluation-harness is missing or too old ({error}): pip install "lrt[eval]"') from None
+    raise ImportError(f'lm-evaluation-harness is missing or too old ({error}): pip install -e ".[eval]" in a checkout') from None
 
 NEW_TOKENS = 256
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["LRTConfig", "LRTForCausalLM", "RecurrentCache"]
+__all__ = ["LRTConfig", "LRTForCausalLM", "LRTModel", "RecurrentCache"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,9 @@ SHARED = (
     "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
+LAYER_TYPE = "recurrent_memory"  # of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
+LATER = ("rope_parameters", "use_cache", "layer_types")  # set after the rest, because newer versions would rewrite or refuse them
+
 
 class LRTConfig(PretrainedConfig):
     """config.json of a saved model, with the attributes that tools read of every decoder.
@@ -28,10 +31,15 @@ class LRTConfig(PretrainedConfig):
 
     def __init__(self, **table: Any) -> None:
         known = {"use_cache": True} | attributes(table) | table
-        later = {name: known.pop(name) for name in ("rope_parameters", "use_cache") if name in known}  # newer versions would rewrite them
+        if "num_hidden_layers" in known:
+            known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
+        later = {name: known.pop(name) for name in LATER if name in known}
         super().__init__(**known)
         for name, value in later.items():
             setattr(self, name, value)
+
+    def validate_layer_type(self) -> None:
+        """Nothing: the type is one that no other library knows, on purpose."""
 
 
 def attributes(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def flex_groups(
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``; fast only where it is compiled."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         assert softcap is not None
@@ -256,11 +256,11 @@ def flex_groups(
     out: Any = flex_attention(  # type: ignore[call-overload]
         query.transpose(1, 2), natural_order(keys).transpose(1, 2), natural_order(values).transpose(1, 2),
         score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[2] != keys[0].shape[2],
-        kernel_options=TILES if tiled else None, return_lse=sinks is not None,
+        kernel_options=TILES if tiled else None, return_aux=None if sinks is None else AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is not None:  # one more score in the denominator
-        out, denominator = out
-        out = out * torch.sigmoid(denominator - sinks.view(-1, 1)).to(out.dtype)[..., None]
+        out, more = out
+        out = out * torch.sigmoid(more.lse - sinks.view(-1, 1)).to(out.dtype)[..., None]
     return out.transpose(1, 2)
 
 

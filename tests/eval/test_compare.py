@@ -12,10 +12,11 @@ import pytest
 from run_folders import score, write_run
 
 from lrt.eval.bootstrap import DocumentScores
-from lrt.eval.compare import Spread, compare, half_interval, interpolate
+from lrt.eval.compare import compare, interpolate
 from lrt.eval.compare_page import scores_table, to_json, write_report
 from lrt.eval.figures import amount, power_of_ten, smooth
 from lrt.eval.runs import read_run
+from lrt.eval.spread import Spread, half_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 M = 1_000_000

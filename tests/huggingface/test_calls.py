@@ -196,6 +196,11 @@ def test_continuous_batching_is_refused(model: Any, tokens: torch.Tensor) -> Non
     for start in (model.generate_batch, model.init_continuous_batching, model.continuous_batching_context_manager):
         with pytest.raises(ValueError, match="continuous batching"):
             start(inputs=tokens.tolist())
+    assert model.config.layer_types == ["recurrent_memory"] * 3
+    paged = pytest.importorskip("transformers.generation.continuous_batching.cache")
+    if hasattr(paged, "ATTN_TYPE_TO_ALLOCATOR"):  # older versions look at the types later, when pages are laid out
+        with pytest.raises(ValueError, match="recurrent_memory"):
+            paged.group_layers_by_attn_type(model.config)
 
 
 def test_what_would_be_ignored_is_refused(model: Any, tokens: torch.Tensor) -> None:

@@ -246,6 +246,18 @@ def test_rates_are_found_by_twin_and_the_compared_runs_start_with_them(tmp_path,
     assert len(lines(tmp_path / "out")) == 13
 
 
+def test_a_tuning_run_with_the_very_settings_of_a_compared_one_is_not_repeated(tmp_path, launch):
+    sweep, said = spec(tmp_path, SHORT.replace("[1, 2]", "[1]")), []
+    assert run_sweep(sweep, tmp_path / "out", launch=launch, devices=[None], say=said.append) == (3, 0, 0, None)
+    tuned, compared = (
+        next(r for r in reversed(lines(tmp_path / "out")) if r["stage"] == s) for s in ("tune", "compare")
+    )
+    assert compared == {**tuned, "run": compared["run"], "label": "lrt", "stage": "compare"}
+    assert sum("start" in line for line in said) == 2 and any(
+        "by a run with the same settings" in line for line in said
+    )
+
+
 def test_a_best_rate_at_the_edge_of_the_grid_is_said(tmp_path, launch):
     sweep = spec(tmp_path, SPEC.replace("[0.01, 0.02, 0.04]", "[0.03, 0.04, 0.02]"))
     said = []

@@ -163,7 +163,11 @@ class _Pool:
                     else f"{', '.join(choice.point)} ({choice.score:.4f}){edge}"
                 )
                 self._say(f"rates of {twin}: {found}")
-        return [*self._sweep.tuning, *self._sweep.compared(rates)]
+        compared = self._sweep.compared(rates)
+        for run in compared:
+            if self._results.adopt(run):
+                self._say(f"{_now()} done   {run.name}  by a run with the same settings")
+        return [*self._sweep.tuning, *compared]
 
     def waiting(self) -> list[PlannedRun]:
         """Runs that can start now, in order."""

@@ -48,6 +48,14 @@ class Results:
         """The last result of a run, done or failed; None = it has none."""
         return self._found.get(run.name)
 
+    def adopt(self, run: PlannedRun) -> bool:
+        """Take the result of a run that is done and had the very same settings under another name; False = there is none."""
+        same = (r for r in self._found.values() if r["state"] == "done" and r["fingerprint"] == run.fingerprint)
+        record = None if self.done(run) else next(same, None)
+        if record is not None:
+            self.add({**record, "run": run.name, "label": run.label, "stage": run.stage, "twin": run.twin})
+        return record is not None
+
     def done(self, run: PlannedRun) -> bool:
         return (self.of(run) or {}).get("state") == "done"
 
