@@ -109,7 +109,7 @@ class BlockFlops(NamedTuple):
 
     matrices: float  # its own, and its gates
     attention: float  # mean over the positions of a row
-    memory: float  # its own memory projection, which runs only where memory arrives
+    memory: float  # its own memory projection, or what an aligned one reads twice; it runs only where memory arrives
 
 
 def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
@@ -119,7 +119,8 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
         return 0 if block.gate is None else matrices(block.gate)
 
     def own(block: Any) -> int:
-        return 0 if block.projection is None else matrices(block.projection)
+        more = getattr(block, "read_twice", None) if block.projection is None else block.projection
+        return 0 if more is None else matrices(more)
 
     seen, width = (mean_keys(length, block.window) for block in model.blocks), query_width(model)
     numbers = [(matrices(block.block) + gates(block), own(block)) for block in model.blocks]

@@ -6,6 +6,7 @@ K head width, V vocabulary. Source: spec section 5; facts from the official code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,15 +74,28 @@ class DecoderBlock(nn.Module):
 
     def project(self, hidden: Tensor, context: Context) -> Projection:
         normed = rms_norm(hidden)
-        linears = (self.query, self.key, self.value)
-        if normed.shape[1] > 1 and all(map(_readable, linears)):
+        return Projection(normed, *self._heads(normed, self.query, self.key, self.value))
+
+    def project_aligned(self, hidden: Tensor, context: Context, aligned: Tensor) -> Projection:
+        """``project``, where keys and values read the normed input plus ``aligned`` (B, P, D); the norm has no weight."""
+        normed = rms_norm(hidden)
+        return Projection(normed, *self._heads(normed, self.query), *self._heads(normed + aligned, self.key, self.value))
+
+    def cannot_align(self) -> None:
+        return None
+
+    def kv_bias(self) -> tuple[None, None]:
+        return None, None
+
+    def _heads(self, x: Tensor, *linears: nn.Linear) -> list[Tensor]:
+        """What each linear makes of ``x`` (B, P, D), by head (B, P, heads, K)."""
+        if len(linears) > 1 and x.shape[1] > 1 and all(map(_readable, linears)):
             # One product: the input is read once, and its gradient is one product too. Not for single tokens, where copying weights costs.
-            joint = F.linear(normed, torch.cat([linear.weight for linear in linears]))
-            parts = joint.split([linear.out_features for linear in linears], dim=-1)
+            joint = F.linear(x, torch.cat([linear.weight for linear in linears]))
+            parts: Sequence[Tensor] = joint.split([linear.out_features for linear in linears], dim=-1)
         else:
-            parts = tuple(linear(normed) for linear in linears)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        return Projection(normed, query, key, value)
+            parts = [linear(x) for linear in linears]
+        return [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
 
     def can_mix(self, hidden: Tensor) -> bool:
         """Whether ``project_mixed`` runs on such a hidden state."""

@@ -28,7 +28,9 @@ class Row(NamedTuple):
         return self.hidden.shape[1]
 
 
-def memory_inputs(model: RecurrentDecoder, received: Tensor | None, *, start: int = 0, stop: int | None = None) -> list[MemoryInput | None]:
+def memory_inputs(
+    model: RecurrentDecoder, received: Tensor | None, *, start: int = 0, stop: int | None = None
+) -> list[MemoryInput | None]:
     """The received memory m[t-1] as each block wants it; a shared projection runs once.
 
     Args:
@@ -43,11 +45,19 @@ def memory_inputs(model: RecurrentDecoder, received: Tensor | None, *, start: in
     stop = len(model.blocks) if stop is None else stop
     if received is None or not any(start <= index < stop for index in model.receivers):
         return inputs
-    key, value = model.memory_projection(received) if model.memory_projection is not None else (None, None)
+    into_keys = for_keys(model, received)
     gains = model.injection() if model.injection is not None else (None,) * len(model.receivers)
     for index, gain in zip(model.receivers, gains):
-        inputs[index] = MemoryInput(received, key, value, gain)
+        inputs[index] = into_keys._replace(gain=gain)
     return inputs
+
+
+def for_keys(model: RecurrentDecoder, received: Tensor) -> MemoryInput:
+    """The received memory (B, P, D) as the keys and values of every block want it, and no residual."""
+    if model.memory_projection is None:
+        return MemoryInput(received)
+    made = model.memory_projection(received)
+    return MemoryInput(received, aligned=made) if isinstance(made, Tensor) else MemoryInput(received, *made)
 
 
 def run_blocks(
@@ -84,7 +94,8 @@ def run_blocks(
     for index, mine, context in zip(range(start, stop), received_by, contexts):
         if keep_inputs:
             inputs.append(hidden)
-        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), None if stores is None else stores[index])
+        store = None if stores is None else stores[index]
+        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
         kv.append(KV(attached(key), attached(value)))
         if index + 1 == model.source:
             memory = model.memory_of(hidden)

@@ -19,7 +19,7 @@ from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
-from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
+from lrt.recurrence import AlignedBlock, AlignedProjection, Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.types import Backbone, Block, Output, Schedule
 
@@ -71,15 +71,23 @@ class LatentRecurrentModel(nn.Module):
                 raise ValueError(f"recurrence.gate_channels = {channels} is more than the width {width}: use at most {width}")
             places = [_place(blocks[i]) for i in self.receivers]
             if recurrence.kv_projection:
-                gates = {i: Gate(channels, 2 * heads, **place) for i, place in zip(self.receivers, places)}
-                if recurrence.sharing == "shared":
+                aligned = recurrence.projection == "aligned"
+                gates = {i: Gate(channels, heads if aligned else 2 * heads, **place) for i, place in zip(self.receivers, places)}
+                if aligned:
+                    self.memory_projection = AlignedProjection(width, **places[0])
+                elif recurrence.sharing == "shared":
                     self.memory_projection = KVProjection(width, heads, head_dim, **places[0])
                 else:
                     projections = {i: KVProjection(width, heads, head_dim, **place) for i, place in zip(self.receivers, places)}
             if recurrence.residual:
                 self.injection = ResidualInjection(len(self.receivers), **places[0])
-        wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
-        self.blocks: Any = nn.ModuleList(wrapped)
+
+        def wrapped(i: int, block: Block) -> RecurrentBlock:
+            if isinstance(self.memory_projection, AlignedProjection) and i in gates:
+                return AlignedBlock(block, gate=gates[i])
+            return RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i))
+
+        self.blocks: Any = nn.ModuleList(wrapped(i, block) for i, block in enumerate(blocks))
         self.train_schedule: Schedule | Mixture = train_schedule or (baseline() if recurrence is None else interleaved(2))
 
     eval_schedule: Schedule = sequential()  # of calls in evaluation mode that name none: exact, one token after the other

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.engine import Engine, engine_of
-from lrt.forward import Row, take
+from lrt.forward import Row
 from lrt.kernels.attention import natural_order
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import only_feeds
@@ -23,7 +23,7 @@ from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
 class PassResult(NamedTuple):
-    """A pass that ran: its plan, the last block's output (B, P, D), the memory (B, P, D), and every block's input when asked for."""
+    """A pass that ran: its plan, the last block's output and the memory (B, P, D), and block inputs when asked for."""
 
     plan: Pass
     hidden: Tensor
@@ -32,8 +32,9 @@ class PassResult(NamedTuple):
 
 
 def run_schedule(
-    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None, keep_inputs: bool = False
-) -> list[PassResult]:
+    model: RecurrentDecoder, row: Row, schedule: Schedule, *, generator: torch.Generator | None = None,
+    keep_inputs: bool = False,
+) -> list[PassResult]:  # fmt: skip
     """Run every pass of a schedule and return what each computed.
 
     Args:
@@ -48,14 +49,16 @@ def run_schedule(
         not be scored.
     """
     plan, engine = schedule.plan(row.length, generator=generator), engine_of(model, keep_inputs=keep_inputs)
-    if not (plan[0].memory == "zero" and plan[0].covers(row.length)):
-        return chunks(engine, row, plan)
     if len(plan) == 1:
         return refine(engine, row, plan, schedule)
-    loop = refine if plan[1].covers(row.length) else interleave
     row, inputs = below_memory(engine, row)
-    results = loop(engine, row, plan, schedule)
-    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results] if inputs else results
+    if not plan[0].covers(row.length):
+        results = chunks(engine, row, plan)
+    else:
+        results = (refine if plan[1].covers(row.length) else interleave)(engine, row, plan, schedule)
+    if not inputs:
+        return results
+    return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results]
 
 
 def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:
@@ -71,13 +74,15 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
     first = engine.run(whole, keep_inputs=schedule.kv_refresh)
-    buffer = engine.buffer(whole, parts, handed_on(first if schedule.kv_refresh else first._replace(inputs=()), schedule))
+    known = first if schedule.kv_refresh else first._replace(inputs=())
+    buffer = engine.buffer(whole, parts, handed_on(known, schedule))
     results = [PassResult(plan[0], first.hidden, first.memory, first.inputs)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
         if schedule.kv_refresh:
             buffer.refresh(other.start for other in later)
-        out = engine.run(parts[residue], buffer.received(residue), stores=buffer.stores(residue), index=index, keep_kv=bool(later))
+        stores = buffer.stores(residue)
+        out = engine.run(parts[residue], buffer.received(residue), stores=stores, index=index, keep_kv=bool(later))
         results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if later:
             buffer.write_back(residue, handed_on(out, schedule))
@@ -87,18 +92,12 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
 def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
     weights, received = schedule.group_weights(row.length), None
-    copies = enumerate(engine.copies(row, sum(step.graded for step in plan)))
+    graded = enumerate(engine.copies(row, sum(step.graded for step in plan)))
     results: list[PassResult] = []
     for step in plan:
         stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
-        if step.graded:
-            index, mine = next(copies)
-            out = engine.run(mine, received, index=index, keep_kv=False, stop=stop)
-        else:
-            # Nothing that goes in asks for a gradient: one graph for all blocks and passes.
-            still, fed = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
-            with torch.no_grad():
-                out = engine.run(still, fed, keep_kv=False, stop=stop)
+        index, mine = next(graded) if step.graded else (0, row)
+        out = engine.run(mine, received, index=index, graded=step.graded, keep_kv=False, stop=stop)
         if step.group >= 0:
             results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if step is not plan[-1]:
@@ -107,18 +106,36 @@ def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
 
 
 def chunks(engine: Engine, row: Row, plan: Sequence[Pass]) -> list[PassResult]:
-    """Contiguous passes, left to right; memory arrives at the first position of each, from the chunk before."""
-    prefix, memory = engine.prefix(row), None
-    results: list[PassResult] = []
-    for step in plan:
-        part, received = stretch(row, step.positions), None
-        if step.memory == "first" and memory is not None:
-            received = reset_memory(F.pad(memory[:, -1:], (0, 0, 0, part.length - 1)), part.starts)
-        out = engine.run(part, received, stores=prefix.stores(step))
-        prefix.keep(out.kv)
-        memory = out.memory
-        results.append(PassResult(step, out.hidden, out.memory, out.inputs))
-    return results
+    """Contiguous passes, left to right, up to the source block; the blocks above it wait for nothing and run once."""
+    row, parts = engine.pieces(row, [step.stop - step.start for step in plan])
+    prefix, source = engine.prefix(row), engine.model.source
+    outs: list[PassOutput] = []
+    received: list[Tensor] = []
+    with engine.chunkwise(len(plan)):
+        for step, part in zip(plan, parts):
+            if outs:
+                received.append(received_first(part, outs[-1]))
+            outs.append(engine.run(part, received[-1] if received else None, stores=prefix.stores(step), stop=source))
+            prefix.keep(outs[-1].kv)
+    loop = side_by_side(outs)
+    fed = F.pad(torch.cat(received, 1), (0, 0, parts[0].length, 0))  # the first chunk receives nothing
+    out = engine.run(row._replace(hidden=loop.hidden, start=source), fed, keep_kv=False)
+    whole = Pass(0, row.length, 1, plan[0].group, "first")
+    return [PassResult(whole, out.hidden, loop.memory, (*loop.inputs, *out.inputs))]
+
+
+def received_first(part: Row, before: PassOutput) -> Tensor:
+    """m[t-1] (B, P, D) of a chunk: the last memory of the chunk before at its first position, zero elsewhere."""
+    assert before.memory is not None
+    last = before.memory[:, -1:]
+    return reset_memory(last if part.length == 1 else F.pad(last, (0, 0, 0, part.length - 1)), part.starts)
+
+
+def side_by_side(outs: Sequence[PassOutput]) -> PassOutput:
+    """What passes over contiguous chunks computed, as of one pass over all of them; without keys and values."""
+    memory = torch.cat([out.memory for out in outs if out.memory is not None], 1)
+    inputs = tuple(torch.cat(of_block, 1) for of_block in zip(*(out.inputs for out in outs)))
+    return PassOutput(torch.cat([out.hidden for out in outs], 1), memory, (), inputs)
 
 
 def received_everywhere(row: Row, before: PassOutput) -> Tensor:
@@ -133,12 +150,6 @@ def handed_on(out: PassOutput, schedule: Schedule) -> PassOutput:
         return out
     kv = tuple(KV(key.detach(), value.detach()) for key, value in out.kv)
     return PassOutput(out.hidden, out.memory.detach(), kv, tuple(x.detach() for x in out.inputs))
-
-
-def stretch(row: Row, positions: slice) -> Row:
-    """Some positions of a row."""
-    contexts = tuple(take(context, positions) for context in row.contexts)
-    return Row(row.hidden[:, positions], contexts, None if row.starts is None else row.starts[:, positions], None, row.start)
 
 
 # ------------------------------------------------------------------ what the passes say together

@@ -74,6 +74,32 @@ class KVProjection(nn.Module):
                 nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
 
 
+class AlignedProjection(nn.Module):
+    """A: memory into the space of the blocks' normed inputs, which each block's own key and value matrices read.
+
+    Args:
+        width: D.
+        device, dtype: of the weight.
+    """
+
+    def __init__(self, width: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, memory: Tensor) -> Tensor:
+        """(B, P, D) -> A m, (B, P, D)."""
+        return self.map(memory)
+
+    @torch.no_grad()
+    def init_weights(self, *, init: Literal["paper", "identity"], generator: torch.Generator | None = None) -> None:
+        """Uniform of standard deviation 1/sqrt(D), so that A m is as large as a normed input ("paper"), or zero ("identity")."""
+        if init == "identity":
+            nn.init.zeros_(self.map.weight)
+        else:
+            bound = (3 / self.map.in_features) ** 0.5
+            nn.init.uniform_(self.map.weight, -bound, bound, generator=generator)
+
+
 class ResidualInjection(nn.Module):
     """g: memory added to the input of every block, x <- x + g_l m[t-1].
 
@@ -119,6 +145,11 @@ class RecurrentBlock(nn.Module):
     def window(self) -> int | None:
         return self.block.window
 
+    @property
+    def read_twice(self) -> nn.Module | None:
+        """What a pass with memory runs a second time."""
+        return None
+
     def forward(
         self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | Transient | None
     ) -> tuple[Tensor, Any, Any]:
@@ -151,9 +182,7 @@ class RecurrentBlock(nn.Module):
         return self.block.finish_kv(projection, context)
 
     def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0) -> tuple[Tensor, Any]:
-        hidden = self.block.enter(hidden, context)
-        if memory is not None and memory.gain is not None:
-            hidden = hidden + memory.gain.to(hidden.dtype) * memory.state
+        hidden = _injected(self.block.enter(hidden, context), memory)
         memory_key = memory_value = None
         if self.gate is not None and memory is not None:
             memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
@@ -168,6 +197,54 @@ class RecurrentBlock(nn.Module):
         if memory is not None:
             key, value = key + remote * memory_key, value + remote * memory_value
         return hidden, Projection(projection.normed, projection.query, key, value)
+
+
+class AlignedBlock(RecurrentBlock):
+    """A RecurrentBlock whose own matrices read the memory: k = gate W_k (n + w A m) + bias, and v alike.
+
+    One gate, of the block's normed input, multiplies both parts: two gates would need two products.
+
+    Args:
+        block: an ``AlignableBlock``.
+        gate: the gate of keys and values, G heads.
+
+    Raises:
+        ValueError: the block cannot say what its keys and values would be of another input.
+    """
+
+    def __init__(self, block: Block, *, gate: Gate) -> None:
+        kind, asked = type(block).__name__, getattr(block, "cannot_align", None)
+        reason = f"{kind} is no lrt.types.AlignableBlock" if asked is None else asked()
+        if reason is not None:
+            raise ValueError(f'recurrence.projection = "aligned" does not fit this block: {reason}; use projection = "separate"')
+        super().__init__(block, gate=gate)
+
+    @property
+    def read_twice(self) -> nn.Module | None:
+        return getattr(self.block, "fused", None)
+
+    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0) -> tuple[Tensor, Projection]:
+        hidden = _injected(self.block.enter(hidden, context), memory)
+        if memory is None:
+            projection = self.block.project(hidden, context)
+        else:
+            projection = self.block.project_aligned(hidden, context, memory.aligned)
+        assert self.gate is not None
+        local = self.gate(projection.normed)
+        key_bias, value_bias = self.block.kv_bias()
+        return hidden, projection._replace(key=gated(projection.key, local, key_bias), value=gated(projection.value, local, value_bias))
+
+
+def gated(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    """``x`` times ``gate``, but for the bias that is part of it; exactly ``x`` where the gate is 1."""
+    return gate * x if bias is None else x + (gate - 1) * (x - bias)
+
+
+def _injected(hidden: Tensor, memory: MemoryInput | None) -> Tensor:
+    """The block's input with the memory that its gain lets in."""
+    if memory is None or memory.gain is None:
+        return hidden
+    return hidden + memory.gain.to(hidden.dtype) * memory.state
 
 
 # ------------------------------------------------------------------ memory as a sequence

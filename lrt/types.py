@@ -30,6 +30,7 @@ class MemoryInput(NamedTuple):
     key: Tensor | None = None  # (B, P, G, K) U_k m, when the projection is shared
     value: Tensor | None = None  # (B, P, G, K) U_v m, when the projection is shared
     gain: Tensor | None = None  # (1, 1, 1) g of this block, when it injects into the residual
+    aligned: Tensor | None = None  # (B, P, D) A m, when keys and values read it through the block's own matrices
 
 
 class KV(NamedTuple):
@@ -116,6 +117,22 @@ class Block(Protocol):
         ...
 
 
+class AlignableBlock(Block, Protocol):
+    """A decoder block whose own key and value matrices can read memory beside its normed input."""
+
+    def project_aligned(self, hidden: Tensor, context: Any, aligned: Tensor) -> Projection:
+        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's own weight."""
+        ...
+
+    def cannot_align(self) -> str | None:
+        """Why ``project_aligned`` would be wrong for this block; None where it is right."""
+        ...
+
+    def kv_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """The biases of keys and values, each (G, K), which no gate multiplies; None where there is none."""
+        ...
+
+
 class Backbone(Protocol):
     """A decoder without its blocks: embeddings in, logits and losses out."""
 
@@ -147,7 +164,7 @@ class RecurrentDecoder(Protocol):
 
     backbone: Any  # a Backbone
     blocks: Any  # ModuleList of RecurrentBlock
-    memory_projection: Any  # KVProjection when shared, else None
+    memory_projection: Any  # KVProjection when shared, AlignedProjection, or None
     injection: Any  # ResidualInjection or None
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory

@@ -10,13 +10,15 @@ from hf_decoders import make, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Oracle, oracle_loss
-from strategies import SEPARATOR, VOCABULARY, model_configs, randomized, rows
+from strategies import SEPARATOR, VOCABULARY, WAYS, model_configs, randomized, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrt
 from lrt import passes
 from lrt.accounting import block_flops, block_forwards, training_flops
 from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.decoding import prefill
+from lrt.decoding.state import DecodeState
 from lrt.engine import CompiledEngine, Engine
 from lrt.model import build_model
 from lrt.train.distributed.parallel import checkpointed
@@ -38,9 +40,10 @@ def narrow_models(draw):
     first = draw(st.integers(2, config.n_layers))
     more = draw(st.sets(st.integers(first, config.n_layers)))
     parts = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    sharing, projection = draw(st.sampled_from(WAYS if parts[0] else WAYS[:2]))
     recurrence = RecurrenceConfig(
         blocks=(first, *sorted(more - {first})), source_layer=draw(st.one_of(st.none(), st.integers(first, config.n_layers))),
-        sharing=draw(st.sampled_from(["shared", "layerwise"])), kv_projection=parts[0], residual=parts[1],
+        sharing=sharing, projection=projection, kv_projection=parts[0], residual=parts[1],
         separator=draw(st.sampled_from([None, SEPARATOR])),
     )  # fmt: skip
     return randomized(build_model(config, recurrence, dtype=torch.float64), draw(st.integers(0, 2**31)))
@@ -74,7 +77,7 @@ def numbers(model, tokens, targets, schedule):
 
 def whole(engine, row):
     """In the place of ``below_memory``: every pass runs every block."""
-    return row
+    return row, ()
 
 
 # ------------------------------------------------------------------ nothing moves
@@ -112,8 +115,26 @@ def test_narrow_schedules_are_the_oracle(model, row, schedule):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
+@settings(max_examples=12, deadline=None)
+@given(model=narrow_models(), row=rows(length=st.integers(2, 7)), chunk=st.integers(1, 4))
+def test_narrow_chunks_are_the_oracle(model, row, chunk):
+    tokens, targets = row
+    groups = [Oracle(model, r).chunked(chunk) for r in tokens.tolist()]
+    loss, _ = oracle_loss(groups, targets, [1.0])
+    found = [torch.zeros_like(p) for p in model.parameters()]
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found = [zero if grad is None else grad for zero, grad in zip(found, grads)]
+    logits, *ours = (x for i, x in enumerate(numbers(model, tokens, targets, lrt.chunked(chunk))) if i not in (0, 2))
+    torch.testing.assert_close(logits, torch.stack([one[-1] for one in groups]), **SAME)
+    for got, expected in zip(ours, [loss, *found], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+    with torch.no_grad():  # keys and values written in place
+        torch.testing.assert_close(model(tokens, schedule=lrt.chunked(chunk)).logits, logits, **SAME)
+
+
 @settings(max_examples=15, deadline=None)
-@given(model=narrow_models(), row=rows(length=st.integers(5, 9)), schedule=schedules())
+@given(model=narrow_models(), row=rows(length=st.integers(5, 9)), schedule=st.one_of(schedules(), st.integers(1, 4).map(lrt.chunked)))
 def test_engines_and_checkpointing_agree(model, row, schedule):
     """Branched tensors, transient keys and summed gradients around the blocks; activations computed again inside them."""
     expected = numbers(model, *row, schedule)
@@ -192,14 +213,14 @@ def test_the_cost_in_block_forwards(layers, blocks, source, schedule, cost):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("sharing", ["shared", "layerwise"])
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
 @pytest.mark.parametrize(
     "schedule", [lrt.baseline(), lrt.refine(1, weights=(0, 1)), lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2, sweeps=2)]
 )
-def test_flops_are_those_that_torch_counts(schedule, sharing, frozen):
+def test_flops_are_those_that_torch_counts(schedule, way, frozen):
     """Products of matrices; attention is left out, because torch counts hidden keys too."""
     config = ModelConfig(n_layers=6, width=64, n_heads=2, vocab_size=64, sequence_length=16, window_pattern="SL")
-    model = randomized(build_model(config, RecurrenceConfig(blocks=(4, 6), sharing=sharing), dtype=torch.float64), 0)
+    model = randomized(build_model(config, RecurrenceConfig(blocks=(4, 6), sharing=way[0], projection=way[1]), dtype=torch.float64), 0)
     added = set(map(id, model.memory_parameters().values()))
     for parameter in model.parameters():
         parameter.requires_grad_(not frozen or id(parameter) in added)
@@ -211,6 +232,44 @@ def test_flops_are_those_that_torch_counts(schedule, sharing, frozen):
     reached = [3.0 if not frozen or index >= 3 else 1.0 for index in range(6)]
     attention = sum(r * b.attention * n for r, b, n in zip(reached, blocks, runs))
     assert products == pytest.approx(training_flops(model, schedule, 16) - attention, rel=0.06 if frozen else 0.01)
+
+
+@settings(max_examples=20, deadline=None)
+@given(model=narrow_models(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3))
+def test_true_recurrence_loops_over_no_more_than_it_must(model, lengths):
+    """Exact prefill and sequential(): blocks below the first receiver and above the source run once, over all positions."""
+    tokens, seen = torch.randint(0, VOCABULARY, (len(lengths), max(lengths))), [[] for _ in model.blocks]
+    for index, block in enumerate(model.eval().blocks):
+        block.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0].shape[1]))
+    length, loop = max(lengths), range(min(model.receivers), model.source)
+    state = DecodeState.empty(model, batch=len(lengths), capacity=9)
+    runs = [lambda: prefill.run(model, tokens, lengths=torch.tensor(lengths), state=state)]
+    if length > 1:
+        runs += [lambda: model(tokens, schedule=lrt.sequential()), lambda: model(tokens, schedule=lrt.sequential()).logits.sum().backward()]
+    for run in runs:
+        for calls in seen:
+            calls.clear()
+        run()
+        assert seen == [[1] * length if index in loop else [length] for index in range(len(seen))]
+
+
+@settings(max_examples=20, deadline=None)
+@given(model=narrow_models(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3), more=st.integers(1, 4), chunk=st.sampled_from([2, 2048]))
+def test_exact_prefill_is_the_oracle(model, lengths, more, chunk):
+    """Rows of different length that go on afterwards, in one stretch or in several."""
+    tokens = torch.randint(0, VOCABULARY, (len(lengths), max(lengths) + more), generator=torch.Generator().manual_seed(sum(lengths)))
+    exact = prefill.Exact(chunk=chunk)
+    first = prefill.run(model.eval(), tokens, lengths=torch.tensor(lengths), capacity=20, everywhere=True, method=exact)
+    rest = torch.stack([row[n : n + more] for row, n in zip(tokens, lengths)])
+    second = prefill.run(model, rest, state=first.state, everywhere=True, method=exact)
+    for row, n in enumerate(lengths):
+        oracle = Oracle(model, tokens[row, : n + more].tolist())
+        with torch.no_grad():
+            oracle.sequential()
+        got = torch.cat([first.hidden[row, :n], second.hidden[row]])
+        torch.testing.assert_close(got, torch.stack(oracle.hidden), **SAME)
+        torch.testing.assert_close(second.state.memory[row], oracle.memory[-1], **SAME)
+    assert second.state.exact.all()
 
 
 # ------------------------------------------------------------------ what is refused

@@ -23,6 +23,7 @@ class RecurrenceConfig:
     """How the previous token's latent state enters the decoder (spec: paper section 3)."""
 
     sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
+    projection: Literal["separate", "aligned"] = "separate"  # projections of the memory's own, or one map into the space that each block's own read
     source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     kv_projection: bool = True  # memory enters keys and values
     residual: bool = True  # memory is added to the block's input
@@ -334,6 +335,16 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
         errors.append(f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; a block number is a whole number 1..L")
     elif isinstance(source, int) and source < 1:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
+    if c.projection == "aligned" and c.sharing == "layerwise":
+        errors.append(
+            'recurrence.projection = "aligned" with recurrence.sharing = "layerwise": the aligned projection is one map that all blocks share, '
+            'because each block\'s own key and value matrices read it; leave sharing out, or use projection = "separate"'
+        )
+    if c.projection == "aligned" and not c.kv_projection:
+        errors.append(
+            'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false, because it brings memory into keys and '
+            "values: leave one of them out"
+        )
     if not c.kv_projection and not c.residual:
         errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
     if c.blocks is not None and len(c.blocks) == 0:

@@ -221,8 +221,8 @@ def _recurrence_reasons(model: ModelConfig, recurrence: Mapping[str, Any] | None
     if nanochat:
         return ["it has recurrence (nanochat has none)"]
     parsed = RecurrenceConfig(**recurrence)
-    wanted: dict[str, Any] = {"sharing": "layerwise", "kv_projection": True, "residual": True, "separator": None}
-    reasons = [f"recurrence.{k} = {recurrence[k]!r} (it has {v!r})" for k, v in wanted.items() if recurrence[k] != v]
+    wanted: dict[str, Any] = {"sharing": "layerwise", "projection": "separate", "kv_projection": True, "residual": True, "separator": None}
+    reasons = [f"recurrence.{k} = {getattr(parsed, k)!r} (it has {v!r})" for k, v in wanted.items() if getattr(parsed, k) != v]
     if parsed.source_index(model.n_layers) != model.n_layers:
         reasons.append(f"recurrence.source_layer = {parsed.source_layer!r} (its source is the last block, {model.n_layers})")
     if parsed.block_indices(model.n_layers) != tuple(range(model.n_layers)):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lrt.accounting import Work, work_flops
 from lrt.decoding import step as decoding
-from lrt.decoding.prefill_passes import Settled, Span
+from lrt.decoding.exact import recur
+from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.padding import check_prompt
 
@@ -71,6 +72,17 @@ class Prefilled(NamedTuple):
     report: Report
 
 
+class Settled(NamedTuple):
+    """What settling a stretch gave, one entry a row."""
+
+    hidden: Tensor  # (B, D) at the last token, or (B, P, D)
+    sweeps: list[int]
+    residual: list[float]
+    exact: list[int]  # leading positions of the stretch that are exact, given an exact state
+    converged: list[bool]
+    work: list[Work]  # what ran, in positions of all rows together
+
+
 class Prefill(Protocol):
     """A way to run prompts: plain data that ``run`` applies chunk by chunk."""
 
@@ -93,7 +105,7 @@ class Prefill(Protocol):
 class Exact:
     """Token by token; see ``exact``."""
 
-    chunk: int | None = None
+    chunk: int | None = 2048  # bounds what the blocks that run in parallel hold
 
     def __str__(self) -> str:
         return "exact"
@@ -103,28 +115,10 @@ class Exact:
     ) -> Settled:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
-        batch, length = tokens.shape
-        places = torch.arange(length, device=tokens.device)
-        late = length - counts  # rows wait, so that all of them end together
-        aligned = tokens.gather(1, (places - late[:, None]).clamp_min(0))
-        column = torch.zeros(1, dtype=torch.int64, device=tokens.device)
-        active = torch.ones(batch, dtype=torch.bool, device=tokens.device)
-        like = model.backbone.embed(tokens[:, :1], column)[0]
-        hidden = like.new_zeros(batch, length if everywhere else 1, like.shape[-1])
-
-        def step() -> None:
-            out = decoding.absorb(model, state, aligned.index_select(1, column)[:, 0], active & (column >= late))
-            hidden.index_copy_(1, column if everywhere else column - column, out[:, None])
-            column.add_(active.any())
-
-        run_step = runner(step, active)
-        for _ in range(length):
-            run_step()
-        if everywhere:
-            index = (places + late[:, None]).clamp_max(length - 1)
-            hidden = hidden.gather(1, index[:, :, None].expand_as(hidden))
-        work = [Work(float(counts.sum()), 0, len(model.blocks), received=True, scored=False)]
-        return Settled(hidden if everywhere else hidden[:, 0], [0] * batch, [0.0] * batch, counts.tolist(), [True] * batch, work)
+        span, real = Span(model, state, tokens, counts), counts.tolist()
+        recur(span, state, runner=runner)
+        done = _finish(span, state, tokens, real, [0] * len(real), [0.0] * len(real), real, [True] * len(real), everywhere)
+        return done._replace(work=[Work(float(sum(real)), 0, len(model.blocks), received=True, scored=False)])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Legend: B batch, P positions of the stretch, M earlier keys in view, N slots, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,6 @@ from lrt.types import KV, KVStore, PassOutput, at_least_float32
 
 MASKS = 64  # kept at most
 T = TypeVar("T")
-
-
-class Settled(NamedTuple):
-    """What settling a stretch gave, one entry a row."""
-
-    hidden: Tensor  # (B, D) at the last token, or (B, P, D)
-    sweeps: list[int]
-    residual: list[float]
-    exact: list[int]  # leading positions of the stretch that are exact, given an exact state
-    converged: list[bool]
-    work: list[Work]  # what ran, in positions of all rows together
 
 
 class Span:
@@ -71,6 +60,7 @@ class Span:
         self.own: dict[int, KV] = {}  # (B, P, G, K) by block, as last computed
         self.work: dict[int, KV] = {}  # (B, M + P, G, K) by block: the same behind the past, written in place
         self.entry = min(model.receivers, default=0)  # the first block that memory reaches; those below run once
+        self.in_state = range(0)  # blocks whose keys and values are in the state already
         self.ran: list[Work] = []  # so far, in positions of all rows together
         self._part: tuple[list[int], Span] | None = None  # the rows that are still swept
         self._masks: dict[Any, Tensor] = {}
@@ -194,9 +184,13 @@ class Span:
     def _count(self, positions: int, start: int, stop: int, *, received: bool = False) -> None:
         self.ran.append(Work(positions, start, stop, received, scored=False))
 
-    def _first(self) -> None:
+    def enter(self) -> None:
+        """The blocks that memory does not reach, once: ``hidden`` is what the first receiver receives."""
         if self.entry:
             self.hidden = self._pass(self.hidden, None, 0, self.entry).hidden
+
+    def _first(self) -> None:
+        self.enter()
         received = None
         if self.start is not None and self.memory is not None:
             received = reset_memory(F.pad(self.memory[:, :1], (0, 0, 0, self.length - 1)), self.starts)
@@ -372,6 +366,8 @@ class Span:
         simple = self.start is None and min(real) == max(real)
         for layer, (key, value) in enumerate(zip(state.keys, state.values)):
             slots = key.shape[1]
+            if layer in self.in_state:
+                continue
             if simple and real[0] <= slots:
                 for mine, theirs in zip((key, value), self.settled(layer)):
                     mine[:, : real[0]].copy_(theirs[:, : real[0]])

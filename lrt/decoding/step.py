@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
-from lrt.forward import run_blocks
+from lrt.forward import Row, run_blocks
 from lrt.recurrence import reset_memory
 from lrt.types import PassOutput
 
@@ -35,7 +35,9 @@ def attention_cut_of(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+def absorb(
+    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
+) -> Tensor:
     """Let every active row of ``state`` consume one token, in place.
 
     Args:
@@ -43,22 +45,27 @@ def absorb(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Te
         state: its rows; must have room for one token.
         tokens: (B,) token ids.
         active: (B,) bool; other rows stay as they are.
+        row: what block ``row.start`` receives at these tokens, with contexts; None = the tokens embedded, for the first block.
+        stop: the first block that does not run, above the source; None = all run.
 
     Returns:
-        (B, D) output of the last block.
+        (B, D) output of the last block that ran.
     """
     model = getattr(model, "one_token", model)
     if hasattr(model, "absorb"):
-        return model.absorb(state, tokens, active)
-    return consume(model, state, tokens, active).hidden[:, 0]
+        return model.absorb(state, tokens, active, row=row, stop=stop)
+    return consume(model, state, tokens, active, row=row, stop=stop).hidden[:, 0]
 
 
 @torch.no_grad()
-def consume(model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, stores: Any = None, keep_inputs: bool = False) -> PassOutput:
+def consume(
+    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None, stores: Any = None,
+    keep_inputs: bool = False,
+) -> PassOutput:  # fmt: skip
     """The step of ``absorb`` in plain PyTorch, with all that the blocks computed (B, 1, ...).
 
     Args:
-        model, state, tokens, active: as in ``absorb``.
+        model, state, tokens, active, row, stop: as in ``absorb``.
         stores: what each block attends to; None = the caches of ``state``.
         keep_inputs: also return the input of every block.
     """
@@ -66,13 +73,16 @@ def consume(model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, s
     cut = attention_cut_of(model)
     if cut is not None:
         state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
-    more = () if state.reach is None else (state.reach[:, None],)
-    hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
+    if row is None:
+        more = () if state.reach is None else (state.reach[:, None],)
+        hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
+        row = Row(hidden, contexts, None, None)
     received = None
     if state.memory is not None:
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    out = run_blocks(model, hidden, contexts, received, stores=masked_caches(state) if stores is None else stores, keep_inputs=keep_inputs)
+    stores = masked_caches(state) if stores is None else stores
+    out = run_blocks(model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs)
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)

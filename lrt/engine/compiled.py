@@ -1,8 +1,9 @@
-"""How one pass is computed around compiled blocks: gradients summed once, no gradient of what nobody reads, few graphs."""
+"""How one pass is computed around compiled blocks: gradients summed once, none of what nobody reads, few graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from lrt.kernels.attention import block_mask, usable
 from lrt.kernels.gradients import Branched, branch_compiled, fan_out
 from lrt.types import PassOutput, RecurrentDecoder
 
+CHUNK_GRAPHS = 8  # chunks of a row that are compiled, each for itself; more run eagerly, which a CUDA graph hides
+
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called: torch's private ``_compiled_call_impl``, as torch 2.11 and 2.13 set it."""
+    """Whether ``module.compile()`` was called: torch's private ``_compiled_call_impl``, as 2.11 and 2.13 set it."""
     return module._compiled_call_impl is not None
 
 
@@ -52,29 +55,29 @@ class CompiledEngine(Engine):
     def copies(self, row: Row, count: int) -> Sequence[Row]:
         return fan_out([row] * count)
 
-    def run(
-        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
-        keep_kv: bool = True, keep_inputs: bool = False,
-    ) -> PassOutput:  # fmt: skip
-        stores = self.whole_row(row) if stores is None else stores
-        if not keep_kv:
-            stores = [Transient(store) for store in stores]
+    def compute(
+        self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
+    ) -> PassOutput:
+        stores = stores if keep_kv else [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
-        out = run_blocks(
-            self._decoder(index), row.hidden.contiguous(), row.contexts, received, stores=stores, start=row.start, stop=stop,
-            keep_inputs=keep_inputs or self.keep_inputs, share=fan_out,
-        )  # fmt: skip
-        return out if keep_kv else out._replace(kv=())
+        hidden = row.hidden.contiguous()
+        return run_blocks(self._decoder(index), hidden, row.contexts, received, stores=stores, share=fan_out, **options)
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
         """Block masks where FlexAttention is the fastest; eager, it would hold all scores."""
         device, length, blocks = row.hidden.device, row.length, self.model.blocks
         if not usable(device=device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim):
             return super().masks(row, groups=groups, residue=residue)
-        windows = {window: None if window is None or window >= length - 1 else window for window in {block.window for block in blocks}}
-        place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "documents": row.documents, "device": device}
-        masks = {window: block_mask(window=seen, **place) for window, seen in windows.items()}
+        distinct = {block.window for block in blocks}
+        seen = {window: None if window is None or window >= length - 1 else window for window in distinct}
+        place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "device": device}
+        masks = {window: block_mask(window=seen[window], documents=row.documents, **place) for window in distinct}
         return [masks[block.window] for block in blocks]
+
+    def chunkwise(self, count: int) -> AbstractContextManager[Any]:
+        """A chunk that autograd follows sees more keys than the last, so it is a graph of its own: few are compiled."""
+        few = count <= CHUNK_GRAPHS or not torch.is_grad_enabled()
+        return super().chunkwise(count) if few else torch.compiler.set_stance("force_eager")
 
     def _decoder(self, index: int) -> RecurrentDecoder:
         """What runs a pass: the model, or the twin that keeps its gradients apart."""

@@ -1,4 +1,4 @@
-"""How one pass is computed, in plain PyTorch: rows taken apart, what each block attends to, and the buffer between passes.
+"""How one pass is computed, in plain PyTorch: rows taken apart, what blocks attend to, and the buffer between passes.
 
 Nothing is written in place where autograd follows: the buffer is tuples of tensors, one a residue, and writing back
 replaces an entry, so untouched positions are never copied.
@@ -9,6 +9,7 @@ Legend: B batch, T row length, P positions of the pass, S subsets, D width, G ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.attention import Buffer, Cache, Mask, causal_mask
-from lrt.forward import Row, at_hand, memory_inputs, run_blocks
+from lrt.forward import Row, at_hand, for_keys, run_blocks
 from lrt.kernels.attention import usable
-from lrt.kernels.gradients import Branch, Branched, branch, split
+from lrt.kernels.gradients import Branch, Branched, branch
 from lrt.recurrence import reset_memory
 from lrt.types import KV, KVStore, Later, Pass, PassOutput, RecurrentDecoder
 
@@ -60,18 +61,17 @@ class Engine:
 
     def split(self, row: Row, subsets: int) -> tuple[Row, list[Row]]:
         """The row for a pass over all positions, and the rows of the positions t = r (mod S), residue by residue."""
-        hidden = self.branch(row.hidden, subsets)
-        below = row.contexts[: row.start]
-        whole, contexts = split_contexts(row.contexts[row.start :], subsets, self.branch)
-        starts = (None,) * subsets if row.starts is None else split(row.starts, subsets)
-        parts = [Row(h, (*below, *c), s, None, row.start) for h, c, s in zip(hidden.parts, contexts, starts)]
-        return row._replace(hidden=hidden.whole, contexts=(*below, *whole)), parts
+        return take_apart(row, subsets, self.branch)
+
+    def pieces(self, row: Row, sizes: Sequence[int]) -> tuple[Row, list[Row]]:
+        """The row for a pass over all positions, and the rows of contiguous chunks of these sizes."""
+        return take_apart(row, len(sizes), lambda x, _: Branched(x, x.split(list(sizes), 1), ()))
 
     # -------------------------------------------------------------- passes
 
     def run(
-        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None, index: int = 0,
-        keep_kv: bool = True, keep_inputs: bool = False,
+        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None,
+        index: int = 0, graded: bool = True, keep_kv: bool = True, keep_inputs: bool = False,
     ) -> PassOutput:  # fmt: skip
         """Run the blocks from ``row.start`` on.
 
@@ -80,28 +80,37 @@ class Engine:
             received: their m[t-1] (B, P, D); None = zero memory.
             stores: what each block attends to; None = the pass's own positions, which are a whole row.
             stop: the first block that does not run (zero-based); None = run all.
-            index: of the pass in its schedule.
+            index: of the pass among the graded ones of its schedule.
+            graded: gradients come back through it; otherwise nothing that goes in asks for one.
             keep_kv: a later pass reads the keys and values of this one.
             keep_inputs: ``refresh`` will need the input of every block.
         """
+        if not graded:
+            row, received = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
         stores = self.whole_row(row) if stores is None else stores
-        out = run_blocks(
-            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop,
-            keep_inputs=keep_inputs or self.keep_inputs,
-        )  # fmt: skip
+        options: dict[str, Any] = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
+        with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
+            out = self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
         return out if keep_kv else out._replace(kv=())
+
+    def compute(
+        self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
+    ) -> PassOutput:
+        """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
+        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, **options)
 
     def whole_row(self, row: Row) -> list[KVStore | None]:
         """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask a block for the positions t = residue (mod S) over keys grouped by residue; None: the kernel needs none."""
+        """One mask a block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)
         places = torch.arange(row.length, device=row.hidden.device)
-        return dense_masks(self.model, places[residue::groups], torch.cat([places[g::groups] for g in range(groups)]), row)
+        keys = torch.cat([places[g::groups] for g in range(groups)])
+        return dense_masks(self.model, places[residue::groups], keys, row)
 
     # -------------------------------------------------------------- what passes leave for later ones
 
@@ -112,6 +121,10 @@ class Engine:
     def prefix(self, row: Row) -> Prefix:
         """The keys and values of chunks of a row, from left to right."""
         return Prefix(self.model, row) if torch.is_grad_enabled() else StaticPrefix(self.model, row)
+
+    def chunkwise(self, count: int) -> AbstractContextManager[Any]:
+        """The setting in which the blocks run over ``count`` chunks, one after the other."""
+        return nullcontext()
 
 
 class PositionBuffer:
@@ -146,8 +159,11 @@ class PositionBuffer:
         """What each block attends to in a pass over a residue."""
         start = self._row.start
         masks = self._engine.masks(self._row, groups=len(self._parts), residue=residue)[start:]
-        known = zip(self._kv, masks)
-        return [*[None] * start, *(Buffer(k.read_by(residue, mask), v.read_by(residue, mask), residue, mask) for (k, v), mask in known)]
+
+        def store(keys: Entries, values: Entries, mask: Mask) -> Buffer:
+            return Buffer(keys.read_by(residue, mask), values.read_by(residue, mask), residue, mask)
+
+        return [*[None] * start, *(store(*kv, mask) for kv, mask in zip(self._kv, masks))]
 
     def write_back(self, residue: int, out: PassOutput) -> None:
         """Put what a pass over a residue computed in the place of what was known."""
@@ -157,30 +173,32 @@ class PositionBuffer:
             keys[residue], values[residue] = fresh
 
     def refresh(self, residues: Iterable[int]) -> None:
-        """Bring the newest memory into the keys and values of some residues; gates and local parts stay those of the first pass."""
+        """Bring the newest memory into keys and values of some residues; gates and local parts stay as they were."""
         model = self._engine.model
         for residue in residues:
-            newest = memory_inputs(model, self.received(residue))
+            newest = for_keys(model, self.received(residue))
             for layer in model.receivers:
                 keys, values = self._kv[layer - self._row.start]
                 context = at_hand(self._parts[residue].contexts[layer])
-                keys[residue], values[residue] = model.blocks[layer].refresh(self._inputs[layer][residue], newest[layer], context)
+                hidden = self._inputs[layer][residue]
+                keys[residue], values[residue] = model.blocks[layer].refresh(hidden, newest, context)
 
 
 class Prefix:
     """Keys and values of a row's first positions, in the order of time; they grow, and autograd may follow."""
 
     def __init__(self, model: RecurrentDecoder, row: Row) -> None:
-        self._places = torch.arange(row.length, device=row.hidden.device)
+        self._start, self._places = row.start, torch.arange(row.length, device=row.hidden.device)
         self._masks = dense_masks(model, self._places, self._places, row)
         self._kv: list[KV] = []
 
-    def stores(self, step: Pass) -> list[KVStore]:
+    def stores(self, step: Pass) -> list[KVStore | None]:
         """What each block attends to in the chunk ``step``: what was kept, and the chunk itself."""
         masks = [mask[..., step.positions, : step.stop] for mask in self._masks]
         if not self._kv:
             return [Buffer((), (), 0, mask) for mask in masks]
-        return [Buffer((key,), (value,), 1, mask) for (key, value), mask in zip(self._kv, masks)]
+        known = zip(self._kv, masks[self._start :])
+        return [*[None] * self._start, *(Buffer((key,), (value,), 1, mask) for (key, value), mask in known)]
 
     def keep(self, kv: Sequence[KV]) -> None:
         """Add the keys and values of the next chunk."""
@@ -191,11 +209,12 @@ class Prefix:
 class StaticPrefix(Prefix):
     """The same without gradients: written in place, so that shapes never grow."""
 
-    def stores(self, step: Pass) -> list[KVStore]:
+    def stores(self, step: Pass) -> list[KVStore | None]:
         if not self._kv:
             return super().stores(step)
         slots = self._places[step.positions]
-        return [Cache(key, value, slots, mask[..., step.positions, :]) for (key, value), mask in zip(self._kv, self._masks)]
+        masks = [mask[..., step.positions, :] for mask in self._masks[self._start :]]
+        return [*[None] * self._start, *(Cache(key, value, slots, mask) for (key, value), mask in zip(self._kv, masks))]
 
     def keep(self, kv: Sequence[KV]) -> None:
         if not self._kv:
@@ -206,10 +225,20 @@ class StaticPrefix(Prefix):
 # ------------------------------------------------------------------ parts of rows
 
 
-def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tuple[list[Any], list[list[Any]]]:
-    """Contexts by block for a pass over all positions, then by residue and block.
+def take_apart(row: Row, count: int, branch: Branch) -> tuple[Row, list[Row]]:
+    """The row for a pass over all positions, and its ``count`` parts as ``branch`` divides tensors."""
+    hidden, below = branch(row.hidden, count), row.contexts[: row.start]
+    whole, contexts = split_contexts(row.contexts[row.start :], count, branch)
+    starts = (None,) * count if row.starts is None else branch(row.starts, count).parts
+    parts = [Row(h, (*below, *c), s, None, row.start) for h, c, s in zip(hidden.parts, contexts, starts)]
+    return row._replace(hidden=hidden.whole, contexts=(*below, *whole)), parts
 
-    What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is split later.
+
+def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tuple[list[Any], list[list[Any]]]:
+    """Contexts by block for a pass over all positions, then by part and block.
+
+    What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is
+    split later.
     """
     known: dict[int, tuple[Any, Sequence[Any]]] = {}
 
@@ -220,13 +249,15 @@ def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tup
 
     fields = [[apart(x) for x in context] for context in contexts]
     whole = [type(c)(*(everywhere for everywhere, _ in mine)) for c, mine in zip(contexts, fields)]
-    return whole, [[type(c)(*(parts[g] for _, parts in mine)) for c, mine in zip(contexts, fields)] for g in range(subsets)]
+    parts = [[type(c)(*(part[g] for _, part in mine)) for c, mine in zip(contexts, fields)] for g in range(subsets)]
+    return whole, parts
 
 
 def _apart(x: Any, subsets: int, branch: Branch) -> tuple[Any, Sequence[Any]]:
     if isinstance(x, Later):
         both = Later(lambda: branch(x(), subsets))
-        return Later(lambda: both().whole), [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
+        parts = [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
+        return Later(lambda: both().whole), parts
     if x is None or x.shape[1] == 1:
         return x, (x,) * subsets
     return branch(x, subsets)[:2]

@@ -127,6 +127,14 @@ def look(block: Any, hidden: Tensor, memory: MemoryInput, context: Any) -> dict[
     if block.gate is None:
         return seen
     projection = block.block.project(entered, context)
+    if memory.aligned is not None:
+        both = block.block.project_aligned(entered, context, memory.aligned)
+        return {
+            **seen,
+            "local_gate": block.gate(projection.normed)[..., 0],
+            "key_ratio": _ratio(both.key - projection.key, projection.key),
+            "value_ratio": _ratio(both.value - projection.value, projection.value),
+        }
     local, remote = block.gate(projection.normed).chunk(2, dim=2)
     key, value = block.projection(memory.state) if block.projection is not None else (memory.key, memory.value)
     return {

@@ -166,7 +166,7 @@ class _ChangedBlock:
         if block.projection is not None:  # of its own: it would read the state that the residual gets
             block = copy.copy(block)
             block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
-        return block(hidden, residual._replace(key=into_keys.key, value=into_keys.value), context, kv)
+        return block(hidden, residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned), context, kv)
 
 
 class _Given(nn.Module):

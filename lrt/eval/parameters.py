@@ -25,15 +25,20 @@ def recurrence_statistics(model: Any) -> dict[str, list[float]]:
     gates = [block.gate for block in blocks if block.gate is not None]
     if gates:
         found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    pairs = [model.memory_projection] if model.memory_projection is not None else [b.projection for b in blocks if b.projection is not None]
-    if pairs:
+    shared = [] if model.memory_projection is None else [model.memory_projection]
+    pairs = shared or [block.projection for block in blocks if block.projection is not None]
+    if model.recurrence.projection == "aligned":
+        found["map_rms"] = [_rms(model.memory_projection.map.weight)]
+    elif pairs:
         found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
         found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
-    for name in ("residual_scales", "embedding_scales"):  # a and b, of the native backbone
-        scales = getattr(model.backbone, name, None)
-        if scales is not None:
-            found[name] = _whole(scales).tolist()
-    return found
+    return found | _scales(model)
+
+
+def _scales(model: Any) -> dict[str, list[float]]:
+    """a and b of the native backbone."""
+    known = {name: getattr(model.backbone, name, None) for name in ("residual_scales", "embedding_scales")}
+    return {name: _whole(scales).tolist() for name, scales in known.items() if scales is not None}
 
 
 def _whole(tensor: Tensor) -> Tensor:

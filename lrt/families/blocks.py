@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lrt.attention import causal_attention
 from lrt.families.description import Family, Geometry, part
+from lrt.families.norm_weight import multiplied, weight_offset
 from lrt.rotary import rotate
 from lrt.types import KV, KVStore, Projection
 
@@ -58,7 +59,19 @@ class FamilyBlock(nn.Module):
         self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
         norms = {path: part(layer, path) for path in (family.query_norm, family.key_norm) if path is not None}
         weights = {path: getattr(norm, "weight", None) for path, norm in norms.items()}
+        self.weight_offset = None if self.norm is None else weight_offset(self.norm)
         self.norm_whole = {path: weight is not None and weight.shape[-1] != geometry.head_dim for path, weight in weights.items()}
+
+    @property
+    def norm(self) -> Any:
+        """The norm with a weight that the attention's input passes last; None where there is none."""
+        modules = (part(self.layer, path) for path in reversed(self.family.attention_in))
+        return next((module for module in modules if getattr(module, "weight", None) is not None), None)
+
+    @property
+    def fused(self) -> Any:
+        """The one projection that makes queries, keys and values; None where there are three."""
+        return None if self.family.fused is None else part(self.layer, self.family.fused)
 
     def find_window(self) -> None:
         """Read the window off the attention."""
@@ -70,13 +83,47 @@ class FamilyBlock(nn.Module):
 
     def project(self, hidden: Tensor, context: Context) -> Projection:
         normed = self._through(self.family.attention_in, hidden)
-        if self.family.fused is not None:
-            assert self.family.split is not None
-            return Projection(normed, *self.family.split(part(self.layer, self.family.fused)(normed), self.geometry))
-        heads = (-1, self.geometry.head_dim)
-        names = (self.family.query, self.family.key, self.family.value)
-        query, key, value = (part(self.layer, name)(normed).unflatten(-1, heads) for name in names)
+        if self.fused is not None:
+            return Projection(normed, *self._split(self.fused(normed)))
+        query, key, value = (self._heads(name, normed) for name in (self.family.query, self.family.key, self.family.value))
         return Projection(normed, query, key, value)
+
+    def project_aligned(self, hidden: Tensor, context: Context, aligned: Tensor) -> Projection:
+        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's weight."""
+        normed = self._through(self.family.attention_in, hidden)
+        moved = normed + self._weighted(aligned).to(normed.dtype)
+        if self.fused is None:
+            query = self._heads(self.family.query, normed)
+            return Projection(normed, query, self._heads(self.family.key, moved), self._heads(self.family.value, moved))
+        # Side by side, so that the weights are read once; the module is called, because something may wrap it.
+        here, there = self.fused(torch.cat([normed, moved])).chunk(2)
+        _, key, value = self._split(there)
+        return Projection(normed, self._split(here)[0], key, value)
+
+    def kv_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """The biases of keys and values, each (G, K); None where there is none."""
+        if self.fused is not None:
+            bias = getattr(self.fused, "bias", None)
+            return (None, None) if bias is None else self._split(bias)[1:]
+        biases = (getattr(part(self.layer, name), "bias", None) for name in (self.family.key, self.family.value))
+        key, value = (None if bias is None else bias.unflatten(-1, (-1, self.geometry.head_dim)) for bias in biases)
+        return key, value
+
+    def cannot_align(self) -> str | None:
+        """Why ``project_aligned`` would be wrong; None where it is right."""
+        if self.norm is None or self.weight_offset is not None:
+            return None
+        return f"the norm before the attention, {type(self.norm).__name__}, multiplies by neither its weight nor 1 + its weight"
+
+    def _weighted(self, aligned: Tensor) -> Tensor:
+        return aligned if self.norm is None or self.weight_offset is None else multiplied(aligned, self.norm, self.weight_offset)
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        return part(self.layer, name)(x).unflatten(-1, (-1, self.geometry.head_dim))
+
+    def _split(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.family.split is not None
+        return self.family.split(fused, self.geometry)
 
     def finish_kv(self, projection: Projection, context: Context) -> KV:
         key = self._ready(projection.query, projection.key, context)[1]

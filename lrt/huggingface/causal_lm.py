@@ -45,7 +45,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RecurrentBlock"]
+    _no_split_modules = ["RecurrentBlock", "AlignedBlock"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: LRTConfig) -> None:

@@ -60,19 +60,21 @@ def graded_work(model: LatentRecurrentModel, schedule: Schedule, length: int) ->
 def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
-    Layerwise projections keep theirs of the memory; FlexAttention reads keys and values of all S groups in natural order, and
-    keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
+    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to (by count, not by
+    measurement). FlexAttention reads keys and values of all S groups in natural order, and keeps that copy for each
+    subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)
     config = getattr(model.backbone, "config", None)
     cut = isinstance(config, ModelConfig) and config.attention_reset is not None
-    pairs: float = 0.0
+    pairs, inputs = 0.0, 0.0
     for index, block in enumerate(model.blocks):
         window = None if block.window is None or block.window >= length - 1 else block.window
         reordered = cut or takes_mask(length=length, groups=subsets, window=window)
         runs = sum(part.positions for part in work if part.received and part.start <= index < part.stop)
         pairs += runs * ((block.projection is not None) + reordered * (subsets - 1))
-    return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs
+        inputs += runs * (model.recurrence is not None and model.recurrence.projection == "aligned" and index in model.receivers)
+    return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs + model.backbone.width * inputs
 
 
 def expected_memory(

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from strategies import randomized
 
 from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.decoding import prefill
 from lrt.decoding import step as decoding
 from lrt.decoding.fast import one_token
+from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
 from lrt.schedules import sequential
@@ -188,6 +190,21 @@ def test_every_share_counts_once(batch, monkeypatch):
     for (expected, one), (_, many) in zip(whole, shared):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(many, expected, rtol=1e-4, atol=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("family", [name for name, (recurrence, _) in FAMILIES.items() if recurrence is not None])
+def test_exact_prefill_in_fused_kernels_is_that_of_the_blocks(family):
+    """The loop alone is fused, from the first receiver to the source; rows of different length, rings that wrap, two parts."""
+    model = make(family)
+    tokens, lengths = torch.randint(0, 50, (3, 60)).cuda(), torch.tensor([60, 7, 41]).cuda()
+    runs = []
+    for one in (model, accelerate(model)):
+        first = prefill.run(one, tokens, lengths=lengths, capacity=80, everywhere=True, runner=decoding.graphed)
+        rest = prefill.run(one, tokens[:, :9], state=first.state, runner=decoding.graphed)
+        runs.append((*(first.hidden[row, :n] for row, n in enumerate(lengths.tolist())), rest.hidden, rest.state.memory))
+    for got, expected in zip(*runs):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @gpu

@@ -106,6 +106,23 @@ def test_narrow_passes_compile_no_more_graphs():
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_many_chunks_compile_nothing_for_each(monkeypatch):
+    """Keys grow from chunk to chunk: the loop runs eagerly, what runs once over the row is compiled."""
+    torch._dynamo.reset()
+    model = small(blocks=(2, 3), source_layer=2)
+    eager = copy.deepcopy(model)
+    for block in model.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    tokens, targets = batch()
+    assert graphs_of(lambda: model(tokens, targets=targets, schedule=lrt.sequential()).loss.backward()) == 2
+    for one in (model, eager):
+        one.zero_grad(set_to_none=True)
+        one(tokens, targets=targets, schedule=lrt.sequential()).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), eager.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_changed_batch_compiles_nothing():
     torch._dynamo.reset()
     model = small()

@@ -33,8 +33,9 @@ def random_model(**recurrence):
     return randomized(build_model(config, RecurrenceConfig(**recurrence), dtype=torch.float64), 3, 0.3).eval()
 
 
-def test_a_memory_that_does_nothing_costs_nothing():
-    model = random_model()
+@pytest.mark.parametrize("projection", ["separate", "aligned"])
+def test_a_memory_that_does_nothing_costs_nothing(projection):
+    model = random_model(projection=projection)
     with torch.no_grad():
         for name, parameter in model.memory_parameters().items():
             if "gate" not in name:

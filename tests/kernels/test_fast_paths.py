@@ -282,6 +282,7 @@ STEPS = [
     ("SL", {}, (lrt.interleaved(3), lrt.interleaved(4))),
     ("SL", {"documents": True}, (lrt.interleaved(2),)),
     ("SL", {"sharing": "layerwise"}, (EARLY_STOP, lrt.interleaved(2), lrt.interleaved(3))),
+    ("LS", {"blocks": (2, 3)}, (lrt.refine(2, weights=(0.3, 0.0, 0.7)), lrt.interleaved(2), lrt.interleaved(3))),
 ]
 
 
@@ -293,10 +294,10 @@ def test_compiled_steps_against_float32(pattern, options, schedules):
     compare_steps("cuda", pattern, schedules, backend="inductor", **options)
 
 
-def compare_steps(device, pattern, schedules, *, backend, documents=False, sharing="shared", length=256):
+def compare_steps(device, pattern, schedules, *, backend, documents=False, sharing="shared", blocks=None, length=256):
     torch._dynamo.reset()
-    config = ModelConfig(n_layers=2, width=256, vocab_size=512, sequence_length=length, window_pattern=pattern)
-    recurrence = RecurrenceConfig(separator=3, sharing=sharing)
+    config = ModelConfig(n_layers=2 if blocks is None else max(blocks), width=256, vocab_size=512, sequence_length=length, window_pattern=pattern)
+    recurrence = RecurrenceConfig(separator=3, sharing=sharing, blocks=blocks)
     wide = build_model(config, recurrence, device=device)
     wide.init_weights()
     for parameter in wide.parameters():  # the initial output projections are zero and would hide everything
@@ -318,7 +319,7 @@ def compare_steps(device, pattern, schedules, *, backend, documents=False, shari
 
 
 @torch._dynamo.config.patch(recompile_limit=64)
-@pytest.mark.parametrize("pattern, options, schedules", STEPS[-2:])  # the others take half a minute
+@pytest.mark.parametrize("pattern, options, schedules", STEPS[-3:])  # the others take half a minute
 def test_compiled_steps_are_eager_steps(pattern, options, schedules):
     """The same comparison on the CPU, where only the graph capture differs from eager."""
     compare_steps("cpu", pattern, schedules, backend="aot_eager", length=32, **options)

@@ -77,19 +77,13 @@ class Oracle:
                     x[t] = x[t] + self.model.injection.gains[self.model.receivers.index(layer)] * memory[t]
                 normed = norm(x[t])
                 query[t] = (block.query.weight @ normed).view(config.heads, -1)
-                key = (block.key.weight @ normed).view(config.kv_heads, -1)
-                value = (block.value.weight @ normed).view(config.kv_heads, -1)
-                token_value = torch.zeros_like(value)
+                token_value = torch.zeros(config.kv_heads, config.head_dim)
                 if block.value_gate is not None:
                     embedded = backbone.value_embeddings[str(layer)].weight[self.tokens[t]].view(config.kv_heads, -1)
                     token_value = self.gate(block.value_gate, normed)[:, None] * embedded
-                remote = None
-                if wrapper.gate is not None:
-                    gates = self.gate(wrapper.gate, normed)
-                    local, remote = gates[: config.kv_heads, None], gates[config.kv_heads :, None]
-                    key, value = local * key, local * value
-                self.parts[layer][t] = (key, value, token_value, remote) if self.parts[layer][t] is None else self.parts[layer][t]
-                self.kv[layer][t] = self.finish(layer, t, (key, value, token_value, remote), memory[t])
+                gates = None if wrapper.gate is None else self.gate(wrapper.gate, normed)
+                self.parts[layer][t] = (normed, token_value, gates) if self.parts[layer][t] is None else self.parts[layer][t]
+                self.kv[layer][t] = self.finish(layer, t, (normed, token_value, gates), memory[t])
             for t in positions:
                 mixed = []
                 for head in range(config.heads):
@@ -112,12 +106,20 @@ class Oracle:
                 self.memory[t] = fresh[t]
 
     def finish(self, layer, t, parts, memory):
-        key, value, token_value, remote = parts
-        wrapper = self.model.blocks[layer]
-        if remote is not None:
+        normed, token_value, gates = parts
+        wrapper, heads = self.model.blocks[layer], self.config.kv_heads
+        aligned = gates is not None and self.model.recurrence.projection == "aligned"
+        if aligned:
+            normed = normed + self.model.memory_projection.map.weight @ memory
+        key = (wrapper.block.key.weight @ normed).view(heads, -1)
+        value = (wrapper.block.value.weight @ normed).view(heads, -1)
+        if gates is not None:
+            key, value = gates[:heads, None] * key, gates[:heads, None] * value
+        if gates is not None and not aligned:
+            remote = gates[heads:, None]
             projection = wrapper.projection if wrapper.projection is not None else self.model.memory_projection
-            key = key + remote * (projection.key.weight @ memory).view(self.config.kv_heads, -1)
-            value = value + remote * (projection.value.weight @ memory).view(self.config.kv_heads, -1)
+            key = key + remote * (projection.key.weight @ memory).view(heads, -1)
+            value = value + remote * (projection.value.weight @ memory).view(heads, -1)
         return torch.stack([self.rotate(k, t) for k in key]), value + token_value
 
     # ------------------------------------------------------------ schedules

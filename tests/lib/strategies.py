@@ -12,6 +12,7 @@ from lrt.model import build_model
 
 VOCABULARY = 13
 SEPARATOR = 0
+WAYS = (("shared", "separate"), ("layerwise", "separate"), ("shared", "aligned"))  # sharing and projection
 
 
 @st.composite
@@ -42,9 +43,10 @@ def model_configs(draw, layers=st.integers(1, 3), **fixed):
 @st.composite
 def recurrence_configs(draw, n_layers, **fixed):
     parts = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    ways = WAYS if parts[0] else WAYS[:2]
     blocks = draw(st.one_of(st.none(), st.lists(st.integers(1, n_layers), min_size=1, unique=True).map(tuple)))
     settings = {
-        "sharing": draw(st.sampled_from(["shared", "layerwise"])),
+        **dict(zip(("sharing", "projection"), draw(st.sampled_from(ways)))),
         "source_layer": draw(st.one_of(st.none(), st.integers(min(blocks or (1,)), n_layers))),
         "kv_projection": parts[0],
         "residual": parts[1],

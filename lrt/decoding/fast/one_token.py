@@ -11,29 +11,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrt.backbone import Decoder
+from lrt.config import RecurrenceConfig
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import attention_cut_of, keep_memory, separator_of
+from lrt.forward import Row
 
 EPS = torch.finfo(torch.float32).eps  # of every norm, in half precision too
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether the kernels fit: a native model of a power-of-two head width, with triton installed."""
+    """Whether the kernels fit: a native model of a power-of-two head width with projections of the memory's own, and triton installed."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
     backbone = model.backbone
-    if type(backbone) is not Decoder:
+    if type(backbone) is not Decoder or not _knows(model.recurrence):
         return False
     width = backbone.head_dim
     return width >= 16 and width & (width - 1) == 0 and next(model.parameters()).dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _knows(recurrence: RecurrenceConfig | None) -> bool:
+    """Whether the kernels compute this recurrence; of an aligned projection they know nothing."""
+    return recurrence is None or recurrence.projection == "separate"
 
 
 def fuse(model: Any) -> FusedDecoder:
@@ -144,12 +152,17 @@ class FusedDecoder:
         self.frequencies = 1.0 / (self.config.rope_base ** (channels / model.backbone.head_dim))
 
     @torch.no_grad()
-    def absorb(self, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+    def absorb(
+        self, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
+    ) -> Tensor:
         """Let active rows consume a token; as ``lrt.decoding.step.absorb``."""
-        model = self.model
+        model, start = self.model, 0 if row is None else row.start
+        stop = len(model.blocks) if stop is None else stop
         x, token = self._start(state, tokens, active)
+        if row is not None and start:
+            x = self._enter(start, row.hidden[:, 0], token)
         shared, source = None, x
-        for i, wrapper in enumerate(model.blocks):
+        for i, wrapper in islice(enumerate(model.blocks), start, stop):
             receives = token.memory is not None and i in model.receivers
             projection = wrapper.projection
             if projection is None and receives and shared is None:
@@ -164,7 +177,7 @@ class FusedDecoder:
             mixed = self._attend(i, projected, gates, shared if receives else None, state, token)
             x, _ = linear(mixed, [wrapper.block.output], residual=x, ahead=wrapper.block.mlp_in.weight)
             inner, _ = linear(x, [wrapper.block.mlp_in], norm=True, relu2=True)
-            last = i + 1 == len(model.blocks)
+            last = i + 1 == stop
             keep = not last and token.memory is not None and i + 1 == model.source
             x, hidden = linear(inner, [wrapper.block.mlp_out], residual=x, token=token, mix=Mix() if last else self._mix(i + 1, token), keep=keep)
             source = hidden if keep else source if i + 1 != model.source else x
@@ -178,6 +191,15 @@ class FusedDecoder:
         """Logits (B, 1, V) in float32 of the last block's output (B, 1, D)."""
         head = self.model.backbone.head
         return linear(hidden[:, 0], [head.weight[: head.vocab_size]], norm=True, cap=head.softcap, dtype=torch.float32)[0][:, None]
+
+    def _enter(self, index: int, hidden: Tensor, token: Token) -> Tensor:
+        """The input of block ``index`` from the output (B, D) of the block before, which was not computed here."""
+        scale, embedding_scale, gain = (None if s is None else s.to(hidden.dtype) for s in self._mix(index, token))
+        if scale is not None:
+            hidden = scale * hidden
+        if embedding_scale is not None:
+            hidden = hidden + embedding_scale * token.embedding
+        return hidden if gain is None or token.memory is None else hidden + gain * token.memory
 
     def _mix(self, index: int, token: Token) -> Mix:
         model, backbone = self.model, self.model.backbone

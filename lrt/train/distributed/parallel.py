@@ -28,7 +28,8 @@ from lrt.train.horizon import shards_of
 from lrt.types import Schedule
 
 # These return views; nothing here writes into them, which is what FSDP warns of.
-warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDP(KVProjection|RecurrentBlock|TokenTable)\) returned a view tensor")
+_VIEWS = r"FSDP2-wrapped module \(FSDP(KVProjection|RecurrentBlock|AlignedBlock|TokenTable)\) returned a view tensor"
+warnings.filterwarnings("ignore", message=_VIEWS)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GRAPHS = 64  # compiled variants of a block: windows x with or without memory x kinds of store x dtypes
