@@ -1,72 +1,11 @@
-"""Train a recipe: ``python recipes/run.py --recipe lrt_tiny`` or ``torchrun --nproc_per_node=8 recipes/run.py --recipe lrt_24l``."""
+"""``lrt train`` from a checkout, installed or not: what it does is in lrt.commands.train."""
 
-from __future__ import annotations
-
-import argparse
-import errno
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-OVERRIDE = "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a recipe; the same command again continues a run that was stopped.")
-    parser.add_argument("--recipe", default="lrt_tiny", help="name in recipes/, or a path (default: lrt_tiny)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDE)
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would need and how long it would take, and stop")
-    parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or up to 8)")
-    parser.add_argument("--list", action="store_true", help="list the recipes")
-    args = parser.parse_args()
-    if args.gpus is not None and (not args.dry_run or args.gpus < 1):
-        parser.error("--gpus needs --dry-run and a number of 1 or more; torchrun --nproc_per_node says how many GPUs a run has")
-
-    from lrt.config import load_recipe
-
-    if args.list:
-        for path in sorted(Path(__file__).resolve().parent.glob("*.toml")):
-            print(f"{path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
-        return 0
-    try:
-        recipe = load_recipe(args.recipe, overrides=args.set)
-        if args.dry_run:
-            from lrt.train.dry_run import dry_run
-
-            if int(os.environ.get("RANK", 0)) == 0:
-                world_size = args.gpus or os.environ.get("WORLD_SIZE")
-                print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
-            return 0
-        from lrt.train.monitor.faults import HangError, NonFiniteError, NotSavedError
-        from lrt.train.trainer import train
-
-        try:
-            train(recipe)
-        except (NonFiniteError, NotSavedError) as error:
-            print(f"stopped: {error}", file=sys.stderr)
-            return 1
-        except HangError as error:
-            print(f"stopped: {error}", file=sys.stderr, flush=True)
-            os._exit(1)  # threads that wait for the lost rank would keep the process alive
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        print(f"error: run.output: cannot use {error.filename}: {error.strerror}; choose a folder that can be written", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"stopped: {error.filename or 'run.output'}: no space left: make room and give the same command, which goes on", file=sys.stderr)
-        return 1
-    return 0
-
+from lrt.commands.train import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,47 +1,11 @@
-"""Put runs beside each other: ``python tools/compare.py RUN [RUN ...] --out REPORT``.
+"""``lrt compare`` from a checkout, installed or not: what it does is in lrt.commands.compare."""
 
-A RUN is the folder of a training run, of a sweep, or one that holds runs. Runs that differ by their seed alone are one
-setting. The report is a Markdown page with figures and all numbers as JSON: mean and deviation over seeds, and
-differences at equal tokens, at equal training compute with every pass counted, and at equal seconds.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # a checkout that is not installed works from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lrt.eval.compare import compare  # noqa: E402
-from lrt.eval.compare_page import differences_table, scores_table, text_table, write_report  # noqa: E402
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, of a sweep, or of runs")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="REPORT", help="folder for report.md, or a path that ends in .md"
-    )
-    parser.add_argument(
-        "--reference", metavar="LABEL", help="setting to hold the others against (default: the one without memory)"
-    )
-    parser.add_argument("--different-data", action="store_true", help="compare runs although their data differ")
-    args = parser.parse_args()
-    try:
-        found = compare(args.runs, reference=args.reference, different_data=args.different_data)
-        page = write_report(found, args.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text_table(scores_table(found)))
-    if len(found.curves) > 1:
-        print(f"\nagainst {found.reference.label}:\n{text_table(differences_table(found))}")
-    print(f"\nwritten to {page}")
-    return 0
-
+from lrt.commands.compare import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,32 +1,11 @@
-"""Say what a checkpoint is: kind, step, recipe, dtype, parameters by part, config, and whether it is whole.
+"""``lrt inspect`` from a checkout, installed or not: what it does is in lrt.commands.inspect."""
 
-    python tools/inspect_checkpoint.py runs/lrt
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed works from any folder
-from lrt.conversion.inspection import describe, inspect_checkpoint  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Describe one checkpoint; returns the exit code (1: not whole, 2: nothing known there)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a folder or file of any kind that tools/convert.py reads")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
-    options = parser.parse_args(arguments)
-    try:
-        found = inspect_checkpoint(options.checkpoint, step=options.step)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(describe(found, options.checkpoint)))
-    return 0 if found.whole else 1
-
+from lrt.commands.inspect import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

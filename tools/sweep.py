@@ -1,76 +1,11 @@
-"""Run many settings of a recipe: ``python tools/sweep.py SPEC.toml --out FOLDER``.
+"""``lrt sweep`` from a checkout, installed or not: what it does is in lrt.commands.sweep."""
 
-What a spec holds is in ``lrt.train.sweep.spec``; examples are in tools/experiments/frontier. The same command goes on
-after any interruption and skips what is done. FOLDER/results.jsonl has one line a run.
-"""
-
-from __future__ import annotations
-
-import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a checkout that is not installed works from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lrt.train.sweep.pool import run_sweep, visible_devices  # noqa: E402
-from lrt.train.sweep.results import Results, table  # noqa: E402
-from lrt.train.sweep.spec import read_spec  # noqa: E402
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", help="a TOML file")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where runs and results go")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override one value of every run; may be repeated",
-    )
-    parser.add_argument(
-        "--minutes", type=float, help="start nothing new after this time (default: the spec's budget_minutes)"
-    )
-    parser.add_argument(
-        "--side-by-side", type=int, metavar="N", help="runs at once on one device (default: the spec's side_by_side)"
-    )
-    parser.add_argument("--devices", metavar="0,1", help="GPUs to use (default: all that are visible)")
-    parser.add_argument("--show", action="store_true", help="print the table of what is done, and stop")
-    args = parser.parse_args()
-    if args.side_by_side is not None and args.side_by_side < 1:
-        parser.error(f"--side-by-side {args.side_by_side}: use 1 or more")
-    try:
-        sweep = read_spec(args.spec, overrides=args.set)
-        if args.side_by_side is not None:
-            sweep = dataclasses.replace(sweep, side_by_side=args.side_by_side)
-        failed = False
-        if not args.show:
-            devices = args.devices.split(",") if args.devices else visible_devices()
-            minutes = sweep.budget_minutes if args.minutes is None else args.minutes
-            launch = [sys.executable, str(ROOT / "recipes" / "run.py")]
-            summary = run_sweep(
-                sweep,
-                args.out,
-                launch=launch,
-                devices=devices,
-                minutes=minutes,
-                say=lambda text: print(text, flush=True),
-            )
-            failed = summary.failed > 0
-            print(
-                f"\n{summary.done} done, {summary.failed} failed, {summary.left} left"
-                + (f"; {summary.stopped}" if summary.stopped else "")
-            )
-            if summary.left:
-                print("the same command goes on")
-        print("\n" + table(sweep, Results(args.out / "results.jsonl"), folder=args.out))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if failed else 0
-
+from lrt.commands.sweep import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

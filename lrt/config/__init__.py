@@ -8,6 +8,7 @@ from lrt.config.recipes import (
     parse_recipe,
     recipe_folders,
     recipe_to_table,
+    shipped_recipes,
 )
 from lrt.config.settings import (
     CheckpointConfig,
@@ -46,4 +47,5 @@ __all__ = [
     "parse_recipe",
     "recipe_folders",
     "recipe_to_table",
+    "shipped_recipes",
 ]

@@ -43,6 +43,12 @@ def recipe_folders() -> list[Path]:
     return [Path.cwd(), Path.cwd() / "recipes", here / "recipes", here.parent / "recipes"]
 
 
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with this lrt: of the installed package, or of the checkout."""
+    here = Path(__file__).resolve().parent.parent
+    return sorted(path for folder in (here / "recipes", here.parent / "recipes") for path in folder.glob("*.toml"))
+
+
 def find_recipe(name: str | Path) -> Path:
     """Path of the recipe called ``name``: a path, or a name in recipes/ (with or without .toml).
 

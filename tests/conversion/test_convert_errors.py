@@ -16,15 +16,14 @@ from test_convert_kinds import SMALL, save_step, small_model
 from test_convert_roundtrip import NANOCHAT, quiet
 
 import lrt
+from lrt.commands import convert as tool
+from lrt.commands import inspect as inspect_tool
 from lrt.config import parse_recipe
 from lrt.conversion import convert, inspect_checkpoint, pipeline
 from lrt.conversion import official as layout
 from lrt.serialization import native_config
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import convert as tool  # noqa: E402
-import inspect_checkpoint as inspect_tool  # noqa: E402
 
 
 class Payload:
@@ -258,8 +257,8 @@ def test_space_that_runs_out_in_the_middle(place, target):
 
 SLOW = """
 import sys, time
-sys.path[:0] = [{root!r}, {tools!r}]
-import convert
+sys.path.insert(0, {root!r})
+from lrt.commands import convert
 convert._Bar.__call__ = lambda self, done, total: (print("writing", flush=True), time.sleep(60))
 sys.exit(convert.main(["--from", "lrt", "--to", "hf", "--input", {source!r}, "--output", {output!r}]))
 """
@@ -268,7 +267,7 @@ sys.exit(convert.main(["--from", "lrt", "--to", "hf", "--input", {source!r}, "--
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interrupted_in_the_middle(place, sent):
     before = fingerprint(place)
-    code = SLOW.format(root=str(ROOT), tools=str(ROOT / "tools"), source=str(place / "ours"), output=str(place / "out"))
+    code = SLOW.format(root=str(ROOT), source=str(place / "ours"), output=str(place / "out"))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "writing"
     process.send_signal(sent)

@@ -204,8 +204,7 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_names_and_counts(kind,
 
 @pytest.fixture(scope="module")
 def tool():
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
-    return importlib.import_module("prepare_data")
+    return importlib.import_module("lrt.commands.prepare")
 
 
 def test_the_tool_trains_tokenizes_and_inspects(tool, shards, tmp_path, capsys):

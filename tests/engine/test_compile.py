@@ -325,10 +325,8 @@ def flat_gradients(model):
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    monkeypatch.syspath_prepend(TOOLS / "bench")
-    return importlib.import_module("training")
+def bench():
+    return importlib.import_module("lrt.commands.bench.training")
 
 
 def speeds(path, suite, *variants):

@@ -136,8 +136,7 @@ def test_what_cannot_be_diagnosed_is_refused():
 
 
 def test_the_command_writes_a_page_and_json(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(TOOLS)
-    tool = importlib.import_module("diagnose")
+    tool = importlib.import_module("lrt.commands.diagnose")
     config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=32)
     lrt.save(randomized(build_model(config, RecurrenceConfig(separator=256)), 1, 0.2), tmp_path / "model")
     load_tokenizer("bytes").save(tmp_path / "model")

@@ -17,14 +17,13 @@ from hf_decoders import make
 from test_convert_kinds import save_step
 
 import lrt
+from lrt.commands import convert as convert_tool
+from lrt.commands import inspect as inspect_tool
 from lrt.config import parse_recipe
 from lrt.conversion import convert
 from lrt.serialization.decoders import open_config, open_decoder, open_tokenizer
 
 ROOT = next(place for place in Path(__file__).parents if (place / "pyproject.toml").is_file())
-sys.path.insert(0, str(ROOT / "tools"))
-import convert as convert_tool  # noqa: E402
-import inspect_checkpoint as inspect_tool  # noqa: E402
 
 CODE = """
 from pathlib import Path

@@ -36,8 +36,7 @@ TEXT = "\n\n".join(f"Text {n} tells of the fox, the dog and {n * n} other things
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
     """Run the command; returns exit code, the last line as JSON or None, and stderr."""
-    monkeypatch.syspath_prepend(TOOLS)
-    tool = importlib.import_module("evaluate")
+    tool = importlib.import_module("lrt.commands.evaluate")
 
     def command(*arguments):
         capsys.readouterr()

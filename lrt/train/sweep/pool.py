@@ -22,6 +22,8 @@ from lrt.train.sweep.spec import PlannedRun, Sweep
 
 POLL = 0.2  # seconds between two looks at the processes
 
+HERE = Path(__file__).resolve().parents[3]  # the folder that holds the package
+
 
 class Slot(NamedTuple):
     """A place for one run."""
@@ -211,7 +213,8 @@ class _Pool:
 
     def _environment(self, slot: Slot) -> dict[str, str]:
         cores = max(1, (os.cpu_count() or 1) // len(self._slots))
-        mine = {"OMP_NUM_THREADS": str(self._sweep.threads), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))  # the runs are of this lrt
+        mine = {"OMP_NUM_THREADS": str(self._sweep.threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
         if slot.device is not None:
             mine["CUDA_VISIBLE_DEVICES"] = slot.device
         return {"TORCHINDUCTOR_COMPILE_THREADS": str(cores), **os.environ, **mine}

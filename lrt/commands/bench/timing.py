@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    raise SystemExit("this file is a part of another tool: run tools/bench/training.py")
-
 import statistics
 import time
 import warnings

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    raise SystemExit("this file is a part of another tool: run tools/bench/training.py")
-
 import argparse
 import json
 import os
@@ -13,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from options import at_least
 
 import lrt
+from lrt.commands.options import at_least
 from lrt.config import ModelConfig, ParallelConfig, RecurrenceConfig
 
 SEPARATOR = 7  # any token: tokens are random

@@ -1,0 +1,1 @@
+"""The command lines, each a function of its arguments: ``lrt NAME``, tools/NAME.py and recipes/run.py."""

@@ -1,0 +1,1 @@
+"""Benchmarks: training steps, decoding, and the tolerance of prefill."""

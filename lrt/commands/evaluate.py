@@ -1,0 +1,113 @@
+"""Score a model on held-out text: bits per byte in the memory modes zero, parallel and decode, on the same tokens.
+
+    python tools/evaluate.py runs/lrt_tiny                                  # the run's own validation rows
+    python tools/evaluate.py runs/lrt_tiny/export --data my_text.txt --json scores.json
+    python tools/evaluate.py FOLDER --data a.parquet b.parquet --memory decode --documents documents.npz
+    torchrun --nproc_per_node=8 tools/evaluate.py FOLDER --data tokenized
+
+The last line of stdout is one JSON object. decode is exact unless --decode names a faster way, whose error on a sample of
+rows is printed beside the score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.commands.options import at_least, parse_prefill
+from lrt.eval.folders import Settings, evaluate_folder
+from lrt.eval.processes import joined, own_device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
+    args = _parser().parse_args(arguments)
+    try:
+        return run(args)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was scored", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = Settings(
+        data=tuple(args.data), memory=args.memory, tokens=args.tokens, sequence_length=args.sequence_length, rows=args.rows,
+        tokenizer=args.tokenizer, base=args.base, text_column=args.text_column, decode=parse_prefill(args.decode, option="--decode"),
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+    )  # fmt: skip
+    for option in (args.json, args.documents):
+        if option is not None and not Path(option).resolve().parent.is_dir():
+            raise ValueError(f"{option} cannot be written: there is no folder {Path(option).resolve().parent}")
+    with joined() as processes:
+        bar = Bar(sys.stderr if processes.main else None)
+        with bar:
+            found = evaluate_folder(args.folder, settings, device=own_device(args.device), processes=processes, progress=bar)
+        if not processes.main:
+            return 0
+    line = json.dumps(found.to_json(), allow_nan=False)
+    if args.json is not None:
+        Path(args.json).write_text(line + "\n", encoding="utf-8")
+    if args.documents is not None:
+        found.documents().save(args.documents)
+    print(found.table())
+    print(line)
+    return 0
+
+
+class Bar:
+    """A progress bar on a terminal, a line for every tenth elsewhere."""
+
+    def __init__(self, stream: Any) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self._stream, self._tenths = stream, 0
+        console = Console(file=stream)
+        self._shown = stream is not None and console.is_terminal
+        self._progress = Progress("scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
+        self._task: Any = None
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._stream is None:
+            return
+        if self._shown:
+            self._task = self._progress.add_task("", total=total) if self._task is None else self._task
+            self._progress.update(self._task, completed=done)
+        elif 10 * done // total > self._tenths:
+            self._tenths = 10 * done // total
+            print(f"scored {done} of {total} batches", file=self._stream, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
+    add("--data", nargs="+", default=[], metavar="DATA", help="text, parquet, tokenized folders, hf://datasets/NAME (default: the run's own)")
+    add("--memory", choices=["zero", "parallel", "decode", "all"], default="all", help="memory mode (default: all)")
+    add("--decode", default="exact", metavar="WAY", help="exact, fixed_point, fixed_point:GROUPS:TOL or refine:K (default: exact)")
+    add("--tokens", type=at_least(1), metavar="N", help="score the first N tokens of each source (default: all; of a run: evaluation.tokens)")
+    add("--sequence-length", type=at_least(1), metavar="T", help="tokens of a row (default: as trained)")
+    add("--rows", type=at_least(1), metavar="B", help="rows of a batch (default: as many as fit)")
+    add("--text-column", default="text", help="column of parquet files (default: text)")
+    add("--tokenizer", help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
+    add("--base", help="the decoder of a folder that holds the memory alone")
+    add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
+    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
+    add("--json", metavar="OUT", help="write the last line to a file too")
+    add("--documents", metavar="OUT", help="write what each document cost (.npz), for comparing models in pairs")
+    return parser

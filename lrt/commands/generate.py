@@ -1,0 +1,136 @@
+"""Continue text with a saved model by true recurrence.
+
+    python tools/generate.py runs/lrt_tiny/export --prompt "The "
+    python tools/generate.py runs/lrt_tiny/export --file prompt.txt --temperature 0 --stop "\\n\\n"
+    python tools/generate.py runs/lrt_tiny/export                     # interactive: one prompt a line
+    python tools/generate.py runs/lrt_tiny/export --prompt "The " --compare zero
+
+The prompt is prefilled by fixed_point with the measured default tolerance; --prefill exact runs it token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrt.commands.options import parse_prefill
+from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.decoding import scoring
+from lrt.decoding import step as decoding
+from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.sampling import Sampling
+from lrt.decoding.session import start, stop_at
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Continue text; returns the exit code (2: bad input)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
+    parser.add_argument("--base", help="the decoder of a folder that holds the memory alone")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--prompt", help="text; empty = only the separator")
+    where.add_argument("--file", help="a text file with the prompt")
+    parser.add_argument("--tokenizer", help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
+    parser.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities sum to this")
+    parser.add_argument("--min-p", type=float, help="draw among tokens of at least this share of the largest probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens seen before become less probable (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
+    parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
+    parser.add_argument("--compare", choices=["zero"], help="also continue without memory")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    opened = open_model(args.model, base=args.base, dtype=dtype, device=args.device)
+    model, tokenizer = opened.model, open_tokenizer(opened, name=args.tokenizer, base=args.base)
+    text = args.prompt if args.file is None else read_prompt(Path(args.file))
+    modes: dict[str, Any] = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
+    if args.compare:
+        modes["zero"] = decoding.WithoutMemory(model)
+    if text is None:
+        while (line := read_line()) is not None:
+            continue_text(args, modes, tokenizer, line)
+        return
+    continue_text(args, modes, tokenizer, text)
+
+
+def read_prompt(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"--file {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def continue_text(args: argparse.Namespace, modes: dict[str, Any], tokenizer: Any, text: str) -> None:
+    prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+    texts: dict[str, list[int]] = {}
+    for mode, model in modes.items():
+        if len(modes) > 1:
+            print(f"--- memory mode {mode}")
+        texts[mode] = stream(args, model, tokenizer, prompt, text)
+    if len(modes) > 1:
+        for name, new in texts.items():
+            scores = [scoring.score_continuations(model, [prompt], [new])[0] for model in modes.values()]
+            means = [sum(score) / max(1, len(score)) for score in scores]
+            shown = ", ".join(f"{mode} {mean:.3f}" for mode, mean in zip(modes, means))
+            print(f"mean log-probability of the text made in mode {name}: {shown}", file=sys.stderr)
+
+
+def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], text: str) -> list[int]:
+    """Print the continuation as it comes; the report goes to stderr."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    session, report = start(
+        model, torch.tensor([prompt]), max_new_tokens=args.max_new_tokens, sampling=sampling, stop_ids=(*stops, tokenizer.bos_id),
+        stop_when=stop_at(tokenizer.decode, args.stop) if args.stop else None, generator=torch.Generator().manual_seed(args.seed),
+        prefill=parse_prefill(args.prefill),
+    )  # fmt: skip
+    print(text, end="", flush=True)
+    shown, began, first = "", None, 0
+    for _ in session:
+        if began is None:  # the first burst pays for capturing or compiling
+            began, first = time.perf_counter(), len(session.rows[0])
+        whole = tokenizer.decode(session.rows[0])
+        whole = whole.rstrip("\ufffd") if session.live[0] else whole  # half a character: wait for the rest
+        print(whole[len(shown) :], end="", flush=True)
+        shown = whole
+    print()
+    seconds, count = time.perf_counter() - (began or time.perf_counter()), len(session.rows[0]) - first
+    speed = f"{count / seconds:.1f} tokens/s" if count else "too short to time"
+    mode = "decode" if session.state.memory is not None else "zero"
+    print(f"[memory mode {mode}; {len(session.rows[0])} tokens, {speed}; prefill {report or 'none'}]", file=sys.stderr)
+    return session.rows[0]
+
+
+def read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
