@@ -81,8 +81,8 @@ class DecoderBlock(nn.Module):
         normed = rms_norm(hidden)
         return Projection(normed, *self._heads(normed, self.query), *self._heads(normed + aligned, self.key, self.value))
 
-    def cannot_align(self) -> None:
-        return None
+    def align(self) -> None:
+        """Nothing to make ready: the norm has no weight."""
 
     def kv_bias(self) -> tuple[None, None]:
         return None, None

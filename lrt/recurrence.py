@@ -213,11 +213,13 @@ class AlignedBlock(RecurrentBlock):
     """
 
     def __init__(self, block: Block, *, gate: Gate) -> None:
-        kind, asked = type(block).__name__, getattr(block, "cannot_align", None)
-        reason = f"{kind} is no lrt.types.AlignableBlock" if asked is None else asked()
-        if reason is not None:
-            raise ValueError(f'recurrence.projection = "aligned" does not fit this block: {reason}; use projection = "separate"')
         super().__init__(block, gate=gate)
+        if not hasattr(block, "align"):
+            raise ValueError(
+                f'recurrence.projection = "aligned" does not fit this block: {type(block).__name__} is no lrt.types.AlignableBlock; '
+                'use projection = "separate"'
+            )
+        self.block.align()
 
     @property
     def read_twice(self) -> nn.Module | None:

@@ -124,8 +124,8 @@ class AlignableBlock(Block, Protocol):
         """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's own weight."""
         ...
 
-    def cannot_align(self) -> str | None:
-        """Why ``project_aligned`` would be wrong for this block; None where it is right."""
+    def align(self) -> None:
+        """Make ready for ``project_aligned``, once; raises ValueError where it would be wrong for this block."""
         ...
 
     def kv_bias(self) -> tuple[Tensor | None, Tensor | None]:

@@ -59,7 +59,7 @@ class FamilyBlock(nn.Module):
         self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
         norms = {path: part(layer, path) for path in (family.query_norm, family.key_norm) if path is not None}
         weights = {path: getattr(norm, "weight", None) for path, norm in norms.items()}
-        self.weight_offset = None if self.norm is None else weight_offset(self.norm)
+        self.weight_offset: float | None = None
         self.norm_whole = {path: weight is not None and weight.shape[-1] != geometry.head_dim for path, weight in weights.items()}
 
     @property
@@ -109,14 +109,21 @@ class FamilyBlock(nn.Module):
         key, value = (None if bias is None else bias.unflatten(-1, (-1, self.geometry.head_dim)) for bias in biases)
         return key, value
 
-    def cannot_align(self) -> str | None:
-        """Why ``project_aligned`` would be wrong; None where it is right."""
-        if self.norm is None or self.weight_offset is not None:
-            return None
-        return f"the norm before the attention, {type(self.norm).__name__}, multiplies by neither its weight nor 1 + its weight"
+    def align(self) -> None:
+        """Find out what the norm before the attention multiplies by.
+
+        Raises:
+            ValueError: neither its weight nor one plus its weight.
+        """
+        self.weight_offset = None if self.norm is None else weight_offset(self.norm)
+        if self.norm is not None and self.weight_offset is None:
+            raise ValueError(
+                f'recurrence.projection = "aligned" does not fit this block: the norm before the attention, {type(self.norm).__name__}, '
+                'multiplies by neither its weight nor 1 + its weight; use projection = "separate"'
+            )
 
     def _weighted(self, aligned: Tensor) -> Tensor:
-        return aligned if self.norm is None or self.weight_offset is None else multiplied(aligned, self.norm, self.weight_offset)
+        return aligned if self.norm is None else multiplied(aligned, self.norm, self.weight_offset or 0.0)
 
     def _heads(self, name: str, x: Tensor) -> Tensor:
         return part(self.layer, name)(x).unflatten(-1, (-1, self.geometry.head_dim))
