@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(folder) for folder in (TESTS / "lib", *sorted(TESTS.glob("*/"))) if folder.is_dir()]  # shared helpers
+sys.path.insert(0, str(Path(__file__).parent / "lib"))  # what tests share
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs: the processes that tests start would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)

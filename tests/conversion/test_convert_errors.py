@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert_kinds import SMALL, save_step, small_model
-from test_convert_roundtrip import NANOCHAT, quiet
+from conversions import NANOCHAT, SMALL, quiet, save_step, small_model
 
 import lrt
 from lrt.commands import convert as tool

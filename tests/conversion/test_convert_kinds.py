@@ -10,22 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from strategies import randomized
-from test_convert_roundtrip import logits, quiet, same_tensors
+from conversions import SMALL, logits, quiet, same_tensors, save_step, small_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import lrt
-from lrt.config import CheckpointConfig, parse_recipe
+from lrt.config import parse_recipe
 from lrt.conversion import convert, inspect_checkpoint
 from lrt.conversion.inspection import describe
-from lrt.train.checkpoint import CheckpointManager
-
-SMALL = "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nn_kv_heads = 1\nvocab_size = 300\nsequence_length = 16\n[training]\nbatch_tokens = 64\n"
-
-
-def small_model(text=SMALL, seed=0):
-    return randomized(lrt.build(parse_recipe(text)), seed).eval()
 
 
 @pytest.fixture
@@ -47,14 +39,6 @@ def llama(**more):
 # ------------------------------------------------------------------ training checkpoints
 
 
-def save_step(folder, step, model, *, recipe, rank=0, world_size=1, group=None, shard=lambda t: t):
-    manager = CheckpointManager(
-        folder, config=CheckpointConfig(asynchronous=False, keep_last=5), recipe=recipe, rank=rank, world_size=world_size, process_group=group
-    )
-    tensors = {f"model.{n}": shard(t.detach()) for n, t in model.state_dict().items()}
-    tensors |= {f"optimizer.{n}.momentum": shard(torch.zeros_like(t)) for n, t in model.state_dict().items()}
-    manager.save(step, tensors=tensors, rank_state={"row": rank}, meta={"tokens": step})
-    assert manager.wait()
 
 
 def worker(rank, ranks, folder):

@@ -1,10 +1,10 @@
 """Converting is not believed, it is checked: every pair of kinds, there and back, gives the same tensors and logits."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conversions import NANOCHAT, logits, quiet, same_tensors
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,7 +21,6 @@ from lrt.schedules import from_config
 from lrt.serialization import native_config
 from lrt.serialization.tensors import in_memory
 
-NANOCHAT = Path(__file__).parent.parent / "golden" / "nanochat"
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example writes many files: shrinking would take minutes
 WRITTEN = ("lrt", "official", "nanochat", "hf")
 OFFICIAL = {"rope_dtype": "bfloat16", "mlp_ratio": 4.0, "qk_norm": True, "softcap": 15.0, "vocab_multiple": 64}
@@ -62,18 +61,10 @@ def models_for(draw, kinds):
     return model.eval()
 
 
-def quiet(*_):
-    pass
 
 
-def same_tensors(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def logits(model):
-    tokens = torch.randint(0, model.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(tokens, schedule=lrt.baseline()).logits, model(tokens, schedule=lrt.sequential()).logits
 
 
 @pytest.mark.parametrize("first", WRITTEN)

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from conversions import NANOCHAT, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_convert_roundtrip import NANOCHAT, quiet
 
 from lrt.conversion import convert
 from lrt.conversion.tokenizers import hub_files, read_encoding, read_files, read_nanochat, without_hub_files, write_files, write_nanochat

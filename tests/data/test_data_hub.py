@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from corpora import first_batch, texts_of, write_shards
 from huggingface_hub.utils import HfHubHTTPError
-from test_data_sources import first_batch, texts_of, write_shards
 
 from lrt.config import DataConfig
 from lrt.data.hub import download

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data_sources import BYTES, first_batch, texts_of, write_parquet, write_shards
+from corpora import BYTES, first_batch, texts_of, write_parquet, write_shards
 
 from lrt.config import DataConfig
 from lrt.data import CorruptShard, build_loader, load_tokenizer

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
+from small_models import small
 from strategies import VOCABULARY
-from test_generate_decoding import small
 
 import lrt
 from lrt.config import RecurrenceConfig

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Oracle
+from small_models import small
 from strategies import SEPARATOR, VOCABULARY, model_configs, models, randomized, recurrence_configs, rows
 
 import lrt
@@ -104,13 +105,6 @@ def test_continuations_are_scored_as_they_would_be_decoded():
         scoring.score_continuations(model, [[1]], [])
 
 
-def small(seed=3, dtype=torch.float64, recurrence=None, **settings):
-    from lrt.config import ModelConfig, RecurrenceConfig
-
-    config = ModelConfig(
-        **{"n_layers": 3, "width": 16, "n_heads": 2, "vocab_size": VOCABULARY, "sequence_length": 8, "window_pattern": "SL", **settings}
-    )
-    return randomized(build_model(config, recurrence or RecurrenceConfig(separator=SEPARATOR), dtype=dtype), seed, 0.3).eval()
 
 
 # ------------------------------------------------------------------ rings

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import small
 from strategies import SEPARATOR, VOCABULARY, models, rows
-from test_generate_decoding import small
 
 import lrt
 from lrt.accounting import block_flops, forward_flops, shared_flops

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_kernels import Plain
+from small_models import small
 from strategies import VOCABULARY, models
-from test_fast_paths import Plain
-from test_generate_decoding import small
 
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.decoding import prefill, prefill_passes

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_models import small
 from strategies import SEPARATOR, VOCABULARY, models
-from test_generate_decoding import small
 
 import lrt
 from lrt.decoding import prefill

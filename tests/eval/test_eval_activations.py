@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_decoders import make, stir
-from test_train_run import files_equal, tiny, train_records
+from runs import files_equal, tiny, train_records
 
 import lrt
 from lrt.config import parse_recipe

@@ -9,7 +9,7 @@ import torch
 from hf_decoders import DESCRIBED, known, make, stir
 from hypothesis import given
 from hypothesis import strategies as st
-from test_adapt_api import PLAIN, plain
+from own_decoders import PLAIN, plain
 from torch import Tensor, nn
 
 import lrt

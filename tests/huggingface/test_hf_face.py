@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from hf_decoders import make, stir
+from trainers import Rows, trainer
 
 import lrt
 from lrt.huggingface.causal_lm import LRTOutput, RecurrentCache
@@ -23,9 +24,6 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture
-def model() -> Any:
-    return stir(lrt.adapt(make("llama")))
 
 
 # ------------------------------------------------------------------ the call
@@ -159,26 +157,8 @@ def test_calls_that_cannot_work_say_so(model: Any, tokens: torch.Tensor) -> None
 # ------------------------------------------------------------------ Trainer and accelerate
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randint(0, 61, (16, 1), generator=generator)
-        self.rows = (start + 3 * torch.arange(12)) % 61
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index], "attention_mask": torch.ones_like(self.rows[index])}
 
 
-def trainer(model: Any, folder: Path, **more: Any) -> Any:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-        "max_steps": 12, "save_steps": 6, "logging_steps": 100, "seed": 0,
-    }  # fmt: skip
-    args = transformers.TrainingArguments(str(folder), **settings | more)
-    return transformers.Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
 
 
 def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path, tokens: torch.Tensor) -> None:

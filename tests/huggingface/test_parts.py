@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 from hf_decoders import make, stir
-from test_hf_face import trainer
 from torch import nn
+from trainers import trainer
 
 import lrt
 

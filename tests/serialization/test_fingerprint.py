@@ -10,7 +10,7 @@ import torch
 from hf_decoders import make, stir
 from hypothesis import given
 from hypothesis import strategies as st
-from test_adapt_api import PLAIN, Plain, plain
+from own_decoders import PLAIN, Plain, plain
 from torch import Tensor
 
 import lrt

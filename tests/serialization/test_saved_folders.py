@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from test_train_run import tiny
+from runs import tiny
 
 import lrt
 from lrt.serialization.adapted import model_card

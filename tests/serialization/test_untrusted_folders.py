@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import save_step
 from hf_decoders import make
-from test_convert_kinds import save_step
 
 import lrt
 from lrt.commands import convert as convert_tool

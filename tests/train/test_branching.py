@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_phases_run import is_of_memory, steps_of, tensors_at, tiny
+from phase_runs import is_of_memory, steps_of, tensors_at, tiny
 
 import lrt
 from lrt.train.checkpoint import latest, read_rest

@@ -8,8 +8,8 @@ import zlib
 
 import pytest
 import torch
+from checkpoints import manager, saved, tensors
 from safetensors.torch import load_file, save_file
-from test_train_checkpoint import manager, saved, tensors
 
 from lrt.train.checkpoint import damage, find_checkpoint, latest, newest, read_rest, read_tensors, step_of, whole
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from run_folders import write_run
-from test_train_run import tiny
+from runs import tiny
 
 from lrt.eval.runs import read_records, scores_of
 from lrt.train.monitor.curves import plot_curves

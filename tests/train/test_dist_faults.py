@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_run import ROOT, TINY
+from launching import launch
+from runs import ROOT, TINY
 
 from lrt.config import parse_recipe
 from lrt.train.checkpoint import latest, read_rest, step_of
@@ -21,14 +22,6 @@ from lrt.train.monitor.metrics import read_records
 pytestmark = pytest.mark.dist
 
 
-def launch(folder, *sets, ranks=2, options=(), gpu=False, own_group=False):
-    (folder / "r.toml").write_text(TINY)
-    pairs = [f"run.output={folder}", "run.name=tiny", "evaluation.sample_tokens=0", *sets]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-    line += [str(ROOT / "recipes" / "run.py"), "--recipe", str(folder / "r.toml"), *(x for pair in pairs for x in ("--set", pair))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, **pipes, env=environment, start_new_session=own_group)
 
 
 def wait_for_step(process, step):
@@ -103,7 +96,7 @@ def test_ranks_whose_torchrun_has_ended_save_and_end(tmp_path):
 def test_ranks_with_different_settings_are_refused_on_all(tmp_path):
     code = f"""
 import os, sys
-sys.path[:0] = [{str(ROOT / "tests" / "train")!r}, {str(ROOT / "recipes")!r}, {str(ROOT)!r}]
+sys.path[:0] = [{str(ROOT / "recipes")!r}, {str(ROOT)!r}]
 import run
 sys.argv = ["run.py", "--recipe", {str(tmp_path / "r.toml")!r}, "--set", "run.output={tmp_path}", "--set", "run.seed=" + os.environ["RANK"]]
 sys.exit(run.main())

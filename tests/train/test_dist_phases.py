@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import torch
+from launching import launch
+from phase_runs import MIX, TINY, is_of_memory
 from safetensors.torch import load_file
-from test_dist_faults import launch
-from test_phases_run import MIX, TINY, is_of_memory
 
 from lrt.config import parse_recipe
 from lrt.schedules import describe

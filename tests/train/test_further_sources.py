@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_train_run import tiny
+from runs import tiny
 
 from lrt.eval.runs import read_records
 from lrt.train.trainer import train

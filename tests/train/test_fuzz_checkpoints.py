@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from test_train_checkpoint import saved, tensors
+from checkpoints import saved, tensors
 
 from lrt.train.checkpoint import damage, find_checkpoint, newest, read_rest, read_tensors, step_of
 

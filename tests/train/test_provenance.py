@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from test_train_run import tiny
+from runs import tiny
 
 import lrt
 from lrt.train.monitor.faults import StopSignal

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
+from runs import ROOT, files_equal, poison, tiny, train_records
 from safetensors.torch import load_file, save_file
-from test_train_run import ROOT, files_equal, poison, tiny, train_records
 
 from lrt.data.locks import LOCK, locked
 from lrt.train import report, trainer

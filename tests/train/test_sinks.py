@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train_run import tiny, train_records
+from runs import tiny, train_records
 
 from lrt.config import RecipeError, load_recipe
 from lrt.eval.runs import read_records
@@ -150,7 +150,7 @@ def test_a_sink_of_ones_own_gets_every_record(tmp_path):
 
 SERVICE = """
 import sys
-from test_train_run import TINY
+from runs import TINY
 from lrt.config import parse_recipe
 from lrt.train.monitor.faults import StopSignal
 from lrt.train.trainer import train

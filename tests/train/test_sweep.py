@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train_run import TINY
+from runs import TINY
 
 from lrt.config import load_recipe
 from lrt.train.sweep.pool import Slot, locked, run_sweep, visible_devices

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 from hf_decoders import make, stir
+from runs import ONE, ROOT, files_equal, train_records
 from safetensors.torch import load_file
-from test_train_run import ONE, ROOT, files_equal, train_records
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM

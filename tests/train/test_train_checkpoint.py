@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import manager, saved, tensors
 
-from lrt.config import CheckpointConfig, parse_recipe
+from lrt.config import parse_recipe
 from lrt.train.checkpoint import (
-    CheckpointManager,
     check_same_model,
     damage,
     find_checkpoint,
@@ -24,24 +24,6 @@ from lrt.train.checkpoint import (
     step_of,
     whole,
 )
-
-RECIPE = parse_recipe("")
-
-
-def tensors(value: float):
-    return {"model.w": torch.full((64, 32), value), "model.g": torch.full((3,), value), "optimizer.w.step": torch.tensor(value)}
-
-
-def manager(folder, report=print, **config):
-    return CheckpointManager(folder, config=CheckpointConfig(**config), recipe=RECIPE, report=report)
-
-
-def saved(folder, steps, **config):
-    m = manager(folder, **config)
-    for step in steps:
-        m.save(step, tensors=tensors(step), rank_state={"loader": {"row": step}, "rng": torch.tensor([step])}, meta={"tokens": step * 10})
-    assert m.wait()
-    return m
 
 
 def test_what_is_saved_is_what_is_read(tmp_path):
@@ -139,7 +121,7 @@ sys.path[:0] = [{tests!r}, {root!r}]
 folder = {folder!r}
 os.makedirs(folder, exist_ok=True)
 small = ctypes.CDLL(None, use_errno=True).mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=96k") == 0
-from test_train_checkpoint import manager, tensors
+from checkpoints import manager, tensors
 from lrt.train.checkpoint import latest, read_tensors
 import torch
 said = []
@@ -163,8 +145,8 @@ print("kept")
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path):
-    here = Path(__file__).parent
-    code = FULL_DISK.format(tests=str(here), root=str(here.parent.parent), folder=str(tmp_path / "disk"))
+    here = Path(__file__).parent.parent
+    code = FULL_DISK.format(tests=str(here / "lib"), root=str(here.parent), folder=str(tmp_path / "disk"))
     own_mounts = ["unshare", "-rm"] if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0 else []
     result = subprocess.run([*own_mounts, sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and "kept" in result.stdout, result.stderr
@@ -173,7 +155,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_train_checkpoint import manager, tensors
+from checkpoints import manager, tensors
 from lrt.train.checkpoint import latest, step_of
 m = manager({folder!r})
 start = latest({folder!r})
@@ -187,8 +169,8 @@ while True:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_the_newest_whole_checkpoint_reads(tmp_path, kills):
-    here = Path(__file__).parent
-    code = KILLED.format(tests=str(here), root=str(here.parent.parent), folder=str(tmp_path))
+    here = Path(__file__).parent.parent
+    code = KILLED.format(tests=str(here / "lib"), root=str(here.parent), folder=str(tmp_path))
     drawn, before = random.Random(kills), 0
     for _ in range(kills):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

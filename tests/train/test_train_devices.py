@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from test_train_run import tiny, train_records
+from runs import tiny, train_records
 
 from lrt.train import trainer
 from lrt.train.trainer import train

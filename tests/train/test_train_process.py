@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train_run import ROOT, TINY, files_equal, tiny, train_records
+from runs import ROOT, TINY, files_equal, tiny, train_records
 
 from lrt.train.checkpoint import latest, step_of
 from lrt.train.trainer import train
@@ -153,7 +153,7 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
 FULL_DISK = """
 import resource, sys
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_train_run import tiny, train_records
+from runs import tiny, train_records
 from lrt.train import report, trainer
 from lrt.train.monitor.faults import NotSavedError
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -189,7 +189,7 @@ print("STEPS", len(calls))
 
 
 def test_a_full_disk_ends_no_run_before_its_end_and_loses_nothing(tmp_path):
-    code = FULL_DISK.format(tests=str(ROOT / "tests" / "train"), root=str(ROOT), folder=str(tmp_path))
+    code = FULL_DISK.format(tests=str(ROOT / "tests" / "lib"), root=str(ROOT), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     said = done.stdout
