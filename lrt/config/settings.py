@@ -26,7 +26,7 @@ class RecurrenceConfig:
     projection: Literal["separate", "aligned"] = "separate"  # projections of the memory's own, or one map into the space that each block's own read
     source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     kv_projection: bool = True  # memory enters keys and values
-    residual: bool = True  # memory is added to the block's input
+    residual: bool | Literal["projected"] = True  # memory is added to the block's input, or a map of it as large as that input
     gate_channels: int | None = None  # channels that the gates read; None = all
     blocks: tuple[int, ...] | None = None  # blocks that receive memory, 1..L; None = all
     memory_norm: Literal["rms", "final"] = "rms"  # parameter-free RMSNorm, or the backbone's own final norm
@@ -335,16 +335,13 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
         errors.append(f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; a block number is a whole number 1..L")
     elif isinstance(source, int) and source < 1:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
+    if not isinstance(c.residual, bool) and c.residual != "projected":
+        errors.append(f"recurrence.residual = {c.residual!r}: use true, false or projected")
+    aligned = 'recurrence.projection = "aligned"'
     if c.projection == "aligned" and c.sharing == "layerwise":
-        errors.append(
-            'recurrence.projection = "aligned" with recurrence.sharing = "layerwise": the aligned projection is one map that all blocks share, '
-            'because each block\'s own key and value matrices read it; leave sharing out, or use projection = "separate"'
-        )
+        errors.append(f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"')
     if c.projection == "aligned" and not c.kv_projection:
-        errors.append(
-            'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false, because it brings memory into keys and '
-            "values: leave one of them out"
-        )
+        errors.append(f"{aligned} has no effect with recurrence.kv_projection = false: it brings memory into keys and values; leave one out")
     if not c.kv_projection and not c.residual:
         errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
     if c.blocks is not None and len(c.blocks) == 0:

@@ -32,7 +32,7 @@ class Group(NamedTuple):
 # Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens / reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
     Group("matrices", r"blocks\.\d+\.block\..*\.weight", "muon", "matrix_lr"),  # the token value's gate too
-    Group("memory_matrices", r"(blocks\.\d+\.(gate|projection\..*)|memory_projection\.(key|value|map))\.weight", "muon", "matrix_lr"),
+    Group("memory_matrices", r"(blocks\.\d+\.(gate|projection\..*)|memory_projection\.(key|value|map)|injection\.map)\.weight", "muon", "matrix_lr"),
     Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
     Group("head", r"backbone\.head\.weight", "adamw", "head_lr", by_width=True),
     Group("residual_scales", r"backbone\.residual_scales", "adamw", "scale_lr"),
