@@ -185,7 +185,7 @@ def narrow(layers, blocks, **recurrence):
 
 
 @settings(max_examples=20, deadline=None)
-@given(model=narrow_models(), length=st.integers(4, 9), schedule=st.one_of(schedules(), st.just(lrt.baseline())))
+@given(model=narrow_models(), length=st.integers(5, 9), schedule=st.one_of(schedules(), st.just(lrt.baseline())))
 def test_blocks_run_as_often_as_is_counted(model, length, schedule):
     seen = [0] * len(model.blocks)
     for index, block in enumerate(model.blocks):
