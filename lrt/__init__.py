@@ -3,7 +3,7 @@
 from lrt.adaptation import adapt, release
 from lrt.config import RecipeError, RecurrenceConfig, load_recipe
 from lrt.decoding import prefill
-from lrt.decoding.session import generate
+from lrt.decoding.generation import generate
 from lrt.decoding.state import DecodeState
 from lrt.families import Family
 from lrt.huggingface.registration import register_lazily

@@ -299,7 +299,7 @@ class LatentRecurrentModel(nn.Module):
         _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
-        if input_ids.is_floating_point():
+        if input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids has dtype {input_ids.dtype}: expected token ids, int64 or int32")
         _check_range("token id", input_ids, self.vocab_size)
         if targets is not None and labels is not None:
@@ -308,7 +308,7 @@ class LatentRecurrentModel(nn.Module):
             targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
         if targets is not None and targets.shape != input_ids.shape:
             raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
-        if targets is not None and targets.is_floating_point():
+        if targets is not None and targets.dtype != torch.int64:
             raise ValueError(f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, -100 where nothing is scored")
         if targets is not None:
             _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)

@@ -27,8 +27,8 @@ def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def as_ids(ids: Tensor) -> Tensor:
-    """Token ids of any integer dtype as int64, which embeddings and losses want; floating-point numbers stay, to be refused."""
-    return ids if ids.is_floating_point() else ids.long()
+    """Token ids of any signed integer dtype as int64, which embeddings and losses want; masks and numbers stay, to be refused."""
+    return ids.long() if ids.dtype in (torch.int8, torch.int16, torch.int32) else ids
 
 
 def columns(values: Tensor, keep: int | Tensor) -> Tensor:

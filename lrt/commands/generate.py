@@ -23,8 +23,9 @@ from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.generation import start
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import start, stop_at
+from lrt.decoding.session import stop_at
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lrt.conversion.opening import check_finite, open_model, open_tokenizer
+from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import complete, stop_at
+from lrt.decoding.session import stop_at
 from lrt.decoding.step import WithoutMemory
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.folders import row_length_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lrt.decoding.session import generate
+from lrt.decoding.generation import generate
 from lrt.train.checkpoint.weights import export
 from lrt.train.run import Run
 

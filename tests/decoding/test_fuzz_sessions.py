@@ -15,8 +15,8 @@ from test_generate_decoding import small
 import lrt
 from lrt.config import RecurrenceConfig
 from lrt.decoding import prefill
+from lrt.decoding.generation import complete, start
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import complete, start
 from lrt.decoding.state import DecodeState
 
 SECONDS, SEED = float(os.environ.get("LRT_FUZZ_SECONDS", 20)), int(os.environ.get("LRT_FUZZ_SEED", 0))

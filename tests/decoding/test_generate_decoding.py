@@ -17,8 +17,9 @@ import lrt
 from lrt.decoding import prefill, scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.generation import complete, start
 from lrt.decoding.sampling import Sampling, choose, keep_probable, row_seeds
-from lrt.decoding.session import Session, complete, start
+from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
 

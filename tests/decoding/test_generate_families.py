@@ -11,8 +11,8 @@ from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.decoding import prefill
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import complete
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
 

@@ -14,10 +14,10 @@ from test_generate_decoding import small
 import lrt
 from lrt.accounting import block_flops, forward_flops, shared_flops
 from lrt.decoding import prefill
+from lrt.decoding.generation import complete
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import complete
 from lrt.decoding.state import DecodeState, fingerprint
 from lrt.decoding.step import decode_one_token
 

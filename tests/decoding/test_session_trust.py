@@ -13,8 +13,9 @@ from test_generate_decoding import small
 
 import lrt
 from lrt.decoding import prefill
+from lrt.decoding.generation import complete, start
 from lrt.decoding.sampling import Sampling, choose, row_seeds
-from lrt.decoding.session import Session, complete, start
+from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
 
 # ------------------------------------------------------------------ generate from a state
@@ -198,13 +199,19 @@ def test_a_processor_of_another_width_is_refused():
             complete(small(), torch.tensor([[1, 2], [3, 4]]), max_new_tokens=2, sampling=Sampling(processors=(other,)))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32, torch.int16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
 def test_prompts_of_other_dtypes_are_refused_in_words(dtype):
     with pytest.raises(
         ValueError,
         match=r"the prompt has shape \(1, 2\) and dtype .*: expected token ids .batch, tokens. in torch.int64",
     ):
         lrt.generate(small(), torch.ones(1, 2, dtype=dtype), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_prompts_of_shorter_integers_are_the_same_prompts(dtype):
+    prompt, greedy = torch.ones(1, 2, dtype=torch.int64), {"max_new_tokens": 3, "temperature": 0.0}
+    assert lrt.generate(small(), prompt.to(dtype), **greedy).tolist() == lrt.generate(small(), prompt, **greedy).tolist()
 
 
 # ------------------------------------------------------------------ states in files

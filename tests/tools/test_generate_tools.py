@@ -15,8 +15,9 @@ from strategies import randomized
 import lrt
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.data.tokenizer import load_tokenizer
+from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
-from lrt.decoding.session import complete, stop_at
+from lrt.decoding.session import stop_at
 from lrt.model import build_model
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
