@@ -20,6 +20,7 @@ from lrt.eval.parameters import recurrence_statistics
 from lrt.model import build_model
 from lrt.serialization import native_config
 from lrt.train.dry_run import dry_run
+from lrt.train.entrance import Entrance
 from lrt.train.optim.groups import group_of, is_memory
 
 CONFIG = ModelConfig(n_layers=3, width=32, n_heads=2, vocab_size=64, sequence_length=16)
@@ -141,6 +142,23 @@ def test_decoding_is_true_recurrence_without_the_fused_kernels(recurrence, monke
     assert torch.equal(lrt.generate(accelerate(model, backend="aot_eager"), TOKENS, max_new_tokens=5, temperature=0.0), exact)
     monkeypatch.setitem(sys.modules, "triton", object())
     assert not one_token.can_fuse(model)
+
+
+def test_a_ramp_begins_at_nothing_and_turns_by_no_jump(recurrence):
+    """While the map is zero its memory has no direction: nothing is added, and no gradient is infinite."""
+    model = native(recurrence)
+    entrance = Entrance.of(model.memory_parameters().values(), start=0, steps=4)
+    plain = model(TOKENS, schedule=lrt.baseline()).logits
+    for step in range(-1, 4):
+        if step >= 0:
+            entrance.advance(step)
+        model.zero_grad()
+        out = model(TOKENS, targets=TOKENS, schedule=lrt.refine(2), return_logits=True)
+        out.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert ((out.logits - plain).abs().max() < 1e-12) == (step < 0)
+    for parameter, whole in zip(entrance.parameters, entrance.wholes):
+        torch.testing.assert_close(parameter, whole)
 
 
 def test_what_is_said_of_it(recurrence):
