@@ -128,8 +128,8 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
 
 
 def shared_flops(model: RecurrentDecoder) -> float:
-    """Forward FLOPs a position of the memory projection that all blocks share; it runs once a pass with memory."""
-    return 0.0 if model.memory_projection is None else 2.0 * matrices(model.memory_projection)
+    """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map; once a pass with memory."""
+    return sum(2.0 * matrices(module) for module in (model.memory_projection, model.injection) if module is not None)
 
 
 def forward_flops(model: RecurrentDecoder, length: int) -> ForwardFlops:
@@ -226,7 +226,8 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
             cost += (3.0 if model.backbone.head.weight.requires_grad else 2.0) * head
         total += part.positions * cost
     if schedule.kv_refresh:
-        again = shared + sum(block.memory for block in blocks) + _projection_flops(model)
+        projection = 0.0 if model.memory_projection is None else 2.0 * matrices(model.memory_projection)
+        again = projection + sum(block.memory for block in blocks) + _projection_flops(model)
         total += 3.0 * _refreshed_share(schedule.plan(length, generator=torch.Generator())) * again
     return total
 

@@ -115,8 +115,9 @@ def _spread(model: LatentRecurrentModel) -> None:
     for block, device in zip(model.blocks, devices):
         block.register_forward_pre_hook(lambda module, args, device=device: on_device(args, device))
         block.refresh = partial(_refresh_on, block.refresh, device)
-    if model.memory_projection is not None:
-        model.memory_projection.register_forward_pre_hook(lambda module, args: on_device(args, next(module.parameters()).device))
+    for module in (model.memory_projection, model.injection):
+        if module is not None:
+            module.register_forward_pre_hook(lambda module, args: on_device(args, next(module.parameters()).device))
     for block in model.blocks:
         block.register_forward_hook(lambda module, args, out: (out[0].to(home), *out[1:]))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lrt.kernels.gradients import attached
+from lrt.recurrence import Injected
 from lrt.types import KV, Later, MemoryInput, PassOutput, RecurrentDecoder
 
 
@@ -46,9 +47,12 @@ def memory_inputs(
     if received is None or not any(start <= index < stop for index in model.receivers):
         return inputs
     into_keys = for_keys(model, received)
-    gains = model.injection() if model.injection is not None else (None,) * len(model.receivers)
+    if model.injection is None:
+        return [into_keys if index in model.receivers else None for index in range(len(model.blocks))]
+    made = model.injection(received)
+    gains, direction = made if isinstance(made, Injected) else (made, None)
     for index, gain in zip(model.receivers, gains):
-        inputs[index] = into_keys._replace(gain=gain)
+        inputs[index] = into_keys._replace(gain=gain, direction=direction)
     return inputs
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
-from lrt.recurrence import AlignedBlock, AlignedProjection, Gate, KVProjection, RecurrentBlock, ResidualInjection, rms_memory
+from lrt.recurrence import AlignedBlock, AlignedProjection, Gate, KVProjection, ProjectedInjection, RecurrentBlock, ResidualInjection, rms_memory
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.types import Backbone, Block, Output, Schedule
 
@@ -60,8 +61,7 @@ class LatentRecurrentModel(nn.Module):
         self.injection: Any = None
         self.receivers: tuple[int, ...] = ()
         self.source = 0
-        gates: dict[int, Gate] = {}
-        projections: dict[int, KVProjection] = {}
+        gates, projections = dict[int, Gate](), dict[int, KVProjection]()
         if recurrence is not None:
             self.source = recurrence.source_index(len(blocks))
             self.receivers = recurrence.block_indices(len(blocks))
@@ -71,23 +71,21 @@ class LatentRecurrentModel(nn.Module):
                 raise ValueError(f"recurrence.gate_channels = {channels} is more than the width {width}: use at most {width}")
             places = [_place(blocks[i]) for i in self.receivers]
             if recurrence.kv_projection:
-                aligned = recurrence.projection == "aligned"
-                gates = {i: Gate(channels, heads if aligned else 2 * heads, **place) for i, place in zip(self.receivers, places)}
-                if aligned:
+                gated = heads if recurrence.projection == "aligned" else 2 * heads
+                gates = {i: Gate(channels, gated, **place) for i, place in zip(self.receivers, places)}
+                if recurrence.projection == "aligned":
                     self.memory_projection = AlignedProjection(width, **places[0])
                 elif recurrence.sharing == "shared":
                     self.memory_projection = KVProjection(width, heads, head_dim, **places[0])
                 else:
                     projections = {i: KVProjection(width, heads, head_dim, **place) for i, place in zip(self.receivers, places)}
             if recurrence.residual:
-                self.injection = ResidualInjection(len(self.receivers), **places[0])
-
-        def wrapped(i: int, block: Block) -> RecurrentBlock:
-            if isinstance(self.memory_projection, AlignedProjection) and i in gates:
-                return AlignedBlock(block, gate=gates[i])
-            return RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i))
-
-        self.blocks: Any = nn.ModuleList(wrapped(i, block) for i, block in enumerate(blocks))
+                kind = partial(ProjectedInjection, width=width) if recurrence.residual == "projected" else ResidualInjection
+                self.injection = kind(len(self.receivers), **places[0])
+        wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
+        if isinstance(self.memory_projection, AlignedProjection):
+            wrapped = [AlignedBlock(blocks[i], gate=gates[i]) if i in gates else block for i, block in enumerate(wrapped)]
+        self.blocks: Any = nn.ModuleList(wrapped)
         self.train_schedule: Schedule | Mixture = train_schedule or (baseline() if recurrence is None else interleaved(2))
 
     eval_schedule: Schedule = sequential()  # of calls in evaluation mode that name none: exact, one token after the other

@@ -6,14 +6,14 @@ protocol. Legend: B batch, P positions of the pass, D width, G key/value heads, 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.attention import Transient, gradient_spacing
-from lrt.types import KV, Block, KVStore, MemoryInput, Projection
+from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
 
 
 class Gate(nn.Module):
@@ -112,14 +112,46 @@ class ResidualInjection(nn.Module):
         super().__init__()
         self.gains = nn.Parameter(torch.zeros(blocks, device=device, dtype=dtype))
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """One gain (1, 1, 1) a block, to be handed to it as data."""
+    def forward(self, memory: Tensor | None = None) -> Any:
+        """One gain (1, 1, 1) a block, to be handed to it as data; the memory (B, P, D) is added as it is."""
         return self.gains.view(-1, 1, 1, 1).unbind(0)
 
     @torch.no_grad()
     def init_weights(self, *, init: Literal["paper", "identity"]) -> None:
         """0.1 ("paper") or 0 ("identity")."""
         self.gains.fill_(0.1 if init == "paper" else 0.0)
+
+
+class Injected(NamedTuple):
+    """What a projected residual hands to the blocks."""
+
+    gains: tuple[Tensor, ...]  # (1, 1, 1), one a block
+    direction: Tensor  # (B, P, D) RMSNorm(P m), the same for all
+
+
+class ProjectedInjection(ResidualInjection):
+    """g and P: x <- x + g_l rms(x) RMSNorm(P m[t-1]), as large as g_l says whatever the size of the stream; rms(x) is detached.
+
+    Args:
+        blocks: number of blocks that receive memory.
+        width: D.
+        device, dtype: of the weights.
+    """
+
+    def __init__(self, blocks: int = 1, *, width: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(blocks, device=device, dtype=dtype)
+        self.map = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, memory: Tensor | None = None) -> Injected:
+        """Gains, and the direction of the memory (B, P, D)."""
+        assert memory is not None
+        return Injected(super().forward(), rms_memory(self.map(memory)))
+
+    @torch.no_grad()
+    def init_weights(self, *, init: Literal["paper", "identity"]) -> None:
+        """P is the identity; g is 0.1 ("paper") or 0 ("identity"). With both at zero neither would get a gradient."""
+        super().init_weights(init=init)
+        nn.init.eye_(self.map.weight)
 
 
 class RecurrentBlock(nn.Module):
@@ -244,9 +276,19 @@ def gated(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
 
 def _injected(hidden: Tensor, memory: MemoryInput | None) -> Tensor:
     """The block's input with the memory that its gain lets in."""
-    if memory is None or memory.gain is None:
-        return hidden
-    return hidden + memory.gain.to(hidden.dtype) * memory.state
+    return hidden if memory is None or memory.gain is None else hidden + into_residual(hidden, memory)
+
+
+def into_residual(hidden: Tensor, memory: MemoryInput) -> Tensor:
+    """What a memory with a gain adds to the block's input ``hidden`` (B, P, D)."""
+    assert memory.gain is not None
+    return memory.gain.to(hidden.dtype) * (memory.state if memory.direction is None else matched(memory.direction, hidden))
+
+
+def matched(direction: Tensor, stream: Tensor) -> Tensor:
+    """A direction of size 1 (B, P, D), as large at every position as the stream there, of whose size no gradient comes back."""
+    size = at_least_float32(stream.detach()).square().mean(-1, keepdim=True).sqrt()
+    return size.to(stream.dtype) * direction
 
 
 # ------------------------------------------------------------------ memory as a sequence

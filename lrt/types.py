@@ -30,6 +30,7 @@ class MemoryInput(NamedTuple):
     key: Tensor | None = None  # (B, P, G, K) U_k m, when the projection is shared
     value: Tensor | None = None  # (B, P, G, K) U_v m, when the projection is shared
     gain: Tensor | None = None  # (1, 1, 1) g of this block, when it injects into the residual
+    direction: Tensor | None = None  # (B, P, D) of size 1, what a projected residual adds in the place of the state
     aligned: Tensor | None = None  # (B, P, D) A m, when keys and values read it through the block's own matrices
 
 
@@ -165,7 +166,7 @@ class RecurrentDecoder(Protocol):
     backbone: Any  # a Backbone
     blocks: Any  # ModuleList of RecurrentBlock
     memory_projection: Any  # KVProjection when shared, AlignedProjection, or None
-    injection: Any  # ResidualInjection or None
+    injection: Any  # ResidualInjection, ProjectedInjection, or None
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
     twins: Any  # (model, index of a pass) -> the decoder with the same weights that runs it; None: the model itself

@@ -32,7 +32,7 @@ def native(recurrence=ALIGNED, **changes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sharing": "layerwise"}, r'recurrence.projection = "aligned" with recurrence.sharing = "layerwise": .* one map that all blocks share'),
+        ({"sharing": "layerwise"}, r'recurrence.projection = "aligned" is one map that all blocks share, so sharing = "layerwise" does not fit'),
         ({"kv_projection": False}, r'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false'),
     ],
 )

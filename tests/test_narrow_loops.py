@@ -10,7 +10,7 @@ from hf_decoders import make, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Oracle, oracle_loss
-from strategies import SEPARATOR, VOCABULARY, WAYS, model_configs, randomized, rows
+from strategies import PARTS, SEPARATOR, VOCABULARY, WAYS, model_configs, randomized, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrt
@@ -39,7 +39,7 @@ def narrow_models(draw):
     config = draw(model_configs(layers=st.integers(2, 4), attention_reset=draw(st.sampled_from([None, SEPARATOR]))))
     first = draw(st.integers(2, config.n_layers))
     more = draw(st.sets(st.integers(first, config.n_layers)))
-    parts = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    parts = draw(st.sampled_from(PARTS))
     sharing, projection = draw(st.sampled_from(WAYS if parts[0] else WAYS[:2]))
     recurrence = RecurrenceConfig(
         blocks=(first, *sorted(more - {first})), source_layer=draw(st.one_of(st.none(), st.integers(first, config.n_layers))),
@@ -185,7 +185,7 @@ def narrow(layers, blocks, **recurrence):
 
 
 @settings(max_examples=20, deadline=None)
-@given(model=narrow_models(), length=st.integers(4, 9), schedule=st.one_of(schedules(), st.just(lrt.baseline())))
+@given(model=narrow_models(), length=st.integers(5, 9), schedule=st.one_of(schedules(), st.just(lrt.baseline())))
 def test_blocks_run_as_often_as_is_counted(model, length, schedule):
     seen = [0] * len(model.blocks)
     for index, block in enumerate(model.blocks):
@@ -213,14 +213,17 @@ def test_the_cost_in_block_forwards(layers, blocks, source, schedule, cost):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize(
+    ("way", "residual"), [*((way, True) for way in WAYS), (WAYS[0], "projected"), (WAYS[2], "projected")], ids=str
+)
 @pytest.mark.parametrize(
     "schedule", [lrt.baseline(), lrt.refine(1, weights=(0, 1)), lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2, sweeps=2)]
 )
-def test_flops_are_those_that_torch_counts(schedule, way, frozen):
+def test_flops_are_those_that_torch_counts(schedule, way, residual, frozen):
     """Products of matrices; attention is left out, because torch counts hidden keys too."""
     config = ModelConfig(n_layers=6, width=64, n_heads=2, vocab_size=64, sequence_length=16, window_pattern="SL")
-    model = randomized(build_model(config, RecurrenceConfig(blocks=(4, 6), sharing=way[0], projection=way[1]), dtype=torch.float64), 0)
+    recurrence = RecurrenceConfig(blocks=(4, 6), sharing=way[0], projection=way[1], residual=residual)
+    model = randomized(build_model(config, recurrence, dtype=torch.float64), 0)
     added = set(map(id, model.memory_parameters().values()))
     for parameter in model.parameters():
         parameter.requires_grad_(not frozen or id(parameter) in added)

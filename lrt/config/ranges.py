@@ -72,6 +72,9 @@ RANGES: dict[str, dict[str, Range]] = {
         "rate_scale": FROM_0,
         "adamw_lr": FROM_0,
         "adamw_memory_lr": FROM_0,
+        "memory_map_scale": FROM_0,
+        "memory_gate_scale": FROM_0,
+        "memory_gain_scale": FROM_0,
     },
     "training": {
         "steps": FROM_0,
@@ -201,6 +204,36 @@ def unused_errors(section: str, values: Any) -> list[str]:
                 users = " or ".join(kind for kind, keys in uses.items() if f.name in keys)
                 errors.append(f"{section}.{f.name} = {value!r} has no effect with {section}.{choice} = {chosen!r}: leave it out, or use {users}")
     return errors
+
+
+def entry_errors(c: Any) -> list[str]:
+    """Ways for memory to enter that are unknown, or do not go together."""
+    errors = []
+    if not isinstance(c.residual, bool) and c.residual != "projected":
+        errors.append(f"recurrence.residual = {c.residual!r}: use true, false or projected")
+    aligned = 'recurrence.projection = "aligned"'
+    if c.projection == "aligned" and c.sharing == "layerwise":
+        errors.append(f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"')
+    if c.projection == "aligned" and not c.kv_projection:
+        errors.append(f"{aligned} has no effect with recurrence.kv_projection = false: it brings memory into keys and values; leave one out")
+    return errors
+
+
+def memory_rate_errors(r: Any) -> list[str]:
+    """Rates of parts that the recurrence of a recipe does not have; the twin without any may keep its recipe's."""
+    c = r.recurrence
+    if c is None:
+        return []
+    missing = {
+        "memory_map_scale": None if c.kv_projection or c.residual == "projected" else "recurrence.kv_projection = false and a scalar residual",
+        "memory_gate_scale": None if c.kv_projection else "recurrence.kv_projection = false",
+        "memory_gain_scale": None if c.residual else "recurrence.residual = false",
+    }
+    return [
+        f"optimizer.{key} = {getattr(r.optimizer, key)!r} has no effect with {why}: leave it out"
+        for key, why in missing.items()
+        if why is not None and getattr(r.optimizer, key) != 1
+    ]
 
 
 def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, section: str) -> dict[str, Any]:

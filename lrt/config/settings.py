@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lrt.config.phases import entrance_errors, schedule_errors
-from lrt.config.ranges import HORIZON, choice_errors, range_errors, unused_errors
+from lrt.config.ranges import HORIZON, choice_errors, entry_errors, memory_rate_errors, range_errors, unused_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -26,7 +26,7 @@ class RecurrenceConfig:
     projection: Literal["separate", "aligned"] = "separate"  # projections of the memory's own, or one map into the space that each block's own read
     source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     kv_projection: bool = True  # memory enters keys and values
-    residual: bool = True  # memory is added to the block's input
+    residual: bool | Literal["projected"] = True  # memory is added to the block's input, or a map of it as large as that input
     gate_channels: int | None = None  # channels that the gates read; None = all
     blocks: tuple[int, ...] | None = None  # blocks that receive memory, 1..L; None = all
     memory_norm: Literal["rms", "final"] = "rms"  # parameter-free RMSNorm, or the backbone's own final norm
@@ -209,6 +209,9 @@ class OptimizerConfig:
     injection_lr: float = 0.5  # b and g
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
+    memory_map_scale: float = 1.0  # times the rates of the memory's matrices: projections and maps
+    memory_gate_scale: float = 1.0  # times the rates of the memory's gates
+    memory_gain_scale: float = 1.0  # times the rates of g
     reference_batch_tokens: int = 524288  # all rates times sqrt(batch_tokens / this)
     rate_scale: float = 1.0  # all rates times this: the axis that a search of rates varies
     kind: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for adapted models
@@ -335,16 +338,7 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
         errors.append(f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; a block number is a whole number 1..L")
     elif isinstance(source, int) and source < 1:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
-    if c.projection == "aligned" and c.sharing == "layerwise":
-        errors.append(
-            'recurrence.projection = "aligned" with recurrence.sharing = "layerwise": the aligned projection is one map that all blocks share, '
-            'because each block\'s own key and value matrices read it; leave sharing out, or use projection = "separate"'
-        )
-    if c.projection == "aligned" and not c.kv_projection:
-        errors.append(
-            'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false, because it brings memory into keys and '
-            "values: leave one of them out"
-        )
+    errors += entry_errors(c)
     if not c.kv_projection and not c.residual:
         errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
     if c.blocks is not None and len(c.blocks) == 0:
@@ -390,7 +384,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
     if t.init_from is not None and t.branch_from is not None:
         errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
-    errors += schedule_errors(r.schedule) + entrance_errors(r)
+    errors += schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
             try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lrt.loss import IGNORE
+from lrt.recurrence import into_residual
 from lrt.schedules import Interleaved, Refine, single
 from lrt.types import MemoryInput, Schedule, at_least_float32
 
@@ -121,9 +122,9 @@ def look(block: Any, hidden: Tensor, memory: MemoryInput, context: Any) -> dict[
     seen = {"received": memory.state.ne(0).any(-1)}
     entered = block.block.enter(hidden, context)
     if memory.gain is not None:
-        injected = memory.gain.to(entered.dtype) * memory.state
-        seen["injection_ratio"] = _ratio(injected, entered)
-        entered = entered + injected
+        added = into_residual(entered, memory)
+        seen["injection_ratio"] = _ratio(added, entered)
+        entered = entered + added
     if block.gate is None:
         return seen
     projection = block.block.project(entered, context)

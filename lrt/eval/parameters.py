@@ -21,6 +21,8 @@ def recurrence_statistics(model: Any) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     if model.injection is not None:
         found["gains"] = _whole(model.injection.gains).tolist()
+    if model.recurrence.residual == "projected":
+        found["residual_map_rms"] = [_rms(model.injection.map.weight)]
     blocks = [model.blocks[index] for index in model.receivers]
     gates = [block.gate for block in blocks if block.gate is not None]
     if gates:

@@ -60,20 +60,21 @@ def graded_work(model: LatentRecurrentModel, schedule: Schedule, length: int) ->
 def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
-    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to (by count, not by
-    measurement). FlexAttention reads keys and values of all S groups in natural order, and keeps that copy for each
+    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to, and projected residuals what
+    they add (by count, not by measurement). FlexAttention reads keys and values of all S groups in natural order, and keeps that copy for each
     subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)
     config = getattr(model.backbone, "config", None)
     cut = isinstance(config, ModelConfig) and config.attention_reset is not None
-    pairs, inputs = 0.0, 0.0
+    pairs, inputs, recurrence = 0.0, 0.0, model.recurrence
+    added = 0 if recurrence is None else (recurrence.projection == "aligned") + (recurrence.residual == "projected")
     for index, block in enumerate(model.blocks):
         window = None if block.window is None or block.window >= length - 1 else block.window
         reordered = cut or takes_mask(length=length, groups=subsets, window=window)
         runs = sum(part.positions for part in work if part.received and part.start <= index < part.stop)
         pairs += runs * ((block.projection is not None) + reordered * (subsets - 1))
-        inputs += runs * (model.recurrence is not None and model.recurrence.projection == "aligned" and index in model.receivers)
+        inputs += runs * added * (index in model.receivers)
     return 2.0 * model.backbone.kv_heads * model.backbone.head_dim * pairs + model.backbone.width * inputs
 
 
@@ -144,12 +145,13 @@ def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
 
     runs = [sum(part.start <= index < part.stop for part in work) for index in range(len(model.blocks))]
     own = sum(trained(block) * max(1, min(count, 1 + TWINS)) for block, count in zip(model.blocks, runs))
-    return own + trained(model.memory_projection) * max(1, min(sum(part.received for part in work), 1 + TWINS))
+    shared = trained(model.memory_projection) + trained(model.injection)
+    return own + shared * max(1, min(sum(part.received for part in work), 1 + TWINS))
 
 
 def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:
     """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one shape."""
-    modules = [module for module in (model.blocks, model.memory_projection) if module is not None]
+    modules = [module for module in (model.blocks, model.memory_projection, model.injection) if module is not None]
     shapes = Counter(tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad)
     stacks = [count * math.prod(shape) for shape, count in shapes.items()]
     return sum(stacks), max(stacks, default=0)

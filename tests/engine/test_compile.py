@@ -25,6 +25,7 @@ from lrt.train.timetable import Stretch, Timetable
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 ALONE = World(0, 1, torch.device("cpu"), sharded=False)
+ALIGNED = {"projection": "aligned", "residual": "projected"}
 EAGER = ParallelConfig(compile=False, param_dtype="float32")
 
 
@@ -56,12 +57,12 @@ def graphs_of(step):
 # ------------------------------------------------------------------ graphs
 
 
-@pytest.mark.parametrize("pattern, windows", [("L", 1), ("SL", 2)])
+@pytest.mark.parametrize("pattern, windows, recurrence, settled", [("L", 1, {}, 2), ("SL", 2, {}, 4), ("L", 1, ALIGNED, 1)])
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_one_graph_a_window_and_kind_of_pass(pattern, windows):
+def test_one_graph_a_window_and_kind_of_pass(pattern, windows, recurrence, settled):
     """All blocks of a window share the graph of a kind of pass: three blocks, and the first is no special case."""
     torch._dynamo.reset()
-    model = small(pattern)
+    model = small(pattern, **recurrence)
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     tokens, targets = batch()
@@ -72,19 +73,20 @@ def test_one_graph_a_window_and_kind_of_pass(pattern, windows):
     assert graphs_of(step(lrt.baseline())) == windows
     assert graphs_of(step(lrt.refine(1))) == windows  # the pass with memory
     assert graphs_of(step(lrt.refine(3))) == 0
-    # The pass with memory and without gradient, and the one whose memory has none to hand on.
-    assert graphs_of(step(lrt.refine(1, settle=1))) == 2 * windows
+    # The pass with memory and without gradient, and the one whose memory has none to hand on; what a map made of it has one.
+    assert graphs_of(step(lrt.refine(1, settle=1))) == settled
     assert graphs_of(step(lrt.refine(2, settle=3))) == 0
     # An initialization that keeps its keys, and one graph a residue: on the CPU the window is in the mask alone.
     assert graphs_of(step(lrt.interleaved(2))) == windows + 2
     assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 2  # residue 0, all of whose neighbours are fresh, and residue 1 where it is not the last
 
 
+@pytest.mark.parametrize("recurrence", [{}, ALIGNED])
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_narrow_passes_compile_no_more_graphs():
+def test_narrow_passes_compile_no_more_graphs(recurrence):
     """What the shared blocks leave is laid out as what a block leaves; numbers and gradients are those of eager blocks."""
     torch._dynamo.reset()
-    model = small(blocks=(2, 3))
+    model = small(blocks=(2, 3), **recurrence)
     eager = copy.deepcopy(model)
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")

@@ -73,6 +73,26 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_p
     assert torch.equal(logits(lrt.load(lrt.save(merged, tmp_path / "merged"))), logits(merged))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_maps_of_the_memory_train_beside_lora_in_the_projections_that_read_them(family: str, tmp_path: Path) -> None:
+    def fresh() -> Any:
+        config = lrt.RecurrenceConfig(projection="aligned", residual="projected", init="identity")
+        return lrt.adapt(make(family, dtype=torch.float32), config)
+
+    model = fresh()
+    before = {name: p.detach().clone() for name, p in model.memory_parameters().items()}
+    expected = logits(model)
+    wrapped = peft.get_peft_model(model, lora(target_modules="all-linear", exclude_modules=["backbone.head"], init_lora_weights=True))
+    torch.testing.assert_close(logits(wrapped), expected, rtol=1e-5, atol=1e-5)
+    train(wrapped)
+    memory = {n.replace("modules_to_save.default.", ""): p for n, p in model.memory_parameters().items() if p.requires_grad}
+    assert memory.keys() == before.keys() and all((p != before[name]).any() for name, p in memory.items())
+    whole = lrt.load(lrt.save(model, tmp_path / "whole"))
+    assert torch.equal(logits(whole), logits(model))
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(whole), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", ["PEFT first", "checkpointing first"])
 def test_checkpointed_blocks_change_no_name(order: str, tmp_path: Path) -> None:
     model = lrt.adapt(decoder())

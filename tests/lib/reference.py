@@ -50,6 +50,11 @@ class Oracle:
             return torch.zeros(self.config.d_model)
         return self.memory[t - 1]
 
+    def added(self, stream, memory):
+        if self.model.recurrence.residual != "projected":
+            return memory
+        return torch.sqrt((stream * stream).mean()).detach() * norm(self.model.injection.map.weight @ memory)
+
     def gate(self, gate, normed):
         return 2 * torch.sigmoid(gate.weight @ normed[: gate.channels])
 
@@ -74,7 +79,7 @@ class Oracle:
                 if backbone.embedding_scales is not None:
                     x[t] = x[t] + backbone.embedding_scales[layer] * start[t]
                 if self.receives(layer) and self.model.injection is not None:
-                    x[t] = x[t] + self.model.injection.gains[self.model.receivers.index(layer)] * memory[t]
+                    x[t] = x[t] + self.model.injection.gains[self.model.receivers.index(layer)] * self.added(x[t], memory[t])
                 normed = norm(x[t])
                 query[t] = (block.query.weight @ normed).view(config.heads, -1)
                 token_value = torch.zeros(config.kv_heads, config.head_dim)

@@ -12,6 +12,7 @@ from lrt.model import build_model
 
 VOCABULARY = 13
 SEPARATOR = 0
+PARTS = ((True, True), (True, False), (False, True), (True, "projected"), (False, "projected"))  # kv_projection and residual
 WAYS = (("shared", "separate"), ("layerwise", "separate"), ("shared", "aligned"))  # sharing and projection
 
 
@@ -42,7 +43,7 @@ def model_configs(draw, layers=st.integers(1, 3), **fixed):
 
 @st.composite
 def recurrence_configs(draw, n_layers, **fixed):
-    parts = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
+    parts = draw(st.sampled_from(PARTS))
     ways = WAYS if parts[0] else WAYS[:2]
     blocks = draw(st.one_of(st.none(), st.lists(st.integers(1, n_layers), min_size=1, unique=True).map(tuple)))
     settings = {

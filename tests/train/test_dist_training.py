@@ -55,6 +55,7 @@ PLANS = {
     "after_step": {},
     "after_forward": {"parallel.reshard": "after_forward"},
     "layerwise": {"recurrence.sharing": "layerwise"},
+    "aligned, projected": {"recurrence.projection": "aligned", "recurrence.residual": "projected"},
     "narrow": {"recurrence.blocks": "[2,3]"},
     "narrow, AC block": {"recurrence.blocks": "[3]", "parallel.activation_checkpointing": "block", "parallel.reshard": "after_forward"},
     "AC block": {"parallel.activation_checkpointing": "block"},

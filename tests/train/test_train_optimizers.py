@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrt.config import OptimizerConfig, TrainingConfig, parse_recipe
+from lrt.config import ModelConfig, OptimizerConfig, RecurrenceConfig, TrainingConfig, parse_recipe
+from lrt.model import build_model
 from lrt.train.optim import muon
-from lrt.train.optim.groups import MuonAdamW, clip_factor, gradient_norm, group_of, parameter_groups
+from lrt.train.optim.groups import MEMORY_GROUPS, MuonAdamW, clip_factor, gradient_norm, group_of, is_memory, parameter_groups
 from lrt.train.optim.rates import Rates, lr_scale, rates_at
 
 SHAPES = {
@@ -163,6 +164,37 @@ def test_adamw_everywhere_has_two_rates():
     groups = {g["name"]: g for g in parameter_groups(named, recipe)}
     assert groups["backbone"]["lr"] == 1e-4 and groups["memory"]["lr"] == 1e-2
     assert [name for name, _ in groups["memory"]["params"]] == ["memory_projection.key.weight"]
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_maps_gates_and_gains_have_rates_of_their_own(kind):
+    """Every parameter of the memory in exactly one group, its rate times its own factor; the backbone's rates stay."""
+    config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=32)
+    ways = ({}, {"sharing": "layerwise"}, {"projection": "aligned", "residual": "projected"})
+    for model in (build_model(config, RecurrenceConfig(**way), device="meta") for way in ways):
+        def rates(model=model, **sets):
+            groups = parameter_groups(model.named_parameters(), small_recipe(**{"optimizer.kind": kind, **sets}))
+            return {name: (group["name"], group["lr"]) for group in groups for name, _ in group["params"]}
+
+        factors = {"memory_map_scale": 3.0, "memory_gate_scale": 5.0, "memory_gain_scale": 7.0}
+        plain, scaled = rates(), rates(**{f"optimizer.{key}": value for key, value in factors.items()})
+        assert plain.keys() == scaled.keys() == {name for name, _ in model.named_parameters()}
+        assert len({group for group, _ in plain.values()} & {*MEMORY_GROUPS}) == (1 if kind == "adamw" else 3)
+        for name, (group, rate) in plain.items():
+            factor = 1.0 if not is_memory(name) else 7.0 if name.endswith("gains") else 5.0 if ".gate." in name else 3.0
+            assert scaled[name][1] == pytest.approx(factor * rate)
+            assert (group in MEMORY_GROUPS) == (scaled[name][0] in MEMORY_GROUPS) == is_memory(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "way"), [("map", {"kv_projection": "false"}), ("gate", {"kv_projection": "false"}), ("gain", {"residual": "false"})]
+)
+def test_rates_of_parts_that_are_not_there_are_refused(key, way):
+    sets = {f"recurrence.{name}": value for name, value in way.items()}
+    with pytest.raises(ValueError, match=rf"optimizer.memory_{key}_scale = 2.0 has no effect with recurrence.{next(iter(way))} = false"):
+        small_recipe(**sets, **{f"optimizer.memory_{key}_scale": 2.0})
+    twin = small_recipe(**{"recurrence": "false", "schedule.kind": "baseline", f"optimizer.memory_{key}_scale": 2.0})
+    assert twin.recurrence is None
 
 
 def test_compiled_parts_do_the_same_in_place_and_once_for_all_rates():

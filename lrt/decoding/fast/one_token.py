@@ -40,8 +40,8 @@ def can_fuse(model: Any) -> bool:
 
 
 def _knows(recurrence: RecurrenceConfig | None) -> bool:
-    """Whether the kernels compute this recurrence; of an aligned projection they know nothing."""
-    return recurrence is None or recurrence.projection == "separate"
+    """Whether the kernels compute this recurrence; of an aligned projection and a projected residual they know nothing."""
+    return recurrence is None or recurrence.projection == "separate" and recurrence.residual != "projected"
 
 
 def fuse(model: Any) -> FusedDecoder:

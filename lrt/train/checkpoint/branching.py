@@ -20,7 +20,10 @@ from lrt.train.optim.groups import is_memory
 from lrt.train.optim.muon import local
 
 SCHEDULE_OF_RATES = ("lr_schedule", "warmup_steps", "warmdown_fraction", "final_lr_fraction")
-RATES = ("matrix_lr", "embedding_lr", "head_lr", "scale_lr", "injection_lr", "adamw_lr", "adamw_memory_lr")
+RATES = (
+    "matrix_lr", "embedding_lr", "head_lr", "scale_lr", "injection_lr", "adamw_lr", "adamw_memory_lr", "memory_map_scale", "memory_gate_scale",
+    "memory_gain_scale",
+)  # fmt: skip
 MAY_DIFFER = {
     *(FREE - {"training.batch_tokens", "data.workers", "data.on_corrupt"}),
     *(f"training.{key}" for key in (*HORIZON, *SCHEDULE_OF_RATES, "init_from", "branch_from")),

@@ -26,20 +26,25 @@ class Group(NamedTuple):
     kind: str  # "muon" | "adamw"
     lr: str  # key of [optimizer]
     by_width: bool = False  # rate times (D / 768)^-0.5
+    scale: str | None = None  # key of [optimizer], a factor of the rate
     betas: tuple[float, float] | None = None  # None = optimizer.betas
 
 
 # Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens / reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
     Group("matrices", r"blocks\.\d+\.block\..*\.weight", "muon", "matrix_lr"),  # the token value's gate too
-    Group("memory_matrices", r"(blocks\.\d+\.(gate|projection\..*)|memory_projection\.(key|value|map))\.weight", "muon", "matrix_lr"),
+    Group(
+        "memory_matrices", r"(blocks\.\d+\.projection\..*|memory_projection\.(key|value|map)|injection\.map)\.weight", "muon", "matrix_lr",
+        scale="memory_map_scale",
+    ),
+    Group("memory_gates", r"blocks\.\d+\.gate\.weight", "muon", "matrix_lr", scale="memory_gate_scale"),
     Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
     Group("head", r"backbone\.head\.weight", "adamw", "head_lr", by_width=True),
     Group("residual_scales", r"backbone\.residual_scales", "adamw", "scale_lr"),
     Group("embedding_scales", r"backbone\.embedding_scales", "adamw", "injection_lr", betas=(0.96, 0.95)),
-    Group("gains", r"injection\.gains", "adamw", "injection_lr"),
-)
-MEMORY_GROUPS = ("memory_matrices", "gains", "memory")  # the last where AdamW has everything
+    Group("gains", r"injection\.gains", "adamw", "injection_lr", scale="memory_gain_scale"),
+)  # fmt: skip
+MEMORY_GROUPS = ("memory_matrices", "memory_gates", "gains", "memory")  # the last where AdamW has everything at one rate
 MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"  # what exists only because of the recurrence
 
 
@@ -92,7 +97,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
             "name": row.name,
             "kind": row.kind,
             "params": members[row.name],
-            "lr": getattr(config, row.lr) * scale * (width if row.by_width else 1.0),
+            "lr": getattr(config, row.lr) * scale * (width if row.by_width else 1.0) * (getattr(config, row.scale) if row.scale else 1.0),
             "betas": (config.momentum, config.second_moment) if row.kind == "muon" else row.betas or config.betas,
             "eps": config.eps,
             "weight_decay": config.weight_decay * (12 / recipe.model.n_layers) ** 2 if row.kind == "muon" else 0.0,
@@ -107,7 +112,13 @@ def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: Optimizer
     common = {"kind": "adamw", "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     backbone = [(name, p) for name, p in trained if not is_memory(name)]
     memory = [(name, p) for name, p in trained if is_memory(name)]
-    sides = (("backbone", backbone, config.adamw_lr), ("memory", memory, memory_lr))
+    parts = {row: getattr(config, row.scale) for row in NATIVE if row.scale is not None}
+    if len(set(parts.values())) == 1:  # one rate, one group
+        sides = [("memory", memory, memory_lr * config.memory_map_scale)]
+    else:
+        of_row = {row: [(name, p) for name, p in memory if re.fullmatch(row.pattern, name)] for row in parts}
+        sides = [(row.name, of_row[row], memory_lr * factor) for row, factor in parts.items()]
+    sides.insert(0, ("backbone", backbone, config.adamw_lr))
     return [{"name": name, "params": params, "lr": lr * scale, **common} for name, params, lr in sides if params]
 
 
