@@ -9,7 +9,7 @@ Legend: B batch, T row length, P positions of the pass, D width, G key/value hea
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,19 +59,19 @@ def _observe(model: Any, input_ids: Tensor, targets: Tensor | None, schedule: Sc
     # Unbound, so that the pass runs over the watched blocks; a generator of its own, so that no other draws differently.
     results = type(model).run(watched, input_ids, schedule, generator=torch.Generator().manual_seed(0))
     last = max(result.plan.group for result in results)
+    final = [result for result in results if result.plan.group == last]
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    here = counted[:, torch.cat([places[result.plan.positions] for result in final])]  # in the order of the passes
     tallies: dict[str, list[Tally]] = defaultdict(lambda: [Tally() for _ in model.receivers])
     source, memory = Tally(), Tally()
-    for number, result in enumerate(results):
-        if result.plan.group != last:
-            continue
-        here = counted[:, result.plan.positions]
-        memory.add(_norm(result.memory)[here])
-        source.add(watched.blocks[model.source - 1].output_norms[number][here])
-        for place, index in enumerate(model.receivers):
-            seen = watched.blocks[index].seen[number]
+    memory.add(_norm(torch.cat([result.memory for result in final], dim=1))[here])
+    for _, norms, mine in _final_calls(watched.blocks[model.source - 1], here):
+        source.add(norms[mine])
+    for place, index in enumerate(model.receivers):
+        for seen, _, mine in _final_calls(watched.blocks[index], here):
             for name, values in seen.items():
                 if name != "received":
-                    tallies[name][place].add(values[here & seen["received"]])
+                    tallies[name][place].add(values[mine & seen["received"]])
     return {name: summaries(parts) for name, parts in {"source_norm": [source], "memory_norm": [memory], **tallies}.items()}
 
 
@@ -83,33 +83,43 @@ class _Watched:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.blocks = [_WatchedBlock(block, is_source=index + 1 == model.source) for index, block in enumerate(model.blocks)]
+        self.blocks = [_WatchedBlock(block) for block in model.blocks]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)
+
+
+def _final_calls(block: _WatchedBlock, here: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """A block's last calls, which together saw every position once, each with its part of ``here`` (B, T).
+
+    A pass is one call of a block, but the true recurrence calls the blocks in its loop once a position.
+    """
+    stop = here.shape[1]
+    for seen, norms in reversed(block.calls):
+        if stop == 0:
+            return
+        start = stop - norms.shape[1]
+        yield seen, norms, here[:, start:stop]
+        stop = start
 
 
 class _WatchedBlock:
     """A RecurrentBlock that runs as always; its arguments are looked at afterwards, when FSDP has gathered its parameters.
 
     Attributes:
-        seen: of each call, numbers (B, P, ...) by name.
-        output_norms: of each call of the source block, (B, P).
+        calls: of each call, numbers (B, P, ...) by name, and the norm (B, P) of what it returned.
     """
 
-    def __init__(self, block: Any, *, is_source: bool) -> None:
-        self._block, self._is_source = block, is_source
-        self.seen: list[dict[str, Tensor]] = []
-        self.output_norms: list[Tensor] = []
+    def __init__(self, block: Any) -> None:
+        self._block = block
+        self.calls: list[tuple[dict[str, Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
     def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any) -> Any:
         out = self._block(hidden, memory, context, kv)
-        self.seen.append({} if memory is None else look(self._block, hidden, memory, context))
-        if self._is_source:
-            self.output_norms.append(_norm(out[0]))
+        self.calls.append(({} if memory is None else look(self._block, hidden, memory, context), _norm(out[0])))
         return out
 
 
