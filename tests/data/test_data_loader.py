@@ -72,7 +72,7 @@ class Operators(TorchDispatchMode):
 
 def test_a_batch_is_made_without_torchs_thread_pool():
     """A copy shared out over two threads of a busy host took 400 times as long, and small models waited for it."""
-    rows = [Row(np.arange(n, n + 1025), 1025 - n, [(0, n, 0)]) for n in range(64)]
+    rows = [Row(np.arange(n, n + 1025), 1025 - n, [(0, n, 0)], [(0, 1025 - n)]) for n in range(64)]
     with Operators() as operators:
         batch = make_batch(rows, SimpleNamespace(name=str))
     assert operators.seen <= {torch.ops.aten.lift_fresh.default}  # what takes up an array, no copy

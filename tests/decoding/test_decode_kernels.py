@@ -72,7 +72,7 @@ def test_a_step_of_its_own_is_used():
     model = build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=7), None)
     state = DecodeState.empty(model, batch=2, capacity=3)
     asked = []
-    fast = SimpleNamespace(one_token=SimpleNamespace(absorb=lambda *given: asked.append(given)))
+    fast = SimpleNamespace(one_token=SimpleNamespace(absorb=lambda *given, row, stop: asked.append(given)))
     tokens, active = torch.tensor([1, 2]), torch.tensor([True, False])
     decoding.absorb(fast, state, tokens, active)
     assert asked == [(state, tokens, active)]
