@@ -71,6 +71,7 @@ def _curves(comparison: Comparison, path: Path) -> str | None:
             panel.set(xlabel=TITLES[axis], title=f"against {SHORT[axis]}")
             if not spent:
                 _say(panel, "not known")
+                panel.set_yticks([])
                 continue
             log = max(spent) > 1.5 * min(spent)
             if log:
