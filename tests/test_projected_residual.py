@@ -145,9 +145,10 @@ def test_decoding_is_true_recurrence_without_the_fused_kernels(recurrence, monke
 
 
 def test_a_ramp_begins_at_nothing_and_turns_by_no_jump(recurrence):
-    """While the map is zero its memory has no direction: nothing is added, and no gradient is infinite."""
+    """While the gains are zero nothing is added, and they have a gradient, because the map keeps its value."""
     model = native(recurrence)
-    entrance = Entrance.of(model.memory_parameters().values(), start=0, steps=4)
+    whole_map = model.injection.map.weight.detach().clone()
+    entrance = Entrance.of(model.named_parameters(), start=0, steps=4)
     plain = model(TOKENS, schedule=lrt.baseline()).logits
     for step in range(-1, 4):
         if step >= 0:
@@ -156,6 +157,7 @@ def test_a_ramp_begins_at_nothing_and_turns_by_no_jump(recurrence):
         out = model(TOKENS, targets=TOKENS, schedule=lrt.refine(2), return_logits=True)
         out.loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert torch.equal(model.injection.map.weight, whole_map) and model.injection.gains.grad.all()  # so that training can begin
         assert ((out.logits - plain).abs().max() < 1e-12) == (step < 0)
     for parameter, whole in zip(entrance.parameters, entrance.wholes):
         torch.testing.assert_close(parameter, whole)

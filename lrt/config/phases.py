@@ -76,9 +76,12 @@ def entrance_errors(r: Any) -> list[str]:
                     f'training.stage = "memory" has nothing to train where {where} is plain: use stage = "all", or passes with memory'
                 )
     for index, (where, c) in enumerate(stretches):
-        if not c.ramp or not with_memory[index]:
+        if not c.ramp:
             continue
-        if any(with_memory[:index]):
+        if not with_memory[index]:
+            if c.kind == "mixture":  # of another kind, unused_errors says so
+                errors.append(f"{where}.ramp = {c.ramp} has no effect: every member of {where}.mix is plain; leave it out")
+        elif any(with_memory[:index]):
             errors.append(
                 f"{where}.ramp = {c.ramp} has no effect: memory came in before; give it to the first phase with memory"
             )

@@ -45,7 +45,8 @@ class Point:
     Attributes:
         runs: their folders.
         seeds: of the runs.
-        amounts: what they spent by axis, mean over seeds: tokens, training FLOPs of every pass, seconds of training.
+        amounts: what they spent by axis, mean over seeds: tokens, training FLOPs of every pass, seconds of training;
+            without seconds where a run goes on from another one, because it knows its own alone.
         scores: bits per byte by memory mode, one a seed.
         unfinished: steps reached and steps of the whole, of a run that is not at its end; None = all are.
     """
@@ -127,9 +128,11 @@ class Comparison:
         return self.curves[0]
 
     def difference(self, curve: Curve, point: Point, *, axis: str) -> Difference | None:
-        """``point`` against the reference at the same amount of ``axis``; None where the reference does not reach."""
+        """``point`` against the reference at the same amount of ``axis``; None where either's is not known, or the reference does not reach."""
+        if axis not in point.amounts or curve is self.reference:
+            return None
         there = interpolate(self.reference, point.amounts[axis], axis=axis)
-        if there is None or curve is self.reference:
+        if there is None:
             return None
         score, spreads = there
         own = point.spread(curve.mode)
@@ -226,6 +229,11 @@ def _read(folder: Path, label: str | None) -> _Run:
         )
     if not files.train:
         raise ValueError(f"{folder} has trained no step: leave it out")
+    if not all("flops" in record for record in files.train):
+        raise ValueError(
+            f"{folder} has steps without training FLOPs: it was trained before they were recorded; leave it out, or "
+            "train it again"
+        )
     try:
         recipe = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError):
@@ -321,10 +329,9 @@ def _distinct(curves: Sequence[Curve]) -> list[Curve]:
 
 def _point(runs: Sequence[_Run]) -> Point:
     modes = [mode for mode in MODES if all(mode in run.scores for run in runs)]
-    amounts = [
-        {"tokens": r.files.last["tokens"], "flops": r.files.last["flops"], "seconds": r.files.seconds()[-1]}
-        for r in runs
-    ]
+    amounts = {axis: [r.files.last[axis] for r in runs] for axis in ("tokens", "flops")}
+    if not any(r.files.goes_on for r in runs):
+        amounts["seconds"] = [r.files.seconds()[-1] for r in runs]
     cut = [
         (r.files.last["step"], r.files.about["steps"])
         for r in runs
@@ -333,7 +340,7 @@ def _point(runs: Sequence[_Run]) -> Point:
     return Point(
         tuple(run.files for run in runs),
         tuple(run.recipe.get("run", {}).get("seed", 1) for run in runs),
-        {axis: statistics.fmean(amount[axis] for amount in amounts) for axis in AXES},
+        {axis: statistics.fmean(spent) for axis, spent in amounts.items()},
         {mode: tuple(run.scores[mode] for run in runs) for mode in modes},
         cut[0] if cut else None,
     )
@@ -347,7 +354,8 @@ def interpolate(curve: Curve, amount: float, *, axis: str) -> tuple[float, list[
 
     The whole is None where the amount lies outside of the curve: nothing is extrapolated.
     """
-    points = sorted((p for p in curve.points if p.unfinished is None), key=lambda p: p.amounts[axis])
+    ended = [p for p in curve.points if p.unfinished is None and axis in p.amounts]
+    points = sorted(ended, key=lambda p: p.amounts[axis])
     for point in points:
         if _same(point.amounts[axis], amount):
             spread = point.spread(curve.mode)

@@ -52,9 +52,12 @@ def _curves(comparison: Comparison, path: Path) -> str | None:
             spent: list[float] = []
             scores: list[float] = []
             for curve, colour in _coloured(comparison):
-                x = [point.amounts[axis] for point in curve.points]
-                y = [point.mean(curve.mode) for point in curve.points]
-                bars = [point.half(curve.mode) or 0.0 for point in curve.points]
+                points = [point for point in curve.points if axis in point.amounts]
+                if not points:
+                    continue
+                x = [point.amounts[axis] for point in points]
+                y = [point.mean(curve.mode) for point in points]
+                bars = [point.half(curve.mode) or 0.0 for point in points]
                 style: Any = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour, "label": curve.label}
                 panel.errorbar(x, y, yerr=bars if any(bars) else None, **style)
                 spent += x
@@ -65,13 +68,17 @@ def _curves(comparison: Comparison, path: Path) -> str | None:
                     late = way[len(way) // 2 :]
                     spent += [x for x, _ in late]
                     scores += [y for _, y in late]
+            panel.set(xlabel=TITLES[axis], title=f"against {SHORT[axis]}")
+            if not spent:
+                _say(panel, "not known")
+                panel.set_yticks([])
+                continue
             log = max(spent) > 1.5 * min(spent)
             if log:
                 panel.set_xscale("log")
             label_amounts(panel.xaxis, spent, log=log, form=FORMS[axis])
             panel.set_xlim((min(spent) / 1.2, max(spent) * 1.2) if log else limits(spent, share=0.1))
             panel.set_ylim(*limits(scores, share=0.1))
-            panel.set(xlabel=TITLES[axis], title=f"against {SHORT[axis]}")
         axes[0][0].set_ylabel("held-out bits per byte")
         _legend(axes[0][0])
     return (
@@ -109,8 +116,7 @@ def _gains(comparison: Comparison, path: Path) -> str | None:
             panel.set_ylim(*limits([*ends, 0.0]))
             panel.set(xlabel=TITLES[axis], title=f"at equal {SHORT[axis]}")
             if not spent:
-                panel.set_xticks([])
-                panel.text(0.5, 0.5, "no common range", transform=panel.transAxes, ha="center", color="#606060")
+                _say(panel, "no common range")
                 continue
             log = max(spent) > 1.5 * min(spent)
             if log:
@@ -239,6 +245,12 @@ def _on_the_way(run: RunFolder, axis: str, mode: str) -> list[tuple[float, float
         if step in records and score is not None:
             found.append((seconds[step] if axis == "seconds" else records[step][axis], score))
     return found
+
+
+def _say(panel: Any, text: str) -> None:
+    """What stands in a panel without points."""
+    panel.set_xticks([])
+    panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color="#606060")
 
 
 def _legend(panel: Any) -> None:

@@ -29,7 +29,7 @@ def scores_table(comparison: Comparison) -> list[list[str]]:
             spent = [
                 amount(point.amounts["tokens"]),
                 f"{point.amounts['flops']:.3g}",
-                f"{point.amounts['seconds']:,.0f}",
+                f"{point.amounts['seconds']:,.0f}" if "seconds" in point.amounts else "-",
             ]
             rows.append([curve.label + note, str(len(point.runs)), *spent, *scores])
     return rows
@@ -149,6 +149,12 @@ def _remarks(comparison: Comparison) -> list[str]:
     remarks = []
     if len(devices) > 1:
         remarks.append(f"Seconds were measured on different devices ({', '.join(devices)}), so they do not compare.")
+    goes_on = [run.folder.name for run in runs if run.goes_on]
+    if goes_on:
+        remarks.append(
+            f"{', '.join(goes_on)}: these go on from other runs, whose tokens and FLOPs they count and whose seconds "
+            "they do not know, so nothing is said at equal seconds."
+        )
     if any(point.unfinished for curve in comparison.curves for point in curve.points):
         remarks.append(
             "Unfinished runs are scored before their rates have fallen, and are in no comparison at equal amounts."
@@ -178,7 +184,7 @@ def _point_json(comparison: Comparison, curve: Curve, point: Point) -> Record:
     return {
         "runs": [str(run.folder) for run in point.runs],
         "seeds": list(point.seeds),
-        **point.amounts,
+        **{axis: point.amounts.get(axis) for axis in AXES},
         "bpb": {
             mode: {"mean": point.mean(mode), "deviation": point.deviation(mode), "seeds": list(point.scores[mode])}
             for mode in point.scores

@@ -7,6 +7,7 @@ Legend: B batch, T row length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lrt.decoding.fast.one_token import can_fuse
 from lrt.decoding.prefill import Prefill
 from lrt.decoding.scoring import score
 from lrt.eval.bpb import Decode
+from lrt.loss import IGNORE
 
 
 def exact_steps(decoder: Any, *, runner: decoding.Runner = decoding.graphed) -> Decode:
@@ -56,13 +58,19 @@ class ByPrefill:
     def __init__(self, model: Any, method: Prefill) -> None:
         self._model = accelerate(model) if next(model.parameters()).device.type == "cuda" else model
         self._method = method
-        self._rows = self._missed = 0
+        self._counts = torch.zeros(2, dtype=torch.int64)  # rows, and those that did not converge
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         nats, report = score(self._model, tokens, targets, prefill=self._method)
-        self._rows += len(tokens)
-        self._missed += report.converged.count(False)
+        held = (targets != IGNORE).any(1).tolist()  # a batch may be filled with rows that hold nothing
+        self._counts += torch.tensor([sum(held), sum(one and not done for one, done in zip(held, report.converged))])
         return nats
 
-    def __str__(self) -> str:
-        return f"{self._method}, {self._missed} of {self._rows} rows not converged"
+    def describe(self, *, total: Callable[[Tensor], Tensor]) -> str:
+        """The method, and how many of the rows that hold a target did not converge.
+
+        Args:
+            total: sums a tensor of the CPU over processes.
+        """
+        rows, missed = total(self._counts.clone()).tolist()
+        return f"{self._method}, {missed} of {rows} rows not converged"

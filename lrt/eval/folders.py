@@ -162,14 +162,14 @@ def evaluate_folder(
     check_finite(model, where=opened.folder)
     tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
     length = row_length(opened, settings)
-    rows = settings.rows or rows_that_fit(model, length)
+    rows = settings.rows or processes.least(rows_that_fit(model, length))  # rows are dealt by this number
     sources = held_out_rows(opened, settings, tokenizer, length=length, rows=rows, processes=processes)
     exact = fastest_exact(model) if "decode" in modes and model.recurrence is not None else None
     way: Decode | None = exact
     how = {"zero": "the initialization forward alone, without memory", "parallel": f"the schedule of training, {model.train_schedule}"}
     if model.recurrence is None:
         how = {mode: "the model has no memory: one score in every mode" for mode in MODES}
-    elif not isinstance(settings.decode, Exact):
+    elif "decode" in modes and not isinstance(settings.decode, Exact):
         way = ByPrefill(model, settings.decode)
     done, total = 0, sum(loader.count_batches() for loader in sources.loaders) * len(modes)
 
@@ -184,13 +184,13 @@ def evaluate_folder(
     for mode, score in scores.items():
         if not math.isfinite(score.value):
             raise ValueError(f"{path}: memory mode {mode} gave nats that are not finite numbers: no score is printed; try --dtype float32")
-    how.setdefault("decode", "true recurrence, exact" if way is exact else f"decode ({way})")
+    how.setdefault("decode", "true recurrence, exact")
     if isinstance(way, ByPrefill):
+        named = way.describe(total=processes.total)  # before the sample, whose rows are scored a second time
         effect = sampled_effect(model, sources, exact=exact, approximate=way)
-        how["decode"] += f"; {effect:+.5f} bits per byte against exact decode on {SAMPLED_ROWS} rows"
+        how["decode"] = f"decode ({named}); {effect:+.5f} bits per byte against exact decode on {SAMPLED_ROWS} rows"
         say(f"decode by {settings.decode}: {effect:+.5f} bits per byte against exact decode on a sample of {SAMPLED_ROWS} rows")
-    named = sources.named()
-    return Evaluation(opened.folder, scores, {mode: how[mode] for mode in scores}, named, sources.fingerprint, seconds)
+    return Evaluation(opened.folder, scores, {mode: how[mode] for mode in scores}, sources.named(), sources.fingerprint, seconds)
 
 
 def sampled_effect(model: Any, batches: Any, *, exact: Decode | None, approximate: Decode) -> float:

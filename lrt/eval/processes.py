@@ -33,6 +33,14 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def least(self, number: int) -> int:
+        """The smallest of what all processes give."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
+
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:

@@ -63,13 +63,18 @@ class RunFolder:
         """Record of the last step; empty before the first."""
         return self.train[-1] if self.train else {}
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it begins from another run's step, whose tokens and FLOPs it counts and whose seconds it does not know."""
+        return bool(self.train) and self.train[0]["step"] > 1
+
     def seconds(self) -> list[float]:
-        """Seconds of training up to every step, without evaluations, compilation and the start of processes.
+        """Seconds of its own training up to every step, without evaluations, compilation and the start of processes.
 
         A step that took far longer than the run's median counts as the median.
         """
         before = [0, *(r["tokens"] for r in self.train[:-1])]
-        if self.train and self.train[0]["step"] > 1:  # it goes on from another run
+        if self.goes_on:
             before[0] = self.train[0]["tokens"] * (1 - 1 / self.train[0]["step"])
         laps = [(r["tokens"] - old) / r["tokens_per_second"] for r, old in zip(self.train, before)]
         median = statistics.median(laps) if laps else 0.0

@@ -29,6 +29,7 @@ from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
 from lrt.padding import alignment, as_ids, columns, packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
 
@@ -51,7 +52,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
     def __init__(self, config: LRTConfig) -> None:
         built = serialization.model_from_config(config.to_dict())
         stored = getattr(config, "adapted", {}).get("attention")
-        backend = config._attn_implementation or (stored if stored in ("eager", "sdpa", "flex_attention") else None)  # flash may be missing here
+        backend = config._attn_implementation or (stored if stored in ATTENTIONS else None)  # flash may be missing here
         PreTrainedModel.__init__(self, config)
         self._take(built)
         if backend is not None:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrt.config import ModelConfig
+from lrt.serialization.decoders import check_attention
 
 SHARED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
@@ -37,6 +38,12 @@ class LRTConfig(PretrainedConfig):
         super().__init__(**known)
         for name, value in later.items():
             setattr(self, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from the table of a folder; the attention that a caller asks for comes in ``kwargs``."""
+        check_attention(config_dict, where="an lrt model")
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_layer_type(self) -> None:
         """Nothing: the type is one that no other library knows, on purpose."""

@@ -15,7 +15,7 @@ from lrt.adaptation import adapt, release, unwrapped
 from lrt.config import RecurrenceConfig
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
-from lrt.serialization.decoders import causal_class, check_table, config_from_table, transformers
+from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, transformers
 from lrt.serialization.fingerprint import fingerprint, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
@@ -120,7 +120,7 @@ def load_whole(
     state = {ours[name]: t.own() for name, t in tensors.items() if name in ours}
     # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
     backend = config["adapted"].get("attention")
-    more = {"attn_implementation": backend} if backend in ("eager", "sdpa", "flex_attention") else {}
+    more = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
     decoder = type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
     model = _adapt_as(decoder.to(device), config, train_schedule=train_schedule)

@@ -17,6 +17,7 @@ from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
 
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+ATTENTIONS = ("eager", "sdpa", "flex_attention")  # part of torch; a config may name no other
 INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
 
 
@@ -134,6 +135,7 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
         raise ValueError(f"{where} is quantized, and its matrices cannot train: save it dequantized first")
     if table.get("transformers_weights") is not None:
         raise ValueError(f"{where}: config.json names its own file of weights (transformers_weights): rename that file to {WEIGHTS}")
+    check_attention(table, where=where)
     for path, value in _leaves(table):
         if path[-1].endswith("_implementation") and "/" in str(value):
             raise ValueError(f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub: leave it out")
@@ -141,6 +143,20 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
             raise ValueError(f"{where}: config.json names {value} layers ({'.'.join(path)}), but at most {MOST_LAYERS} are built: it was changed")
         if "auto_map" in path[1:]:
             raise ValueError(f"{where}: config.json names code for a part of the model ({'.'.join(path)}), and lrt runs no code of a folder")
+
+
+def check_attention(table: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a config.json that chooses an attention which transformers would fetch from the hub where it is not installed.
+
+    Raises:
+        ValueError: it names another one than those of ``ATTENTIONS``.
+    """
+    for path, value in _leaves(table):
+        if value is not None and value not in ATTENTIONS and any(part.endswith("attn_implementation") for part in path):
+            raise ValueError(
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub where it is not installed: leave it "
+                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call set_attn_implementation"
+            )
 
 
 def read_json(path: Path, *, where: str) -> dict[str, Any]:

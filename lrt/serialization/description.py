@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lrt.lora import put_adapter
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
+from lrt.serialization.decoders import check_attention, read_json
 from lrt.serialization.renewal import config_file
 from lrt.types import Schedule
 
@@ -85,17 +85,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a saved folder.
 
     Raises:
-        ValueError: there is none, or it is not JSON, or of a newer format.
+        ValueError: there is none, or it is not JSON, of a newer format, or was changed.
     """
     path = config_file(folder)
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that lrt.save wrote")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or "lrt_format" not in config:
+    config = read_json(path, where=str(folder))
+    if "lrt_format" not in config:
         raise ValueError(f"{path}: not written by lrt.save (no lrt_format); to adapt a plain decoder use lrt.adapt")
+    if type(config["lrt_format"]) is not int:
+        raise ValueError(f"{path}: lrt_format = {config['lrt_format']!r}, but a model that lrt wrote has a whole number there: it was changed")
+    check_attention(config, where=str(path))
     if config["lrt_format"] > FORMAT:
         raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
     if config.get("model_type") != "lrt":

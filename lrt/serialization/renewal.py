@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lrt.serialization.permissions import usual_permissions
+from lrt.serialization.syncing import sync
 
 WRITING, WRITTEN, LIST = ".lrt-writing", ".lrt-written", ".files.json"
 # What a save owns, and therefore removes where the new model has no such file. What else lies there (a tokenizer, a trainer's state) stays.
@@ -42,9 +43,11 @@ def renewed_folder(folder: str | Path) -> Iterator[Path]:
         yield place
         usual_permissions(place)
         names = sorted(file.name for file in place.iterdir())
-        usual_permissions(place)
         (place / LIST).write_text(json.dumps(names), encoding="utf-8")
+        for path in (*place.rglob("*"), place):
+            sync(path)
         place.rename(folder / WRITTEN)
+        sync(folder)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lrt.train.optim.groups import is_memory
 from lrt.train.optim.muon import local
 from lrt.train.timetable import Timetable
+
+MAP = "injection.map.weight"  # keeps its value: a map and gains that are both zero never get a gradient, and gains of zero add nothing
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,15 @@ class Entrance:
     steps: int
 
     @classmethod
-    def of(cls, parameters: Iterable[nn.Parameter], *, start: int, steps: int) -> Entrance:
-        """Take the parameters' present values as what they are to receive, and set them to zero."""
-        chosen = tuple(parameters)
+    def of(cls, named: Iterable[tuple[str, nn.Parameter]], *, start: int, steps: int) -> Entrance:
+        """Take the memory's present values as what it is to receive, and set it to zero.
+
+        Args:
+            named: parameters of the model with their names; those of the recurrence are taken, but for ``MAP``.
+            start: first step of the ramp.
+            steps: length of the ramp.
+        """
+        chosen = tuple(parameter for name, parameter in named if is_memory(name) and name != MAP)
         entrance = cls(chosen, tuple(p.detach().clone() for p in chosen), start, steps)
         entrance.clear()
         return entrance
@@ -51,12 +60,12 @@ class Entrance:
             )
 
 
-def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter], *, began: int = 0) -> Entrance | None:
+def open_entrance(timetable: Timetable, named: Iterable[tuple[str, nn.Parameter]], *, began: int = 0) -> Entrance | None:
     """The ramp into the first phase with memory, the parameters set to zero; None where the recipe asks for none.
 
     Args:
         timetable: of the run.
-        memory: the parameters of the recurrence, with their initial values.
+        named: parameters of the model with their names, those of the recurrence with their initial values.
         began: step at which the run began: a branch may begin inside the phase.
 
     Raises:
@@ -71,4 +80,4 @@ def open_entrance(timetable: Timetable, memory: Iterable[nn.Parameter], *, began
             f"schedule ramp = {stretch.ramp}, but the phase with memory has {max(0, stretch.stop - start)} steps from step "
             f"{start} on, where this branch begins: use at most so many"
         )
-    return Entrance.of(memory, start=start, steps=stretch.ramp)
+    return Entrance.of(named, start=start, steps=stretch.ramp)

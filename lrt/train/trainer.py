@@ -115,7 +115,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
-    entrance = open_entrance(timetable, memory, began=state.began)
+    entrance = open_entrance(timetable, named_parameters(model), began=state.began)
     if resumed is None and recipe.training.init_from is not None:
         warm_start(model, recipe.training.init_from, world)
     if begun is None:

@@ -193,6 +193,14 @@ MEMORY = 'until = 1, kind = "refine"'
             phases('until = 1, kind = "baseline", ramp = 3'),
             "schedule.phases[0].ramp = 3 has no effect with schedule.phases[0].kind = 'baseline'",
         ),
+        (
+            ["schedule.kind=mixture", 'schedule.mix=[{share = 1, kind = "baseline"}]', "schedule.ramp=5"],
+            "schedule.ramp = 5 has no effect: every member of schedule.mix is plain; leave it out",
+        ),
+        (
+            phases('until = 0.5, kind = "mixture", ramp = 5, mix = [{share = 1, kind = "baseline"}]', MEMORY),
+            "schedule.phases[0].ramp = 5 has no effect: every member of schedule.phases[0].mix is plain; leave it out",
+        ),
         (["schedule.phases=[3]"], "schedule.phases[0] = 3: expected a table"),
         (["schedule.phases=3"], "schedule.phases = 3: expected a list"),
         ([*phases(END), "schedule.kind=baseline"], "schedule.kind = 'baseline' has no effect beside schedule.phases"),

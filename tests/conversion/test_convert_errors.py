@@ -130,7 +130,13 @@ def test_an_unexpected_tensor(place):
 
 
 @pytest.mark.parametrize(
-    ("text", "match"), [("{", "not valid JSON"), ('{"model_type": "llama"}', "no lrt_format"), ('{"lrt_format": 99}', "update lrt")]
+    ("text", "match"),
+    [
+        ("{", "not valid JSON"), ("[" * 200_000, "config.json is not valid JSON"), ("3", "config.json is not a JSON object"),
+        ('{"model_type": "llama"}', "no lrt_format"), ('{"lrt_format": 99}', "update lrt"),
+        ('{"lrt_format": "1"}', "config.json: lrt_format = '1', but a model that lrt wrote has a whole number there"),
+        ('{"lrt_format": null}', "config.json: lrt_format = None, but"), ('{"lrt_format": true}', "config.json: lrt_format = True, but"),
+    ],
 )
 def test_a_config_that_cannot_be_read(place, text, match):
     (place / "ours" / "config.json").write_text(text)

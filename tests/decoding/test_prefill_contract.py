@@ -75,7 +75,8 @@ def test_a_prompt_may_come_in_parts(model, row, cut, chunk, data):
     second = prefill.run(model, tokens[:, cut:], state=first.state, method=data.draw(st.sampled_from(methods)))
     torch.testing.assert_close(second.state.memory, whole.memory)
     torch.testing.assert_close(next_logits(model, second.state), next_logits(model, whole))
-    still = any(done.report.residual[row] == 0 and not done.state.exact[row] for done in (first, second) for row in range(len(tokens)))
+    settling = [done for done in (first, second) if done.report.method.startswith("fixed_point")]
+    still = any(done.report.residual[row] == 0 and not done.state.exact[row] for done in settling for row in range(len(tokens)))
     assert second.state.exact.all() or still  # a fixed point that is reached before it is certain: a source that hardly feels the memory
     for a, b in zip((*first.state.keys, first.state.memory), (*before.keys, before.memory)):
         assert torch.equal(a, b)  # the state that was continued is as it was

@@ -110,6 +110,23 @@ def test_seeds_that_branch_from_runs_of_their_own_are_one_setting(tmp_path):
     assert (curve.label, curve.points[0].seeds) == ("branch", (1, 2))
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_that_goes_on_from_another_has_no_seconds(tmp_path, both):
+    """Its tokens and FLOPs are those of both runs, so its own seconds alone would look far too fast."""
+    write_run(tmp_path / "plain", plain=True, first=41 if both else 1)
+    write_run(tmp_path / "branch", first=41, gain=0.02)
+    found = compare([tmp_path])
+    assert [c.label for c in found.curves] == ["plain", "branch"]
+    curve = found.curves[1]
+    assert curve.points[0].amounts == {"tokens": 100 * M, "flops": 6e6 * 100 * M}
+    assert found.difference(curve, curve.points[0], axis="tokens").relative == pytest.approx(-0.02, rel=1e-2)
+    assert found.difference(curve, curve.points[0], axis="seconds") is None
+    assert scores_table(found)[2][:5] == ["branch", "1", "100M", "6e+14", "-"]
+    assert to_json(found)["settings"][1]["points"][0]["seconds"] is None
+    text = write_report(found, tmp_path / "report").read_text()
+    assert "branch: these go on from other runs" in text and "nothing is said at equal seconds" in text
+
+
 def test_documents_in_pairs(tmp_path):
     """Both seeds of a setting are averaged; the difference is exact, and so is its interval where documents agree."""
     index, size = np.arange(40), np.full(40, 100)
@@ -159,6 +176,12 @@ def test_different_data_are_refused_unless_asked_for(tmp_path):
         compare([a, b])
 
 
+def without_flops(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({k: v for k, v in record.items() if k != "flops"}) + "\n" for record in records]
+    (run / "metrics.jsonl").write_text("".join(lines))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -169,6 +192,10 @@ def test_different_data_are_refused_unless_asked_for(tmp_path):
         (
             lambda run: write_run(run, bpb={"decode": None, "zero": 1.0}),
             "bits per byte in decode are no number: the run has diverged",
+        ),
+        (
+            lambda run: without_flops(write_run(run)),
+            "run has steps without training FLOPs: it was trained before they were recorded; leave it out",
         ),
         (lambda run: run.mkdir(), "holds no run: name the folder of a run"),
         (lambda run: write_run(run).joinpath("recipe.toml").unlink(), "holds no recipe.toml"),

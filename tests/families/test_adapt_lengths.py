@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_decoders import make, stir
+from hf_decoders import make, rotation, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +22,7 @@ _made: dict[str, Any] = {}
 
 def decoder(kind: str = "phi3") -> Any:
     more = {"hidden_size": 32, "sliding_window": None, "original_max_position_embeddings": BORDER} if kind == "phi3" else {"head_dim": 8}
-    return make(kind, rope_parameters=dict(LONG), max_position_embeddings=4 * BORDER, **more)
+    return make(kind, max_position_embeddings=4 * BORDER, **rotation(**LONG) | more)
 
 
 def stirred(kind: str) -> Any:
@@ -121,7 +121,7 @@ def test_a_state_and_a_cache_keep_one_set_of_factors(tmp_path: Any) -> None:
 
 def test_a_rotation_with_a_factor_for_every_length_ends_at_its_border() -> None:
     dynamic = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
-    original = make("llama", rope_parameters=dynamic, max_position_embeddings=BORDER)
+    original = make("llama", **rotation(**dynamic), max_position_embeddings=BORDER)
     model, prompt = stir(lrt.adapt(original)), tokens(BORDER - 3, 3)
     expected = greedy(model, prompt, 3)
     assert torch.equal(lrt.generate(model, prompt, max_new_tokens=4, temperature=0.0)[:, :BORDER], expected)

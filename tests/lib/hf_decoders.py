@@ -121,6 +121,16 @@ def make(family: str, *, seed: int = 0, layers: int = 3, attention: str | None =
     return decoder.to(dtype).eval()
 
 
+def rotation(**settings: Any) -> dict[str, Any]:
+    """RoPE settings as the installed version of transformers takes them."""
+    import transformers
+
+    if hasattr(transformers.LlamaConfig(), "rope_parameters"):
+        return {"rope_parameters": settings}
+    apart = {key: settings.pop(key) for key in ("rope_theta", "original_max_position_embeddings") if key in settings}
+    return {"rope_scaling": {"type" if key == "rope_type" else key: value for key, value in settings.items()}, **apart}
+
+
 def stir(model: Any, *, seed: int = 1, size: float = 0.2) -> Any:
     """Give the memory parameters random values, so that memory matters."""
     generator = torch.Generator().manual_seed(seed)

@@ -17,15 +17,18 @@ def score(tokens, *, gain=0.0, seed=1):
 
 def write_run(
     folder, *, tokens=100_000_000, seed=1, plain=False, cost=1.0, gain=0.0, speed=1e6, data="abc", evaluate=True,
-    steps=STEPS, bpb=None, overrides=(), about=True, buckets=4, every=10,
+    first=1, steps=STEPS, bpb=None, overrides=(), about=True, buckets=4, every=10,
 ):  # fmt: skip
-    """One run; ``cost`` times the FLOPs and 1 / cost of the speed of the plain twin, ``gain`` less bits per byte."""
+    """One run; ``cost`` times the FLOPs and 1 / cost of the speed of the plain twin, ``gain`` less bits per byte.
+
+    ``first`` is the first step; past 1 the run goes on from another one.
+    """
     folder.mkdir(parents=True)
     off = ("recurrence=false", "schedule.kind=baseline") if plain else ()
     sets = [f"run.seed={seed}", f"training.tokens={tokens}", f"run.name={folder.name}", *off, *overrides]
     (folder / "recipe.toml").write_text(dump_recipe(lrt.load_recipe("lrt_tiny", overrides=sets)))
     noise, records = random.Random(seed), []
-    for step in range(1, steps + 1):
+    for step in range(first, steps + 1):
         done = tokens * step // STEPS
         loss = 1.0 + 3.0 * math.exp(-step / 6) + 0.02 * noise.random() - 0.1 * gain
         records.append({

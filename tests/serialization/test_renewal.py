@@ -73,6 +73,22 @@ def test_the_new_model_is_read_and_nothing_stale_is_left(old: str, write: Any, t
     assert (folder / "optimizer.pt").read_text() == "mine"
 
 
+def test_a_model_is_on_the_disk_before_it_is_declared_written(tmp_path: Path, monkeypatch: Any) -> None:
+    synced, seen, rename = set(), [], Path.rename
+
+    def declare(place: Path, target: Path) -> Path:
+        seen.extend(path for path in (*place.rglob("*"), place) if path.stat().st_ino not in synced)
+        assert len(list(place.iterdir())) > 3
+        synced.clear()
+        return rename(place, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", declare)
+    with renewed_folder(tmp_path / "folder") as place:
+        write_model(adapted(1), place, shard_size=9000)
+    assert not seen and (tmp_path / "folder").stat().st_ino in synced
+
+
 def killed_at(count: int, act: Callable[[], Any], folder: Path) -> bool:
     """Run ``act`` in a child that dies, without any cleaning up, at the count-th change of ``folder``; whether it died."""
     child = os.fork()

@@ -134,7 +134,11 @@ def test_code_of_a_folder_never_runs(words: str, unasked: Path, tmp_path: Path, 
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "a kernel": ({"attn_implementation": "owner/kernel"}, "'owner/kernel' in attn_implementation, a kernel to be fetched from the hub"),
+    "a kernel": ({"attn_implementation": "owner/kernel"}, "'owner/kernel' in .*attn_implementation, a kernel to be fetched from the hub"),
+    "flash attention": ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' in .*attn_implementation, a kernel to be fetched from"),
+    "a newer one": ({"_attn_implementation": "flash_attention_3"}, "'flash_attention_3' in .*attn_implementation, a kernel to be fetched from"),
+    "attention by part": ({"attn_implementation": {"text_config": "flash_attention_2"}}, "in .*attn_implementation.text_config, a kernel"),
+    "attention of a part": ({"text_config": {"attn_implementation": "flash_attention_2"}}, "in .*text_config.attn_implementation, a kernel"),
     "a kernel of experts": ({"experts_implementation": "owner/kernel"}, "a kernel to be fetched"),
     "a part": ({"vision_config": {"auto_map": MAP}}, r"code for a part of the model \(vision_config.auto_map"),
     "quantized": ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized, .*: save it dequantized first"),
@@ -155,6 +159,22 @@ def test_what_a_config_would_fetch_is_refused(name: str, unasked: Path, tmp_path
     (tmp_path / "ours" / "config.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match=text):
         lrt.load(tmp_path / "ours")
+
+
+def test_attention_in_the_config_of_our_folder_is_refused_and_may_be_asked_for(tmp_path: Path) -> None:
+    import transformers
+
+    folder = lrt.save(lrt.adapt(llama()), tmp_path / "ours")
+    chosen = transformers.AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    assert chosen._attn_implementation == "eager"
+    table = json.loads((folder / "config.json").read_text())
+    for allowed in (None, "sdpa"):
+        (folder / "config.json").write_text(json.dumps(table | {"attn_implementation": allowed}))
+        lrt.load(folder)
+    (folder / "config.json").write_text(json.dumps(table | {"attn_implementation": "flash_attention_2"}))
+    for opened in (lrt.load, transformers.AutoConfig.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="'flash_attention_2' in attn_implementation, a kernel to be fetched from the hub"):
+            opened(folder)
 
 
 def test_a_known_decoder_with_code_beside_it_opens_without_the_code(unasked: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,15 @@ def test_plain_decoders_adapted_ones_and_the_memory_alone(evaluate, text, tmp_pa
     assert code == 2 and "holds a whole model: leave --base out" in err
 
 
+def test_memory_modes_without_decode_run_no_decode(evaluate, text, tmp_path, monkeypatch):
+    """Approximate decoding is held against exact decoding only where mode decode is scored at all."""
+    place = saved(small(), tmp_path / "model")
+    _, zero, _ = evaluate(place, "--data", text, "--memory", "zero")
+    monkeypatch.setattr("lrt.eval.folders.sampled_effect", lambda *_, **__: pytest.fail("rows were decoded"))
+    code, found, err = evaluate(place, "--data", text, "--memory", "zero", "--decode", "fixed_point")
+    assert code == 0 and found["bpb"] == zero["bpb"] and "exact decode" not in err
+
+
 @pytest.mark.dist
 def test_processes_share_the_rows(evaluate, text, tmp_path):
     place = saved(small(), tmp_path / "model")
@@ -188,6 +198,36 @@ def test_processes_share_the_rows(evaluate, text, tmp_path):
     assert (together["tokens"], together["documents"]) == (alone["tokens"], alone["documents"])
     for mode, score in together["bpb"].items():
         assert score["value"] == pytest.approx(alone["bpb"][mode]["value"], rel=1e-6) and score["ci"] == pytest.approx(alone["bpb"][mode]["ci"])
+
+
+# Started by torchrun: the memory that is free on each GPU lets the second process hold one row more.
+UNEQUAL = """
+import os, sys
+from lrt.commands import evaluate
+from lrt.eval import folders
+folders.rows_that_fit = lambda model, length: 3 + int(os.environ["RANK"])
+sys.exit(evaluate.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.dist
+def test_processes_agree_on_rows_and_count_those_of_all(evaluate, text, tmp_path):
+    place = saved(small(), tmp_path / "model")
+    given = [place, "--data", text, "--memory", "decode", "--decode", "refine:1"]
+    _, alone, _ = evaluate(*given, "--rows", 1)
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "unequal.py"]
+    surroundings = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
+    out = subprocess.run([*map(str, [*command, *given])], capture_output=True, text=True, timeout=200, env=surroundings)
+    assert out.returncode == 0, out.stderr
+    together = json.loads(out.stdout.splitlines()[-1])
+    assert (together["tokens"], together["bytes"], together["documents"]) == (alone["tokens"], alone["bytes"], alone["documents"])
+    one, two = (found["bpb"]["decode"] for found in (alone, together))
+    assert two["value"] == pytest.approx(one["value"], rel=1e-6)
+    rows = -(-(sum(1 + len(document) for document in TEXT.split("\n\n")) - 1) // 32)
+    assert rows % 6  # so the last batches are filled
+    for how in (one["how"], two["how"]):
+        assert how.startswith(f"decode (refine(1), {rows} of {rows} rows not converged)")
 
 
 # ------------------------------------------------------------------ bad input

@@ -12,9 +12,9 @@ from phase_runs import MIX, TINY, is_of_memory, steps_of, tensors_at, tiny
 
 import lrt
 from lrt.accounting import count_parameters, training_flops
-from lrt.config import ScheduleConfig, parse_recipe
+from lrt.config import ScheduleConfig, dump_recipe, parse_recipe
 from lrt.schedules import Mixture
-from lrt.train.checkpoint import latest, read_rest, step_of
+from lrt.train.checkpoint import check_same_run, latest, read_rest, step_of
 from lrt.train.checkpoint.starting_model import shapes_of
 from lrt.train.horizon import plan_horizon
 from lrt.train.monitor.metrics import read_records
@@ -121,6 +121,27 @@ def test_compute_is_what_the_twin_would_spend_on_so_many_tokens():
     )  # frozen matrices get no gradient
     with pytest.raises(ValueError, match="training has steps and compute: give exactly one of"):
         parse_recipe("", overrides=["training.steps=1", "training.compute=5"])
+
+
+def test_dearer_phases_at_equal_compute_are_a_shorter_run(tmp_path):
+    """Steps that cost more are fewer, so the rates so far would have been others."""
+
+    def check(*sets, compute=256 * 1000):
+        recipe = parse_recipe(TINY, overrides=["training.steps=none", f"training.compute={compute}", LATE, *sets])
+        (tmp_path / "recipe.toml").exists() or (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+        steps = plan_horizon(recipe, count_parameters(shapes_of(recipe)), world_size=1).steps
+        check_same_run(tmp_path, recipe, steps=steps, planned=planned or steps, finished=False, same_past=True)
+        return steps
+
+    planned = 0
+    planned = check()
+    dear = LATE.replace("passes=1", "passes=2")
+    with pytest.raises(ValueError, match=r"trained with other settings: schedule.phases = .*passes': 2"):
+        check(dear)
+    assert check(dear, compute=256 * 2000) > planned  # more compute makes up for it
+    assert check("training.batch_tokens=512") < planned  # as long a run in larger batches
+    with pytest.raises(ValueError, match="trained with other settings: training.compute = "):
+        check(compute=256 * 500)
 
 
 # ------------------------------------------------------------------ runs

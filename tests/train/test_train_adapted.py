@@ -360,3 +360,17 @@ def test_folders_that_hold_something_else(folder, finished, tmp_path):
 
 if __name__ == "__main__":
     two_ranks(sys.argv[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("3", "config.json is not a JSON object"), ("[" * 200_000, "config.json is not valid JSON"),
+        ('{"lrt_format": "1"}', "config.json: lrt_format = '1', but a model that lrt wrote has a whole number there"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(text, match, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    for opened in (shapes_of, read_backbone):
+        with pytest.raises(ValueError, match=match):
+            opened(recipe_for(tmp_path, tmp_path / "runs"))

@@ -186,6 +186,12 @@ def test_maps_gates_and_gains_have_rates_of_their_own(kind):
             assert (group in MEMORY_GROUPS) == (scaled[name][0] in MEMORY_GROUPS) == is_memory(name)
 
 
+def test_a_parameter_of_the_memory_that_no_row_matches_is_refused_at_unequal_rates():
+    named = [("memory_projection.shift.weight", torch.nn.Parameter(torch.zeros(4, 4)))]
+    with pytest.raises(ValueError, match="parameter 'memory_projection.shift.weight' .* matches none of the optimizer's groups"):
+        parameter_groups(named, small_recipe(**{"optimizer.kind": "adamw", "optimizer.memory_gain_scale": 2.0}))
+
+
 @pytest.mark.parametrize(
     ("key", "way"), [("map", {"kv_projection": "false"}), ("gate", {"kv_projection": "false"}), ("gain", {"residual": "false"})]
 )

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lrt.config import CheckpointConfig, Recipe, dump_recipe
+from lrt.serialization.syncing import sync
 from lrt.serialization.tensors import open_file
 from lrt.train.checkpoint.verifying import COMPLETE, FORMAT, Written, candidates, incomplete, rank_file, step_of
 
@@ -248,12 +249,12 @@ class CheckpointManager:
         problem = incomplete(folder)
         if problem is not None:
             raise OSError(f"{problem}; the folder must be shared by all ranks")
-        _sync_folder(folder)
+        sync(folder)
         target = self.folder / folder.name.removeprefix(".writing_")
         if target.exists():  # it could not be used, or this run would have gone on from it
             _set_aside(target, self._report)
         folder.rename(target)
-        _sync_folder(self.folder)
+        sync(self.folder)
         if prune:
             self._prune(step_of(target))
 
@@ -288,11 +289,3 @@ def _write_synced(path: Path, content: bytes, written: dict[str, Written]) -> No
         file.flush()
         os.fsync(file.fileno())
     written[path.name] = Written(len(content), zlib.crc32(content))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

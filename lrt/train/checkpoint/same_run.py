@@ -153,7 +153,9 @@ def check_same_run(
             f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. Choose another run.name: {on}"
         )
     if _is_shorter(there, recipe, steps=steps, planned=planned):
-        refused += [c for c in every if c.key.removeprefix("training.") in HORIZON]
+        by_cost = "schedule" if recipe.training.compute is not None else None  # dearer phases bring the end nearer
+        of_length = [c for c in every if c.key.removeprefix("training.") in HORIZON or c.key.split(".")[0] == by_cost]
+        refused += [c for c in of_length if c not in refused]
     if refused:
         raise ValueError(
             f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. Going on would record a mixture of both as one run: "
@@ -165,8 +167,11 @@ def _is_shorter(there: Recipe, here: Recipe, *, steps: int, planned: int | None)
     """Whether the horizon has come nearer: rates so far would have been others."""
     for key in HORIZON:
         a, b = getattr(there.training, key), getattr(here.training, key)
-        if a is not None and b is not None:
+        if a is not None and b is not None and (b < a or key != "compute"):
             return bool(b < a)
+    if there.training.compute is not None and here.training.compute is not None:  # what the phases cost decides on the steps too
+        same_batch = there.training.batch_tokens == here.training.batch_tokens  # larger batches make fewer steps as long a run
+        return same_batch and planned is not None and steps < planned
     return planned is not None and steps < planned
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
-from lrt.serialization.decoders import decoder_of_shapes, open_decoder
+from lrt.serialization.decoders import decoder_of_shapes, open_decoder, read_json
+from lrt.serialization.description import read_config
 from lrt.serialization.renewal import config_file
 from lrt.train.optim.groups import is_memory
 
@@ -104,13 +104,10 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     if not config_file(folder).is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model')
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{key}: config.json is not valid JSON: {error}") from None
+    config = read_json(folder / "config.json", where=key)
     _check_settings(recipe)
     if "lrt_format" in config:
-        _check_saved(recipe, config, key)
+        _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
         raise ValueError(f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"')
     if "quantization_config" in config:

@@ -116,7 +116,8 @@ def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: Optimizer
     if len(set(parts.values())) == 1:  # one rate, one group
         sides = [("memory", memory, memory_lr * config.memory_map_scale)]
     else:
-        of_row = {row: [(name, p) for name, p in memory if re.fullmatch(row.pattern, name)] for row in parts}
+        row_of = {name: group_of(name, p, tuple(parts)) for name, p in memory}
+        of_row = {row: [(name, p) for name, p in memory if row_of[name] is row] for row in parts}
         sides = [(row.name, of_row[row], memory_lr * factor) for row, factor in parts.items()]
     sides.insert(0, ("backbone", backbone, config.adamw_lr))
     return [{"name": name, "params": params, "lr": lr * scale, **common} for name, params, lr in sides if params]
