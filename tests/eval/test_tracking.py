@@ -33,9 +33,12 @@ def test_states_by_hand():
 
 def test_the_recurrence_carries_parity_beyond_its_training_and_a_plain_twin_does_not():
     recipe = load_recipe("tracking_parity", overrides=["training.steps=240", "training.micro_batch=32", "training.batch_tokens=640"])
-    known = {name: accuracy(fit(variant_of(recipe, name), parity(), length=20, seed=1), parity(), length=60) for name in ("sequential", "plain")}
-    assert sum(known["sequential"][40:]) / 20 > 0.9
-    assert sum(known["plain"][40:]) / 20 < 0.65
+    for seed in (1, 2):
+        model = fit(variant_of(recipe, "sequential"), parity(), length=20, seed=seed)
+        known = accuracy(model, parity(), length=60)
+        assert sum(known[20:40]) / 20 > 0.9 and sum(known[40:]) / 20 > 0.75, seed  # chance is 0.5, at twice and thrice the length
+    plain = accuracy(fit(variant_of(recipe, "plain"), parity(), length=20, seed=1), parity(), length=60)
+    assert sum(plain[20:]) / 40 < 0.6
 
 
 def test_variants_are_the_recipe_with_another_schedule():
