@@ -142,10 +142,17 @@ def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
         block: memory, positions and stored keys are its arguments, so computing it again sees the same values.
         selective: keep the results of matrix products and attention, recompute only the cheap rest.
     """
-    options: dict[str, Any] = {"preserve_rng_state": any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())}  # only adapted blocks draw
+    options: dict[str, Any] = {"preserve_rng_state": draws(block)}
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     return checkpoint_wrapper(block, **options)
+
+
+def draws(block: nn.Module) -> bool:
+    """Whether a block drops numbers in training: by a module, or by a rate that its attention reads, such as ``attention_dropout``."""
+    modules = list(block.modules())
+    rates = (value for module in modules for name, value in vars(module).items() if "dropout" in name and isinstance(value, float))
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules) or any(rate > 0 for rate in rates)
 
 
 _aten = torch.ops.aten
