@@ -24,6 +24,9 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture
+def model() -> Any:
+    return stir(lrt.adapt(make("llama")))
 
 
 # ------------------------------------------------------------------ the call

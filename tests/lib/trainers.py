@@ -5,17 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
-from hf_decoders import make, stir
-
-import lrt
-
-
-@pytest.fixture
-def model() -> Any:
-    return stir(lrt.adapt(make("llama")))
 
 
 class Rows(torch.utils.data.Dataset):
