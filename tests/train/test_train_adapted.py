@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import lrt
-from lrt.commands.bench.timing import graph_count
 from lrt.accounting import count_parameters, forward_flops, mean_keys, query_width, training_flops
+from lrt.commands.bench.timing import graph_count
 from lrt.config import parse_recipe
 from lrt.data import build_loader, load_tokenizer
 from lrt.loss import Scorer
