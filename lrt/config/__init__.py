@@ -25,6 +25,7 @@ from lrt.config.settings import (
     TrainingConfig,
     Weights,
 )
+from lrt.config.tuning import TuningConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "TrainingConfig",
+    "TuningConfig",
     "Weights",
     "dump_recipe",
     "find_recipe",

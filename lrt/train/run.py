@@ -22,6 +22,7 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
+from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -85,3 +86,4 @@ class Run:
     state: TrainState
     told: RunFile | None = None  # run.json, of the rank that writes
     sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name
+    tuning: Tuning | None = None  # of a run that tunes on conversations
