@@ -529,7 +529,7 @@ def launch(folder, *, ranks, gpu):
     for rank in range(ranks):
         with contextlib.suppress(FileNotFoundError):
             found[rank] = json.loads((folder / f"results{rank}.json").read_text())
-    assert len(found) == ranks, result.stderr[-5000:]
+    assert len(found) == ranks and result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-5000:]}"
     return found
 
 
