@@ -8,9 +8,9 @@ differences at equal tokens, at equal training compute with every pass counted, 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from lrt.commands.frame import framed
 from lrt.eval.compare import compare
 from lrt.eval.compare_page import differences_table, scores_table, text_table, write_report
 
@@ -27,14 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--different-data", action="store_true", help="compare runs although their data differ")
     args = parser.parse_args(arguments)
-    try:
-        found = compare(args.runs, reference=args.reference, different_data=args.different_data)
-        page = write_report(found, args.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return framed(lambda: run(args), interrupted="nothing was written")
+
+
+def run(args: argparse.Namespace) -> None:
+    found = compare(args.runs, reference=args.reference, different_data=args.different_data)
+    page = write_report(found, args.out)
     print(text_table(scores_table(found)))
     if len(found.curves) > 1:
         print(f"\nagainst {found.reference.label}:\n{text_table(differences_table(found))}")
     print(f"\nwritten to {page}")
-    return 0

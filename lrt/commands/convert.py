@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lrt.commands.frame import framed
 from lrt.conversion import KINDS, convert, verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,21 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"missing {', '.join(missing)} (or --list)")
     signal.signal(signal.SIGTERM, _stop)
-    try:
-        with _Bar(sys.stderr) as bar:
-            done = convert(
-                options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
-                step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
-                shard_size=options.shard_size, progress=bar,
-            )  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return framed(lambda: run(options), interrupted="nothing was written")
+
+
+def run(options: argparse.Namespace) -> None:
+    with _Bar(sys.stderr) as bar:
+        done = convert(
+            options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
+            step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
+            shard_size=options.shard_size, progress=bar,
+        )  # fmt: skip
     print(f"{done.output} written" + ("" if done.verification else ", not verified (--no-verify)"))
-    return 0
 
 
 def _stop(*_: Any) -> None:

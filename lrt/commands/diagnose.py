@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from lrt.commands.frame import framed
 from lrt.commands.options import at_least
 from lrt.conversion.opening import check_finite, open_model, open_tokenizer
 from lrt.eval.diagnosis import diagnose
@@ -28,14 +29,7 @@ from lrt.eval.processes import own_device
 def main(arguments: list[str] | None = None) -> int:
     """Diagnose one folder; returns the exit code (2: bad input, nothing was written)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was written")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lrt.commands.frame import framed
 from lrt.commands.options import at_least, parse_prefill
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
@@ -27,14 +28,7 @@ from lrt.eval.processes import joined, own_device
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was scored", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was scored")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ The prompt is prefilled by fixed_point with the measured default tolerance; --pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 
+from lrt.commands.frame import framed
 from lrt.commands.options import parse_prefill
+from lrt.config.files import read_text
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
@@ -51,14 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args(arguments)
-    try:
+    return framed(lambda: _until_interrupted(args), interrupted="no text was written")
+
+
+def _until_interrupted(args: argparse.Namespace) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to leave the prompt
         run(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,8 +85,8 @@ def read_prompt(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"--file {path}: no such file")
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_text(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
 
 

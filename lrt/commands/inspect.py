@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
+from lrt.commands.frame import framed
 from lrt.conversion.inspection import describe, inspect_checkpoint
 
 
@@ -17,10 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a folder or file of any kind that tools/convert.py reads")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
     options = parser.parse_args(arguments)
-    try:
-        found = inspect_checkpoint(options.checkpoint, step=options.step)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return framed(lambda: run(options), interrupted="nothing was changed")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = inspect_checkpoint(options.checkpoint, step=options.step)
     print("\n".join(describe(found, options.checkpoint)))
     return 0 if found.whole else 1

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from lrt.commands.frame import framed
 from lrt.commands.options import at_least
 from lrt.config import DataConfig
 from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
@@ -23,18 +24,20 @@ from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (2 for bad input)."""
     options = _parser().parse_args(arguments)
+    return framed(lambda: _named_failures(options), interrupted=options.after_interrupt)
+
+
+def _named_failures(options: argparse.Namespace) -> int:
     try:
         return _run(options)
+    except BrokenPipeError:
+        raise
     except ValueError as error:
-        print(f"error: {_in_options(str(error))}", file=sys.stderr)
-        return 2
+        raise ValueError(_in_options(str(error))) from None
     except OSError as error:  # a full disk, a folder that may not be written
         place = error.filename or getattr(options, "output", options.train)
         print(f"error: {place}: {error.strerror or error}; mend that and give the same command again", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: {options.after_interrupt}", file=sys.stderr)
-        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
