@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from lrt.commands.frame import framed
+from lrt.commands.options import path
 from lrt.eval.compare import compare
 from lrt.eval.compare_page import differences_table, scores_table, text_table, write_report
 
@@ -18,9 +19,9 @@ from lrt.eval.compare_page import differences_table, scores_table, text_table, w
 def main(arguments: list[str] | None = None) -> int:
     """Compare runs; returns the exit code (2: bad input, nothing was written)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, of a sweep, or of runs")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folder of a run, of a sweep, or of runs")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="REPORT", help="folder for report.md, or a path that ends in .md"
+        "--out", required=True, type=path, metavar="REPORT", help="folder for report.md, or a path that ends in .md"
     )
     parser.add_argument(
         "--reference", metavar="LABEL", help="setting to hold the others against (default: the one without memory)"
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     found = compare(args.runs, reference=args.reference, different_data=args.different_data)
-    page = write_report(found, args.out)
+    page = write_report(found, Path(args.out))
     print(text_table(scores_table(found)))
     if len(found.curves) > 1:
         print(f"\nagainst {found.reference.label}:\n{text_table(differences_table(found))}")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lrt.commands.frame import framed
-from lrt.commands.options import parse_prefill
+from lrt.commands.options import parse_prefill, path
 from lrt.config.files import read_text
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.decoding import scoring
@@ -35,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Continue text; returns the exit code (2: bad input)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    parser.add_argument("--base", help="the decoder of a folder that holds the memory alone")
+    parser.add_argument("--base", type=path, help="the decoder of a folder that holds the memory alone")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--prompt", help="text; empty = only the separator")
-    where.add_argument("--file", help="a text file with the prompt")
-    parser.add_argument("--tokenizer", help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
+    where.add_argument("--file", type=path, help="a text file with the prompt")
+    parser.add_argument("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
