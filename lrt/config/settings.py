@@ -148,7 +148,7 @@ class PassesConfig:
     passes: int = 1  # K of refine
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
-    cut_gradient: bool = False  # no gradient from one pass into the passes before
+    cut_gradient: bool | Literal["initialization"] = False  # no gradient from one pass into the passes before, or into the initialization
     settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
