@@ -10,13 +10,16 @@ BROKEN_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
 def framed(work: Callable[[], int | None], *, interrupted: str) -> int:
-    """Do the work of a command; returns its exit code (2: bad input, 130: interrupted, 141: nobody reads its output any more).
+    """Do a command's work; returns its exit code (2: bad input, 130: interrupted, 141: nobody reads on).
 
     Args:
         work: returns an exit code, None for 0. What it raises becomes one line on stderr.
         interrupted: said after Ctrl-C: what became of the work.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal or a file in another encoding than UTF-8 gets escapes, not an error
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal or a file in another encoding than UTF-8 gets escapes, not an error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

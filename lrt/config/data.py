@@ -20,12 +20,18 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = "demo"  # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
+    train: str = (
+        "demo"  # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
+    )
     sources: tuple[SourceConfig, ...] = ()  # in place of train: several, mixed by their weights
-    validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
+    validation: str = (
+        "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
+    )
     text_column: str = "text"
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int | None = None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
+    workers: int | None = (
+        None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
+    )
     buffer_documents: int = 256  # documents among which a row's best fit is searched
     shuffle_seed: int | None = None  # None = run.seed
     on_corrupt: Literal["stop", "skip"] = "stop"  # a shard, or a text in it, that cannot be read
@@ -35,7 +41,9 @@ def data_errors(c: Any) -> list[str]:
     """Sources that do not go together with the rest of [data]."""
     errors = []
     if c.sources and c.train != DataConfig.train:
-        errors.append(f"data.train = {c.train!r} has no effect beside data.sources: make it one of them, or leave it out")
+        errors.append(
+            f"data.train = {c.train!r} has no effect beside data.sources: make it one of them, or leave it out"
+        )
     paths = [source.path for source in c.sources]
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
@@ -48,7 +56,9 @@ def path_errors(r: Any) -> list[str]:
     errors = []
     for key, value in _paths(r):
         if isinstance(value, str) and not value.strip():
-            errors.append(f"{key} = {value!r} is empty, perhaps an unset variable: give a path (. is the present folder)")
+            errors.append(
+                f"{key} = {value!r} is empty, perhaps an unset variable: give a path (. is the present folder)"
+            )
         elif isinstance(value, str) and "\0" in value:
             errors.append(f"{key} = {value!r} holds a zero byte, which no path has: give another path")
     return errors + _name_errors(r.run.name)
@@ -74,9 +84,13 @@ def _name_errors(name: Any) -> list[str]:
     wrong = (
         "is empty, perhaps an unset variable" if not name.strip()
         else "holds characters that cannot be printed" if not name.isprintable()
-        else f"has more than {LONGEST_NAME} bytes" if max(len(part.encode("utf-8", "replace")) for part in parts) > LONGEST_NAME
+        else f"has more than {LONGEST_NAME} bytes" if max(len(part.encode(errors="replace")) for part in parts) > LONGEST_NAME
         else "leads out of run.output" if not all(parts) or {".", ".."} & set(parts)
         else None
     )  # fmt: skip
     shown = name if len(name) < 100 else f"{name[:100]}..."
-    return [] if wrong is None else [f"run.name = {shown!r} {wrong}: give the name of a folder inside run.output, such as first_try"]
+    return (
+        []
+        if wrong is None
+        else [f"run.name = {shown!r} {wrong}: give the name of a folder inside run.output, such as first_try"]
+    )

@@ -21,7 +21,7 @@ def read_text(path: Path) -> str:
         path: of the file.
 
     Raises:
-        ValueError: it is not UTF-8; the message names the file, the encoding that it seems to have, and how to convert it.
+        ValueError: it is not UTF-8; the message names the file, what it seems to be, and how to convert it.
         OSError: it cannot be read.
     """
     try:
@@ -68,7 +68,9 @@ def local_path(spec: str | Path, *, key: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ValueError(f"{key} = {text!r}: there is no user {text.split('/')[0][1:]!r} here: give the path without ~") from None
+        raise ValueError(
+            f"{key} = {text!r}: there is no user {text.split('/')[0][1:]!r} here: give the path without ~"
+        ) from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -106,18 +106,29 @@ def _check_first(line: bytes, column: str, *, path: Path, key: str) -> None:
     except (ValueError, RecursionError):
         return  # left to the reading of the line
     if not isinstance(found, dict):
-        raise ValueError(f"{path} of {key} holds {_kind(found)} a line, not an object: write lines such as {{\"{column}\": \"...\"}}")
+        raise ValueError(
+            f'{path} of {key} holds {_kind(found)} a line, not an object: write lines such as {{"{column}": "..."}}'
+        )
     texts = [repr(name) for name, value in found.items() if isinstance(value, str)]
     choose = f"choose one of {', '.join(texts)}" if texts else "no key of its first line holds text: give another file"
     where = f'data.text_column = "{column}"'
     if column not in found:
-        raise ValueError(f"{where} is not in {path} of {key}: the keys of its first line are {', '.join(map(repr, found))}; {choose}")
+        raise ValueError(
+            f"{where} is not in {path} of {key}: the keys of its first line are {', '.join(map(repr, found))}; {choose}"
+        )
     if not isinstance(found[column], (str, type(None))):
         raise ValueError(f"{where} of {path} holds {_kind(found[column])}, not text: {choose}")
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "a text"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+    }
     return names.get(type(value), "nothing")
 
 
@@ -129,7 +140,10 @@ def _read_json_lines(path: Path, column: str, borders: Sequence[int], sizes: Seq
     lines = raw.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    return [_text_of(line, column, path=path, number=number) for number, line in enumerate(lines, start=1 + sum(sizes[:group]))]
+    return [
+        _text_of(line, column, path=path, number=number)
+        for number, line in enumerate(lines, start=1 + sum(sizes[:group]))
+    ]
 
 
 def _text_of(line: bytes, column: str, *, path: Path, number: int) -> Text:
@@ -143,10 +157,14 @@ def _text_of(line: bytes, column: str, *, path: Path, number: int) -> Text:
         if text is None and isinstance(found, dict):
             return ""
         if not isinstance(found, dict) or not isinstance(text, str):
-            raise ValueError(f"{column} is {_kind(text)}, not text" if isinstance(found, dict) else f"{_kind(found)}, not an object")
+            raise ValueError(
+                f"{column} is {_kind(text)}, not text" if isinstance(found, dict) else f"{_kind(found)}, not an object"
+            )
         text.encode()  # an escape such as \ud800 makes half a character
     except UnicodeDecodeError as error:
-        return corrupt(path, f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at {error.start}, perhaps latin-1")
+        return corrupt(
+            path, f"line {number} is not UTF-8: byte 0x{line[error.start]:02x} at {error.start}, perhaps latin-1"
+        )
     except (ValueError, RecursionError) as error:
         return corrupt(path, f"line {number}: {error}")
     return str(text)
@@ -205,8 +223,8 @@ def open_csv(path: Path, *, column: str, key: str) -> Shard:
     if header.count(column) != 1:
         what = "is not in" if column not in header else f"stands {header.count(column)} times in"
         raise ValueError(
-            f'data.text_column = "{column}" {what} the first line of {path} of {key}: its columns are {", ".join(header) or "none"}; '
-            f"choose one that stands there once"
+            f'data.text_column = "{column}" {what} the first line of {path} of {key}: its columns are '
+            f"{', '.join(header) or 'none'}; choose one that stands there once"
         )
     return Shard(path, [number] if number else [], functools.partial(_read_csv, path, column), f"{column} {content}")
 

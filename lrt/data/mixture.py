@@ -44,7 +44,10 @@ class SeveralDocuments:
     def sizes_of_parts(self) -> list[np.ndarray]:
         """For every source (groups,) documents of each group, 0 for those of other sources."""
         groups = np.arange(len(self.sizes))
-        return [np.where((first <= groups) & (groups < stop), self.sizes, 0) for first, stop in itertools.pairwise(self._first)]
+        return [
+            np.where((first <= groups) & (groups < stop), self.sizes, 0)
+            for first, stop in itertools.pairwise(self._first)
+        ]
 
     def _find(self, group: int) -> tuple[Documents, int]:
         number = next(i for i in range(len(self.parts)) if group < self._first[i + 1])
@@ -77,7 +80,9 @@ class MixedStream:
         rows: rows given so far of each source.
     """
 
-    def __init__(self, streams: Sequence[Stream], *, shares: Sequence[float], phase: float, rows: Sequence[int]) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], *, shares: Sequence[float], phase: float, rows: Sequence[int]
+    ) -> None:
         self._streams, self._shares, self._phase, self._rows = streams, shares, phase, list(rows)
 
     def row(self) -> Row:
@@ -114,10 +119,13 @@ class Deal:
         states = [fresh_state(plan) for plan in self.plans]
         return states[0] if len(states) == 1 else {"rows": [0] * len(states), "sources": states}
 
-    def open(self, documents: Documents, *, number: int, state: dict[str, Any], **settings: Any) -> Stream | MixedStream:
+    def open(
+        self, documents: Documents, *, number: int, state: dict[str, Any], **settings: Any
+    ) -> Stream | MixedStream:
         """A stream at a state; ``settings`` as of ``Stream``."""
         opened = [
-            Stream(documents, plan=plan, number=number, state=place, **settings) for plan, place in zip(self.plans, places(state))
+            Stream(documents, plan=plan, number=number, state=place, **settings)
+            for plan, place in zip(self.plans, places(state))
         ]
         if len(opened) == 1:
             return opened[0]
@@ -141,21 +149,26 @@ class Deal:
         return counted
 
     def again(self, states: Sequence[dict[str, Any]], *, streams: int) -> tuple[Deal, list[dict[str, Any]]]:
-        """A deal for another number of streams that goes on where all streams stopped, and the states at which they begin."""
-        every = [deal_again(plan, [places(state)[i] for state in states], streams=streams) for i, plan in enumerate(self.plans)]
+        """A deal for other streams that go on where all of these stopped, and the states at which they begin."""
+        every = [
+            deal_again(plan, [places(state)[i] for state in states], streams=streams)
+            for i, plan in enumerate(self.plans)
+        ]
         deal = Deal(tuple(plan for plan, _ in every), self.shares)
         if len(every) == 1:
             return deal, every[0][1]
         given = [sum(state["rows"][i] for state in states) for i in range(len(every))]
         nothing = [0] * len(every)
         return deal, [
-            {"rows": nothing if number else given, "sources": [dealt[number] for _, dealt in every]} for number in range(streams)
+            {"rows": nothing if number else given, "sources": [dealt[number] for _, dealt in every]}
+            for number in range(streams)
         ]
 
     def to_json(self) -> Any:
         """What a state says of the plans: plain numbers."""
         said = [
-            {"seed": plan.seed, "first_epoch": plan.first_epoch, "owed": [list(span) for span in plan.owed]} for plan in self.plans
+            {"seed": plan.seed, "first_epoch": plan.first_epoch, "owed": [list(span) for span in plan.owed]}
+            for plan in self.plans
         ]
         return said[0] if len(said) == 1 else said
 

@@ -46,14 +46,18 @@ def open_parquet(path: Path, *, column: str, key: str) -> Shard:
 def _check_column(schema: Any, column: str, *, path: Path, key: str) -> None:
     names = list(schema.names)
     texts = list(dict.fromkeys(field.name for field in schema if _is_text(field.type)))
-    choose = f"choose one of {', '.join(map(repr, texts))}" if texts else "no column of it holds text: give another file"
+    choose = (
+        f"choose one of {', '.join(map(repr, texts))}" if texts else "no column of it holds text: give another file"
+    )
     where = f'data.text_column = "{column}"'
     if column not in names:
         raise ValueError(f"{where} is not in {path} of {key}: its columns are {', '.join(names)}; {choose}")
     if names.count(column) > 1:
-        others = [name for name in texts if name != column]
-        instead = f" or choose {' or '.join(map(repr, others))}" if others else ""
-        raise ValueError(f"{where}: {path} of {key} has {names.count(column)} columns of that name: give them different names,{instead}".rstrip(","))
+        others = " or ".join(repr(name) for name in texts if name != column)
+        raise ValueError(
+            f"{where}: {path} of {key} has {names.count(column)} columns of that name: give them different names"
+            + (f", or choose {others}" if others else "")
+        )
     kind = schema.field(column).type
     if not _is_text(kind):
         raise ValueError(f"{where} of {path} holds {_word(kind)}, not text: {choose}")
@@ -76,7 +80,7 @@ def _word(kind: Any) -> str:
 
 
 def _content(path: Path, column: str) -> str:
-    """The text column, the bytes of the file, and a hash of its footer (sizes and extreme values of every part of a column)."""
+    """The text column, the file's bytes, and a hash of its footer (sizes and extreme values of every part of a column)."""
     with open(path, "rb") as file:
         size = file.seek(-8, os.SEEK_END) + 8
         file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
@@ -84,7 +88,7 @@ def _content(path: Path, column: str) -> str:
 
 
 def _read(path: Path, column: str, group: int) -> list[Text]:
-    """Texts of a row group; the values are read as a dictionary, so that a value repeated a million times is held once."""
+    """Texts of a row group; read as a dictionary, so that a value repeated a million times is held once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,7 +96,9 @@ def _read(path: Path, column: str, group: int) -> list[Text]:
         with open(path, "rb") as raw, pq.ParquetFile(raw, read_dictionary=[column]) as file:
             parts = file.metadata.row_group(group)
             chunks = (parts.column(i) for i in range(parts.num_columns))
-            _check_size(path, group, sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column))
+            _check_size(
+                path, group, sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+            )
             table = file.read_row_group(group, columns=[column], use_threads=False)
         array = table.column(table.schema.get_field_index(column))
         texts = [text for chunk in array.chunks for text in _texts(chunk, path=path, group=group)]
@@ -126,4 +132,6 @@ def _decoded(value: bytes, *, path: Path, group: int) -> str | CorruptShard:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         behind = value[max(0, error.start - 20) : error.start]
-        return corrupt(path, f"a text of row group {group} is not UTF-8: byte 0x{value[error.start]:02x} behind {behind!r}")
+        return corrupt(
+            path, f"a text of row group {group} is not UTF-8: byte 0x{value[error.start]:02x} behind {behind!r}"
+        )

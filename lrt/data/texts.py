@@ -80,7 +80,11 @@ class TextDocuments:
         return self._tokenized(group, documents, self._tokenizer.measure)
 
     def read(self, group: int, documents: Sequence[int]) -> list[np.ndarray | CorruptShard]:
-        return self._tokenized(group, documents, lambda texts: [np.asarray(i, dtype=np.int64) for i in self._tokenizer.encode_documents(texts)])
+        return self._tokenized(
+            group,
+            documents,
+            lambda texts: [np.asarray(i, dtype=np.int64) for i in self._tokenizer.encode_documents(texts)],
+        )
 
     def _tokenized(
         self, group: int, documents: Sequence[int], tokenize: Callable[[list[str]], Sequence[Found]]

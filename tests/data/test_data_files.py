@@ -46,9 +46,14 @@ def test_json_lines(tmp_path, ending, monkeypatch):
     assert whole(path) == [text for text in TEXTS * 3 if text] == whole(tmp_path)
     found = open_documents(DataConfig(train=str(path), validation="demo"), tokenizer=BYTES, split="train")
     assert found.sizes.tolist() == ([4, 4, 4, 4, 4] if ending == "jsonl" else [20])
-    with pytest.raises(ValueError, match=r"data.text_column = .content. is not in .*: the keys of its first line are 'id', 'text'; choose one of 'text'"):
+    with pytest.raises(
+        ValueError,
+        match=r".content. is not in .*: the keys of its first line are 'id', 'text'; choose one of 'text'",
+    ):
         whole(path, text_column="content")
-    with pytest.raises(ValueError, match=r"data.text_column = .id. of .* holds a number, not text: choose one of 'text'"):
+    with pytest.raises(
+        ValueError, match=r"data.text_column = .id. of .* holds a number, not text: choose one of 'text'"
+    ):
         whole(path, text_column="id")
 
 
@@ -72,7 +77,9 @@ def test_csv(tmp_path):
     with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([["id", "text"], *([i, text] for i, text in enumerate([*TEXTS, long]))])
     assert whole(tmp_path) == [*(text for text in TEXTS if text), long]
-    with pytest.raises(ValueError, match=r'"content" is not in the first line of .*a.csv of data.train: its columns are id, text'):
+    with pytest.raises(
+        ValueError, match=r'"content" is not in the first line of .*a.csv of data.train: its columns are id, text'
+    ):
         whole(tmp_path, text_column="content")
     (tmp_path / "a.csv").write_text("text,id\na,1\nb\nc,3\n")
     with pytest.raises(CorruptShard, match=r"a.csv cannot be read \(row 3 has 1 fields, the first row 2\)"):
@@ -108,7 +115,11 @@ def test_encodings_are_read_or_named(tmp_path, ending):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(CorruptShard, match=rf"a.{ending} .*0xe9.*latin-1"):
         whole(path)
-    assert texts_of(DataConfig(train=str(path), validation="demo", on_corrupt="skip")) == ["two"] if ending == "jsonl" else True
+    assert (
+        texts_of(DataConfig(train=str(path), validation="demo", on_corrupt="skip")) == ["two"]
+        if ending == "jsonl"
+        else True
+    )
 
 
 def test_a_tokenizer_and_a_recipe_with_a_byte_order_mark(tmp_path):
@@ -144,7 +155,9 @@ def broken_column(path, values: list[bytes | None]):
 
 def test_bytes_that_are_no_utf8_are_one_row_that_is_named_counted_and_left_out(tmp_path, capsys):
     path = broken_column(tmp_path / "a.parquet", [b"one", b"t\xffo", None, b"\xed\xa0\x80", b"five", b"six"])
-    with pytest.raises(CorruptShard, match=r"a.parquet cannot be read \(a text of row group 0 is not UTF-8: byte 0xff behind b't'\)"):
+    with pytest.raises(
+        CorruptShard, match=r"a.parquet cannot be read \(a text of row group 0 is not UTF-8: byte 0xff behind b't'\)"
+    ):
         whole(path)
     assert whole(path, on_corrupt="skip") == ["one", "five", "six"]
     err = capsys.readouterr().err
@@ -159,7 +172,15 @@ def test_bytes_that_are_no_utf8_are_one_row_that_is_named_counted_and_left_out(t
 def test_half_characters_and_damage_in_json_lines(tmp_path, capsys):
     good = [{"text": f"good {i}"} for i in range(3)]
     path = write_lines(tmp_path / "a.jsonl", good)
-    bad = [rb'{"text": "\ud800"}', b'{"text": ', b"[" * 100_000, b'{"text": 1' + b"0" * 5000 + b"}", b'{"text": ["a"]}', b"7", b'{"text": "\xe9"}']
+    bad = [
+        rb'{"text": "\ud800"}',
+        b'{"text": ',
+        b"[" * 100_000,
+        b'{"text": 1' + b"0" * 5000 + b"}",
+        b'{"text": ["a"]}',
+        b"7",
+        b'{"text": "\xe9"}',
+    ]
     path.write_bytes(path.read_bytes() + b"".join(line + b"\n" for line in bad) + b'{"text": "end"}\n')
     for number, line in enumerate(bad):
         one = tmp_path / "one.jsonl"
@@ -179,7 +200,9 @@ def test_a_flood_of_bad_rows_is_named_only_in_part(tmp_path, capsys):
     assert len(err) == documents.NAMED + 1 and err[-1] == "left out: more like these, which are counted but not named"
 
 
-@given(st.lists(st.one_of(st.none(), st.binary(max_size=6), st.text(max_size=6).map(str.encode)), min_size=1, max_size=12))
+@given(
+    st.lists(st.one_of(st.none(), st.binary(max_size=6), st.text(max_size=6).map(str.encode)), min_size=1, max_size=12)
+)
 def test_any_column_of_bytes_is_read_row_by_row(values):
     import tempfile
     from pathlib import Path
@@ -202,8 +225,9 @@ def test_columns_of_every_shape(tmp_path):
     rows = ["a", "b", None, "a"]
     table = pa.table(
         {
-            "a.b": rows, "kinds": pa.array(rows).dictionary_encode(), "large": pa.array(rows, pa.large_string()), "view": pa.array(rows, pa.string_view()),
-            "struct": [{"x": "s"}] * 4, "bytes": pa.array([b"x"] * 4), "list": [["l"]] * 4, "": rows, "a": [{"b": "inside"}] * 4,
+            "a.b": rows, "kinds": pa.array(rows).dictionary_encode(), "large": pa.array(rows, pa.large_string()),
+            "view": pa.array(rows, pa.string_view()), "struct": [{"x": "s"}] * 4, "bytes": pa.array([b"x"] * 4),
+            "list": [["l"]] * 4, "": rows, "a": [{"b": "inside"}] * 4,
         }
     )  # fmt: skip
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
@@ -211,13 +235,21 @@ def test_columns_of_every_shape(tmp_path):
         assert whole(tmp_path, text_column=column) == ["a", "b", "a"], column
     texts = "choose one of 'a.b', 'kinds', 'large', 'view', ''"
     for column, what in (("struct", "a struct of x"), ("bytes", "binary"), ("list", "lists")):
-        with pytest.raises(ValueError, match=rf'data.text_column = "{column}" of .*a.parquet holds {what}, not text: {texts}'):
+        with pytest.raises(
+            ValueError, match=rf'data.text_column = "{column}" of .*a.parquet holds {what}, not text: {texts}'
+        ):
             whole(tmp_path, text_column=column)
 
 
 def test_two_columns_of_one_name(tmp_path):
-    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "other"]), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet of data.train has 2 columns of that name: give them different names, or choose 'other'"):
+    pq.write_table(
+        pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "other"]),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"a.parquet of data.train has 2 columns of that name: give them different names, or choose 'other'",
+    ):
         whole(tmp_path)
     assert whole(tmp_path, text_column="other") == ["c"]
 
@@ -230,7 +262,10 @@ def test_a_row_group_that_unpacks_to_too_much(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": repeated}), path, row_group_size=1 << 20, compression="zstd", store_schema=False)
     assert path.stat().st_size < 2000
-    with pytest.raises(CorruptShard, match=r"row group 0 unpacks to 2.8 GiB of text, more than 2; write it again with smaller row groups"):
+    with pytest.raises(
+        CorruptShard,
+        match=r"row group 0 unpacks to 2.8 GiB of text, more than 2; write it again with smaller row groups",
+    ):
         whole(path)
     monkeypatch.setattr(parquet, "LARGEST_ROWS", 1000)
     with pytest.raises(CorruptShard, match=r"row group 0 has 30,000 rows, more than 1,000"):
@@ -265,7 +300,7 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path):
 
 
 def test_names_in_any_bytes(tmp_path):
-    for number, name in enumerate((b"\xff\xfe.parquet", "zwei \n Zeilen.jsonl".encode(), b"\xe9.txt")):
+    for number, name in enumerate((b"\xff\xfe.parquet", b"zwei \n Zeilen.jsonl", b"\xe9.txt")):
         folder = os.path.join(os.fsencode(tmp_path), b"\xffolder%d" % number)
         os.mkdir(folder)
         path = os.fsdecode(os.path.join(folder, name))
@@ -298,5 +333,8 @@ def test_shards_without_rows(tmp_path):
     assert len(whole(tmp_path)) == 2
     first_batch(DataConfig(train=str(tmp_path)))
     (tmp_path / "c.parquet").unlink()
-    with pytest.raises(ValueError, match=r'data.train: its last file, .*b.parquet, which data.validation = "auto" holds out, has no documents: take it away'):
+    with pytest.raises(
+        ValueError,
+        match=r'data.train: its last file, .*b.parquet, which data.validation = "auto" holds out, has no documents',
+    ):
         first_batch(DataConfig(train=str(tmp_path)), split="validation")

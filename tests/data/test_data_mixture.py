@@ -25,7 +25,7 @@ WEIGHTS = {"a": 6.0, "b": 3.0, "c": 1.0}
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Three sources whose texts are made of one letter each, of different sizes; the last has its text in another column."""
+    """Three sources of different sizes, each of one letter; the last has its text in another column."""
     folder = tmp_path_factory.mktemp("sources")
     for letter, count in SIZES.items():
         for part in range(2):
@@ -36,14 +36,22 @@ def corpora(tmp_path_factory):
 
 def mixed(corpora, *, validation="demo", workers=0, weights=WEIGHTS) -> DataConfig:
     sources = tuple(
-        SourceConfig(path=str(corpora / name), weight=weight, text_column="content" if name == "c" else None) for name, weight in weights.items()
+        SourceConfig(path=str(corpora / name), weight=weight, text_column="content" if name == "c" else None)
+        for name, weight in weights.items()
     )
     return DataConfig(sources=sources, validation=validation, workers=workers, buffer_documents=4)
 
 
 def loader(corpora, *, rank=0, world_size=1, rows=2, length=24, seed=5, split="train", **more):
     return build_loader(
-        mixed(corpora, **more), tokenizer=BYTES, sequence_length=length, rows=rows, rank=rank, world_size=world_size, seed=seed, split=split
+        mixed(corpora, **more),
+        tokenizer=BYTES,
+        sequence_length=length,
+        rows=rows,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        split=split,
     )
 
 
@@ -138,7 +146,11 @@ def test_another_number_of_ranks_reads_what_is_left_of_every_source(corpora, bef
                 used.update(letters_in(next(one)))
     documents = open_documents(mixed(corpora), tokenizer=BYTES, split="train")
     places = [place for one in resumed for stream in one.state_dict()["streams"] for place in stream["sources"]]
-    waiting = [bytes(documents.read(group, [document])[0][offset:]).decode() for place in places for group, document, offset in place["pieces"]]
+    waiting = [
+        bytes(documents.read(group, [document])[0][offset:]).decode()
+        for place in places
+        for group, document, offset in place["pieces"]
+    ]
     used.update("".join(waiting))
     for letter, count in SIZES.items():
         assert used[letter] >= 2 * sum(length_of(i) for i in range(count))  # nothing of what was begun is lost
@@ -161,7 +173,9 @@ def test_what_is_refused(corpora, tmp_path):
     state = loader(corpora).state_dict()
     with pytest.raises(ValueError, match=r"data.sources is not what the checkpoint was trained on"):
         loader(corpora, weights={"b": 3.0, "a": 6.0, "c": 1.0}).load_state_dict(state)
-    one_source = build_loader(DataConfig(train=str(corpora / "a"), validation="demo"), tokenizer=BYTES, sequence_length=24, rows=2)
+    one_source = build_loader(
+        DataConfig(train=str(corpora / "a"), validation="demo"), tokenizer=BYTES, sequence_length=24, rows=2
+    )
     with pytest.raises(ValueError, match=r"data.train is not what the checkpoint was trained on"):
         one_source.load_state_dict(state)
     for text, message in (
@@ -183,11 +197,18 @@ def sources(corpora, *weights: float) -> str:
 
 @pytest.mark.slow
 def test_a_run_logs_its_shares_and_goes_on_with_the_same_weights(corpora, tmp_path):
-    given = {"data.validation": "demo", "data.sources": sources(corpora, 3, 1), "training.steps": 4, "checkpoint.every": 2}
+    given = {
+        "data.validation": "demo",
+        "data.sources": sources(corpora, 3, 1),
+        "training.steps": 4,
+        "checkpoint.every": 2,
+    }
     train(tiny(tmp_path, **given))
     records = [r for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
     last = records[-1]["data_shares"]
-    assert list(last) == [str(corpora / name) for name in "ab"] and last[str(corpora / "a")] == pytest.approx(0.75, abs=0.1)
+    assert list(last) == [str(corpora / name) for name in "ab"] and last[str(corpora / "a")] == pytest.approx(
+        0.75, abs=0.1
+    )
     with pytest.raises(ValueError, match=r"data.sources\[0\].weight = 3.0 there, 1.0 here"):
         train(tiny(tmp_path, **{**given, "data.sources": sources(corpora, 1, 1)}))
     moved = corpora.parent / "moved"
@@ -196,7 +217,11 @@ def test_a_run_logs_its_shares_and_goes_on_with_the_same_weights(corpora, tmp_pa
     (tmp_path / "other").mkdir()
     train(tiny(tmp_path / "other", **{**given, "training.steps": 6}))
     one, other = (
-        [(r["loss"], list(r["data_shares"].values())) for r in read_records(folder / "tiny" / "metrics.jsonl") if r["kind"] == "train"]
+        [
+            (r["loss"], list(r["data_shares"].values()))
+            for r in read_records(folder / "tiny" / "metrics.jsonl")
+            if r["kind"] == "train"
+        ]
         for folder in (tmp_path, tmp_path / "other")
     )
     assert [shares for _, shares in one] == [shares for _, shares in other]
