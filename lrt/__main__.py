@@ -20,7 +20,7 @@ COMMANDS = {  # name -> module of lrt.commands, what it does
     "diagnose": ("diagnose", "what the memory does inside a model"),
     "bench": ("bench", "time training, decoding or the tolerance of prefill on this device"),
 }
-BENCHMARKS = {"training": "training", "decoding": "decoding", "prefill": "prefill_tolerance"}
+BENCHMARKS = {"training": "training", "adapted": "adapted", "decoding": "decoding", "prefill": "prefill_tolerance"}
 
 
 def main(arguments: list[str] | None = None) -> int:

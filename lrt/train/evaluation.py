@@ -66,7 +66,8 @@ def evaluate(
         sources: further rows, by name.
     """
     decode = None
-    if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
+    stepped = can_fuse(model) or not fsdp_modules(model)  # a sharded decoder from a folder gathers by its modules' calls
+    if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and stepped:
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
@@ -99,7 +100,8 @@ def evaluate(
 
 def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
     """Mode ``decode`` by the step that generation uses: block by block the processor would be the limit."""
-    by_steps, sharded = exact_steps(accelerate(model), runner=runner), fsdp_modules(model)
+    by_steps = exact_steps(accelerate(model) if can_fuse(model) else model, runner=runner)
+    sharded = fsdp_modules(model)
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         if sharded:

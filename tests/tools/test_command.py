@@ -38,7 +38,7 @@ def test_every_command_is_listed(capsys):
     assert main([]) == 2 and main(["trian"]) == 2
     assert "lrt trian: no such command" in capsys.readouterr().err
     assert main(["bench"]) == 2 and main(["bench", "speed"]) == 2
-    assert "use one of training, decoding, prefill" in capsys.readouterr().err
+    assert "use one of training, adapted, decoding, prefill" in capsys.readouterr().err
 
 
 def test_the_recipes_are_listed(capsys):

@@ -48,6 +48,7 @@ SCHEDULES = {
     "interleaved random": lrt.interleaved(4, order="random"),
     "refine": lrt.refine(2, weights=(0.0, 0.3, 0.7)),
     "settled": lrt.refine(1, weights=(0.0, 1.0), settle=2),
+    "cut": lrt.interleaved(2, weights=(0.0, 1.0), cut_gradient="initialization"),
     "chunked": lrt.chunked(4),
     "sequential": lrt.sequential(),
 }
