@@ -68,6 +68,7 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
         ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
         ("skipped steps", f"{run.state.skipped}"),
         ("unreadable texts", f"{run.loader.skipped}"),
+        *(("rows from", f"{100 * share:.1f} % {path}") for path, share in run.loader.shares.items()),
     ]
     width = max(len(name) for name, _ in rows)
     lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]

@@ -275,7 +275,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             state.tokens += run.horizon.batch_tokens
             state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, *clock.lap()))
+            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, run.loader.shares, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
@@ -339,6 +339,7 @@ class Passed(NamedTuple):
     tokens: int  # of all steps so far
     flops: float  # of all steps so far
     sources: list[str]
+    shares: dict[str, float]  # of data.sources, in the rows so far
     seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
     waited: float  # share of them spent waiting for data
 
@@ -368,6 +369,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
             "data_wait": passed.waited,
+            **({"data_shares": passed.shares} if passed.shares else {}),
             "peak_memory_gib": peak_memory_gib(device),
             "skipped": run.guard.total,
         }

@@ -224,8 +224,13 @@ class Console:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        class Unbreakable(RichConsole):
+            def on_broken_pipe(self) -> None:  # rich would end the run, which only lost its reader
+                self.quiet = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
         self._total, self._every, self._rows = total, max(1, every), 0
-        self.console = RichConsole(highlight=False, soft_wrap=True)
+        self.console = Unbreakable(highlight=False, soft_wrap=True)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=start)
