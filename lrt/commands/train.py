@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 
+from lrt.commands.frame import framed
 from lrt.config import load_recipe, shipped_recipes
 
 OVERRIDE = "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
@@ -24,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.gpus is not None and (not args.dry_run or args.gpus < 1):
         parser.error("--gpus needs --dry-run and a number of 1 or more; torchrun --nproc_per_node says how many GPUs a run has")
 
+    return framed(lambda: run(args), interrupted="the same command goes on from the newest checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
     if args.list:
         for path in shipped_recipes():
             print(f"{path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
@@ -48,12 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         except HangError as error:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # threads that wait for the lost rank would keep the process alive
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         print(f"error: run.output: cannot use {error.filename}: {error.strerror}; choose a folder that can be written", file=sys.stderr)
         return 2

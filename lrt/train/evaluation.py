@@ -23,6 +23,7 @@ from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
 from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
+from lrt.train.core_subset import ask_core
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import Heartbeat
@@ -136,6 +137,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     scores, activations, sources = evaluate(
         model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
     )
+    core = ask_core(run, progress=lambda: heart.beat(where))
     answers = answer_problems(run, lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
@@ -146,6 +148,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
+        **({"core": core} if core else {}),
         **({"exact_match": {mode: found.value for mode, found in answers.items()}} if answers else {}),
         **({"exact_match_by_steps": {mode: found.by_steps for mode, found in answers.items()}} if answers else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
