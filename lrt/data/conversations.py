@@ -240,6 +240,11 @@ class TuningLoader:
         self._plan: tuple[int, list[list[int]]] | None = None
 
     @property
+    def shares(self) -> dict[str, float]:
+        """There is one source."""
+        return {}
+
+    @property
     def epoch(self) -> int:
         """Passes over the data that have begun, counted from 0."""
         return self._epoch
