@@ -66,7 +66,8 @@ def in_ours(text):
 def main(jobs, results):
     os.environ.setdefault("LOCAL_RANK", "0")
     done = {}
-    for name, job in json.loads(Path(jobs).read_text()).items():
+    for number, (name, job) in enumerate(json.loads(Path(jobs).read_text()).items()):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the processes find each other anew, not at the addresses of the job before
         try:
             done[name] = in_torchtitan(job["titan"]) if "titan" in job else in_ours(job["ours"])
         except (ValueError, AssertionError, ImportError) as error:
