@@ -308,7 +308,7 @@ TIERS = [
     ["conversion"],
     ["eval.folders", "eval.tracking", "eval.harness", "eval.harness_model"],
     ["commands"],
-    ["__main__"],
+    ["titan", "__main__"],
 ]
 LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named,
     # and training, which a list of recipes does without

@@ -8,12 +8,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from lrt.config import find_recipe
 
 VERSION = "0.2.2"
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # without torchrun
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}  # without torchrun
 
 
 def check_torchtitan() -> None:
@@ -25,14 +30,19 @@ def check_torchtitan() -> None:
     try:
         found = importlib.metadata.version("torchtitan").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(f'lrt.titan needs torchtitan {VERSION}, which is not installed: pip install "lrt[titan]"') from None
+        raise ImportError(
+            f'lrt.titan needs torchtitan {VERSION}, which is not installed: pip install "lrt[titan]"'
+        ) from None
     if found != VERSION:
         raise ImportError(
-            f"torchtitan {found} is installed, but lrt.titan is written for {VERSION}, the last release with TOML files and the newest that trains on "
+            f"torchtitan {found} is installed, but lrt.titan is written for {VERSION}, the last release with TOML "
+            "files and the newest that trains on "
             f'torch 2.11 and later: pip install "torchtitan=={VERSION}"'
         )
     if "torchtitan.models.moe.kernels" not in sys.modules and importlib.util.find_spec("triton") is None:
-        raise ImportError(f"torchtitan {VERSION} imports triton, which is not installed: use a torch for GPUs, which brings it")
+        raise ImportError(
+            f"torchtitan {VERSION} imports triton, which is not installed: use a torch for GPUs, which brings it"
+        )
 
 
 def hand_over(recipe: str, *, overrides: Sequence[str]) -> None:
@@ -59,7 +69,10 @@ def arguments_of(recipe: str, *, overrides: Sequence[str]) -> list[str]:
     """What torchtitan's command line gets."""
     path = find_recipe(recipe)
     if not _is_for_torchtitan(path.read_text(encoding="utf-8")):
-        raise ValueError(f"--engine torchtitan: {path.name} has no [job], so it is a recipe of lrt's own trainer: use titan_lrt_debug.toml, or one like it")
+        raise ValueError(
+            f"--engine torchtitan: {path.name} has no [job], so it is a recipe of lrt's own trainer: use "
+            "titan_lrt_debug.toml, or one like it"
+        )
     command = ["--job.config_file", str(path), "--experimental.custom_import", "lrt.titan"]
     for override in overrides:
         command += _flag(override)

@@ -1,8 +1,8 @@
 """Checkpoints of ``lrt.titan``: what torchtitan's trainer wrote, read as data; torchtitan itself is not needed.
 
-torchtitan writes PyTorch's distributed checkpoints: tensors in ``*.distcp`` files and a pickled table of contents, ``.metadata``.
-Of the table only the classes that describe tensors are accepted, and a tensor is read with ``weights_only=True``. Which model it
-is stands in ``lrt_titan.json`` in the job's dump folder.
+torchtitan writes PyTorch's distributed checkpoints: tensors in ``*.distcp`` files and a pickled table of contents,
+``.metadata``. Of the table only the classes that describe tensors are accepted, and a tensor is read with
+``weights_only=True``. Which model it is stands in ``lrt_titan.json`` in the job's dump folder.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def steps_in(path: Path) -> dict[int, Path]:
-    """Checkpoints of torchtitan by step: a checkpoint itself, those of a checkpoint folder, or those of a job's dump folder."""
-    found = [path] if (path / CONTENTS).is_file() else [contents.parent for level in ("*", "*/*") for contents in path.glob(f"{level}/{CONTENTS}")]
+    """Checkpoints of torchtitan by step: a checkpoint itself, those of its folder, or those of a job's dump folder."""
+    found = (
+        [path]
+        if (path / CONTENTS).is_file()
+        else [contents.parent for level in ("*", "*/*") for contents in path.glob(f"{level}/{CONTENTS}")]
+    )
     numbered = ((_STEP.fullmatch(folder.name), folder) for folder in found)
     return {int(match[1]): folder for match, folder in numbered if match}
 
@@ -53,11 +57,15 @@ def description_of(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: nothing does, or it is of a newer format.
     """
-    place = next((folder / DESCRIPTION for folder in (path, *path.absolute().parents[:2]) if (folder / DESCRIPTION).is_file()), None)
+    place = next(
+        (folder / DESCRIPTION for folder in (path, *path.absolute().parents[:2]) if (folder / DESCRIPTION).is_file()),
+        None,
+    )
     if place is None:
         raise ValueError(
-            f"{path} is a checkpoint of torchtitan, but no {DESCRIPTION} lies there or up to two folders above: lrt.titan writes it into "
-            "job.dump_folder; copy it beside the checkpoint. Checkpoints of torchtitan's own models are read by torchtitan alone"
+            f"{path} is a checkpoint of torchtitan, but no {DESCRIPTION} lies there or up to two folders above: "
+            "lrt.titan writes it into job.dump_folder; copy it beside the checkpoint. Checkpoints of torchtitan's own models are "
+            "read by torchtitan alone"
         )
     try:
         about = json.loads(place.read_text(encoding="utf-8"))
@@ -71,7 +79,12 @@ def description_of(path: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ reading
 
-_PARTS = ("backbone", "blocks", "memory_projection", "injection")  # of a model; the rest is of the optimizer and the job
+_PARTS = (
+    "backbone",
+    "blocks",
+    "memory_projection",
+    "injection",
+)  # of a model; the rest is of the optimizer and the job
 
 
 def read_titan(path: Path, *, step: int | None = None) -> Checkpoint:
@@ -97,15 +110,26 @@ def read_titan(path: Path, *, step: int | None = None) -> Checkpoint:
     shapes = expected_shapes(config)
     found = {name: tensor for name, tensor in stored.items() if name in shapes}
     check_shapes(str(folder), found, shapes)
-    files, notes = tokenizer_files(about["tokenizer"], note=f"model.hf_assets_path = {about['tokenizer']!r} of the job was not found from here; {TOKENIZER_HELP}")
+    files, notes = tokenizer_files(
+        about["tokenizer"],
+        note=f"model.hf_assets_path = {about['tokenizer']!r} of the job was not found from here; {TOKENIZER_HELP}",
+    )
     tensors = {name: found[name] for name in shapes}
     return Checkpoint(
-        "titan", folder, config, tensors, model_reading(config, tensors), files, number, {"model": about["name"], "flavor": about["flavor"]}, notes
+        "titan",
+        folder,
+        config,
+        tensors,
+        model_reading(config, tensors),
+        files,
+        number,
+        {"model": about["name"], "flavor": about["flavor"]},
+        notes,
     )
 
 
 def sharded(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of a distributed checkpoint, none of them read yet; one that lies in several parts is put together when it is read.
+    """The tensors of a distributed checkpoint, none of them read yet; one in several parts is put together when read.
 
     Raises:
         ValueError: the table of contents is none, or names something that is no description of tensors.
@@ -130,10 +154,14 @@ def sharded(folder: Path) -> dict[str, LazyTensor]:
             return part(MetadataIndex(name, entry.chunks[0].offsets))
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
-            tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes))] = part(MetadataIndex(name, chunk.offsets))
+            tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes))] = part(
+                MetadataIndex(name, chunk.offsets)
+            )
         return tensor
 
-    entries = {name: entry for name, entry in table.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    entries = {
+        name: entry for name, entry in table.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
     return {name: LazyTensor(tuple(e.size), e.properties.dtype, partial(whole, name, e)) for name, e in entries.items()}
 
 
@@ -141,10 +169,13 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _ACCEPTED = {
     (_METADATA, name)
     for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex",
+        "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING",
     )
-} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout")}  # fmt: skip
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}  # fmt: skip
 
 
 class _Contents(pickle.Unpickler):
@@ -169,18 +200,21 @@ def _contents(file: Path) -> Any:
 # ------------------------------------------------------------------ torchtitan's Llama 3 as Hugging Face's
 
 _LAYER = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
 _ROTATED_KEYS = re.compile(r"(memory_projection|blocks\.\d+\.projection)\.key\.weight|.*\.attention\.wk\.weight")
 
 
-def _as_hugging_face(about: Mapping[str, Any], stored: Mapping[str, LazyTensor], *, where: Path) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+def _as_hugging_face(
+    about: Mapping[str, Any], stored: Mapping[str, LazyTensor], *, where: Path
+) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
     """config.json and tensors of the same model around transformers' LlamaForCausalLM.
 
-    torchtitan rotates neighbouring channels of a head, transformers its halves: the rows of what makes queries and keys change
-    places, those of the memory's key projection too.
+    torchtitan rotates neighbouring channels of a head, transformers its halves: the rows of what makes queries and keys
+    change places, those of the memory's key projection too.
     """
     args = about["decoder"]
     heads, kv_heads = args["n_heads"], args["n_kv_heads"] or args["n_heads"]
@@ -205,12 +239,16 @@ def _as_hugging_face(about: Mapping[str, Any], stored: Mapping[str, LazyTensor],
         "num_key_value_heads": kv_heads,
         "vocab_size": args["vocab_size"],
         "rms_norm_eps": args["norm_eps"],
-        "max_position_embeddings": max(args["max_seq_len"], int(scaling["scaling_factor"] * scaling["original_max_position_embeddings"])),
+        "max_position_embeddings": max(
+            args["max_seq_len"], int(scaling["scaling_factor"] * scaling["original_max_position_embeddings"])
+        ),
         "rope_theta": args["rope_theta"],
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": scaling["scaling_factor"],
-            **{key: scaling[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")},
+            **{
+                key: scaling[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            },
         },
         "tie_word_embeddings": False,
         "bos_token_id": None,

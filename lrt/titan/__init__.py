@@ -1,4 +1,4 @@
-"""LRT inside torchtitan's own trainer: importing this registers the models ``lrt`` and ``lrt_llama3`` with torchtitan 0.2.2.
+"""LRT inside torchtitan's own trainer: importing this registers ``lrt`` and ``lrt_llama3`` with torchtitan 0.2.2.
 
     torchrun -m torchtitan.train --job.config_file recipes/titan_lrt_debug.toml --experimental.custom_import lrt.titan
 

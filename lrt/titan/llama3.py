@@ -1,7 +1,7 @@
-"""torchtitan's Llama 3 with memory: its blocks in two halves, between which the memory enters. Nothing of a block is edited.
+"""torchtitan's Llama 3 with memory: its blocks in two halves, between which the memory enters; none is edited.
 
-The modules come from torchtitan and are called as its own forward calls them, so that without memory every number is the one
-it computes itself; no torchtitan is imported here.
+The modules come from torchtitan and are called as its own forward calls them, so that without memory every number is
+the one it computes itself; no torchtitan is imported here.
 
 Legend: B batch, P positions of the pass, D width, H query heads, G key/value heads, K head width, V vocabulary.
 """
@@ -33,7 +33,7 @@ class Context(NamedTuple):
 
 
 def rotate_pairs(x: Tensor, context: Context) -> Tensor:
-    """Rotate neighbouring channels of x (B, P, heads, K) in float32, as a complex product does; result in the dtype of x."""
+    """Rotate neighbouring channels of x (B, P, heads, K) in float32, as a complex product does; result in x's dtype."""
     left, right = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([left * context.cos - right * context.sin, left * context.sin + right * context.cos], dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -59,10 +59,12 @@ class LlamaBlock(nn.Module):
 
     def project(self, hidden: Tensor, context: Context) -> Projection:
         normed, attention = self.layer.attention_norm(hidden), self.layer.attention
-        return Projection(normed, *(self._heads(linear, normed) for linear in (attention.wq, attention.wk, attention.wv)))
+        return Projection(
+            normed, *(self._heads(linear, normed) for linear in (attention.wq, attention.wk, attention.wv))
+        )
 
     def project_aligned(self, hidden: Tensor, context: Context, aligned: Tensor) -> Projection:
-        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's weight."""
+        """``project``, where keys and values read the normed input plus w ``aligned``, w the norm's weight."""
         normed, attention = self.layer.attention_norm(hidden), self.layer.attention
         moved = normed + multiplied(aligned, self.layer.attention_norm, 0.0).to(normed.dtype)
         key, value = (self._heads(linear, moved) for linear in (attention.wk, attention.wv))
@@ -77,7 +79,9 @@ class LlamaBlock(nn.Module):
     def finish_kv(self, projection: Projection, context: Context) -> KV:
         return KV(rotate_pairs(projection.key, context), projection.value)
 
-    def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         key, value = self.finish_kv(projection, context)
         query, scale = rotate_pairs(projection.query, context), self.geometry.head_dim**-0.5
         if kv is None:
@@ -105,7 +109,12 @@ class LlamaBackbone(nn.Module):
         args = transformer.model_args
         self._args = args
         self.config = config
-        self.width, self.vocab_size, self.kv_heads, self.head_dim = config.d_model, config.vocab_size, config.kv_heads, config.head_dim
+        self.width, self.vocab_size, self.kv_heads, self.head_dim = (
+            config.d_model,
+            config.vocab_size,
+            config.kv_heads,
+            config.head_dim,
+        )
         self.embedding = TokenTable(args.vocab_size, args.dim, device="meta")
         self.norm = transformer.norm
         self.head = Head(config, loss_chunk=loss_chunk, device="meta")
@@ -153,7 +162,10 @@ def llama3(recipe: Recipe, make: Callable[[], Any]) -> Trainee:
 
     def whole(device: Any) -> LatentRecurrentModel:
         """torchtitan initializes from the global random numbers, which stay as they were."""
-        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type), torch.device(device):
+        with (
+            torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type),
+            torch.device(device),
+        ):
             torch.manual_seed(recipe.run.seed)
             transformer, backbone, blocks = parts()
             transformer.init_weights()

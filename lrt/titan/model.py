@@ -1,4 +1,4 @@
-"""What torchtitan trains: a recurrent model that knows its schedule, the loss over its groups, and our plan under its settings.
+"""What torchtitan trains: a model that knows its schedule, the loss over its groups, our plan under its settings.
 
 No torchtitan here: jobs and parallel dimensions are read by attribute.
 
@@ -46,13 +46,22 @@ class Trainee(LatentRecurrentModel):
         whole: device -> the same model, whole and initialized.
     """
 
-    def __init__(self, backbone: Backbone, blocks: Sequence[Block], recipe: Recipe, *, whole: Callable[[Any], LatentRecurrentModel]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        blocks: Sequence[Block],
+        recipe: Recipe,
+        *,
+        whole: Callable[[Any], LatentRecurrentModel],
+    ) -> None:
         trained = from_config(recipe.schedule) if recipe.recurrence is not None else None
         super().__init__(backbone, blocks, recipe.recurrence, train_schedule=trained)
         self.timetable = plan_timetable(recipe, steps=recipe.training.steps or 0)
         last = single(self.timetable.stretches[-1].schedule)
         self.scored = replace(last, weights="paper") if hasattr(last, "weights") else last  # type: ignore[type-var]
-        self.step: Callable[[], int] = int  # optimizer steps done; the learning rates' scheduler counts them, across restarts too
+        self.step: Callable[[], int] = (
+            int  # optimizer steps done; the learning rates' scheduler counts them, across restarts too
+        )
         self._whole = whole
 
     def forward(self, tokens: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -63,7 +72,8 @@ class Trainee(LatentRecurrentModel):
 
         Returns:
             What scores a hidden state, then for every loss group of weight above 0: its hidden state (B, P, D), its
-            positions (P,), and its share of the loss. In evaluation mode only the last group of the last phase's schedule.
+            positions (P,), and its share of the loss. In evaluation mode only the last group, by the last phase's
+            schedule.
         """
         step = self.step()
         schedule = self.timetable.schedule(step) if self.training else self.scored
@@ -71,7 +81,11 @@ class Trainee(LatentRecurrentModel):
         with torch.autocast(tokens.device.type, enabled=False):  # the plan decides what is computed in which dtype
             results = self.run(tokens, schedule, generator=generator)
         weights = schedule.group_weights(tokens.shape[1])
-        groups = [(*group, weight / sum(weights)) for group, weight in zip(by_group(results, len(weights)), weights) if weight > 0]
+        groups = [
+            (*group, weight / sum(weights))
+            for group, weight in zip(by_group(results, len(weights)), weights)
+            if weight > 0
+        ]
         if not self.training:
             groups = [(*groups[-1][:2], 1.0)]
         return self.backbone.loss, *groups
@@ -97,7 +111,7 @@ def native(recipe: Recipe) -> Trainee:
 
 
 def grouped_loss(predicted: tuple[Any, ...], labels: Tensor) -> Tensor:
-    """Nats of all valid labels, the weighted mean over the groups of ``Trainee.forward``; the head is applied in chunks.
+    """Nats of all valid labels, the weighted mean over the groups of ``Trainee.forward``, the head applied in chunks.
 
     Args:
         predicted: of the model.
@@ -119,7 +133,7 @@ def parameters_and_flops(model: Trainee, recipe: Recipe) -> tuple[int, int]:
 def parallel_form(model: Trainee, dims: Any, job: Any) -> Trainee:
     """Our parallel plan under torchtitan's settings: activation checkpointing, compile per block, FSDP2 or HSDP.
 
-    FSDP also holds a model on one rank where it computes in another dtype than float32, because its masters stay float32.
+    FSDP also holds a model on one rank where it computes in another dtype than float32: its masters stay float32.
 
     Args:
         model: on the meta device.
@@ -151,7 +165,7 @@ def parallel_form(model: Trainee, dims: Any, job: Any) -> Trainee:
 
 
 def _checkpoint(model: Trainee, config: Any) -> None:
-    """Activation checkpointing as torchtitan names it: of every block or every n-th, whole or but for products and attention."""
+    """Activation checkpointing as torchtitan names it: every block or every n-th, whole or all but products."""
     if config.mode == "none":
         return
     by_operation = config.mode == "selective" and config.selective_ac_option == "op"
@@ -162,7 +176,10 @@ def _checkpoint(model: Trainee, config: Any) -> None:
 
 def _every(option: str) -> int:
     if not str(option).isdigit() or int(option) < 1:
-        raise ValueError(f'activation_checkpoint.selective_ac_option = {option!r}: use "op", or a whole number n for every n-th block')
+        raise ValueError(
+            f'activation_checkpoint.selective_ac_option = {option!r}: use "op", or a whole number n for every '
+            "n-th block"
+        )
     return int(option)
 
 
@@ -189,7 +206,7 @@ def _finish(model: Any) -> None:
 
 @torch.no_grad()
 def with_state(optimizers: Any, model: Trainee) -> Any:
-    """The optimizers, with a state for every parameter where some rest at first: a checkpoint must hold all or be read into all.
+    """The optimizers, with a state for every parameter where some rest at first: a checkpoint must hold all of them.
 
     Args:
         optimizers: torchtitan's container, new.
@@ -218,7 +235,12 @@ def with_state(optimizers: Any, model: Trainee) -> Any:
 
 def describe(model: Trainee, job: Any) -> None:
     """Write into the job's dump folder which model its checkpoints hold, so that they can be converted."""
-    about: dict[str, Any] = {"format": 1, "name": job.model.name, "flavor": job.model.flavor, "tokenizer": job.model.hf_assets_path}
+    about: dict[str, Any] = {
+        "format": 1,
+        "name": job.model.name,
+        "flavor": job.model.flavor,
+        "tokenizer": job.model.hf_assets_path,
+    }
     if job.model.name == NATIVE:
         about["config"] = config_of(model)
     else:

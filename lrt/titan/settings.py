@@ -1,4 +1,4 @@
-"""A job of torchtitan as a recipe: the same tables, the same checks, and what the bridge refuses; no torchtitan here."""
+"""A job of torchtitan as a recipe: the same tables and checks, and what the bridge refuses; no torchtitan here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _SIZES: dict[str, dict[str, Any]] = {
     "24l": {"n_layers": 24, **_LARGE},
 }
 # [model] of the recipes lrt_tiny, lrt_12l, lrt_20l and lrt_24l, and of their twins without memory.
-FLAVORS: dict[str, dict[str, Any]] = {f"{prefix}{name}": keys for prefix in ("", PLAIN) for name, keys in _SIZES.items()}
+FLAVORS: dict[str, dict[str, Any]] = {
+    f"{prefix}{name}": keys for prefix in ("", PLAIN) for name, keys in _SIZES.items()
+}
 
 SHARDING = "use data_parallel_shard_degree (FSDP2), with data_parallel_replicate_degree for HSDP"
 DEGREES = {
@@ -47,7 +49,9 @@ def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str 
         ValueError: a setting that does not fit, or that the bridge cannot follow.
     """
     if not hasattr(job, "schedule"):
-        raise ValueError('job.custom_config_module is not given, so [recurrence] and [schedule] are unknown: set it to "lrt.titan"')
+        raise ValueError(
+            'job.custom_config_module is not given, so [recurrence] and [schedule] are unknown: set it to "lrt.titan"'
+        )
     errors = refusals(job)
     recurrence, schedule = given(job.recurrence), given(job.schedule)
     if not recurrent and recurrence:
@@ -72,14 +76,20 @@ def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str 
     recipe = parse_recipe(tomli_w.dumps(bare_first))
     ramps = [f"{where}.ramp = {c.ramp}" for where, c in stretches(recipe.schedule) if c.ramp]
     if ramps:
-        raise ValueError(f"{ramps[0]}: the optimizer is torchtitan's, which lets no memory in step by step: leave ramp out, with recurrence.init = \"identity\"")
+        raise ValueError(
+            f"{ramps[0]}: the optimizer is torchtitan's, which lets no memory in step by step: leave ramp out, "
+            'and set recurrence.init = "identity"'
+        )
     return recipe
 
 
 def given(table: Any) -> dict[str, Any]:
     """The keys of a table that differ from their defaults, as plain values."""
     if not dataclasses.is_dataclass(table):
-        raise ValueError(f'recurrence = {table!r}: the twin without memory is a flavor of its own: set model.flavor = "{PLAIN}12l", or another {PLAIN}*')
+        raise ValueError(
+            f"recurrence = {table!r}: the twin without memory is a flavor of its own: set model.flavor = "
+            f'"{PLAIN}12l", or another {PLAIN}*'
+        )
     return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != f.default}
 
 
@@ -103,23 +113,44 @@ def refusals(job: Any) -> list[str]:
         for key, name in DEGREES.items()
         if getattr(p, key) > 1
     ]
-    wrong = {
-        f"training.dtype = {t.dtype!r}: parameters are float32 masters: leave it out; mixed_precision_param computes in bfloat16": t.dtype != "float32",
-        "training.enable_cpu_offload = true is not supported: leave it out; shard over more GPUs": t.enable_cpu_offload,
-        f"model.converters = {job.model.converters} are not supported, because blocks read their weights directly: leave them out": bool(job.model.converters),
-        "optimizer.early_step_in_backward = true is not supported, because every pass adds to a gradient: leave it out": job.optimizer.early_step_in_backward,
-        "checkpoint.last_save_in_hf = true is not supported: leave it out, and convert the checkpoint with tools/convert.py --to hf":
+    wrong = [
+        (
+            t.dtype != "float32",
+            f"training.dtype = {t.dtype!r}: masters are float32: leave it out, and set mixed_precision_param",
+        ),
+        (
+            t.enable_cpu_offload,
+            "training.enable_cpu_offload = true is not supported: leave it out; shard over more GPUs",
+        ),
+        (
+            bool(job.model.converters),
+            f"model.converters = {job.model.converters} are not supported, because blocks read their weights directly: "
+            "leave them out",
+        ),
+        (
+            job.optimizer.early_step_in_backward,
+            "optimizer.early_step_in_backward = true is not supported: every pass adds to a gradient; leave it out",
+        ),
+        (
             job.checkpoint.enable and job.checkpoint.last_save_in_hf,
-        f"activation_checkpoint.mode = {ac.mode!r} is not supported: use none, selective or full": ac.mode == "memory_budget",
-        f"compile.backend = {c.backend!r} is not supported: use inductor": c.enable and c.backend != "inductor",
-        f"compile.components = {c.components}: blocks and loss are compiled together: use [\"model\", \"loss\"]":
+            "checkpoint.last_save_in_hf = true is not supported: leave it out, and convert the checkpoint with "
+            "tools/convert.py --to hf",
+        ),
+        (
+            ac.mode == "memory_budget",
+            f"activation_checkpoint.mode = {ac.mode!r} is not supported: use none, selective or full",
+        ),
+        (c.enable and c.backend != "inductor", f"compile.backend = {c.backend!r} is not supported: use inductor"),
+        (
             c.enable and sorted(c.components) != ["loss", "model"],
-    }  # fmt: skip
+            f'compile.components = {c.components}: blocks and loss are compiled together: use ["model", "loss"]',
+        ),
+    ]
     loader = t.dataloader
     unused = [key for key in ("persistent_workers", "pin_memory", "prefetch_factor") if getattr(loader, key)]
     if t.dataset == PACKED and unused:
         errors.append(f'training.dataloader.{unused[0]} has no effect on training.dataset = "{PACKED}": leave it out')
-    return errors + [text for text, refused in wrong.items() if refused]
+    return errors + [text for refused, text in wrong if refused]
 
 
 def model_config(recipe: Recipe) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything that names torchtitan: its config, its TrainSpec, its tokenizers and loaders. Another version changes this file alone.
+"""Everything that names torchtitan: its config, TrainSpec, tokenizers and loaders. Another version changes this file.
 
 Written for torchtitan 0.2.2. It reads the types of dataclass fields, so annotations here are no strings.
 """
@@ -42,11 +42,15 @@ def _table(settings: type, *, fixed: tuple[str, ...] = (), open_choice: tuple[st
         open_choice: keys whose default depends on the model, here None.
     """
     items: list[Any] = []
-    for f, hint in zip(fields(settings), map(typing.get_type_hints(settings).__getitem__, (f.name for f in fields(settings)))):
+    for f, hint in zip(
+        fields(settings), map(typing.get_type_hints(settings).__getitem__, (f.name for f in fields(settings)))
+    ):
         if f.name in open_choice:
             items.append((f.name, hint | None, None))
         else:
-            items.append((f.name, Annotated[Any, tyro.conf.Fixed] if f.name in fixed else _lists(hint), field(default=f.default)))
+            items.append(
+                (f.name, Annotated[Any, tyro.conf.Fixed] if f.name in fixed else _lists(hint), field(default=f.default))
+            )
     return make_dataclass(settings.__name__, items)
 
 
@@ -133,8 +137,17 @@ def llama_recipe(job: Any) -> Any:
     args = LLAMA_ARGS.get(job.model.flavor)
     if args is None:
         raise ValueError(f"model.flavor = {job.model.flavor!r}: use one of {', '.join(LLAMA_ARGS)}")
-    sizes = {"n_layers": args.n_layers, "width": args.dim, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads or args.n_heads}
-    more = {"vocab_size": getattr(job.model, "vocab_size", None) or args.vocab_size, "vocab_multiple": 1, "value_embeddings": "none"}
+    sizes = {
+        "n_layers": args.n_layers,
+        "width": args.dim,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads or args.n_heads,
+    }
+    more = {
+        "vocab_size": getattr(job.model, "vocab_size", None) or args.vocab_size,
+        "vocab_multiple": 1,
+        "value_embeddings": "none",
+    }
     return recipe_of(job, model={**sizes, **more, "softcap": "none"}, recurrent=True, init="identity")
 
 
@@ -220,7 +233,8 @@ class PackedLoader(BaseDataLoader):
             return
         if state_dict["world_size"] != self._world_size:
             raise ValueError(
-                f"the checkpoint holds the loaders of {state_dict['world_size']} data-parallel ranks, and here are {self._world_size}: "
+                f"the checkpoint holds the loaders of {state_dict['world_size']} data-parallel ranks, and here are "
+                f"{self._world_size}: "
                 'use as many, or checkpoint.exclude_from_loading = ["dataloader"], which begins the data anew'
             )
         self._rows.load_state_dict(torch.load(io.BytesIO(state_dict[self._key]), weights_only=True))
@@ -229,10 +243,14 @@ class PackedLoader(BaseDataLoader):
 def _packed(job: Any, tokenizer: Tokenizer, *, rank: int, world_size: int, split: str) -> PackedLoader:
     t, v = job.training, job.validation
     if split == "train":
-        data = DataConfig(train=t.dataset_path or "demo", tokenizer=job.model.hf_assets_path, workers=t.dataloader.num_workers)
+        data = DataConfig(
+            train=t.dataset_path or "demo", tokenizer=job.model.hf_assets_path, workers=t.dataloader.num_workers
+        )
         length, rows = t.seq_len, t.local_batch_size
     else:
-        data = DataConfig(train=t.dataset_path or "demo", validation=v.dataset_path or "auto", tokenizer=job.model.hf_assets_path)
+        data = DataConfig(
+            train=t.dataset_path or "demo", validation=v.dataset_path or "auto", tokenizer=job.model.hf_assets_path
+        )
         length, rows = v.seq_len, v.local_batch_size
     seed = {} if job.debug.seed is None else {"seed": job.debug.seed}
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
@@ -251,9 +269,13 @@ def loader(*, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config
 class PackedValidator(Validator):
     """torchtitan's validator over held-out rows packed by lrt."""
 
-    def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, **parts: Any) -> None:
+    def __init__(
+        self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, **parts: Any
+    ) -> None:
         BaseValidator.__init__(self, job_config)
-        self.validation_dataloader = _packed(job_config, tokenizer, rank=dp_rank, world_size=dp_world_size, split="validation")
+        self.validation_dataloader = _packed(
+            job_config, tokenizer, rank=dp_rank, world_size=dp_world_size, split="validation"
+        )
         self.tokenizer = tokenizer
         for name, value in parts.items():
             setattr(self, name, value)

@@ -1,6 +1,7 @@
-"""Jobs of torchtitan and of our own trainer, one after the other in the processes of one torchrun: ``titan_jobs.py JOBS.json RESULTS.pt``.
+"""Jobs of torchtitan and of our trainer, one after the other in one torchrun: ``titan_jobs.py JOBS.json RESULTS.pt``.
 
-JOBS.json: {name: {"titan": [arguments]} or {"ours": recipe as TOML}}. RESULTS.pt: {name: {"losses": [...], "weights": {...}} or {"error": text}}.
+JOBS.json: {name: {"titan": [arguments]} or {"ours": recipe as TOML}}.
+RESULTS.pt: {name: {"losses": [...], "weights": {...}} or {"error": text}}.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ def in_torchtitan(arguments):
     from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
 
-    torchtitan.train.time = types.SimpleNamespace(sleep=lambda _: None, perf_counter=time.perf_counter)  # it sleeps at the end of a job
+    torchtitan.train.time = types.SimpleNamespace(
+        sleep=lambda _: None, perf_counter=time.perf_counter
+    )  # it sleeps at the end of a job
     job = ConfigManager().parse_args(arguments)
     trainer, losses = Trainer(job), []
     trainer.metrics_processor.log = lambda step, loss, *_, **__: losses.append(loss)
     try:
         trainer.train()
         model = trainer.model_parts[0]
-        return {"losses": losses, "weights": {name: whole(p) for name, p in named_parameters(model)}, "step": trainer.step}
+        return {
+            "losses": losses,
+            "weights": {name: whole(p) for name, p in named_parameters(model)},
+            "step": trainer.step,
+        }
     finally:
         trainer.close()
         gc.enable()  # torchtitan collects by its own clock
@@ -67,7 +74,9 @@ def main(jobs, results):
     os.environ.setdefault("LOCAL_RANK", "0")
     done = {}
     for number, (name, job) in enumerate(json.loads(Path(jobs).read_text()).items()):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the processes find each other anew, not at the addresses of the job before
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(
+            number
+        )  # the processes find each other anew, not at the addresses of the job before
         try:
             done[name] = in_torchtitan(job["titan"]) if "titan" in job else in_ours(job["ours"])
         except (ValueError, AssertionError, ImportError) as error:

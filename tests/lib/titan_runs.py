@@ -15,7 +15,7 @@ from runs import ROOT
 LIB = ROOT / "tests" / "lib"
 needs_torchtitan = pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None,
-    reason='torchtitan is not installed: pip install "lrt[titan]", then python -m pytest tests/titan -m "slow or not slow"',
+    reason='torchtitan is not installed: pip install "lrt[titan]", then python -m pytest tests/titan -m slow',
 )
 
 ROWS, LENGTH, RATE = 8, 32, 3e-3  # of every job here
@@ -30,7 +30,15 @@ def environment():
 def launch(module_or_file, *arguments, ranks=1):
     """torchrun with a module of torchtitan, or a file."""
     what = ["-m", module_or_file] if not module_or_file.endswith(".py") else [module_or_file]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *what, *map(str, arguments)]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *what,
+        *map(str, arguments),
+    ]
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=540)
 
 
@@ -43,7 +51,16 @@ def run_jobs(folder, jobs, *, ranks=1):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-def titan_arguments(folder, schedule, *more, steps=10, ranks=1, flavor="tiny", recurrence="gate_channels = 32\nseparator = 256\n", name="lrt"):
+def titan_arguments(
+    folder,
+    schedule,
+    *more,
+    steps=10,
+    ranks=1,
+    flavor="tiny",
+    recurrence="gate_channels = 32\nseparator = 256\n",
+    name="lrt",
+):
     """A job of torchtitan's trainer; ``schedule`` and ``recurrence`` are TOML."""
     text = f"""
 [job]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from titan_runs import needs_torchtitan, our_recipe, run_jobs, titan_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist, needs_torchtitan]
@@ -17,10 +16,13 @@ SCHEDULES = {
     "chunked": 'kind = "chunked"\nchunks = 8',
     "sequential": 'kind = "sequential"',
     "mixture": 'kind = "mixture"\nmix = [{share = 0.5, kind = "baseline"}, {share = 0.5, kind = "refine"}]',
-    "phases": 'phases = [{until = 0.4, kind = "baseline"}, {until = 0.7, kind = "refine"}, {until = 1.0, kind = "interleaved", subsets = 2}]',
+    "phases": 'phases = [{until = 0.4, kind = "baseline"}, {until = 0.7, kind = "refine"}, {until = 1.0, subsets = 2}]',
 }
 PLAIN = 'kind = "baseline"'
-LOSS, WEIGHT = 1e-5, 1e-4  # of a loss; of the largest difference of a weight, in AdamW's rate times ten steps
+LOSS, WEIGHT = (
+    1e-5,
+    1e-4,
+)  # the largest difference of a loss in nats, and of a weight; ten steps of AdamW move a weight by up to 2e-2
 
 
 def compare(found, name):
@@ -35,16 +37,33 @@ def compare(found, name):
     return max(abs(a - b) for a, b in zip(theirs["losses"], ours["losses"])), max(far.values())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ten_steps_agree_under_every_schedule(tmp_path, ranks):
+def pair(folder, name, *, ranks):
+    """The same job for both trainers."""
+    if name == "plain":
+        theirs = titan_arguments(folder / "plain_titan", PLAIN, ranks=ranks, flavor="plain_tiny", recurrence="")
+        return {
+            "plain titan": {"titan": theirs},
+            "plain ours": {"ours": our_recipe(folder / "plain_ours", PLAIN, ranks=ranks, plain=True)},
+        }
+    return {
+        f"{name} titan": {"titan": titan_arguments(folder / f"{name}_titan", SCHEDULES[name], ranks=ranks)},
+        f"{name} ours": {"ours": our_recipe(folder / f"{name}_ours", SCHEDULES[name], ranks=ranks)},
+    }
+
+
+def test_ten_steps_agree_under_every_schedule(tmp_path):
     jobs = {}
-    for name, schedule in SCHEDULES.items():
-        jobs[f"{name} titan"] = {"titan": titan_arguments(tmp_path / f"{name}_titan", schedule, ranks=ranks)}
-        jobs[f"{name} ours"] = {"ours": our_recipe(tmp_path / f"{name}_ours", schedule, ranks=ranks)}
-    jobs["plain titan"] = {"titan": titan_arguments(tmp_path / "plain_titan", PLAIN, ranks=ranks, flavor="plain_tiny", recurrence="")}
-    jobs["plain ours"] = {"ours": our_recipe(tmp_path / "plain_ours", PLAIN, ranks=ranks, plain=True)}
-    found = run_jobs(tmp_path / "jobs", jobs, ranks=ranks)
+    for name in (*SCHEDULES, "plain"):
+        jobs |= pair(tmp_path, name, ranks=1)
+    found = run_jobs(tmp_path / "jobs", jobs)
     for name in (*SCHEDULES, "plain"):
         loss, weight = compare(found, name)
-        print(f"{ranks} ranks, {name}: loss {loss:.1e}, weight {weight:.1e}")
-    assert torch.is_tensor(next(iter(found["plain titan"]["weights"].values())))
+        print(f"1 rank, {name}: loss {loss:.1e}, weight {weight:.1e}")
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "plain"])
+def test_ten_steps_agree_on_two_ranks(
+    tmp_path, name
+):  # a torchrun each: a second job of torchtitan's in one process waits for ever
+    loss, weight = compare(run_jobs(tmp_path / "jobs", pair(tmp_path, name, ranks=2), ranks=2), name)
+    print(f"2 ranks, {name}: loss {loss:.1e}, weight {weight:.1e}")

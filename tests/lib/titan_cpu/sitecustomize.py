@@ -1,7 +1,8 @@
 """A CPU in the place of torchtitan's GPU, for processes that have this folder in PYTHONPATH.
 
-torchtitan asks torch for an accelerator and takes "cuda" where there is none; here it finds the CPU, with gloo between processes.
-It also imports triton, for mixture-of-experts kernels that no test runs; where there is none, a stand-in takes their place.
+torchtitan asks torch for an accelerator and takes "cuda" where there is none; here it finds the CPU, with gloo between
+processes. It also imports triton, for mixture-of-experts kernels that no test runs; where there is none, a
+stand-in takes their place.
 """
 
 import importlib.util
