@@ -73,9 +73,9 @@ def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:
 def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Initialization, then passes over residues, each fed by the newest memory of the position before."""
     whole, parts = engine.split(row, plan[1].step)
-    first = engine.run(whole, keep_inputs=schedule.kv_refresh)
+    first = engine.run(whole, graded=plan[0].graded, keep_inputs=schedule.kv_refresh)
     known = first if schedule.kv_refresh else first._replace(inputs=())
-    buffer = engine.buffer(whole, parts, handed_on(known, schedule))
+    buffer = engine.buffer(whole, parts, handed_on(known, cut=bool(schedule.cut_gradient)))
     results = [PassResult(plan[0], first.hidden, first.memory, first.inputs)]
     for index, step in enumerate(plan[1:], start=1):
         residue, later = step.start, plan[index + 1 :]
@@ -85,7 +85,7 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
         out = engine.run(parts[residue], buffer.received(residue), stores=stores, index=index, keep_kv=bool(later))
         results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if later:
-            buffer.write_back(residue, handed_on(out, schedule))
+            buffer.write_back(residue, handed_on(out, cut=schedule.cut_gradient is True))
     return results
 
 
@@ -101,7 +101,8 @@ def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -
         if step.group >= 0:
             results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if step is not plan[-1]:
-            received = received_everywhere(row, handed_on(out, schedule))
+            cut = schedule.cut_gradient is True or bool(schedule.cut_gradient) and step is plan[0]
+            received = received_everywhere(row, handed_on(out, cut=cut))
     return results
 
 
@@ -144,9 +145,9 @@ def received_everywhere(row: Row, before: PassOutput) -> Tensor:
     return reset_memory(shift_right(before.memory), row.starts)
 
 
-def handed_on(out: PassOutput, schedule: Schedule) -> PassOutput:
-    """What later passes read of a pass: with ``cut_gradient`` no gradient comes back through it."""
-    if not schedule.cut_gradient or out.memory is None:
+def handed_on(out: PassOutput, *, cut: bool) -> PassOutput:
+    """What later passes read of a pass; with ``cut`` no gradient comes back through it."""
+    if not cut or out.memory is None:
         return out
     kv = tuple(KV(key.detach(), value.detach()) for key, value in out.kv)
     return PassOutput(out.hidden, out.memory.detach(), kv, tuple(x.detach() for x in out.inputs))

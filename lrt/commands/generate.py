@@ -11,6 +11,7 @@ The prompt is prefilled by fixed_point with the measured default tolerance; --pr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 
-from lrt.commands.options import parse_prefill
+from lrt.commands.frame import framed
+from lrt.commands.options import parse_prefill, path
+from lrt.config.files import read_text
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
@@ -32,11 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Continue text; returns the exit code (2: bad input)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    parser.add_argument("--base", help="the decoder of a folder that holds the memory alone")
+    parser.add_argument("--base", type=path, help="the decoder of a folder that holds the memory alone")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--prompt", help="text; empty = only the separator")
-    where.add_argument("--file", help="a text file with the prompt")
-    parser.add_argument("--tokenizer", help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
+    where.add_argument("--file", type=path, help="a text file with the prompt")
+    parser.add_argument("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
@@ -51,14 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args(arguments)
-    try:
+    return framed(lambda: _until_interrupted(args), interrupted="no text was written")
+
+
+def _until_interrupted(args: argparse.Namespace) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to leave the prompt
         run(args)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,8 +85,8 @@ def read_prompt(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"--file {path}: no such file")
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
+        return read_text(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
 
 

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 
+from lrt.commands.frame import framed
 from lrt.commands.torchtitan import hand_over, refuse_torchtitan
 from lrt.config import load_recipe, shipped_recipes
 
@@ -29,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if args.dry_run and args.engine != "lrt":
         parser.error("--dry-run plans a run of lrt's own trainer: leave --engine torchtitan out")
+    return framed(lambda: run(args), interrupted="the same command goes on from the newest checkpoint")
 
+
+def run(args: argparse.Namespace) -> int:
     if args.list:
         for path in shipped_recipes():
             print(f"{path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
@@ -57,12 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
         except HangError as error:
             print(f"stopped: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # threads that wait for the lost rank would keep the process alive
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         print(f"error: run.output: cannot use {error.filename}: {error.strerror}; choose a folder that can be written", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 """Settings: their ranges, their dataclasses, and recipes in TOML. No torch."""
 
+from lrt.config.data import DataConfig, SourceConfig
 from lrt.config.recipes import (
     RecipeError,
     dump_recipe,
@@ -12,7 +13,6 @@ from lrt.config.recipes import (
 )
 from lrt.config.settings import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     MetricsConfig,
     ModelConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "RecurrenceConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "TrainingConfig",
     "Weights",
     "dump_recipe",

@@ -98,10 +98,10 @@ RANGES: dict[str, dict[str, Range]] = {
     },
     "checkpoint": {"every": AT_THE_END, "keep_last": FROM_1, "keep_every": Range(0, note="0 = none")},
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},
-    "evaluation": {"every": AT_THE_END, "tokens": FROM_1, "batch": FROM_1, "buckets": FROM_1, "sample_tokens": FROM_0},
+    "evaluation": {"every": AT_THE_END, "tokens": FROM_1, "batch": FROM_1, "buckets": FROM_1, "sample_tokens": FROM_0, "core_items": FROM_1},
 }
-# Of the tables inside [schedule]: phases and members of a mixture, which have the keys of [schedule] too.
-ITEM_RANGES = {"until": Range(0, 1, above=True), "share": Range(0, 1, above=True)}
+# Of tables inside a section: phases and members of a mixture, which have the keys of [schedule] too, and sources of data.
+ITEM_RANGES = {"until": Range(0, 1, above=True), "share": Range(0, 1, above=True), "weight": Range(0, 1e9, above=True)}
 SHARES_SUM_WITHIN = 1e-6  # of 1
 
 MUON = ("matrix_lr", "momentum", "momentum_start", "momentum_warmup_steps", "second_moment", "weight_decay")
@@ -246,6 +246,8 @@ def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, sect
             return {}
         if "kind" in above:
             replaced.add("phases")
+    if section == "data" and ("train" in above) != ("sources" in above):
+        replaced.add("sources" if "train" in above else "train")
     for where, choice in USED:
         if where == section:
             replaced |= unused_keys(section, choice, above.get(choice))

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from lrt.config.files import read_text
 from lrt.config.ranges import USED, item_class, range_errors, without_replaced
 from lrt.config.settings import PassesConfig, Recipe, ScheduleConfig, ShareConfig, StretchConfig
 
@@ -96,7 +97,7 @@ def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: s
 
 def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path.name}: not valid TOML: {error}") from None
     base = table.pop("base", None)
@@ -199,7 +200,8 @@ def _item_from_table(cls: Any, where: str, raw: Any, errors: list[str]) -> Any:
     """One table of a list of tables."""
     if isinstance(raw, Mapping):
         return _section_from_table(cls, where, raw, errors)
-    errors.append(f"{where} = {raw!r}: expected a table, such as {{kind = \"baseline\"}}")
+    example = ", ".join(f"{field.name} = ..." for field in dataclasses.fields(cls)[:2])
+    errors.append(f"{where} = {raw!r}: expected a table, such as {{{example}}}")
     return None
 
 
@@ -267,6 +269,14 @@ def _used_keys(c: PassesConfig) -> dict[str, Any]:
     return {"kind": c.kind, **{key: _members(c.mix) if isinstance(c, StretchConfig) and key == "mix" else getattr(c, key) for key in used}}
 
 
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_none(item) for item in value)
+    return "none" if value is None else value
+
+
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested plain values, None written as "none" (TOML has no null)."""
     table: dict[str, Any] = {}
@@ -276,7 +286,7 @@ def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
             table[section.name] = False
             continue
         values = _schedule_to_table(value) if isinstance(value, ScheduleConfig) else dataclasses.asdict(value)
-        table[section.name] = {k: "none" if v is None else v for k, v in values.items()}
+        table[section.name] = _without_none(values)
     # A bare key must stand before the first table.
     return dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lrt.adaptation import adapt
 from lrt.config import Recipe, ScheduleConfig, parse_recipe
+from lrt.config.files import local_path
 from lrt.conversion.official import native_from_official, native_tensors
 from lrt.conversion.official_reference import Logits, OfficialReading, Precision
 from lrt.conversion.streamed_model import filled_model, native_logits
@@ -148,7 +149,7 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
 def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.run.backbone == "native":
         return native_config(build(recipe, device="meta"))
-    folder = Path(recipe.run.backbone).expanduser()  # a name that the run gave: read as data, or not at all
+    folder = local_path(recipe.run.backbone, key="run.backbone")  # a name that the run gave: read as data, or not at all
     with torch.device("meta"):
         decoder = decoder_of_shapes(folder, where=f'run.backbone = "{folder}" of the run')
         return config_of(adapt(decoder, recipe.recurrence, train_schedule=from_config(recipe.schedule)))

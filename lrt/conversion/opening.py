@@ -15,6 +15,7 @@ import torch
 
 from lrt.adaptation import adapt, without_memory
 from lrt.config import Recipe, RecurrenceConfig, load_recipe
+from lrt.config.files import local_path
 from lrt.conversion.kinds import KINDS, kind_of
 from lrt.conversion.titan import description_of, is_titan
 from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -52,9 +53,9 @@ def find_model(path: str | Path) -> Path:
     Raises:
         ValueError: there is no model at all.
     """
-    place = Path(path).expanduser()
     if not str(path).strip():
         raise ValueError("the folder's name is empty: name a folder with a model")
+    place = local_path(path, key="the folder of the model")
     if not place.exists():
         raise ValueError(f"{path}: there is nothing; name a folder with a model, or a training run")
     if not place.is_dir() or (place / "config.json").is_file() or step_of(place) >= 0 or (place / "complete.json").is_file():

@@ -27,6 +27,7 @@ FLAVORS: dict[str, dict[str, Any]] = {
     f"{prefix}{name}": keys for prefix in ("", PLAIN) for name, keys in _SIZES.items()
 }
 
+MODEL_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "sequence_length")  # beside a flavor's
 SHARDING = "use data_parallel_shard_degree (FSDP2), with data_parallel_replicate_degree for HSDP"
 DEGREES = {
     "tensor_parallel_degree": "tensor parallelism (TP)",
@@ -93,8 +94,13 @@ def given(table: Any) -> dict[str, Any]:
     return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != f.default}
 
 
+def given_model(job: Any) -> dict[str, Any]:
+    """The keys of our [model] that a job gives beside its flavor."""
+    return {key: value for key in MODEL_KEYS if (value := getattr(job.model, key, None)) is not None}
+
+
 def model_keys(job: Any) -> dict[str, Any]:
-    """[model] of a flavor, with the vocabulary that the job names.
+    """[model] of a native flavor, with the keys that the job gives.
 
     Raises:
         ValueError: there is no such flavor.
@@ -102,7 +108,7 @@ def model_keys(job: Any) -> dict[str, Any]:
     keys = FLAVORS.get(job.model.flavor)
     if keys is None:
         raise ValueError(f"model.flavor = {job.model.flavor!r}: use one of {', '.join(FLAVORS)}")
-    return keys if job.model.vocab_size is None else {**keys, "vocab_size": job.model.vocab_size}
+    return {**keys, **given_model(job)}
 
 
 def refusals(job: Any) -> list[str]:
@@ -156,6 +162,3 @@ def refusals(job: Any) -> list[str]:
 def model_config(recipe: Recipe) -> dict[str, Any]:
     """[model] in plain values, as a checkpoint's description holds it."""
     return dataclasses.asdict(recipe.model)
-
-
-assert all(ModelConfig(**keys) for keys in FLAVORS.values())

@@ -7,7 +7,7 @@ import io
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -23,34 +23,45 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from lrt.config import DataConfig, RecurrenceConfig, ScheduleConfig
+from lrt.config import DataConfig, ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.data import build_loader, check_vocabulary, load_tokenizer
 from lrt.titan.llama3 import llama3
 from lrt.titan.model import Trainee, grouped_loss, native, parallel_form, parameters_and_flops, with_state
-from lrt.titan.settings import FLAVORS, LLAMA, NATIVE, PACKED, PLAIN, model_config, model_keys, recipe_of
+from lrt.titan.settings import (
+    FLAVORS,
+    LLAMA,
+    MODEL_KEYS,
+    NATIVE,
+    PACKED,
+    PLAIN,
+    given_model,
+    model_config,
+    model_keys,
+    recipe_of,
+)
 from lrt.train.checkpoint.starting_model import check_separator
 
 # ------------------------------------------------------------------ the config
 
 
-def _table(settings: type, *, fixed: tuple[str, ...] = (), open_choice: tuple[str, ...] = ()) -> type:
+def _table(
+    settings: type, *, fixed: tuple[str, ...] = (), left_open: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> type:
     """A section of our recipes as torchtitan's command line can read it.
 
     Args:
         settings: dataclass of the section.
         fixed: keys for a file alone, because a command line cannot say them.
-        open_choice: keys whose default depends on the model, here None.
+        left_open: keys whose default depends on the model: None here, and "none" says None.
+        without: keys that another section of torchtitan's says.
     """
-    items: list[Any] = []
-    for f, hint in zip(
-        fields(settings), map(typing.get_type_hints(settings).__getitem__, (f.name for f in fields(settings)))
-    ):
-        if f.name in open_choice:
-            items.append((f.name, hint | None, None))
-        else:
-            items.append(
-                (f.name, Annotated[Any, tyro.conf.Fixed] if f.name in fixed else _lists(hint), field(default=f.default))
-            )
+    hints, items = typing.get_type_hints(settings), list[Any]()
+    for f in fields(settings):
+        hint = Annotated[Any, tyro.conf.Fixed] if f.name in fixed else _lists(hints[f.name])
+        if f.name in left_open:
+            items.append((f.name, hint | Literal["none"] | None, None))
+        elif f.name not in without:
+            items.append((f.name, hint, field(default=f.default)))
     return make_dataclass(settings.__name__, items)
 
 
@@ -64,14 +75,11 @@ def _lists(hint: Any) -> Any:
     return hint
 
 
-RecurrenceTable = _table(RecurrenceConfig, open_choice=("init",))
+RecurrenceTable = _table(RecurrenceConfig, left_open=("init",))
 ScheduleTable = _table(ScheduleConfig, fixed=("mix", "phases"))
 
 
-@dataclass
-class ModelTable:
-    vocab_size: int | None = None  # of the model; None = the flavor's
-    """Ids that the model knows; a tokenizer may have fewer. The flavor's where it is left out."""
+ModelTable = _table(ModelConfig, left_open=MODEL_KEYS, without=("sequence_length",))
 
 
 @dataclass
@@ -80,7 +88,7 @@ class JobConfig:
 
     recurrence: RecurrenceTable = field(default_factory=RecurrenceTable)  # type: ignore[valid-type]
     schedule: ScheduleTable = field(default_factory=ScheduleTable)  # type: ignore[valid-type]
-    model: ModelTable = field(default_factory=ModelTable)
+    model: ModelTable = field(default_factory=ModelTable)  # type: ignore[valid-type]
 
 
 # ------------------------------------------------------------------ models
@@ -137,18 +145,16 @@ def llama_recipe(job: Any) -> Any:
     args = LLAMA_ARGS.get(job.model.flavor)
     if args is None:
         raise ValueError(f"model.flavor = {job.model.flavor!r}: use one of {', '.join(LLAMA_ARGS)}")
-    sizes = {
-        "n_layers": args.n_layers,
-        "width": args.dim,
-        "n_heads": args.n_heads,
-        "n_kv_heads": args.n_kv_heads or args.n_heads,
-    }
-    more = {
-        "vocab_size": getattr(job.model, "vocab_size", None) or args.vocab_size,
-        "vocab_multiple": 1,
-        "value_embeddings": "none",
-    }
-    return recipe_of(job, model={**sizes, **more, "softcap": "none"}, recurrent=True, init="identity")
+    keys = given_model(job)
+    if keys.keys() - {"vocab_size"}:
+        raise ValueError(
+            f"model.{min(keys.keys() - {'vocab_size'})} has no effect on torchtitan's Llama 3, whose sizes are those of "
+            "model.flavor: leave it out, or choose another flavor"
+        )
+    sizes = {"n_layers": args.n_layers, "width": args.dim, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads}
+    none = {"vocab_multiple": 1, "value_embeddings": "none", "softcap": "none"}
+    given = {"vocab_size": args.vocab_size, **{key: value for key, value in sizes.items() if value is not None}, **keys}
+    return recipe_of(job, model={**given, **none}, recurrent=True, init="identity")
 
 
 NATIVE_ARGS = {flavor: NativeArgs(recurrent=not flavor.startswith(PLAIN)) for flavor in FLAVORS}

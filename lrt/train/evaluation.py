@@ -22,6 +22,7 @@ from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
 from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
+from lrt.train.core_subset import ask_core
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import Heartbeat
@@ -66,7 +67,8 @@ def evaluate(
         sources: further rows, by name.
     """
     decode = None
-    if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and can_fuse(model):
+    stepped = can_fuse(model) or not fsdp_modules(model)  # a sharded decoder from a folder gathers by its modules' calls
+    if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and stepped:
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
     keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
     _reshard_after_forward(model, False)
@@ -99,7 +101,8 @@ def evaluate(
 
 def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
     """Mode ``decode`` by the step that generation uses: block by block the processor would be the limit."""
-    by_steps, sharded = exact_steps(accelerate(model), runner=runner), fsdp_modules(model)
+    by_steps = exact_steps(accelerate(model) if can_fuse(model) else model, runner=runner)
+    sharded = fsdp_modules(model)
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         if sharded:
@@ -132,6 +135,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     scores, activations, sources = evaluate(
         model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
     )
+    core = ask_core(run, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,
@@ -141,6 +145,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
+        **({"core": core} if core else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),

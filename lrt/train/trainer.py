@@ -26,6 +26,7 @@ from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch
 from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
 from lrt.train.checkpoint.starting_model import check_separator, check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, refuse_non_finite, warm_start
+from lrt.train.core_subset import open_core
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
@@ -112,6 +113,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     check_separator(recipe, tokenizer)
+    core = world.from_main(lambda: open_core(recipe))
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
@@ -154,7 +156,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world), core,
     )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             state.tokens += run.horizon.batch_tokens
             state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, *clock.lap()))
+            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, run.loader.shares, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
@@ -329,6 +331,7 @@ class Passed(NamedTuple):
     tokens: int  # of all steps so far
     flops: float  # of all steps so far
     sources: list[str]
+    shares: dict[str, float]  # of data.sources, in the rows so far
     seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
     waited: float  # share of them spent waiting for data
 
@@ -358,6 +361,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
             "data_wait": passed.waited,
+            **({"data_shares": passed.shares} if passed.shares else {}),
             "peak_memory_gib": peak_memory_gib(device),
             "skipped": run.guard.total,
         }

@@ -10,6 +10,7 @@ import torch
 
 from lrt.adaptation import adapt, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.config.files import local_path
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
@@ -83,7 +84,7 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
     """
     if is_native(recipe):
         return check_vocabulary(tokenizer, vocab_size)
-    folder = Path(recipe.run.backbone).expanduser()
+    folder = local_path(recipe.run.backbone, key="run.backbone")
     given, mend = f'data.tokenizer = "{recipe.data.tokenizer}"', f'set data.tokenizer = "{recipe.run.backbone}"'
     if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
         raise ValueError(f'{given} is not the tokenizer of run.backbone = "{folder}", whose token ids mean other words: {mend}')
@@ -113,7 +114,7 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
-    folder = Path(recipe.run.backbone).expanduser()
+    folder = local_path(recipe.run.backbone, key="run.backbone")
     key = f'run.backbone = "{recipe.run.backbone}"'
     if not config_file(folder).is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
