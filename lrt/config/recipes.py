@@ -66,8 +66,8 @@ def find_recipe(name: str | Path) -> Path:
             if _is_file(path):
                 return path
     known = sorted({p.name for folder in folders[1:] if folder.is_dir() for p in folder.glob("*.toml")})
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]}?" if close else "."
+    close = similar(str(name).removesuffix(".toml"), [one.removesuffix(".toml") for one in known])
+    hint = f"; did you mean {close}.toml?" if close else "."
     raise RecipeError(f"recipe {str(name)!r} not found{hint} Recipes here: {', '.join(known) or 'none'}")
 
 
@@ -215,7 +215,7 @@ def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors
     before = len(errors)
     for key, raw in table.items():
         if key not in hints:
-            errors.append(_unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in hints]))
+            errors.append(_unknown("key", key, list(hints), inside=f"{section}."))
             continue
         items = item_class(hints[key])
         if items is not None and isinstance(raw, list):
@@ -269,8 +269,8 @@ def _convert(raw: Any, hint: Any) -> Any:
     if origin is Literal:
         if raw in args and isinstance(raw, str):
             return raw
-        close = difflib.get_close_matches(str(raw), [str(a) for a in args], n=1)
-        raise TypeError(f"one of {', '.join(map(str, args))}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        close = similar(str(raw), [str(a) for a in args])
+        raise TypeError(f"one of {', '.join(map(str, args))}" + (f" (did you mean {close!r}?)" if close else ""))
     if origin is tuple:
         if not isinstance(raw, (list, tuple)):
             raise TypeError("a list")
@@ -291,9 +291,15 @@ def _convert(raw: Any, hint: Any) -> Any:
     raise TypeError({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint)))
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+def _unknown(kind: str, name: str, known: Sequence[str], *, inside: str = "") -> str:
+    close = similar(name, known)
+    hint = f"did you mean {inside + close!r}?" if close else f"known: {', '.join(known)}"
+    return f"unknown {kind} {inside + name!r}; {hint}"
+
+
+def similar(name: str, known: Sequence[str]) -> str | None:
+    """The one of some names that another is a slip of; None where none is near enough to be meant."""
+    return next(iter(difflib.get_close_matches(name[:LONGEST_MISTAKE], known, n=1, cutoff=0.7)), None)
 
 
 # ------------------------------------------------------------------ TOML out
