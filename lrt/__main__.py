@@ -14,6 +14,7 @@ COMMANDS = {  # name -> module of lrt.commands, what it does
     "convert": ("convert", "checkpoints in, checkpoints out, compared before they are believed"),
     "inspect": ("inspect", "say what a checkpoint is and whether it is whole"),
     "evaluate": ("evaluate", "bits per byte in the memory modes zero, parallel and decode"),
+    "core": ("core", "CORE, 22 tasks by nanochat's rules, in the memory mode asked for"),
     "compare": ("compare", "runs beside each other at equal tokens, compute and seconds"),
     "sweep": ("sweep", "many settings of a recipe, side by side"),
     "diagnose": ("diagnose", "what the memory does inside a model"),

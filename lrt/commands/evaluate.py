@@ -57,16 +57,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Bar:
-    """A progress bar on a terminal, a line for every tenth elsewhere."""
+    """A progress bar on a terminal, a line for every tenth elsewhere.
 
-    def __init__(self, stream: Any) -> None:
+    Args:
+        stream: where it is shown; None = nowhere.
+        done, of: what is done with what.
+    """
+
+    def __init__(self, stream: Any, *, done: str = "scored", of: str = "batches") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        self._stream, self._tenths = stream, 0
+        self._stream, self._tenths, self._done, self._of = stream, 0, done, of
         console = Console(file=stream)
         self._shown = stream is not None and console.is_terminal
-        self._progress = Progress("scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
+        self._progress = Progress(done, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
         self._task: Any = None
 
     def __enter__(self) -> Bar:
@@ -82,9 +87,9 @@ class Bar:
         if self._shown:
             self._task = self._progress.add_task("", total=total) if self._task is None else self._task
             self._progress.update(self._task, completed=done)
-        elif 10 * done // total > self._tenths:
+        elif total and 10 * done // total > self._tenths:
             self._tenths = 10 * done // total
-            print(f"scored {done} of {total} batches", file=self._stream, flush=True)
+            print(f"{self._done} {done} of {total} {self._of}", file=self._stream, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

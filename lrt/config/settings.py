@@ -280,6 +280,9 @@ class EvaluationConfig:
     buckets: int = 4  # position buckets of the report
     sample_prompt: str = "The "  # of a text that is decoded with every evaluation
     sample_tokens: int = 120  # 0 = no such text
+    core: tuple[str, ...] = ()  # tasks of CORE, asked in memory mode decode
+    core_items: int = 200  # first items of each, after nanochat's shuffle
+    core_bundle: str | None = None  # eval_bundle.zip or its folder; None = the downloaded one, or the packages that hold data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +371,8 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
     if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
         errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
+    if not r.evaluation.core and (r.evaluation.core_items, r.evaluation.core_bundle) != (EvaluationConfig().core_items, None):
+        errors.append("evaluation.core_items and evaluation.core_bundle have no effect without evaluation.core: name tasks, or leave them out")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")

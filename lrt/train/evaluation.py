@@ -22,6 +22,7 @@ from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
 from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
+from lrt.train.core_subset import ask_core
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import Heartbeat
@@ -134,6 +135,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
     scores, activations, sources = evaluate(
         model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
     )
+    core = ask_core(run, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,
@@ -143,6 +145,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "bpb_of_groups": {mode: list(score.groups) for mode, score in scores.items()},
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
+        **({"core": core} if core else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),

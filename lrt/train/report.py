@@ -13,7 +13,7 @@ from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
 from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
 from lrt.train.monitor.host import data_was_the_limit, share_waited
-from lrt.train.monitor.metrics import memory_table, source_lines
+from lrt.train.monitor.metrics import core_lines, memory_table, source_lines
 from lrt.train.run import Run, RunResult
 from lrt.train.samples import decode_sample, write_sample
 
@@ -74,6 +74,7 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
     sources = source_lines(record)
     lines += ["", "  bits per byte of", *(f"    {line}" for line in sources)] if sources else []
+    lines += ["", *(f"  {line}" for line in core_lines(record))] if core_lines(record) else []
     memory = memory_table(record)
     lines += ["", *(f"  {line}" for line in memory)] if memory else []
     if result.sample is not None:

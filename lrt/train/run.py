@@ -12,6 +12,7 @@ from torch import nn
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
+from lrt.eval.core import Questions
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
@@ -85,3 +86,4 @@ class Run:
     state: TrainState
     told: RunFile | None = None  # run.json, of the rank that writes
     sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name
+    core: tuple[Questions, ...] = ()  # tasks of CORE

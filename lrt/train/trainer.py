@@ -26,6 +26,7 @@ from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch
 from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
 from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, refuse_non_finite, warm_start
+from lrt.train.core_subset import open_core
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
@@ -112,6 +113,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
     _check_separator(recipe, tokenizer)
+    core = world.from_main(lambda: open_core(recipe))
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
@@ -154,7 +156,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world), core,
     )  # fmt: skip
 
 

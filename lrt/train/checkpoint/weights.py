@@ -104,6 +104,16 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
     return whole
 
 
+def copy_on_every_rank(model: nn.Module, recipe: Recipe, world: World) -> LatentRecurrentModel:
+    """The plain model on every rank's device, in the dtype of the computation and in evaluation mode; every rank must call this."""
+    dtype = getattr(torch, recipe.parallel.param_dtype)
+    whole = {}
+    for name, tensor in named_tensors(model).items():
+        full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        whole[name] = full.to(dtype) if full.is_floating_point() else full
+    return _plain(recipe, whole).to(world.device).eval()
+
+
 def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
     """Which tensors hold numbers that are not finite, in words ("a and 2 more are"), the same on every rank; None = none does."""
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]

@@ -244,6 +244,8 @@ class Console:
             self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
             for line in source_lines(record):
                 self.say(f"{'':>8} {line}")
+            for line in core_lines(record):
+                self.say(f"{'':>8} {line}")
             for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
             return
@@ -285,6 +287,15 @@ def source_lines(record: Record) -> list[str]:
     found = record.get("bpb_of_sources") or {}
     width = max(map(len, found), default=0)
     return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]
+
+
+def core_lines(record: Record) -> list[str]:
+    """What an evaluation's tasks of CORE gave, in one line; none where none are asked."""
+    found = record.get("core")
+    if not found:
+        return []
+    each = "  ".join(f"{name} {value:.3f}" for name, value in found["accuracy"].items())
+    return [f"tasks of CORE ({found['memory']}): centred {found['value']:+.4f} +- {found['se']:.4f}; accuracy: {each}"]
 
 
 def score_line(record: Record) -> str:
