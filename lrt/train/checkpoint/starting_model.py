@@ -95,6 +95,20 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
         )
 
 
+def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse a separator that the data never hold: it would silently carry memory from one document into the next.
+
+    Raises:
+        ValueError: a separator of the recipe is not the tokenizer's.
+    """
+    settings = {"model.attention_reset": recipe.model.attention_reset}
+    if recipe.recurrence is not None:
+        settings["recurrence.separator"] = recipe.recurrence.separator
+    for key, value in settings.items():
+        if value is not None and value != tokenizer.bos_id:
+            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
+
+
 # ------------------------------------------------------------------ folders
 
 
