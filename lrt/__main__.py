@@ -10,16 +10,18 @@ from pathlib import Path
 COMMANDS = {  # name -> module of lrt.commands, what it does
     "train": ("train", "train a recipe, or go on with it"),
     "prepare": ("prepare", "train a tokenizer, tokenize text"),
+    "arithmetic": ("arithmetic", "write word problems of several steps, to tune on"),
     "generate": ("generate", "continue text with a saved model"),
     "convert": ("convert", "checkpoints in, checkpoints out, compared before they are believed"),
     "inspect": ("inspect", "say what a checkpoint is and whether it is whole"),
     "evaluate": ("evaluate", "bits per byte in the memory modes zero, parallel and decode"),
+    "core": ("core", "CORE, 22 tasks by nanochat's rules, in the memory mode asked for"),
     "compare": ("compare", "runs beside each other at equal tokens, compute and seconds"),
     "sweep": ("sweep", "many settings of a recipe, side by side"),
     "diagnose": ("diagnose", "what the memory does inside a model"),
     "bench": ("bench", "time training, decoding or the tolerance of prefill on this device"),
 }
-BENCHMARKS = {"training": "training", "decoding": "decoding", "prefill": "prefill_tolerance"}
+BENCHMARKS = {"training": "training", "adapted": "adapted", "decoding": "decoding", "prefill": "prefill_tolerance"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<9} {says}" for name, (_, says) in COMMANDS.items()]
+    lines = [f"  {name:<10} {says}" for name, (_, says) in COMMANDS.items()]
     return "\n".join(["usage: lrt COMMAND ...; lrt COMMAND --help says more", "", *lines])
 
 

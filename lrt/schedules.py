@@ -17,6 +17,7 @@ from lrt.config.ranges import SHARES_SUM_WITHIN
 from lrt.types import Pass, Schedule
 
 Order = Literal["ascending", "rotated", "random"]
+Cut = bool | Literal["initialization"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Interleaved:
     order: Order = "ascending"
     kv_refresh: bool = False
     weights: Weights = "paper"
-    cut_gradient: bool = False
+    cut_gradient: Cut = False
 
     @property
     def token_compute(self) -> int:
@@ -60,7 +61,8 @@ class Interleaved:
             raise ValueError(
                 f"schedule.kv_refresh has no effect with {self.subsets} subsets of a row of {length} tokens: use fewer subsets, or switch it off"
             )
-        passes = [Pass(0, length, 1, 0, "zero")]
+        alone = bool(self.cut_gradient) and self.group_weights(length)[0] == 0
+        passes = [Pass(0, length, 1, 0, "zero", graded=not alone)]
         for sweep in range(self.sweeps):
             residues = _residues(subsets, self.order, generator)
             passes += [Pass(r, length, subsets, sweep + 1, "all") for r in residues]
@@ -73,7 +75,7 @@ class Refine:
 
     passes: int
     weights: Weights = "paper"
-    cut_gradient: bool = False
+    cut_gradient: Cut = False
     settle: int = 0
     kv_refresh: bool = False
 
@@ -85,10 +87,11 @@ class Refine:
         return (1.0,) * (1 + self.passes) if isinstance(self.weights, str) else self.weights
 
     def plan(self, length: int, *, generator: torch.Generator | None = None) -> tuple[Pass, ...]:
-        scored = isinstance(self.weights, str) or self.weights[0] > 0
-        first = Pass(0, length, 1, 0, "zero", graded=scored or not self.settle)
+        scored = [weight > 0 for weight in self.group_weights(length)]
+        first = Pass(0, length, 1, 0, "zero", graded=scored[0] or not (self.settle or self.cut_gradient))
         settling = [Pass(0, length, 1, -1, "all", graded=False)] * self.settle
-        return (first, *settling, *(Pass(0, length, 1, k + 1, "all") for k in range(self.passes)))
+        graded = [s or self.cut_gradient is not True for s in scored[1:-1]] + [True]
+        return (first, *settling, *(Pass(0, length, 1, k, "all", graded=g) for k, g in enumerate(graded, start=1)))
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def interleaved(
     order: Order = "ascending",
     kv_refresh: bool = False,
     weights: str | Sequence[float] = "paper",
-    cut_gradient: bool = False,
+    cut_gradient: Cut = False,
 ) -> Schedule:
     """Initialization, then ``sweeps`` times S passes over the positions t = r (mod S) (paper section 4.2).
 
@@ -185,7 +188,8 @@ def interleaved(
         order: residues 0..S-1, rotated by a drawn offset, or in random order (drawn from the model call's generator).
         kv_refresh: re-project the memory part of keys and values not yet visited after each pass.
         weights: loss weight of the initialization and of each sweep; "paper" = (1, S, S, ...).
-        cut_gradient: no gradient flows from a pass into the passes before it.
+        cut_gradient: no gradient flows from a pass into the passes before it; "initialization" cuts there alone. A pass
+            that is neither scored nor reached by a gradient has no backward.
 
     Returns:
         A schedule of (1 + sweeps)x token compute.
@@ -201,11 +205,11 @@ def interleaved(
         raise ValueError(f"schedule.kv_refresh has no effect with subsets = {S}, sweeps = {sweeps}: use subsets > 1 and one sweep, or switch it off")
     if S == 1 and order != "ascending":
         raise ValueError(f"schedule.order = {order!r} has no effect with one subset: use subsets > 1, or ascending")
-    return Interleaved(S, sweeps, order, kv_refresh, _check_weights(weights, 1 + sweeps), cut_gradient)
+    return Interleaved(S, sweeps, order, kv_refresh, _check_weights(weights, 1 + sweeps), _check_cut(cut_gradient))
 
 
 def refine(
-    K: int, weights: str | Sequence[float] = "paper", cut_gradient: bool = False, settle: int = 0
+    K: int, weights: str | Sequence[float] = "paper", cut_gradient: Cut = False, settle: int = 0
 ) -> Schedule:
     """Initialization, then K passes over all positions, each fed by the pass before (multi-refinement).
 
@@ -213,7 +217,8 @@ def refine(
         K: full refinements.
         weights: loss weight of the initialization and of each pass; "paper" = all 1. With a weight of 0 the
             initialization stops at the source block and is not scored.
-        cut_gradient: no gradient flows from a pass into the passes before it.
+        cut_gradient: no gradient flows from a pass into the passes before it; "initialization" cuts there alone. A pass
+            that is neither scored nor reached by a gradient has no backward.
         settle: passes without gradient between the initialization and the K, so that these meet the memory that
             decoding meets. They end at the source block and cost no backward.
 
@@ -226,7 +231,7 @@ def refine(
     _at_least_one("passes", K)
     if isinstance(settle, bool) or not isinstance(settle, int) or settle < 0:
         raise ValueError(f"schedule.settle = {settle!r}: use a whole number of 0 or more")
-    return Refine(K, _check_weights(weights, 1 + K), cut_gradient, settle)
+    return Refine(K, _check_weights(weights, 1 + K), _check_cut(cut_gradient), settle)
 
 
 def chunked(C: int) -> Schedule:
@@ -358,6 +363,12 @@ def _construct(config: Any) -> Schedule:
 def _at_least_one(key: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"schedule.{key} = {value!r}: use a whole number of 1 or more")
+
+
+def _check_cut(cut: Cut) -> Cut:
+    if not isinstance(cut, bool) and cut != "initialization":
+        raise ValueError(f"schedule.cut_gradient = {cut!r}: use true, false or initialization")
+    return cut
 
 
 def _check_weights(weights: str | Sequence[float], length: int) -> Weights:

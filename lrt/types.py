@@ -199,7 +199,9 @@ class Schedule(Protocol):
     """Which positions are computed, in which order, and how their losses are weighted."""
 
     @property
-    def cut_gradient(self) -> bool: ...
+    def cut_gradient(self) -> bool | Literal["initialization"]:
+        """No gradient flows from a pass into the passes before it, or only into the initialization."""
+        ...
 
     @property
     def kv_refresh(self) -> bool: ...

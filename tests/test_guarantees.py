@@ -300,6 +300,58 @@ def test_cut_gradient_keeps_values_and_removes_the_path_through_earlier_passes(m
             torch.testing.assert_close(a, b, **SAME)
 
 
+@settings(max_examples=10)
+@given(model=models(), row=rows(length=st.integers(4, 8)), data=st.data())
+def test_what_only_feeds_across_a_cut_runs_without_gradient_and_changes_no_number(model, row, data):
+    """Neither scored nor reached by a gradient: the pass is ungraded; run with gradients it gives the same ones."""
+    tokens, targets = row
+    cut = data.draw(st.sampled_from([True, "initialization"]))
+    schedule = data.draw(st.sampled_from([
+        lrt.refine(1, weights=(0, 1), cut_gradient=cut), lrt.refine(2, weights=(0, 0, 1), cut_gradient=cut),
+        lrt.refine(2, weights=(0, 0.5, 1), cut_gradient=cut), lrt.interleaved(2, weights=(0, 1), cut_gradient=cut),
+        lrt.interleaved(3, sweeps=2, weights=(0, 0.3, 1), cut_gradient=cut),
+    ]))  # fmt: skip
+    plan = type(schedule).plan
+    assert not schedule.plan(8)[0].graded
+    found = [model(tokens, targets=targets, schedule=schedule).loss]
+    with pytest.MonkeyPatch.context() as patch:
+        whole = lambda *args, **options: tuple(step._replace(graded=True) for step in plan(*args, **options))  # noqa: E731
+        patch.setattr(type(schedule), "plan", whole)
+        found.append(model(tokens, targets=targets, schedule=schedule).loss)
+    torch.testing.assert_close(*found, **SAME)
+    if found[0].requires_grad and found[0] > 0:
+        for ours, theirs in zip(gradients(found[0], model), gradients(found[1], model)):
+            torch.testing.assert_close(ours, theirs, **SAME)
+
+
+@settings(max_examples=10)
+@given(model=models(), row=rows(length=st.integers(4, 8)), subsets=st.integers(2, 3))
+def test_a_cut_at_the_initialization_leaves_the_gradients_between_residues(model, row, subsets):
+    """As if the keys, values and memory of the initialization were constants."""
+    from lrt import passes
+
+    tokens, targets = row
+    run, calls = passes.Engine.run, []
+
+    def constant_first(self, *args, **options):
+        out = run(self, *args, **options)
+        calls.append(out)
+        if len(calls) > 1:
+            return out
+        kv = tuple(type(pair)(*(x.detach() for x in pair)) for pair in out.kv)
+        return out._replace(memory=out.memory.detach(), kv=kv)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "below_memory", lambda engine, row: (row, ()))  # what is shared is not cut
+        cut = model(tokens, targets=targets, schedule=lrt.interleaved(subsets, weights=(0, 1), cut_gradient="initialization")).loss
+        patch.setattr(passes.Engine, "run", constant_first)
+        expected = model(tokens, targets=targets, schedule=lrt.interleaved(subsets, weights=(0, 1))).loss
+    torch.testing.assert_close(cut, expected, **SAME)
+    if cut.requires_grad and cut > 0:
+        for ours, theirs in zip(gradients(cut, model), gradients(expected, model)):
+            torch.testing.assert_close(ours, theirs, **SAME)
+
+
 def test_a_cut_gradient_reaches_no_refreshed_key(monkeypatch):
     """Refreshed keys have the local parts of the initialization, whose gradient belongs to an earlier pass."""
     from lrt.engine import Engine
@@ -307,10 +359,17 @@ def test_a_cut_gradient_reaches_no_refreshed_key(monkeypatch):
     model, outputs, run = small_model(3), [], Engine.run
     monkeypatch.setattr(Engine, "run", lambda self, *args, **options: outputs.append(run(self, *args, **options)) or outputs[-1])
     tokens = torch.randint(0, VOCABULARY, (1, 9))
-    for cut in (False, True):
+
+
+    def reached(**options):
         outputs.clear()
-        loss = model(tokens, targets=tokens, schedule=lrt.interleaved(3, kv_refresh=True, weights=(0, 1), cut_gradient=cut)).loss
-        assert (torch.autograd.grad(loss, outputs[0].inputs[1], allow_unused=True)[0] is None) == cut
+        loss = model(tokens, targets=tokens, schedule=lrt.interleaved(3, kv_refresh=True, **options)).loss
+        return torch.autograd.grad(loss, outputs[0].inputs[1])[0]
+
+    alone = reached(weights=(1, 0))
+    for cut in (True, "initialization"):
+        torch.testing.assert_close(reached(weights=(1, 1), cut_gradient=cut), alone / 2, **SAME)
+    assert (reached(weights=(1, 1)) - alone / 2).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ switched-off and newly added memory

@@ -50,7 +50,7 @@ def narrow_models(draw):
 
 
 @st.composite
-def schedules(draw, cut=(False, True), orders=("ascending", "rotated", "random")):
+def schedules(draw, cut=(False, True, "initialization"), orders=("ascending", "rotated", "random")):
     """Every schedule that runs a position more than once; a cut of interleaved ones is another matter."""
 
     def weights(groups):

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lrt.commands.frame import framed
+from lrt.commands.options import path
 from lrt.conversion import KINDS, convert, verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,21 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         parser.error(f"missing {', '.join(missing)} (or --list)")
     signal.signal(signal.SIGTERM, _stop)
-    try:
-        with _Bar(sys.stderr) as bar:
-            done = convert(
-                options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
-                step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
-                shard_size=options.shard_size, progress=bar,
-            )  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return framed(lambda: run(options), interrupted="nothing was written")
+
+
+def run(options: argparse.Namespace) -> None:
+    with _Bar(sys.stderr) as bar:
+        done = convert(
+            options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
+            step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
+            shard_size=options.shard_size, progress=bar,
+        )  # fmt: skip
     print(f"{done.output} written" + ("" if done.verification else ", not verified (--no-verify)"))
-    return 0
 
 
 def _stop(*_: Any) -> None:
@@ -90,12 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="show the kinds and what is lossless")
     parser.add_argument("--from", choices=list(KINDS), help="kind of the input (default: what lies there)")
     parser.add_argument("--to", choices=[name for name, kind in KINDS.items() if kind.write], help="kind of the output")
-    parser.add_argument("--input", help="the checkpoint; of a training run the newest export or checkpoint")
-    parser.add_argument("--output", help="a folder that does not exist yet")
+    parser.add_argument("--input", type=path, help="the checkpoint; of a training run the newest export or checkpoint")
+    parser.add_argument("--output", type=path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written tensors (default: the narrowest that holds the source exactly)")
     parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
-    parser.add_argument("--base", help="with --from adapter: the decoder that it belongs to")
-    parser.add_argument("--tokenizer", help="a folder or tokenizer.json (default: the one found beside the checkpoint)")
+    parser.add_argument("--base", type=path, help="with --from adapter: the decoder that it belongs to")
+    parser.add_argument("--tokenizer", type=path, help="a folder or tokenizer.json (default: the one found beside the checkpoint)")
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the output with its source (default: yes)")
     return parser

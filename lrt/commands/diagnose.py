@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lrt.commands.options import at_least
+from lrt.commands.frame import framed
+from lrt.commands.options import at_least, path
 from lrt.conversion.opening import check_finite, open_model, open_tokenizer
 from lrt.eval.diagnosis import diagnose
 from lrt.eval.diagnosis_figures import draw
@@ -28,14 +29,7 @@ from lrt.eval.processes import own_device
 def main(arguments: list[str] | None = None) -> int:
     """Diagnose one folder; returns the exit code (2: bad input, nothing was written)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was written")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,16 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    add("--out", required=True, metavar="REPORT", help="folder for diagnosis.png and diagnosis.json")
-    add("--data", nargs="+", default=[], metavar="DATA", help="text, parquet, tokenized folders (default: the run's own validation rows)")
+    add("--out", type=path, required=True, metavar="REPORT", help="folder for diagnosis.png and diagnosis.json")
+    add("--data", nargs="+", type=path, default=[], metavar="DATA", help="as data.train names texts and tokenized folders (default: the run's own)")
     add("--rows", type=at_least(2), default=16, metavar="B", help="rows of text that are looked at (default: 16)")
     add("--sequence-length", type=at_least(2), metavar="T", help="tokens of a row (default: as trained)")
     add("--sweeps", type=at_least(2), default=8, metavar="N", help="refinements over which the memory is watched (default: 8)")
     add("--decode-tokens", type=int, default=5000, metavar="N", help="drawn tokens over which drift is watched; 0 = none (default: 5000)")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
-    add("--text-column", default="text", help="column of parquet files (default: text)")
-    add("--tokenizer", help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
-    add("--base", help="the decoder of a folder that holds the memory alone")
+    add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
+    add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
+    add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: a GPU, else the CPU)")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
     return parser

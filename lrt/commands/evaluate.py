@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from lrt.commands.options import at_least, parse_prefill
+from lrt.commands.frame import framed
+from lrt.commands.options import at_least, parse_prefill, path
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
 
@@ -27,14 +28,7 @@ from lrt.eval.processes import joined, own_device
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was scored", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was scored")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,16 +57,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Bar:
-    """A progress bar on a terminal, a line for every tenth elsewhere."""
+    """A progress bar on a terminal, a line for every tenth elsewhere.
 
-    def __init__(self, stream: Any) -> None:
+    Args:
+        stream: where it is shown; None = nowhere.
+        done, of: what is done with what.
+    """
+
+    def __init__(self, stream: Any, *, done: str = "scored", of: str = "batches") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        self._stream, self._tenths = stream, 0
+        self._stream, self._tenths, self._done, self._of = stream, 0, done, of
         console = Console(file=stream)
         self._shown = stream is not None and console.is_terminal
-        self._progress = Progress("scoring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
+        self._progress = Progress(done, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
         self._task: Any = None
 
     def __enter__(self) -> Bar:
@@ -88,26 +87,26 @@ class Bar:
         if self._shown:
             self._task = self._progress.add_task("", total=total) if self._task is None else self._task
             self._progress.update(self._task, completed=done)
-        elif 10 * done // total > self._tenths:
+        elif total and 10 * done // total > self._tenths:
             self._tenths = 10 * done // total
-            print(f"scored {done} of {total} batches", file=self._stream, flush=True)
+            print(f"{self._done} {done} of {total} {self._of}", file=self._stream, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    add("--data", nargs="+", default=[], metavar="DATA", help="text, parquet, tokenized folders, hf://datasets/NAME (default: the run's own)")
+    add("--data", nargs="+", type=path, default=[], metavar="DATA", help="as data.train names texts and tokenized folders (default: the run's own)")
     add("--memory", choices=["zero", "parallel", "decode", "all"], default="all", help="memory mode (default: all)")
     add("--decode", default="exact", metavar="WAY", help="exact, fixed_point, fixed_point:GROUPS:TOL or refine:K (default: exact)")
     add("--tokens", type=at_least(1), metavar="N", help="score the first N tokens of each source (default: all; of a run: evaluation.tokens)")
     add("--sequence-length", type=at_least(1), metavar="T", help="tokens of a row (default: as trained)")
     add("--rows", type=at_least(1), metavar="B", help="rows of a batch (default: as many as fit)")
-    add("--text-column", default="text", help="column of parquet files (default: text)")
-    add("--tokenizer", help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
-    add("--base", help="the decoder of a folder that holds the memory alone")
+    add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
+    add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
+    add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
-    add("--json", metavar="OUT", help="write the last line to a file too")
-    add("--documents", metavar="OUT", help="write what each document cost (.npz), for comparing models in pairs")
+    add("--json", type=path, metavar="OUT", help="write the last line to a file too")
+    add("--documents", type=path, metavar="OUT", help="write what each document cost (.npz), for comparing models in pairs")
     return parser

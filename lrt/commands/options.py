@@ -8,6 +8,13 @@ from collections.abc import Callable
 from lrt.decoding import prefill
 
 
+def path(text: str) -> str:
+    """Type of an option: a path, which an unset variable of a shell is not."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is empty, perhaps an unset variable: give a path (. is the present folder)")
+    return text
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """Type of an option: a whole number of ``least`` or more."""
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lrt.commands.options import at_least
+from lrt.commands.frame import framed
+from lrt.commands.options import at_least, path
 from lrt.config import DataConfig
 from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
 
@@ -23,18 +24,20 @@ from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code (2 for bad input)."""
     options = _parser().parse_args(arguments)
+    return framed(lambda: _named_failures(options), interrupted=options.after_interrupt)
+
+
+def _named_failures(options: argparse.Namespace) -> int:
     try:
         return _run(options)
+    except BrokenPipeError:
+        raise
     except ValueError as error:
-        print(f"error: {_in_options(str(error))}", file=sys.stderr)
-        return 2
+        raise ValueError(_in_options(str(error))) from None
     except OSError as error:  # a full disk, a folder that may not be written
         place = error.filename or getattr(options, "output", options.train)
         print(f"error: {place}: {error.strerror or error}; mend that and give the same command again", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: {options.after_interrupt}", file=sys.stderr)
-        return 130
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -94,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument(
-        "--train", required=True, help='"demo", a .parquet or .txt file, a folder or glob of them, or hf://datasets/OWNER/NAME'
+        "--train", type=path, required=True, help='"demo", a .parquet, .jsonl, .csv or .txt file, a folder or glob of them, or hf://datasets/OWNER/NAME'
     )
-    source.add_argument("--text-column", default="text", help="column of the parquet files that holds the text (default: text)")
+    source.add_argument("--text-column", default="text", help="column of parquet, CSV and JSON lines that holds the text (default: text)")
     source.add_argument(
         "--on-corrupt", choices=("stop", "skip"), default="stop", help="what to do with files that cannot be read (default: stop)"
     )
@@ -116,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         after_interrupt="nothing was written; the same command begins anew (--limit-mb reads less)",
     )
     command.add_argument("--vocab-size", type=at_least(1), default=32768, help="ids, the separator included (default: 32768)")
-    command.add_argument("--output", required=True, help="folder for tokenizer.json and token_bytes.npy")
+    command.add_argument("--output", type=path, required=True, help="folder for tokenizer.json and token_bytes.npy")
     command.add_argument("--limit-mb", type=_amount, default=None, help="read only so many MB of text (default: all)")
 
     command = add(
@@ -125,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         "write memory-mapped token shards; run again to go on after an interruption",
         after_interrupt="the same command goes on with the shards that are missing",
     )
-    command.add_argument("--tokenizer", required=True, help=tokenizer)
-    command.add_argument("--output", required=True, help="folder for the shards and manifest.json")
+    command.add_argument("--tokenizer", type=path, required=True, help=tokenizer)
+    command.add_argument("--output", type=path, required=True, help="folder for the shards and manifest.json")
     command.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="processes that tokenize (default: all cores)")
     command.add_argument("--shard-documents", type=at_least(1), default=65536, help="documents of a shard, at least (default: 65536)")
 
@@ -136,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "count documents, tokens and bytes, and what packing costs; --train may be a tokenized folder",
         after_interrupt="nothing was changed; --limit-tokens looks at less",
     )
-    command.add_argument("--tokenizer", default="bytes", help=f"{tokenizer} (default: bytes)")
+    command.add_argument("--tokenizer", type=path, default="bytes", help=f"{tokenizer} (default: bytes)")
     command.add_argument("--sequence-length", type=at_least(1), default=2048, help="T of the rows (default: 2048)")
     command.add_argument("--buffer-documents", type=at_least(1), default=256, help="documents among which the best fit is sought (default: 256)")
     command.add_argument("--limit-tokens", type=at_least(1), default=None, help="stop after so many tokens (default: all)")

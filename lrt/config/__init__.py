@@ -1,18 +1,19 @@
 """Settings: their ranges, their dataclasses, and recipes in TOML. No torch."""
 
+from lrt.config.data import DataConfig, SourceConfig
 from lrt.config.recipes import (
     RecipeError,
     dump_recipe,
     find_recipe,
     load_recipe,
     parse_recipe,
+    parse_section,
     recipe_folders,
     recipe_to_table,
     shipped_recipes,
 )
 from lrt.config.settings import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     MetricsConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from lrt.config.settings import (
     TrainingConfig,
     Weights,
 )
+from lrt.config.tuning import TuningConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -39,12 +41,15 @@ __all__ = [
     "RecurrenceConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "TrainingConfig",
+    "TuningConfig",
     "Weights",
     "dump_recipe",
     "find_recipe",
     "load_recipe",
     "parse_recipe",
+    "parse_section",
     "recipe_folders",
     "recipe_to_table",
     "shipped_recipes",

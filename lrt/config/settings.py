@@ -9,8 +9,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from lrt.config.data import DataConfig, data_errors, path_errors
 from lrt.config.phases import entrance_errors, schedule_errors
 from lrt.config.ranges import HORIZON, choice_errors, entry_errors, memory_rate_errors, range_errors, unused_errors
+from lrt.config.tuning import TuningConfig, tuning_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -147,7 +149,7 @@ class PassesConfig:
     passes: int = 1  # K of refine
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
-    cut_gradient: bool = False  # no gradient from one pass into the passes before
+    cut_gradient: bool | Literal["initialization"] = False  # no gradient from one pass into the passes before, or into the initialization
     settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
@@ -179,18 +181,6 @@ class ScheduleConfig(StretchConfig):
     """The schedule of a run, or its phases, one after the other."""
 
     phases: tuple[PhaseConfig, ...] | None = None  # beside them no other key is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    train: str = "demo"  # "demo", a parquet/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
-    validation: str = "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train
-    text_column: str = "text"
-    tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int | None = None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
-    buffer_documents: int = 256  # documents among which a row's best fit is searched
-    shuffle_seed: int | None = None  # None = run.seed
-    on_corrupt: Literal["stop", "skip"] = "stop"  # a shard that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +281,9 @@ class EvaluationConfig:
     buckets: int = 4  # position buckets of the report
     sample_prompt: str = "The "  # of a text that is decoded with every evaluation
     sample_tokens: int = 120  # 0 = no such text
+    core: tuple[str, ...] = ()  # tasks of CORE, asked in memory mode decode
+    core_items: int = 200  # first items of each, after nanochat's shuffle
+    core_bundle: str | None = None  # eval_bundle.zip or its folder; None = the downloaded one, or the packages that hold data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +309,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tuning: TuningConfig | None = None  # supervised tuning, in place of training on text
 
     def __post_init__(self) -> None:
         _raise_all(_recipe_errors(self))
@@ -368,7 +362,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
     errors: list[str] = []
     for f in fields(r):
         section = getattr(r, f.name)
-        if f.name not in ("model", "recurrence"):
+        if f.name not in ("model", "recurrence") and section is not None:
             errors += choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
     t, m = r.training, r.model
     given = [key for key in HORIZON if getattr(t, key) is not None]
@@ -379,12 +373,15 @@ def _recipe_errors(r: Recipe) -> list[str]:
         errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
     if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
         errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
+    if not r.evaluation.core and (r.evaluation.core_items, r.evaluation.core_bundle) != (EvaluationConfig().core_items, None):
+        errors.append("evaluation.core_items and evaluation.core_bundle have no effect without evaluation.core: name tasks, or leave them out")
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
     if t.init_from is not None and t.branch_from is not None:
         errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
-    errors += schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
+    errors += data_errors(r.data) + path_errors(r) + schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
+    errors += tuning_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
             try:

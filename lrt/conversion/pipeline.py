@@ -123,4 +123,10 @@ def _check_space(output: Path, needed: int) -> None:
     parent = next(p for p in [output.absolute().parent, *output.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ValueError(f"--output {output}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there: choose another place")
+        raise ValueError(f"--output {output}: {_size(needed)} are needed, {_size(free)} are free there: choose another place")
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them: three digits and a unit, which no small number loses."""
+    unit = min(3, max(0, (len(str(count)) - 1) // 3))
+    return f"{count} bytes" if unit == 0 else f"{count / 1000**unit:,.1f} {'kMG'[unit - 1]}B"

@@ -17,8 +17,9 @@ from lrt.config import DataConfig
 from lrt.data.batch import Batch, make_batch
 from lrt.data.documents import Documents
 from lrt.data.held_out import ValidationLoader
-from lrt.data.sources import open_documents
-from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state, in_order, read_in_order
+from lrt.data.mixture import Deal, MixedStream, SeveralDocuments, places
+from lrt.data.sources import each_source, open_documents
+from lrt.data.stream import Plan, Stream, in_order, read_in_order
 from lrt.data.tokenizer import Tokenizer
 
 PREFETCH = 4  # batches that each worker prepares ahead
@@ -64,7 +65,7 @@ def build_loader(
         if value is not None and value < least:
             raise ValueError(f"data.{name} = {value}: use {least} or more")
     documents = open_documents(data, tokenizer=tokenizer, split=split)
-    key = "data.train" if split == "train" else "data.validation"
+    key = ("data.sources" if data.sources else "data.train") if split == "train" else "data.validation"
     # Held-out documents are measured from the start: a tokenizer whose bytes cannot be told is refused now, not at the first evaluation.
     skip = {"on_corrupt": data.on_corrupt}
     if split == "train":
@@ -145,16 +146,24 @@ class TrainLoader:
         self.workers = data.workers if data.workers is not None else usual_workers(documents=total // world_size)
         self._streams_here = max(1, self.workers)
         self._identity = {"documents": documents.fingerprint, "tokenizer": tokenizer_fingerprint}
-        self._set(Plan(seed=seed, streams=world_size * self._streams_here, sizes=tuple(documents.sizes.tolist())), states=None, turn=0)
-        if total < self._plan.streams:
-            raise ValueError(
-                f"data.train has {total} documents for {self._plan.streams} streams ({world_size} ranks x {self._streams_here} workers): "
-                f"use data.workers = 0, fewer ranks, or more documents"
-            )
+        self._sources = each_source(data)
+        sizes, weights = [documents.sizes], [1.0]
+        if isinstance(documents, SeveralDocuments):
+            sizes, weights = documents.sizes_of_parts(), [source.weight for source in data.sources]
+        streams = world_size * self._streams_here
+        for (key, _), of_source in zip(self._sources, sizes):
+            if of_source.sum() < streams:
+                raise ValueError(
+                    f"{key} has {of_source.sum()} documents for {streams} streams ({world_size} ranks x {self._streams_here} workers): "
+                    f"use data.workers = 0, fewer ranks, or more documents"
+                )
+        plans = tuple(Plan(seed=seed, streams=streams, sizes=tuple(of_source.tolist())) for of_source in sizes)
+        self._set(Deal(plans, tuple(weight / sum(weights) for weight in weights)), states=None, turn=0)
 
-    def _set(self, plan: Plan, *, states: Sequence[dict[str, Any]] | None, turn: int) -> None:
-        self._plan, self._turn = plan, turn
-        self._states = list(states) if states is not None else [fresh_state(plan) for _ in range(self._streams_here)]
+    def _set(self, deal: Deal, *, states: Sequence[dict[str, Any]] | None, turn: int) -> None:
+        self._deal, self._turn = deal, turn
+        self._states = list(states) if states is not None else [deal.fresh() for _ in range(self._streams_here)]
+        self._given = [state.get("rows") for state in self._states]  # of each stream here, rows of each source
         self._batches: Iterator[Batch | ValueError] | None = None
         self._engine: Any = None
 
@@ -171,6 +180,10 @@ class TrainLoader:
                 raise batch
             finally:
                 del batch  # else the error, its traceback and this frame keep the workers alive
+        given = self._given[self._turn]
+        if given is not None:
+            number = self._rank * self._streams_here + self._turn
+            self._given[self._turn] = self._deal.count(given, number=number, more=self._rows)
         self._turn = (self._turn + 1) % self._streams_here
         return batch
 
@@ -182,7 +195,7 @@ class TrainLoader:
         order = [(first + worker) % count for worker in range(count)]  # worker 0 gives the first batch
         streams = [(self._rank * count + number, self._states[number]) for number in order]
         dataset = _Batches(
-            self._documents, plan=self._plan, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
+            self._documents, deal=self._deal, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
         )
         workers = self.workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
@@ -220,22 +233,27 @@ class TrainLoader:
     @property
     def epoch(self) -> int:
         """Passes over the data that every stream of this rank has begun, counted from 0."""
-        return max(0, min(state["epoch"] for state in self._current_states()))
+        return max(0, min(place["epoch"] for state in self._current_states() for place in places(state)))
 
     @property
     def skipped(self) -> int:
         """Unreadable files and documents left out so far (data.on_corrupt = "skip")."""
-        return self._documents.skipped + sum(state["skipped"] for state in self._current_states())
+        return self._documents.skipped + sum(place["skipped"] for state in self._current_states() for place in places(state))
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of every source of ``data.sources`` in this rank's rows so far; on all ranks within a few rows of its weight."""
+        given = [sum(rows) for rows in zip(*(rows for rows in self._given if rows is not None))]
+        return {source.train: rows / max(1, sum(given)) for (_, source), rows in zip(self._sources, given)}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's place: plain numbers, texts and lists, fit for JSON."""
-        plan = {"seed": self._plan.seed, "first_epoch": self._plan.first_epoch, "owed": [list(span) for span in self._plan.owed]}
         return {
             "rank": self._rank,
             "world_size": self._world_size,
             "streams": self._current_states(),
             "turn": self._turn,
-            "plan": plan,
+            "plan": self._deal.to_json(),
             **self._identity,
         }
 
@@ -250,17 +268,15 @@ class TrainLoader:
         """
         states = [state] if isinstance(state, dict) else sorted(state, key=lambda s: s["rank"])
         same = {"documents": "documents (files, their contents and data.text_column)", "tokenizer": "tokenizer"}
-        for name, key in (("documents", "data.train"), ("tokenizer", "data.tokenizer")):
+        sources = "data.sources" if len(self._sources) > 1 else "data.train"
+        for name, key in (("documents", sources), ("tokenizer", "data.tokenizer")):
             if any(s[name] != self._identity[name] for s in states):
                 raise ValueError(f"{key} is not what the checkpoint was trained on: resume with the same {same[name]}, or start a new run")
         world, count = states[0]["world_size"], len(states[0]["streams"])
-        saved = states[0]["plan"]
-        owed = tuple(Span(*span) for span in saved["owed"])
-        sizes = self._plan.sizes
-        plan = Plan(seed=saved["seed"], streams=world * count, sizes=sizes, first_epoch=saved["first_epoch"], owed=owed)
+        deal = self._deal.saved(states[0]["plan"], streams=world * count)
         mine = next((s for s in states if s["rank"] == self._rank), None)
         if (world, count) == (self._world_size, self._streams_here) and mine is not None:
-            self._set(plan, states=mine["streams"], turn=mine["turn"])
+            self._set(deal, states=mine["streams"], turn=mine["turn"])
             return
         present = [s["rank"] for s in states]
         if present != list(range(world)):
@@ -269,9 +285,9 @@ class TrainLoader:
                 f"to deal the data again the states of all ranks are needed, got ranks {present}"
             )
         everything = [one for s in states for one in s["streams"]]
-        plan, dealt = deal_again(plan, everything, streams=self._world_size * self._streams_here)
+        deal, dealt = deal.again(everything, streams=self._world_size * self._streams_here)
         first = self._rank * self._streams_here
-        self._set(plan, states=dealt[first : first + self._streams_here], turn=0)
+        self._set(deal, states=dealt[first : first + self._streams_here], turn=0)
 
 
 class _Batches(IterableDataset):
@@ -281,14 +297,14 @@ class _Batches(IterableDataset):
         self,
         documents: Documents,
         *,
-        plan: Plan,
+        deal: Deal,
         streams: Sequence[tuple[int, dict[str, Any]]],
         rows: int,
         length: int,
         bos_id: int,
         data: DataConfig,
     ) -> None:
-        self._documents, self._plan, self._streams = documents, plan, streams
+        self._documents, self._deal, self._streams = documents, deal, streams
         self._rows, self._length, self._bos, self._data = rows, length, bos_id, data
 
     def __iter__(self) -> _BatchIterator:
@@ -298,17 +314,9 @@ class _Batches(IterableDataset):
         iterator.load_state_dict(state)
         return iterator
 
-    def _stream(self, number: int, state: dict[str, Any]) -> Stream:
-        return Stream(
-            self._documents,
-            plan=self._plan,
-            number=number,
-            length=self._length,
-            bos_id=self._bos,
-            buffer=self._data.buffer_documents,
-            state=state,
-            on_corrupt=self._data.on_corrupt,
-        )
+    def _stream(self, number: int, state: dict[str, Any]) -> Stream | MixedStream:
+        settings = {"length": self._length, "bos_id": self._bos, "buffer": self._data.buffer_documents, "on_corrupt": self._data.on_corrupt}
+        return self._deal.open(self._documents, number=number, state=state, **settings)
 
 
 class _BatchIterator:
@@ -317,7 +325,7 @@ class _BatchIterator:
     Bad data are handed over as a value, since torch would wrap an exception of a worker in its traceback.
     """
 
-    def __init__(self, open_stream: Callable[[dict[str, Any]], Stream], documents: Documents, rows: int) -> None:
+    def __init__(self, open_stream: Callable[[dict[str, Any]], Stream | MixedStream], documents: Documents, rows: int) -> None:
         self._open_stream, self._documents, self._rows = open_stream, documents, rows
         self._error: ValueError | None = None
 

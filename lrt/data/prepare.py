@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lrt.config import DataConfig
-from lrt.data.documents import CorruptShard, Documents
+from lrt.config.files import write_whole
+from lrt.data.documents import Documents, Reader
 from lrt.data.locks import locked
 from lrt.data.packing import Packer, Piece
 from lrt.data.sources import open_documents, split_files
@@ -75,7 +77,9 @@ def _train_tokenizer(data: DataConfig, *, vocab_size: int, folder: Path, limit_b
     tokenizer.train_from_iterator(_texts(documents, limit_bytes=limit_bytes, on_corrupt=data.on_corrupt), trainer=trainer)
     trained = FileTokenizer(tokenizer.to_str(), bos=BOS)
     trained.save(folder)
-    np.save(folder / "token_bytes.npy", trained.token_bytes())
+    table = io.BytesIO()
+    np.save(table, trained.token_bytes())
+    write_whole(folder / "token_bytes.npy", table.getvalue())
     return trained
 
 
@@ -224,18 +228,11 @@ def _text_documents(data: DataConfig) -> TextDocuments:
 
 def _texts(documents: TextDocuments, *, limit_bytes: int | None, on_corrupt: str) -> Iterator[str]:
     seen = 0
-    for group in range(len(documents.sizes)):
-        try:
-            texts = documents.texts(group)
-        except CorruptShard:
-            if on_corrupt == "stop":
-                raise
-            continue
-        for text in texts:
-            if limit_bytes is not None and seen >= limit_bytes:
-                return
-            seen += len(text.encode("utf-8", "replace"))
-            yield text
+    for _, _, text in read_in_order(documents.texts, documents.sizes, on_corrupt=on_corrupt):
+        if limit_bytes is not None and seen >= limit_bytes:
+            return
+        seen += len(text.encode("utf-8", "replace"))
+        yield text
 
 
 def _shard_groups(documents: Documents, shard_documents: int) -> list[tuple[str, list[int]]]:
@@ -266,10 +263,7 @@ def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(content), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(content))
 
 
 def _in_processes(
@@ -319,21 +313,19 @@ def _open_in_process(data: DataConfig, stop: Any = None) -> None:
 
 def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:
     documents, stop = _opened["documents"], _opened["stop"]
+    read = Reader(documents.read, on_corrupt=on_corrupt)
     skipped = 0
 
     def tokens() -> Iterator[np.ndarray]:
         nonlocal skipped
         for group in groups:
             size = int(documents.sizes[group])
-            try:
-                for begin in range(0, size, 256):
-                    if stop is not None and stop.is_set():
-                        raise InterruptedError(f"{name} is not needed any more")
-                    yield from documents.read(group, range(begin, min(size, begin + 256)))
-            except CorruptShard:
-                if on_corrupt == "stop":
-                    raise
-                skipped += size
+            for begin in range(0, size, 256):
+                if stop is not None and stop.is_set():
+                    raise InterruptedError(f"{name} is not needed any more")
+                found = read(group, range(begin, min(size, begin + 256)))
+                skipped += sum(tokens is None for tokens in found)
+                yield from (tokens for tokens in found if tokens is not None)
 
     entry = write_shard(folder, name, documents=tokens(), dtype=dtype) | {"skipped": skipped}
     _write_json(folder / f"{name}.json", entry)

@@ -1,4 +1,4 @@
-"""Where documents come from: text and parquet files, the demo, a Hugging Face dataset, tokenized folders.
+"""Where documents come from: text files, the demo, a Hugging Face dataset, tokenized folders, or several of them.
 
 Every source is a list of groups (a parquet row group, a stretch of a text file); a group is what is read at once.
 """
@@ -7,24 +7,31 @@ from __future__ import annotations
 
 import functools
 import glob
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lrt.config import DataConfig
-from lrt.data.documents import CorruptShard, Documents
-from lrt.data.texts import TextDocuments, open_shard
+from lrt.config.files import local_path
+from lrt.data.documents import CorruptShard, Documents, LeftOut
+from lrt.data.mixture import SeveralDocuments
+from lrt.data.texts import KINDS as TEXT_KINDS
+from lrt.data.texts import TextDocuments, kind_of, open_shard
 from lrt.data.tokenized import MANIFEST, UNFINISHED, TokenizedDocuments, check_shard, check_tokenizer, read_manifest, shard_paths
 from lrt.data.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
 KINDS = (
-    '"demo", a .parquet or .txt file, a folder or glob of them, a folder written by tools/prepare_data.py tokenize, or hf://datasets/NAME'
+    '"demo", a .parquet, .jsonl (also .gz and .zst), .csv or .txt file, a folder or glob of them, a folder written by '
+    "tools/prepare_data.py tokenize, or hf://datasets/NAME"
 )
 
 
 def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Documents:
-    """The documents of ``data.train`` or ``data.validation``.
+    """The documents of ``data.train`` or ``data.validation``; of several sources as one, in their order.
 
     Args:
         data: section ``data`` of the recipe.
@@ -34,8 +41,29 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
     Raises:
         ValueError: nothing there, no held-out part, or wrong contents; the message names the recipe key.
     """
-    key = "data.train" if split == "train" or data.validation == "auto" else "data.validation"
-    files = split_files(data, split=split)
+    if not data.sources or (split == "validation" and data.validation != "auto"):
+        return _open(data, tokenizer=tokenizer, split=split, key="data.train")
+    parts = [_open(one, tokenizer=tokenizer, split=split, key=key) for key, one in each_source(data)]
+    return SeveralDocuments(parts)
+
+
+def each_source(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    """Every source of ``data.sources`` as if it were ``data.train``, with its recipe key; of ``data.train`` itself where there are none."""
+    if not data.sources:
+        return [("data.train", data)]
+    return [
+        (
+            f"data.sources[{index}].path",
+            replace(data, train=source.path, text_column=source.text_column or data.text_column, sources=()),
+        )
+        for index, source in enumerate(data.sources)
+    ]
+
+
+def _open(data: DataConfig, *, tokenizer: Tokenizer, split: str, key: str) -> Documents:
+    held_out = split == "validation" and data.validation == "auto"
+    key = key if split == "train" or held_out else "data.validation"
+    files = _split(data, split=split, key=key)
     tokenized = files[0].suffix == ".bin"
     manifest: dict[str, Any] = {}
     open_file: Callable[[Path], Any] = functools.partial(open_shard, column=data.text_column, key=key)
@@ -43,53 +71,68 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
         manifest = read_manifest(files[0].parent)
         check_tokenizer(files[0].parent, manifest=manifest, tokenizer=tokenizer, key=key)
         open_file = functools.partial(check_shard, manifest=manifest)
-    opened, skipped = [], 0
+    opened, left_out = [], LeftOut()
     for path in files:
         try:
             opened.append(open_file(path))
-        except CorruptShard:
+        except CorruptShard as error:
             if data.on_corrupt == "stop":
                 raise
-            skipped += 1
+            left_out.name(error)
+    skipped = len(files) - len(opened)
     documents: Documents
     if tokenized:
         documents = TokenizedDocuments(opened, dtype=manifest["dtype"], tokenizer=tokenizer, skipped=skipped)
     else:
         documents = TextDocuments(opened, tokenizer, skipped=skipped)
     if not documents.sizes.sum():
-        raise ValueError(f"{key} = {getattr(data, key[5:])!r} is an empty corpus ({len(files)} files, no documents): give files with text")
+        if held_out and data.train != "demo":
+            raise ValueError(
+                f'{key}: its last file, {files[-1]}, which data.validation = "auto" holds out, has no documents: '
+                f"take it away, or give data.validation ({KINDS})"
+            )
+        spec = data.validation if key == "data.validation" else data.train
+        raise ValueError(f"{key} = {spec!r} is an empty corpus ({len(files)} files, no documents): give files with text")
     return documents
 
 
 def split_files(data: DataConfig, *, split: str) -> list[Path]:
-    """The files of one side of the split; the other side's are not among them.
+    """The files of one side of the split, of all sources; the other side's are not among them.
 
     Raises:
         ValueError: nothing there, or ``validation = "auto"`` finds nothing to hold out.
     """
+    if split == "validation" and data.validation != "auto":
+        return _split(data, split=split, key="data.validation")
+    return [path for key, one in each_source(data) for path in _split(one, split=split, key=key)]
+
+
+def _split(data: DataConfig, *, split: str, key: str) -> list[Path]:
     if data.train == "demo" and (split == "train" or data.validation == "auto"):
         return sorted(DEMO.glob(f"*_{split}.txt"))
     if split == "validation" and data.validation != "auto":
         return find_files(data.validation, key="data.validation", demo="validation")
-    files = find_files(data.train, key="data.train", demo="train")
+    files = find_files(data.train, key=key, demo="train")
     if data.validation == "auto":
         if split == "train":
             return files[:-1] or files
         if len(files) < 2:
             raise ValueError(
-                f'data.validation = "auto" holds out the last shard of data.train, but {data.train!r} has only one: '
+                f'data.validation = "auto" holds out the last shard of {key}, but {data.train!r} has only one: '
                 f"give data.validation ({KINDS})"
             )
         return files[-1:]
     held_out = {path.resolve() for path in find_files(data.validation, key="data.validation", demo="validation")}
     kept = [path for path in files if path.resolve() not in held_out]
     if not kept:
-        raise ValueError(f"data.validation = {data.validation!r} holds every file of data.train: give other files")
+        raise ValueError(f"data.validation = {data.validation!r} holds every file of {key}: give other files")
     return kept
 
 
 def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
-    """Files that a source names, sorted: all .parquet, or all .txt, or the .bin shards of a tokenized folder.
+    """Files that a source names, sorted, all of one of ``TEXT_KINDS``, or the .bin shards of a tokenized folder.
+
+    Links are followed. Files and folders whose names begin with a dot are left out, unless the source names them itself.
 
     Raises:
         ValueError: there are none.
@@ -100,7 +143,7 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
         from lrt.data.hub import download
 
         return find_files(download(spec, key=key), key=key)
-    path = Path(spec).expanduser()
+    path = local_path(spec, key=key)
     if path.is_dir():
         if (path / MANIFEST).is_file():
             return shard_paths(path)
@@ -109,14 +152,40 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
                 f"{key} = {spec!r}: tokenizing into this folder was not finished; run the same tools/prepare_data.py tokenize command "
                 f"again, it goes on where it stopped"
             )
-        found = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.txt"))
+        found = _of_one_kind(list(_walk(path, inside=frozenset())), folder=path)
     elif path.is_file():
         found = [path]
     else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    found = [file for file in found if file.is_file()]
-    wrong = [file for file in found if file.suffix not in (".parquet", ".txt")]
+        found = [file for file in sorted(Path(name) for name in glob.glob(str(path), recursive=True)) if file.is_file()]
+    wrong = [file for file in found if kind_of(file) is None]
     if not found or wrong:
-        what = f"{wrong[0]} is neither .parquet nor .txt" if wrong else "no such file, or no .parquet or .txt file in it"
+        *kinds, last = TEXT_KINDS
+        names = f"{', '.join(kinds)} {{}} {last}"
+        what = f"{wrong[0]} is neither {names.format('nor')}" if wrong else f"no such file, or no {names.format('or')} file in it"
         raise ValueError(f"{key} = {spec!r}: {what}; use {KINDS}")
     return found
+
+
+def _walk(folder: Path, *, inside: frozenset[Path]) -> Iterator[Path]:
+    """Files below a folder; one that links lead back to is not entered again."""
+    if folder.resolve() in inside:
+        return
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, inside=inside | {folder.resolve()})
+        elif path.is_file():
+            yield path
+
+
+def _of_one_kind(files: list[Path], *, folder: Path) -> list[Path]:
+    """The files of the first kind there is; which others are left out is said."""
+    kinds = {kind: sorted(file for file in files if kind_of(file) == kind) for kind in TEXT_KINDS}
+    first = next((kind for kind, found in kinds.items() if found), None)
+    others = [f"{len(found)} {kind}" for kind, found in kinds.items() if found and kind != first]
+    if others and os.environ.get("RANK", "0") == "0":
+        glob_of_all = folder / "**" / f"*{others[0].split()[1]}"
+        print(f"{folder}: its {first} files are read, and {' and '.join(others)} files left out; {glob_of_all} would name those", file=sys.stderr)
+    return kinds[first] if first is not None else []

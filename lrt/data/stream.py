@@ -12,14 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lrt.data.documents import CorruptShard, Documents
+from lrt.data.documents import CorruptShard, Documents, Found, Reader
 from lrt.data.packing import Packer, Piece, Row
 
-Found = TypeVar("Found")
 READ_AHEAD = 64  # documents tokenized at once
 SPANS_PER_STREAM = 4  # groups are split until each stream has at least so many spans an epoch
 
@@ -117,7 +116,7 @@ class Stream:
         on_corrupt: str = "stop",
     ) -> None:
         state = state or fresh_state(plan)
-        self._documents, self._plan, self._number, self._on_corrupt = documents, plan, number, on_corrupt
+        self._read, self._plan, self._number = Reader(documents.read, on_corrupt=on_corrupt), plan, number
         pieces = self._read_waiting(state["pieces"])
         lost = len(state["pieces"]) - len(pieces)
         self._place = Place(state["epoch"], state["turn"], state["document"], state["skipped"] + lost)
@@ -148,9 +147,10 @@ class Stream:
                 order = self._plan.order(spans[turn], epoch=epoch)
                 for begin in range(start, len(order), READ_AHEAD):
                     chosen = order[begin : begin + READ_AHEAD]
-                    tokens_of = self._read(spans[turn].group, chosen)
-                    skipped += 0 if tokens_of else len(chosen)
-                    for i, (document, tokens) in enumerate(zip(chosen, tokens_of)):
+                    for i, (document, tokens) in enumerate(zip(chosen, self._read(spans[turn].group, chosen))):
+                        if tokens is None:
+                            skipped += 1
+                            continue
                         offset = spans[turn].offset if document == spans[turn].first else 0
                         if len(tokens) > offset:
                             found = True
@@ -164,17 +164,14 @@ class Stream:
                 )
             first_turn, epoch = 0, epoch + 1
 
-    def _read(self, group: int, documents: Sequence[int]) -> list[np.ndarray]:
-        return _read_or_skip(self._documents.read, group, documents, on_corrupt=self._on_corrupt)
-
     def _read_waiting(self, waiting: Sequence[Sequence[int]]) -> list[Piece]:
         by_group: dict[int, list[int]] = {}
         for group, document, _ in waiting:
             by_group.setdefault(group, []).append(document)
-        tokens: dict[tuple[int, int], np.ndarray] = {}
+        found: dict[tuple[int, int], np.ndarray | None] = {}
         for group, documents in by_group.items():
-            tokens.update(zip(((group, d) for d in documents), self._read(group, documents)))
-        return [Piece(g, d, offset, tokens[g, d][offset:]) for g, d, offset in waiting if (g, d) in tokens]
+            found.update(zip(((group, d) for d in documents), self._read(group, documents)))
+        return [Piece(g, d, offset, tokens[offset:]) for g, d, offset in waiting if (tokens := found[g, d]) is not None]
 
 
 def in_order(documents: Documents, *, on_corrupt: str) -> Iterator[Piece]:
@@ -184,29 +181,23 @@ def in_order(documents: Documents, *, on_corrupt: str) -> Iterator[Piece]:
             yield Piece(group, document, 0, tokens)
 
 
-def read_in_order(read: Callable[[int, Sequence[int]], list[Found]], sizes: np.ndarray, *, on_corrupt: str) -> Iterator[tuple[int, int, Found]]:
+def read_in_order(
+    read: Callable[[int, Sequence[int]], Sequence[Found | CorruptShard]], sizes: np.ndarray, *, on_corrupt: str
+) -> Iterator[tuple[int, int, Found]]:
     """Group, number and what ``read`` finds of every document, in the order of the files.
 
     Args:
         read: a method of ``Documents``, from a group and some of its documents.
         sizes: (groups,) documents of each group.
-        on_corrupt: "stop" or "skip", for files that cannot be read.
+        on_corrupt: "stop" or "skip", for files and texts that cannot be read.
     """
+    reader = Reader(read, on_corrupt=on_corrupt)
     for group, size in enumerate(sizes.tolist()):
         for begin in range(0, size, READ_AHEAD):
             chosen = range(begin, min(size, begin + READ_AHEAD))
-            for document, found in zip(chosen, _read_or_skip(read, group, chosen, on_corrupt=on_corrupt)):
-                yield group, document, found
-
-
-def _read_or_skip(read: Callable[[int, Sequence[int]], list[Found]], group: int, chosen: Sequence[int], *, on_corrupt: str) -> list[Found]:
-    """What ``read`` finds of some documents; nothing at all if the file cannot be read and on_corrupt is "skip"."""
-    try:
-        return read(group, chosen)
-    except CorruptShard:
-        if on_corrupt == "stop":
-            raise
-        return []
+            for document, found in zip(chosen, reader(group, chosen)):
+                if found is not None:
+                    yield group, document, found
 
 
 def fresh_state(plan: Plan) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lrt.config.files import local_path, read_text, write_whole
+
 BOS = "<|bos|>"
 MARKER = "lrt_tokenizer.json"  # beside tokenizer.json: which class, which separator
 _BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>", "[BOS]", "<|endoftext|>", "<eos>", "</s>")
@@ -157,6 +159,14 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of what a chat template wrote: special tokens in it are themselves."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -226,7 +236,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if str(spec) == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = local_path(spec, key="data.tokenizer")
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         folder = path.parent if path.suffix in (".json", ".tiktoken") else path
@@ -241,9 +251,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if marker.get("kind") == "bytes":
         return ByteTokenizer()
     hub = _read_json(file.parent / "tokenizer_config.json")
-    bos = marker.get("bos") or _token_name(hub.get("bos_token"))
-    eos = marker.get("eos") or _token_name(hub.get("eos_token"))
-    return FileTokenizer(file.read_text(encoding="utf-8"), bos=bos, eos=eos, origin=str(file))
+    bos = _token_name(marker.get("bos")) or _token_name(hub.get("bos_token"))
+    eos = _token_name(marker.get("eos")) or _token_name(hub.get("eos_token"))
+    return FileTokenizer(_text_of(file), bos=bos, eos=eos, origin=str(file))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -265,16 +275,34 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _write(folder: Path, text: str, marker: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    write_whole(folder / "tokenizer.json", text)
+    write_whole(folder / MARKER, json.dumps(marker) + "\n")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a file; empty where there is none."""
+    if not path.is_file():
+        return {}
+    text = _text_of(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"data.tokenizer: {path} is no JSON ({error}): mend it, or take it away") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"data.tokenizer: {path} holds no JSON object: mend it, or take it away")
+    return found
 
 
 def _token_name(entry: Any) -> str | None:
-    return entry.get("content") if isinstance(entry, dict) else entry
+    name = entry.get("content") if isinstance(entry, dict) else entry
+    return name if isinstance(name, str) else None
 
 
 def byte_characters() -> dict[int, str]:

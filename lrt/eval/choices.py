@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrt.decoding import prefill as prefills
-from lrt.decoding.step import WithoutMemory, graphed
+from lrt.decoding.step import Runner, WithoutMemory, graphed
 from lrt.passes import by_group, in_order
 from lrt.schedules import Interleaved, Refine, single
 
@@ -32,17 +32,18 @@ class ChoiceScorer:
         memory: "decode" (true recurrence), "zero", or "parallel" (the training schedule over context and continuation).
         max_length: tokens that the model reads at most; longer contexts lose tokens on the left.
         rows: contexts and continuations that run at once.
+        runner: how the steps of decoding run.
 
     Raises:
         ValueError: another mode, or one that the model lacks.
     """
 
-    def __init__(self, model: Any, *, memory: str = "decode", max_length: int, rows: int = 16) -> None:
+    def __init__(self, model: Any, *, memory: str = "decode", max_length: int, rows: int = 16, runner: Runner = graphed) -> None:
         if memory not in ("decode", "zero", "parallel"):
             raise ValueError(f"memory = {memory!r}: use decode, zero or parallel")
         if memory == "parallel" and model.recurrence is None:
             raise ValueError("memory = 'parallel', but the model has no memory: use zero, or decode, which is the same for it")
-        self._model, self._memory, self._max_length, self._rows = model, memory, max_length, rows
+        self._model, self._memory, self._max_length, self._rows, self._runner = model, memory, max_length, rows, runner
         self._decoder = WithoutMemory(model) if memory == "zero" else model
 
     def __call__(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
@@ -87,7 +88,7 @@ class ChoiceScorer:
         longest = max(len(option) for some in options for option in some)
         tokens, lengths = self._padded(contexts)
         capacity = tokens.shape[1] + longest
-        done = prefills.run(self._decoder, tokens, lengths=lengths, capacity=capacity, runner=graphed)
+        done = prefills.run(self._decoder, tokens, lengths=lengths, capacity=capacity, runner=self._runner)
         flat = [(row, option) for row, some in enumerate(options) for option in some]
         scored: list[Scored] = []
         for first in range(0, len(flat), self._rows):
@@ -98,7 +99,7 @@ class ChoiceScorer:
             if max(map(len, given)):
                 # A row with nothing to read reads one token, and what it says is not looked at.
                 more, counts = self._padded([option or (0,) for option in given])
-                after = prefills.run(self._decoder, more, lengths=counts, state=done.state.select(owners), everywhere=True, runner=graphed)
+                after = prefills.run(self._decoder, more, lengths=counts, state=done.state.select(owners), everywhere=True, runner=self._runner)
                 hidden = torch.cat([hidden, after.hidden], dim=1)
             scored += self._read(hidden, [option for _, option in part])
         results = iter(scored)

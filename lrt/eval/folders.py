@@ -158,7 +158,7 @@ def evaluate_folder(
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     opened = open_model(path, base=settings.base, dtype=settings.dtype or default, device=device)
     model = opened.model
-    modes = _modes(model, settings.memory, path)
+    modes = memory_modes(model, settings.memory, path)
     check_finite(model, where=opened.folder)
     tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
     length = row_length(opened, settings)
@@ -226,7 +226,12 @@ def rows_that_fit(model: Any, length: int) -> int:
     return max(1, min(MOST_ROWS, int(SHARE_OF_MEMORY * free / (width * length * parameter.element_size()))))
 
 
-def _modes(model: Any, memory: str, path: str | Path) -> tuple[str, ...]:
+def memory_modes(model: Any, memory: str, path: str | Path) -> tuple[str, ...]:
+    """The memory modes that an option names.
+
+    Raises:
+        ValueError: an unknown one, or one that the model of ``path`` lacks.
+    """
     if memory == "all":
         return MODES
     if memory not in MODES:

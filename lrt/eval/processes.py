@@ -6,10 +6,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Sharing(Protocol):
+    """Processes that share work: number of this one, and of all; and a sum over all of them, of a tensor on the CPU, in place."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def total(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)

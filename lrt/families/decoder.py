@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lrt.families.blocks import Context, FamilyBlock
 from lrt.families.description import Family, part, text_config
 from lrt.families.rotary import length_rotary
+from lrt.loss import Scorer, chunked_cross_entropy
 from lrt.rotary import kept_frequencies
 
 
@@ -53,6 +54,14 @@ class FamilyDecoder(nn.Module):
         self.embedding_dropout = self._setting(family.embedding_dropout) or 0.0
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
+        self.attention_reset: int | None = None  # token of packed rows at which attention is cut; None = never
+        self.scorer: Scorer | None = None  # a trainer's compiled parts of the loss; None = as the decoder itself computes it
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are one product with the head's weight, capped or not: what a ``scorer`` computes."""
+        plain = type(self.head) is nn.Linear and self.head.bias is None
+        return plain and self.logit_factor is None and self.logit_divisor is None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with kept_frequencies(self.rotary, self.local_rotary):
@@ -99,6 +108,11 @@ class FamilyDecoder(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of nats, and the nats of every position (B, P), in float32 as transformers does it."""
+        if self.scorer is not None:
+            normed, goals = self.final_norm(hidden), targets.to(hidden.device)
+            return chunked_cross_entropy(
+                normed, self.head.weight, goals, softcap=self.softcap, chunk=self.loss_chunk, scorer=self.scorer
+            )
         flat, goals = hidden.flatten(0, 1), targets.to(hidden.device).flatten()
         size = self.loss_chunk or max(1, len(goals))
         if size >= len(goals):

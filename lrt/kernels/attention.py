@@ -295,13 +295,18 @@ def block_mask(
         documents: (B, T) document numbers; attention stays inside a document. None: one document.
         device: of the tensors.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
-
     if documents is not None:
         seen = _visible(groups=groups, residue=torch.full((), residue, device=device), window=window, documents=documents)
         queries = len(range(residue, length, groups))
-        return create_block_mask(seen, documents.shape[0], None, queries, length, device=str(device), _compile=True)
+        return _compiled_block_mask()(seen, documents.shape[0], None, queries, length, device=str(device))
     return _static_block_mask(length, groups, residue, window, device)
+
+
+@cache
+def _compiled_block_mask() -> Callable[..., BlockMask]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)  # eager, it would hold a mask of all pairs
 
 
 @cache  # captured graphs read masks: none may be dropped

@@ -13,7 +13,7 @@ from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
 from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
 from lrt.train.monitor.host import data_was_the_limit, share_waited
-from lrt.train.monitor.metrics import memory_table, source_lines
+from lrt.train.monitor.metrics import core_lines, memory_table, source_lines
 from lrt.train.run import Run, RunResult
 from lrt.train.samples import decode_sample, write_sample
 
@@ -62,17 +62,20 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     waited = share_waited(read_records(run.folder / "metrics.jsonl"))
     rows = [
         *(("bits per byte" + (f", {mode}" if len(scores) > 1 else ""), f"{value:.4f}") for mode, value in scores.items()),
+        *((f"exact match, {mode}", f"{100 * value:.1f} %") for mode, value in record.get("exact_match", {}).items()),
         ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
         ("waiting for data", f"{100 * waited:.1f} % of the time"),
         ("parameters", f"{parts.total:,}, of which the memory's {parts.memory:,}"),
         ("skipped steps", f"{run.state.skipped}"),
         ("unreadable texts", f"{run.loader.skipped}"),
+        *(("rows from", f"{100 * share:.1f} % {path}") for path, share in run.loader.shares.items()),
     ]
     width = max(len(name) for name, _ in rows)
     lines = ["", run.recipe.run.name, *(f"  {name:<{width}}  {value}" for name, value in rows)]
     sources = source_lines(record)
     lines += ["", "  bits per byte of", *(f"    {line}" for line in sources)] if sources else []
+    lines += ["", *(f"  {line}" for line in core_lines(record))] if core_lines(record) else []
     memory = memory_table(record)
     lines += ["", *(f"  {line}" for line in memory)] if memory else []
     if result.sample is not None:

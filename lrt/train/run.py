@@ -12,6 +12,7 @@ from torch import nn
 from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.data import Tokenizer
+from lrt.eval.core import Questions
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
@@ -22,6 +23,7 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
+from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -85,3 +87,5 @@ class Run:
     state: TrainState
     told: RunFile | None = None  # run.json, of the rank that writes
     sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name
+    core: tuple[Questions, ...] = ()  # tasks of CORE
+    tuning: Tuning | None = None  # of a run that tunes on conversations

@@ -24,8 +24,9 @@ from lrt.schedules import describe
 from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
 from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
 from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
-from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
+from lrt.train.checkpoint.starting_model import check_separator, check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, refuse_non_finite, warm_start
+from lrt.train.core_subset import open_core
 from lrt.train.distributed.graphs import make_runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, check_same_on_all, open_world
@@ -46,6 +47,7 @@ from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
+from lrt.train.tuning import open_tuning, tuning_rows
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -111,7 +113,8 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
-    _check_separator(recipe, tokenizer)
+    check_separator(recipe, tokenizer)
+    core = world.from_main(lambda: open_core(recipe))
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
     memory = tuple(parameter for name, parameter in named_parameters(model) if is_memory(name))
@@ -154,7 +157,8 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         told = RunFile(folder / "run.json", steps=horizon.steps, start=state.step, data=data, about=about)
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
-        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world),
+        manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world), core,
+        open_tuning(recipe, tokenizer),
     )  # fmt: skip
 
 
@@ -174,20 +178,12 @@ def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
     """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
+    if recipe.tuning is not None:
+        return tuning_rows(recipe, tokenizer, world, rows=rows, **more)
     ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     return build_loader(
         recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
     )
-
-
-def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """A separator that the data never hold would silently carry memory from one document into the next."""
-    settings = {"model.attention_reset": recipe.model.attention_reset}
-    if recipe.recurrence is not None:
-        settings["recurrence.separator"] = recipe.recurrence.separator
-    for key, value in settings.items():
-        if value is not None and value != tokenizer.bos_id:
-            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:
@@ -275,7 +271,7 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             state.tokens += run.horizon.batch_tokens
             state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, *clock.lap()))
+            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, run.loader.shares, *clock.lap()))
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
@@ -339,6 +335,7 @@ class Passed(NamedTuple):
     tokens: int  # of all steps so far
     flops: float  # of all steps so far
     sources: list[str]
+    shares: dict[str, float]  # of data.sources, in the rows so far
     seconds: float  # taken when the step is queued: read late, the last step would seem to take no time
     waited: float  # share of them spent waiting for data
 
@@ -368,6 +365,7 @@ def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]
             "flops_per_second": flops,
             **({} if peak is None else {"mfu": flops / run.world.size / peak}),
             "data_wait": passed.waited,
+            **({"data_shares": passed.shares} if passed.shares else {}),
             "peak_memory_gib": peak_memory_gib(device),
             "skipped": run.guard.total,
         }

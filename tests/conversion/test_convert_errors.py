@@ -231,7 +231,7 @@ def test_an_output_that_exists_is_left_alone(place):
 
 def test_too_little_space_is_said_before_the_first_byte(place, monkeypatch):
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-    refused(place, r"0\.0 GB are needed.*choose another place")
+    refused(place, r"[1-9][\d.]* kB are needed, 1\.0 kB are free there: choose another place")
 
 
 FULL = """

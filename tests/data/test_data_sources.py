@@ -60,12 +60,12 @@ def test_missing_files_and_foreign_endings(tmp_path):
         ("train", "data.train", DataConfig(train=str(tmp_path))),
     ):
         with pytest.raises(
-            ValueError, match=rf'{key} = .*no such file, or no .parquet or .txt file in it; use "demo", a .parquet or .txt file'
+            ValueError, match=rf'{key} = .*no such file, or no .parquet, .jsonl, .csv or .txt file in it; use "demo", a .parquet, .jsonl'
         ):
             first_batch(data, split=split)
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"data.train = .*a.csv is neither .parquet nor .txt"):
-        first_batch(DataConfig(train=str(tmp_path / "a.csv")))
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(ValueError, match=r"data.train = .*a.pdf is neither .parquet, .jsonl, .csv nor .txt"):
+        first_batch(DataConfig(train=str(tmp_path / "a.pdf")))
 
 
 def test_an_empty_corpus(tmp_path):
@@ -80,10 +80,10 @@ def test_an_empty_corpus(tmp_path):
 def test_a_missing_text_column_names_the_columns(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["x"], column="content")
     with pytest.raises(
-        ValueError, match=r'data.text_column = "text" is not in .*a.parquet of data.train: its columns are id, content; choose one'
+        ValueError, match=r"data.text_column = .text. is not in .*a.parquet of data.train: its columns are id, content; choose one of 'content'"
     ):
         first_batch(DataConfig(train=str(path)))
-    with pytest.raises(ValueError, match=r'data.text_column = "id" of .*a.parquet holds int64, not text: choose a text column'):
+    with pytest.raises(ValueError, match=r"data.text_column = .id. of .*a.parquet holds int64, not text: choose one of 'content'"):
         first_batch(DataConfig(train=str(path), text_column="id"))
 
 

@@ -174,6 +174,7 @@ SCHEDULES = [
     lrt.refine(1, weights=(0.0, 1.0)),
     lrt.refine(1, weights=(0.0, 1.0), settle=2),
     lrt.interleaved(2),
+    lrt.interleaved(2, weights=(0, 1), cut_gradient="initialization"),
     lrt.interleaved(3, order="random"),
 ]
 

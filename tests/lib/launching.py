@@ -6,7 +6,14 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
 from runs import ROOT, TINY
+
+
+def gpus(count):
+    """Marks of what needs so many GPUs; on one there is no FSDP."""
+    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")]
 
 
 def launch(folder, *sets, ranks=2, options=(), gpu=False, own_group=False):

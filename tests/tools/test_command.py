@@ -12,7 +12,7 @@ from lrt.__main__ import COMMANDS, main
 ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "train": "recipes/run.py", "prepare": "tools/prepare_data.py", "inspect": "tools/inspect_checkpoint.py",
-    **{name: f"tools/{name}.py" for name in ("generate", "convert", "evaluate", "compare", "sweep", "diagnose")},
+    **{name: f"tools/{name}.py" for name in ("generate", "arithmetic", "convert", "evaluate", "core", "compare", "sweep", "diagnose")},
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_every_command_is_listed(capsys):
     assert main([]) == 2 and main(["trian"]) == 2
     assert "lrt trian: no such command" in capsys.readouterr().err
     assert main(["bench"]) == 2 and main(["bench", "speed"]) == 2
-    assert "use one of training, decoding, prefill" in capsys.readouterr().err
+    assert "use one of training, adapted, decoding, prefill" in capsys.readouterr().err
 
 
 def test_the_recipes_are_listed(capsys):

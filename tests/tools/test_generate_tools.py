@@ -104,13 +104,6 @@ def test_tools_refuse_in_one_line(args, message, monkeypatch, tmp_path, capsys):
     assert out.err.startswith("error: ") and out.err.count("\n") == 1 and message in out.err
 
 
-def test_a_part_of_a_tool_names_the_command():
-    part = TOOLS / "experiments" / "retrofit_training.py"
-    out = subprocess.run([sys.executable, "-S", part, "--help"], capture_output=True, text=True)  # -S: no package is there
-    assert out.returncode == 1
-    assert out.stderr == "this file is a part of another tool: run tools/experiments/retrofit_grid.py\n"
-
-
 def test_stop_strings_end_a_row_at_the_token_that_completes_them(folder):
     model = lrt.load(folder)
     prompt, greedy = torch.tensor([[256, 84]]), Sampling(temperature=0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from launching import gpus, launch
 from runs import ROOT, TINY
 
 from lrt.config import parse_recipe
@@ -45,10 +45,9 @@ def workers(process):
 
 
 ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64")  # with CUDA graphs, by default
-TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=TWO_GPUS)])
+@pytest.mark.parametrize("gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=gpus(2))])
 def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gpu):
     sets, options = ("checkpoint.every=4", *(ON_GPUS if gpu else ())), {"gpu": gpu}
     first = launch(tmp_path, "training.steps=24", *sets, options=("--max-restarts=1",), **options)

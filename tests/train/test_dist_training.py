@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launching import gpus
 
 import lrt
 from lrt import backbone
@@ -48,6 +49,7 @@ SCHEDULES = {
     "interleaved random": lrt.interleaved(4, order="random"),
     "refine": lrt.refine(2, weights=(0.0, 0.3, 0.7)),
     "settled": lrt.refine(1, weights=(0.0, 1.0), settle=2),
+    "cut": lrt.interleaved(2, weights=(0.0, 1.0), cut_gradient="initialization"),
     "chunked": lrt.chunked(4),
     "sequential": lrt.sequential(),
 }
@@ -427,13 +429,14 @@ def check_decoded(world, folder):
 
 def check_gathered(world, folder):
     """The kernels of decoding read whole parameters, though nothing tells FSDP that they do."""
-    before, seen = (evaluation.accelerate, one_token.launch), []
+    before, seen = (evaluation.can_fuse, evaluation.accelerate, one_token.launch), []
 
     def launch(name, grid, *args, **settings):
         for x in (y for given in args for y in (given if isinstance(given, tuple) else (given,)) if isinstance(y, torch.Tensor)):
             assert not hasattr(x, "full_tensor") and x.untyped_storage().size() >= x.numel() * x.element_size(), name
         seen.append(name)
 
+    evaluation.can_fuse = lambda model: True
     evaluation.accelerate = lambda model: Accelerated(model, one_token=one_token.fuse(model), blocks=list(model.blocks), compiled=lambda f: f)
     one_token.launch = launch
     try:
@@ -445,7 +448,7 @@ def check_gathered(world, folder):
             assert {"start_kernel", "attention_kernel", "memory_kernel"} < set(seen)
             seen.clear()
     finally:
-        evaluation.accelerate, one_token.launch = before
+        evaluation.can_fuse, evaluation.accelerate, one_token.launch = before
 
 
 def check_evaluation(world, folder):
@@ -509,7 +512,7 @@ def main(folder: Path) -> None:
                 check(world, folder)
                 if world.device.type == "cuda":
                     torch.cuda.synchronize()  # a failure belongs to the check that caused it
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 results[name] = traceback.format_exc()
                 if any(word in str(error) for word in ("Timed out", "closed", "NCCL", "CUDA error")):
                     break  # the ranks have lost each other
@@ -528,11 +531,11 @@ def launch(folder, *, ranks, gpu):
     for rank in range(ranks):
         with contextlib.suppress(FileNotFoundError):
             found[rank] = json.loads((folder / f"results{rank}.json").read_text())
-    assert len(found) == ranks, result.stderr[-5000:]
+    assert len(found) == ranks and result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-5000:]}"
     return found
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=gpus(2))])
 def launched(request, tmp_path_factory):
     folder, gpu = tmp_path_factory.mktemp("two_ranks"), request.param == "gpu"
     recipe = recipe_of()
@@ -541,14 +544,10 @@ def launched(request, tmp_path_factory):
     manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
     manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
     assert manager.wait()
-    ranks = min(2, torch.cuda.device_count()) if gpu else 2  # one GPU: FSDP on one rank against a plain module
-    return folder, launch(folder, ranks=ranks, gpu=gpu)
+    return folder, launch(folder, ranks=2, gpu=gpu)
 
 
-FOUR_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")]
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=FOUR_GPUS)])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=gpus(4))])
 def launched_on_four(request, tmp_path_factory):
     return launch(tmp_path_factory.mktemp("four_ranks"), ranks=4, gpu=request.param == "gpu")
 

@@ -402,3 +402,11 @@ def test_places_are_dealt_over_devices_first():
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "3, 1"}) == ["3", "1"]
     assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}) == [None]
     assert (str(Slot("3", 0)), str(Slot(None, 1))) == ("GPU 3", "CPU")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "experiments").glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_shipped_sweeps_can_be_run(path):
+    if "[[runs]]" in path.read_text(encoding="utf-8"):
+        assert read_spec(path).settings
+    else:
+        assert load_recipe(path).run.name

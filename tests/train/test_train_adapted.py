@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import lrt
 from lrt.accounting import count_parameters, forward_flops, mean_keys, query_width, training_flops
+from lrt.commands.bench.timing import graph_count
 from lrt.config import parse_recipe
-from lrt.data import load_tokenizer
+from lrt.data import build_loader, load_tokenizer
+from lrt.loss import Scorer
 from lrt.train.checkpoint.starting_model import read_backbone, shapes_of
 from lrt.train.checkpoint.weights import build_parallel
 from lrt.train.distributed.graphs import forward_backward, single_device
@@ -156,8 +159,6 @@ def test_the_twin_is_the_decoder_trained_as_it_is(folder, tmp_path):
     # The same steps with transformers and torch alone.
     decoder = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    from lrt.data import build_loader
-
     loader = build_loader(recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed)
     for record in train_records(result.folder):
         batch = next(loader)
@@ -169,6 +170,98 @@ def test_the_twin_is_the_decoder_trained_as_it_is(folder, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_memory_trains_as_in_a_loop_of_ones_own(folder, tmp_path):
+    """Narrow aligned memory with rates of its own: the trainer's steps are those of ``lrt.adapt`` and torch's AdamW."""
+    sets = {
+        "recurrence.projection": "aligned", "recurrence.residual": "projected", "recurrence.blocks": "[2, 3]", "optimizer.memory_gate_scale": 2.0,
+        "optimizer.memory_gain_scale": 3.0,
+    }  # fmt: skip
+    recipe = recipe_for(folder, tmp_path, **sets)
+    result = train(recipe)
+    model = lrt.adapt(AutoModelForCausalLM.from_pretrained(folder), recipe.recurrence).train()
+    rates = {"": 1e-2, ".map": 3e-2, ".gate": 6e-2, "gains": 9e-2}
+    groups = {end: [] for end in rates}
+    for name, parameter in model.named_parameters():
+        memory = name in model.memory_parameters()
+        groups[next(end for end in reversed(rates) if end in name) if memory else ""].append(parameter)
+    assert all(groups.values())
+    optimizer = torch.optim.AdamW([{"params": groups[end], "lr": 0.0} for end in rates], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    loader = build_loader(recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed)
+    for record in train_records(result.folder):
+        batch = next(loader)
+        loss = model(batch.input_ids, targets=batch.targets, schedule=lrt.refine(1, weights=(0.3, 0.7))).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group, rate in zip(optimizer.param_groups, rates.values()):
+            group["lr"] = rate * record["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert model.injection.gains.abs().max() > 0.01
+    trained = dict(lrt.load(result.folder / "export").named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_a_healed_decoder_branches_into_memory_and_twin(folder, tmp_path):
+    """Plain training first; a branch of its checkpoint, with its optimizer, is the twin, another one gets memory."""
+    plain = {**TWIN, "training.lr_schedule": "wsd"}
+    healed = train(recipe_for(folder, tmp_path, **plain, **{"run.name": "healed"}))
+    begin = {"training.lr_schedule": "wsd", "training.branch_from": healed.folder / "checkpoints" / "step_00000002"}
+    twin = train(recipe_for(folder, tmp_path, **TWIN, **begin, **{"run.name": "twin"}))
+    files_equal(twin.folder / "checkpoints" / "step_00000004", healed.folder / "checkpoints" / "step_00000004", except_for={"began"})
+    memory = train(recipe_for(folder, tmp_path, **begin, **{"run.name": "memory"}))
+    first, theirs = train_records(memory.folder)[0], train_records(healed.folder)[2]
+    assert first["step"] == 3 and first["groups"] == pytest.approx([theirs["loss"]] * 2, rel=1e-5)
+    assert all(p.abs().max() > 0 for p in lrt.load(memory.folder / "export").memory_parameters().values())
+    # The same in one run of two phases.
+    phases = '[{until=0.5, kind="baseline"}, {until=1.0, kind="refine", weights=[0.3, 0.7]}]'
+    whole = train(recipe_for(folder, tmp_path, **{"run.name": "phases", "training.lr_schedule": "wsd", "schedule.phases": phases}))
+    assert [r["loss"] for r in train_records(whole.folder)[:2]] == [r["loss"] for r in train_records(healed.folder)[:2]]
+    assert train_records(whole.folder)[2]["groups"] == pytest.approx(first["groups"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_same_run_and_resume_bit_for_bit(folder, tmp_path, monkeypatch):
+    sets = {"recurrence.blocks": "[2, 3]", "evaluation.modes": '["parallel"]'}
+    eager = train(recipe_for(folder, tmp_path, **sets, **{"run.name": "eager"}))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # a C++ compiler takes minutes
+    before, sets = graph_count(), {**sets, "parallel.compile": "true"}
+    whole = train(recipe_for(folder, tmp_path, **sets))
+    assert graph_count() > before
+    losses = [[r["loss"] for r in train_records(run.folder)] for run in (whole, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    again = tmp_path / "again" / "run"
+    shutil.copytree(whole.folder / "checkpoints" / "step_00000002", again / "checkpoints" / "step_00000002")
+    shutil.copy(whole.folder / "metrics.jsonl", again)
+    train(recipe_for(folder, again.parent, **sets))
+    files_equal(again / "checkpoints" / "step_00000004", whole.folder / "checkpoints" / "step_00000004")
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama", "gemma2"])
+def test_a_scored_loss_is_the_decoders_own(family):
+    """The trainer's compiled parts of the loss make gradients in the forward; a tied head, an untied one, and one with a cap."""
+    decoder = make(family)
+    model = lrt.adapt(decoder).train()
+    size = model.vocab_size
+    ids = torch.randint(0, size, (2, 9), generator=torch.Generator().manual_seed(1))
+    targets = ids.roll(-1, 1).masked_fill(torch.arange(9) > 6, -100)
+
+    def numbers():
+        model.zero_grad()
+        out = model(ids, targets=targets, schedule=lrt.refine(1))
+        out.loss.backward()
+        return [out.loss.detach().double(), *(p.grad for p in model.parameters() if p.grad is not None)]  # its own is float32
+
+    model.backbone.loss_chunk = 4
+    own = numbers()
+    assert model.backbone.is_linear
+    model.backbone.scorer = Scorer()
+    ours = numbers()
+    assert len(own) == len(ours) and len(own) > 10
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-7)
 
 
 def test_accumulation_and_checkpointed_blocks_change_no_number(folder, finished, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrt.config import Recipe
 from lrt.config.ranges import HORIZON
 from lrt.train.checkpoint.resuming import Resumed, state_of
-from lrt.train.checkpoint.same_run import FREE, FREE_SECTIONS, changes, stored_recipe
+from lrt.train.checkpoint.same_run import FREE, FREE_SECTIONS, changes, plain_key, stored_recipe
 from lrt.train.checkpoint.verifying import find_checkpoint, read_rest
 from lrt.train.distributed.world import World
 from lrt.train.entrance import Entrance
@@ -73,7 +73,7 @@ def refused_changes(there: Recipe, here: Recipe) -> list[str]:
     for change in changes(there, here):
         section = change.key.split(".")[0]
         if (
-            change.key in MAY_DIFFER
+            plain_key(change.key) in MAY_DIFFER
             or section in ("schedule", *FREE_SECTIONS)
             or (section == "recurrence" and switched_on)
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ FREE = {
         "run.name",
         "run.output",
         "data.train",
+        "data.sources.path",
+        "data.sources.text_column",
         "data.validation",
         "data.tokenizer",
         "data.text_column",
@@ -91,8 +94,15 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
             if isinstance(values, dict)
             else {section: values}
         )
+    for index, source in enumerate(flat.pop("data.sources")):
+        flat |= {f"data.sources[{index}].{key}": value for key, value in source.items()}
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
+
+
+def plain_key(key: str) -> str:
+    """A setting's key without the number of its table in a list, as ``FREE`` has it."""
+    return re.sub(r"\[\d+\]", "", key)
 
 
 # ------------------------------------------------------------------ may it go on
@@ -146,7 +156,7 @@ def check_same_run(
     there = stored_recipe(folder)
     every = changes(there, recipe)
     free = (*FREE_SECTIONS, "schedule") if same_past else FREE_SECTIONS
-    refused = [c for c in every if c.key not in FREE and c.key.split(".")[0] not in free]
+    refused = [c for c in every if plain_key(c.key) not in FREE and c.key.split(".")[0] not in free]
     on = f'training.branch_from = "{folder}" goes on from there with other rates, another schedule or another horizon'
     if finished and refused and all(c.key.startswith("schedule.") for c in refused):
         raise ValueError(

@@ -36,13 +36,14 @@ GRAPHS = 64  # compiled variants of a block: windows x with or without memory x 
 WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
 
 
-def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
+def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: DeviceMesh | None = None) -> None:
     """Turn a model into its parallel form, in place; parameters may be on the meta device.
 
     Args:
         model: a LatentRecurrentModel.
         config: section ``parallel`` of the recipe.
         world: the processes.
+        mesh: replicas x shards, or shards alone; None = made here.
 
     Raises:
         ValueError: replicate x shard is not the number of processes.
@@ -56,22 +57,23 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         if not getattr(torch._functorch.config, "guess_tangent_strides_as_outputs", True):
             torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
+        compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
         if isinstance(getattr(model.backbone, "head", None), Head):
-            compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
             model.backbone.head.scorer = Scorer(*compiled)
+        elif getattr(model.backbone, "is_linear", False) and (_is_tied(model) or not world.sharded):
+            model.backbone.scorer = Scorer(*compiled)  # an untied head that FSDP shards is gathered by its own call alone
         if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
             compiled_lookup = torch.compile(lookup, dynamic=False)
             for table in token_tables(model):
                 table.lookup = compiled_lookup
     if not world.sharded:
         return
-    mesh = make_mesh(config, world)
+    mesh = make_mesh(config, world) if mesh is None else mesh
     # RoPE tables must stay float32 and token ids integers, so inputs are cast nowhere: they are in the right dtype already.
     precision = MixedPrecisionPolicy(DTYPES[config.param_dtype], DTYPES[config.reduce_dtype], cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward")
     backbone = model.backbone
-    tied = backbone.head.weight is backbone.embedding.weight  # an adapted decoder's may be: one parameter, which then stays with the root
-    ends = () if tied else (backbone.embedding, backbone.head)
+    ends = () if _is_tied(model) else (backbone.embedding, backbone.head)
     for part in (*ends, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection):
         if part is not None:
             shard(part)
@@ -90,6 +92,11 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether head and embedding are one parameter, as those of an adapted decoder may be; it then stays with the root."""
+    return bool(model.backbone.head.weight is model.backbone.embedding.weight)
 
 
 def compile_blocks(model: Any) -> None:

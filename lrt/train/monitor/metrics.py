@@ -224,8 +224,13 @@ class Console:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        class Unbreakable(RichConsole):
+            def on_broken_pipe(self) -> None:  # rich would end the run, which only lost its reader
+                self.quiet = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
         self._total, self._every, self._rows = total, max(1, every), 0
-        self.console = RichConsole(highlight=False, soft_wrap=True)
+        self.console = Unbreakable(highlight=False, soft_wrap=True)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=start)
@@ -238,6 +243,8 @@ class Console:
         if record["kind"] == "evaluation":
             self.say(f"{record['step']:>8} bits per byte: {score_line(record)}  ({record['seconds']:.0f} s)")
             for line in source_lines(record):
+                self.say(f"{'':>8} {line}")
+            for line in core_lines(record):
                 self.say(f"{'':>8} {line}")
             for line in memory_table(record) if record["step"] < self._total else ():  # at the end the summary says it
                 self.say(f"{'':>8} {line}")
@@ -280,6 +287,15 @@ def source_lines(record: Record) -> list[str]:
     found = record.get("bpb_of_sources") or {}
     width = max(map(len, found), default=0)
     return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]
+
+
+def core_lines(record: Record) -> list[str]:
+    """What an evaluation's tasks of CORE gave, in one line; none where none are asked."""
+    found = record.get("core")
+    if not found:
+        return []
+    each = "  ".join(f"{name} {value:.3f}" for name, value in found["accuracy"].items())
+    return [f"tasks of CORE ({found['memory']}): centred {found['value']:+.4f} +- {found['se']:.4f}; accuracy: {each}"]
 
 
 def score_line(record: Record) -> str:

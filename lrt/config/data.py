@@ -1,0 +1,100 @@
+"""Settings of the data, and rules for everything in a recipe that names a file or folder; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lrt.config.files import LONGEST_NAME, longest_part
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources of training data."""
+
+    path: str  # as data.train
+    weight: float = 1.0  # its share of the rows, in proportion to the other sources
+    text_column: str | None = None  # None = data.text_column
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = (
+        "demo"  # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
+    )
+    sources: tuple[SourceConfig, ...] = ()  # in place of train: several, mixed by their weights
+    validation: str = (
+        "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
+    )
+    text_column: str = "text"
+    tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
+    workers: int | None = (
+        None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
+    )
+    buffer_documents: int = 256  # documents among which a row's best fit is searched
+    shuffle_seed: int | None = None  # None = run.seed
+    on_corrupt: Literal["stop", "skip"] = "stop"  # a shard, or a text in it, that cannot be read
+
+
+def data_errors(c: Any) -> list[str]:
+    """Sources that do not go together with the rest of [data]."""
+    errors = []
+    if c.sources and c.train != DataConfig.train:
+        errors.append(
+            f"data.train = {c.train!r} has no effect beside data.sources: make it one of them, or leave it out"
+        )
+    paths = [source.path for source in c.sources]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        errors.append(f"data.sources names {twice[0]!r} twice: give it once, with the sum of the weights")
+    return errors
+
+
+def path_errors(r: Any) -> list[str]:
+    """Empty paths, which an unset variable of a shell leaves, and names that no file system takes."""
+    errors = []
+    for key, value in _paths(r):
+        if isinstance(value, str) and not value.strip():
+            errors.append(
+                f"{key} = {value!r} is empty, perhaps an unset variable: give a path (. is the present folder)"
+            )
+        elif isinstance(value, str) and "\0" in value:
+            errors.append(f"{key} = {value!r} holds a zero byte, which no path has: give another path")
+        elif isinstance(value, str) and longest_part(value) > LONGEST_NAME:
+            errors.append(f"{key} = {value[:100]!r}... has a name of more than {LONGEST_NAME} bytes: give another path")
+    return errors + _name_errors(r.run.name)
+
+
+def _paths(r: Any) -> Iterator[tuple[str, Any]]:
+    for key in ("train", "validation", "tokenizer"):
+        yield f"data.{key}", getattr(r.data, key)
+    for index, source in enumerate(r.data.sources):
+        yield f"data.sources[{index}].path", source.path
+    for index, source in enumerate(r.evaluation.sources):
+        yield f"evaluation.sources[{index}]", source
+    if r.tuning is not None:
+        yield from (("tuning.train", r.tuning.train), ("tuning.validation", r.tuning.validation))
+    yield "run.output", r.run.output
+    yield "run.backbone", r.run.backbone
+    for key in ("init_from", "branch_from"):
+        yield f"training.{key}", getattr(r.training, key)
+
+
+def _name_errors(name: Any) -> list[str]:
+    if not isinstance(name, str):
+        return [f"run.name = {name!r}: expected a text"]
+    parts = name.split("/")
+    wrong = (
+        "is empty, perhaps an unset variable" if not name.strip()
+        else "holds characters that cannot be printed" if not name.isprintable()
+        else f"has a part of more than {LONGEST_NAME} bytes" if longest_part(name) > LONGEST_NAME
+        else "leads out of run.output" if not all(parts) or {".", ".."} & set(parts)
+        else None
+    )  # fmt: skip
+    shown = name if len(name) < 100 else f"{name[:100]}..."
+    return (
+        []
+        if wrong is None
+        else [f"run.name = {shown!r} {wrong}: give the name of a folder inside run.output, such as first_try"]
+    )

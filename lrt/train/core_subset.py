@@ -1,0 +1,73 @@
+"""A part of CORE asked during a run: the tasks of ``evaluation.core``, in memory mode decode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lrt.config import Recipe
+from lrt.decoding import step as decoding
+from lrt.eval.choices import ChoiceScorer
+from lrt.eval.core import CoreScores, Questions, ask, find_bundle, find_questions, tasks_named
+from lrt.train.checkpoint.weights import copy_on_every_rank
+from lrt.train.run import Run
+
+
+def open_core(recipe: Recipe) -> tuple[Questions, ...]:
+    """The items of ``evaluation.core``.
+
+    Raises:
+        ValueError: there is no such task, its data are missing, or too few items are asked for its examples.
+    """
+    config = recipe.evaluation
+    if not config.core:
+        return ()
+    tasks = tasks_named(config.core, where="evaluation.core")
+    for task in tasks:
+        if config.core_items <= task.shots:
+            raise ValueError(
+                f"evaluation.core_items = {config.core_items}, but {task.name} shows {task.shots} other items as examples: use "
+                f"{task.shots + 1} or more"
+            )
+    found, missing = find_questions(tasks, bundle=find_bundle(config.core_bundle), limit=config.core_items)
+    if missing:
+        lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
+        raise ValueError(f"evaluation.core: there are no data of {len(missing)} tasks ({lines.replace('--bundle PATH', 'evaluation.core_bundle')})")
+    return tuple(found)
+
+
+def ask_core(run: Run, *, progress: Callable[[], None]) -> dict[str, Any]:
+    """Ask the run's tasks; every rank must call this, and all share the items.
+
+    Returns:
+        What the evaluation's record holds of it; empty where no tasks are asked.
+    """
+    if not run.core:
+        return {}
+    recipe, longest = run.recipe, run.recipe.model.sequence_length
+    model: Any = copy_on_every_rank(run.model, recipe, run.world) if run.world.sharded else run.model
+    if not run.world.sharded and run.runner is not None:
+        model = run.runner.refresh()
+    training = model.training
+    model.eval()
+    mode = "zero" if model.recurrence is None else "decode"
+    runner = decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager
+    scorers = {mode: ChoiceScorer(model, memory=mode, max_length=longest, rows=recipe.evaluation.batch, runner=runner)}
+    eager = torch.compiler.set_stance("force_eager") if recipe.parallel.compile else contextlib.nullcontext()
+    with eager:  # rows of every length are too many shapes to compile
+        scores = [
+            ask(scorers, one, tokenizer=run.tokenizer, longest=longest, processes=run.world, progress=lambda items: progress())
+            for one in run.core
+        ]
+    model.train(training)
+    found = CoreScores(tuple(scores), {})
+    return {
+        "memory": mode,
+        "value": found.value(mode),
+        "se": found.error(mode),
+        "accuracy": {one.task.name: one.accuracy(mode) for one in found.tasks},
+        "items": {one.task.name: one.items for one in found.tasks},
+    }

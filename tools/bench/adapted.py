@@ -1,0 +1,11 @@
+"""``lrt bench adapted`` from a checkout, installed or not: what it does is in lrt.commands.bench.adapted."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lrt.commands.bench.adapted import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
