@@ -60,7 +60,8 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock", "AlignedBlock"]
-    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset()  # none; tools count them
+    _keep_in_fp32_modules: set[str] = set()  # tools count them
+    _keep_in_fp32_modules_strict: set[str] = set()
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: LRTConfig) -> None:

@@ -32,7 +32,7 @@ class LRTConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
     def __init__(self, **table: Any) -> None:
-        known = NO_IDS | {"use_cache": True} | attributes(table) | table
+        known: dict[str, Any] = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
         later = {name: known.pop(name) for name in LATER if name in known}
