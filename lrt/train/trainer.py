@@ -47,6 +47,7 @@ from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
+from lrt.train.tuning import open_tuning, tuning_rows
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -157,6 +158,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world), core,
+        open_tuning(recipe, tokenizer),
     )  # fmt: skip
 
 
@@ -176,6 +178,8 @@ def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
     """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
+    if recipe.tuning is not None:
+        return tuning_rows(recipe, tokenizer, world, rows=rows, **more)
     ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     return build_loader(
         recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
