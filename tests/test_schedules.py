@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import small
 
 import lrt
 from lrt.accounting import Work, training_flops, work_flops
 from lrt.config import ScheduleConfig, parse_recipe
 from lrt.eval.bpb import evaluate_bpb
 from lrt.schedules import from_config
+from lrt.types import Pass
 
 
 def positions(step):
@@ -175,3 +177,46 @@ def test_a_model_call_draws_from_its_generator(tmp_path):
     batch = SimpleNamespace(input_ids=tokens, targets=tokens)
     scores = [evaluate_bpb(model, [batch], token_bytes=torch.ones(32).long(), modes=["parallel"], schedule=s) for s in (None, lrt.refine(2))]
     assert scores[0]["parallel"].groups == scores[1]["parallel"].groups
+
+
+class Own:
+    """A schedule of one's own: a plan and weights, whatever they are."""
+
+    cut_gradient, kv_refresh, token_compute = False, False, 2
+
+    def __init__(self, plan, weights):
+        self._plan, self._weights = tuple(Pass(*step) for step in plan), weights
+
+    def group_weights(self, length):
+        return self._weights
+
+    def plan(self, length, *, generator=None):
+        return self._plan
+
+
+def test_a_schedule_of_ones_own_runs_or_its_plan_is_refused():
+    """Plans of other shapes were an IndexError, or ran as something else."""
+    model = small().train()
+    ids = torch.arange(16).reshape(2, 8)
+    whole = (0, 8, 1, 0, "zero")
+    right = [
+        ([whole], (1.0,)),
+        ([whole, (0, 8, 1, 1, "all")], (1.0, 1.0)),
+        ([whole, (1, 8, 2, 1, "all"), (0, 8, 2, 1, "all")], (1.0, 1.0)),
+        ([(0, 3, 1, 0, "zero"), (3, 8, 1, 0, "first")], (1.0,)),
+    ]
+    for plan, weights in right:
+        assert torch.isfinite(model(ids, labels=ids, schedule=Own(plan, weights)).loss)
+    for plan, weights, words in (
+        ([], (1.0,), "it has no passes"),
+        ([(0, 9, 1, 0, "zero")], (1.0,), "a pass goes on behind the row's end"),
+        ([(0, 8, 1, 0, "all")], (1.0,), r'its first pass receives memory \("all"\)'),
+        ([whole, (0, 8, 1, 1, "first")], (1.0, 1.0), 'a pass after the first has memory "first", not "all"'),
+        ([whole, (0, 8, 2, 1, "all")], (1.0, 1.0), "after the first pass it has no whole sweeps"),
+        ([whole, (0, 8, 2, 1, "all"), (0, 8, 2, 1, "all")], (1.0, 1.0), "after the first pass it has no whole sweeps"),
+        ([(0, 3, 1, 0, "zero"), (4, 8, 1, 0, "first")], (1.0,), "the passes are no chunks from 0 to the end"),
+        ([whole], (1.0, 1.0), "no pass belongs to loss group 1 of 2"),
+        ([whole, (0, 8, 1, 1, "all")], (1.0,), r"a pass belongs to loss group 1, but group_weights has 1"),
+    ):
+        with pytest.raises(ValueError, match=f"the schedule's plan for 8 positions cannot be run: {words}"):
+            model(ids, labels=ids, schedule=Own(plan, weights))

@@ -7,6 +7,7 @@ from lrt.config.recipes import (
     find_recipe,
     load_recipe,
     parse_recipe,
+    parse_section,
     recipe_folders,
     recipe_to_table,
     shipped_recipes,
@@ -25,6 +26,7 @@ from lrt.config.settings import (
     TrainingConfig,
     Weights,
 )
+from lrt.config.tuning import TuningConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -41,11 +43,13 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
+    "TuningConfig",
     "Weights",
     "dump_recipe",
     "find_recipe",
     "load_recipe",
     "parse_recipe",
+    "parse_section",
     "recipe_folders",
     "recipe_to_table",
     "shipped_recipes",

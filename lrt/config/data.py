@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-LONGEST_NAME = 255  # bytes of a file's name
+from lrt.config.files import LONGEST_NAME, longest_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ def path_errors(r: Any) -> list[str]:
             )
         elif isinstance(value, str) and "\0" in value:
             errors.append(f"{key} = {value!r} holds a zero byte, which no path has: give another path")
+        elif isinstance(value, str) and longest_part(value) > LONGEST_NAME:
+            errors.append(f"{key} = {value[:100]!r}... has a name of more than {LONGEST_NAME} bytes: give another path")
     return errors + _name_errors(r.run.name)
 
 
@@ -71,6 +73,8 @@ def _paths(r: Any) -> Iterator[tuple[str, Any]]:
         yield f"data.sources[{index}].path", source.path
     for index, source in enumerate(r.evaluation.sources):
         yield f"evaluation.sources[{index}]", source
+    if r.tuning is not None:
+        yield from (("tuning.train", r.tuning.train), ("tuning.validation", r.tuning.validation))
     yield "run.output", r.run.output
     yield "run.backbone", r.run.backbone
     for key in ("init_from", "branch_from"):
@@ -84,7 +88,7 @@ def _name_errors(name: Any) -> list[str]:
     wrong = (
         "is empty, perhaps an unset variable" if not name.strip()
         else "holds characters that cannot be printed" if not name.isprintable()
-        else f"has more than {LONGEST_NAME} bytes" if max(len(part.encode(errors="replace")) for part in parts) > LONGEST_NAME
+        else f"has a part of more than {LONGEST_NAME} bytes" if longest_part(name) > LONGEST_NAME
         else "leads out of run.output" if not all(parts) or {".", ".."} & set(parts)
         else None
     )  # fmt: skip

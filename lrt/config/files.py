@@ -6,6 +6,7 @@ import codecs
 import contextlib
 from pathlib import Path
 
+LONGEST_NAME = 255  # bytes of a file's name
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -65,12 +66,19 @@ def local_path(spec: str | Path, *, key: str) -> Path:
         raise ValueError(f"{key} = {text!r} is empty, perhaps an unset variable: give a path (. is the present folder)")
     if "\0" in text:
         raise ValueError(f"{key} = {text!r} holds a zero byte, which no path has: give another path")
+    if longest_part(text) > LONGEST_NAME:
+        raise ValueError(f"{key} = {text[:100]!r}... has a name of more than {LONGEST_NAME} bytes: give another path")
     try:
         return Path(text).expanduser()
     except RuntimeError:
         raise ValueError(
             f"{key} = {text!r}: there is no user {text.split('/')[0][1:]!r} here: give the path without ~"
         ) from None
+
+
+def longest_part(path: str) -> int:
+    """Bytes of the longest name in a path."""
+    return max(len(part.encode(errors="replace")) for part in path.split("/"))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

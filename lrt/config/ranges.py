@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+LARGEST = 1 << 62  # of whole numbers: products with few others still are numbers of a machine
+
 
 class Range(NamedTuple):
     """Numbers that a key may be."""
@@ -21,6 +23,8 @@ class Range(NamedTuple):
     def holds(self, value: float) -> bool:
         if value == self.also:
             return True
+        if isinstance(value, int) and value > LARGEST:
+            return False
         low = value > self.least if self.above else value >= self.least
         return low and (value < self.most if self.below else value <= self.most) and value < math.inf
 
@@ -79,7 +83,7 @@ RANGES: dict[str, dict[str, Range]] = {
     "training": {
         "steps": FROM_0,
         "tokens": FROM_1,
-        "tokens_per_parameter": POSITIVE,
+        "tokens_per_parameter": Range(0, 1e9, above=True),
         "compute": FROM_1,
         "batch_tokens": FROM_1,
         "micro_batch": FROM_1,
@@ -99,6 +103,7 @@ RANGES: dict[str, dict[str, Range]] = {
     "checkpoint": {"every": AT_THE_END, "keep_last": FROM_1, "keep_every": Range(0, note="0 = none")},
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},
     "evaluation": {"every": AT_THE_END, "tokens": FROM_1, "batch": FROM_1, "buckets": FROM_1, "sample_tokens": FROM_0, "core_items": FROM_1},
+    "tuning": {"problems": FROM_0, "answer_tokens": FROM_1, "lora_rank": FROM_0, "lora_alpha": POSITIVE},
 }
 # Of tables inside a section: phases and members of a mixture, which have the keys of [schedule] too, and sources of data.
 ITEM_RANGES = {"until": Range(0, 1, above=True), "share": Range(0, 1, above=True), "weight": Range(0, 1e9, above=True)}
@@ -162,6 +167,8 @@ def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str
         allowed = ranges[key] if key in ranges else ITEM_RANGES[key]
         several = isinstance(value, (tuple, list))
         if not all(_is_number(item, kinds) and allowed.holds(item) for item in (value if several else (value,))):
+            if any(isinstance(item, int) and item > LARGEST for item in (value if several else (value,))):
+                allowed = allowed._replace(most=min(allowed.most, LARGEST))
             none = ', or "none"' if type(None) in options else ""
             errors.append(f"{section}.{key} = {list(value) if several else value!r}: {allowed.says(whole=float not in kinds)}{none}")
     return errors

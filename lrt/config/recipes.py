@@ -29,6 +29,10 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - exercised on Python 3.10 only
     import tomli as tomllib
 
+OPTIONAL = {"recurrence": "for the twin without memory", "tuning": "for training on text"}  # sections that may be off
+
+
+LONGEST_MISTAKE = 2000  # characters
 
 
 class RecipeError(ValueError):
@@ -60,11 +64,11 @@ def find_recipe(name: str | Path) -> Path:
     for candidate in (str(name), f"{name}.toml"):
         for folder in folders:
             path = folder / candidate
-            if path.is_file():
+            if _is_file(path):
                 return path
     known = sorted({p.name for folder in folders[1:] if folder.is_dir() for p in folder.glob("*.toml")})
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else "."
+    close = similar(str(name).removesuffix(".toml"), [one.removesuffix(".toml") for one in known])
+    hint = f"; did you mean {close}.toml?" if close else "."
     raise RecipeError(f"recipe {str(name)!r} not found{hint} Recipes here: {', '.join(known) or 'none'}")
 
 
@@ -84,7 +88,16 @@ def load_recipe(name: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from TOML text (``base`` is not allowed here)."""
-    return _with_overrides(tomllib.loads(text), overrides, where="recipe")
+    return _with_overrides(_toml(text, where="recipe"), overrides, where="recipe")
+
+
+def _toml(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # also a number of more digits than Python reads
+        raise RecipeError(f"{where}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not valid TOML: brackets or braces are nested too deeply") from None
 
 
 def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
@@ -96,18 +109,22 @@ def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: s
 
 
 def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path.name}: not valid TOML: {error}") from None
+    table = _toml(read_text(path), where=path.name)
     base = table.pop("base", None)
     if base is None:
         return table
     if chain:
         raise RecipeError(f"{chain[0].name}: base = {path.name!r} has a base of its own ({base!r}): at most one level is allowed")
     beside = path.parent / str(base)
-    below = _read_with_base(beside if beside.is_file() else find_recipe(base), chain=[path])
+    below = _read_with_base(beside if _is_file(beside) else find_recipe(base), chain=[path])
     return _merge(below, table)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,9 +142,13 @@ def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> 
         errors.append(f"--set {override!r}: write section.key=value, such as training.steps=100")
         return
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw.strip()
+        read = tomllib.loads(f"value = {raw}")
+    except (ValueError, RecursionError):
+        read = {"value": raw.strip()}
+    if len(read) > 1:
+        errors.append(f"--set {override!r}: holds more than one value: give each its own --set")
+        return
+    value = read["value"]
     if len(keys) == 1:
         table[keys[0]] = value
         return
@@ -137,16 +158,21 @@ def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> 
     section[keys[1]] = value
 
 
+def _shortened(error: str) -> str:
+    """A mistake without the middle of a value that fills pages."""
+    return error if len(error) <= LONGEST_MISTAKE else f"{error[: LONGEST_MISTAKE // 2]} ... {error[-LONGEST_MISTAKE // 2 :]}"
+
+
 def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) -> Recipe:
     sections: dict[str, Any] = {}
     hints = typing.get_type_hints(Recipe)
     for key, value in table.items():
         if key not in hints:
             errors.append(_unknown("section", key, list(hints)))
-        elif key == "recurrence" and value in (False, "none"):
+        elif key in OPTIONAL and value in (False, "none"):
             sections[key] = None
         elif not isinstance(value, Mapping):
-            off = ", or recurrence = false for the twin without memory" if key == "recurrence" else ""
+            off = f", or {key} = false {OPTIONAL[key]}" if key in OPTIONAL else ""
             errors.append(f"{key} = {value!r}: expected a table [{key}]{off}")
         else:
             cls = next(c for c in (typing.get_args(hints[key]) or (hints[key],)) if dataclasses.is_dataclass(c))
@@ -160,8 +186,28 @@ def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) 
         except ValueError as error:
             errors.append(str(error))
     if recipe is None:
-        raise RecipeError(f"{where}: " + "\n  ".join(errors))
+        raise RecipeError(f"{where}: " + "\n  ".join(map(_shortened, errors)))
     return recipe
+
+
+def parse_section(cls: Any, name: str, table: Any) -> Any:
+    """One section from plain values, as a model's config.json holds it too.
+
+    Args:
+        cls: its dataclass.
+        name: for the messages.
+        table: values by key; None where TOML has "none".
+
+    Raises:
+        RecipeError: it is no table, or has unknown keys, wrong types or values; every mistake is listed.
+    """
+    if not isinstance(table, Mapping):
+        raise RecipeError(_shortened(f"{name} = {table!r}: expected a table"))
+    errors: list[str] = []
+    section = _section_from_table(cls, name, _without_none(dict(table)), errors)
+    if errors:
+        raise RecipeError("; ".join(map(_shortened, errors)))
+    return section
 
 
 def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors: list[str]) -> Any:
@@ -170,7 +216,7 @@ def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors
     before = len(errors)
     for key, raw in table.items():
         if key not in hints:
-            errors.append(_unknown("key", f"{section}.{key}", [f"{section}.{name}" for name in hints]))
+            errors.append(_unknown("key", key, list(hints), inside=f"{section}."))
             continue
         items = item_class(hints[key])
         if items is not None and isinstance(raw, list):
@@ -224,8 +270,8 @@ def _convert(raw: Any, hint: Any) -> Any:
     if origin is Literal:
         if raw in args and isinstance(raw, str):
             return raw
-        close = difflib.get_close_matches(str(raw), [str(a) for a in args], n=1)
-        raise TypeError(f"one of {', '.join(map(str, args))}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        close = similar(str(raw), [str(a) for a in args])
+        raise TypeError(f"one of {', '.join(map(str, args))}" + (f" (did you mean {close!r}?)" if close else ""))
     if origin is tuple:
         if not isinstance(raw, (list, tuple)):
             raise TypeError("a list")
@@ -235,7 +281,10 @@ def _convert(raw: Any, hint: Any) -> Any:
             raise TypeError(f"a list of {len(args)} values")
         return tuple(_convert(item, arg) for item, arg in zip(raw, args))
     if hint is float and isinstance(raw, (int, float)) and not isinstance(raw, bool):
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError:
+            raise TypeError("a number that fits a float") from None
     if hint is int and isinstance(raw, int) and not isinstance(raw, bool):
         return raw
     if hint in (bool, str) and isinstance(raw, hint):
@@ -243,9 +292,15 @@ def _convert(raw: Any, hint: Any) -> Any:
     raise TypeError({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint)))
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+def _unknown(kind: str, name: str, known: Sequence[str], *, inside: str = "") -> str:
+    close = similar(name, known)
+    hint = f"did you mean {inside + close!r}?" if close else f"known: {', '.join(known)}"
+    return f"unknown {kind} {inside + name!r}; {hint}"
+
+
+def similar(name: str, known: Sequence[str]) -> str | None:
+    """The one of some names that another is a slip of; None where none is near enough to be meant."""
+    return next(iter(difflib.get_close_matches(name[:LONGEST_MISTAKE], known, n=1, cutoff=0.7)), None)
 
 
 # ------------------------------------------------------------------ TOML out

@@ -76,7 +76,7 @@ def write_nanochat(folder: Path, files: Files, *, vocab_size: int) -> list[str]:
         Notes for the user.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _encoding_state(json.loads(files["tokenizer.json"]))
+    state = _encoding_state(_object(files, "tokenizer.json"))
     if state is None:
         write_files(folder, {name: content for name, content in files.items() if name != "generation_config.json"})
         return ["the tokenizer is no byte-level BPE with a split pattern, so nanochat's tokenizer.pkl cannot say it: tokenizer.json was copied"]
@@ -168,7 +168,7 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
     """
     if "tokenizer.json" not in files or (HUB_CONFIG in files and MARKER not in files):
         return dict(files)
-    table, marker = json.loads(files["tokenizer.json"]), json.loads(files.get(MARKER, b"{}"))
+    table, marker = _object(files, "tokenizer.json"), _object(files, MARKER)
     bos = BOS if marker.get("kind") == "bytes" else marker.get("bos") or BOS
     ids = {entry["content"]: entry["id"] for entry in table.get("added_tokens", [])}
     if table.get("post_processor") is None and bos in ids:
@@ -183,12 +183,23 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
     }  # fmt: skip
 
 
+def _object(files: Files, name: str) -> dict[str, Any]:
+    """The JSON object in a file of ours; empty where there is no such file."""
+    try:
+        found = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} beside the model is no JSON ({error}): mend it, or take it away") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} beside the model holds no JSON object: mend it, or take it away")
+    return found
+
+
 def without_hub_files(files: Files) -> dict[str, bytes]:
     """Undo ``hub_files``; a tokenizer that came from elsewhere stays as it is."""
-    marker = json.loads(files.get(MARKER, b"{}"))
+    marker = _object(files, MARKER)
     if marker.pop("template", None) != "added":
         return dict(files)
-    table = json.loads(files["tokenizer.json"])
+    table = _object(files, "tokenizer.json")
     table["post_processor"] = None
     plain = {**files, HUB_CONFIG: _hub_config(marker)}
     return {**plain, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode()}

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from lrt.adaptation import adapt, release, unwrapped
 from lrt.config import RecurrenceConfig
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
-from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, transformers
-from lrt.serialization.fingerprint import fingerprint, same_weights
+from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, in_one_line, transformers
+from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
 
@@ -54,7 +54,7 @@ def needs_base(config: Mapping[str, Any]) -> bool:
 def refuse_whole(model: LatentRecurrentModel) -> None:
     """Raises ValueError when a folder could not hold all of an adapted model."""
     decoder = decoder_of(model)
-    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None:
+    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
         raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
 
 
@@ -91,8 +91,15 @@ def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecur
         version = transformers().__version__
         raise ValueError(f"transformers {version} has no causal language model {kind}: install the version that the model was saved with")
     check_table(table, where=f"the {kind} in config.json")
-    decoder = architecture(config_from_table(table))
-    return _adapt_as(decoder, config, train_schedule=train_schedule)
+    return cast(
+        LatentRecurrentModel,
+        in_one_line(
+            f"the {kind} in config.json",
+            table,
+            lambda: _adapt_as(architecture(config_from_table(table)), config, train_schedule=train_schedule),
+            what="a decoder with memory",
+        ),
+    )
 
 
 def _adapt_as(decoder: Any, config: Mapping[str, Any], *, train_schedule: Schedule, family: Any = None) -> LatentRecurrentModel:
@@ -122,7 +129,9 @@ def load_whole(
     backend = config["adapted"].get("attention")
     more = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
-    decoder = type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
+    decoder = in_one_line(
+        str(folder), config, lambda: type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
+    )
     model = _adapt_as(decoder.to(device), config, train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:

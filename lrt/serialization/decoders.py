@@ -17,6 +17,7 @@ from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
 
 SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+LONGEST_REASON = 1000  # characters of what transformers says
 ATTENTIONS = ("eager", "sdpa", "flex_attention")  # part of torch; a config may name no other
 INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
 
@@ -36,7 +37,7 @@ def open_config(folder: str | Path, *, where: str | None = None) -> Any:
     check_table(table, where=where)
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{where} is a PEFT adapter: merge it into its decoder (merge_and_unload), save that, and give the merged folder")
-    config = _one_line(where, table, lambda: transformers().AutoConfig.from_pretrained(folder, **SAFE))
+    config = in_one_line(where, table, lambda: transformers().AutoConfig.from_pretrained(folder, **SAFE))
     config.__dict__.pop("auto_map", None)  # so that no class built from this config looks for code
     return config
 
@@ -61,7 +62,7 @@ def open_decoder(folder: str | Path, *, dtype: Any, where: str | None = None) ->
         raise ValueError(f"{where} cannot be read as a causal language model: it holds no {WEIGHTS}{found}: {mend}")
     open_folder(folder)
     make = transformers().AutoModelForCausalLM.from_pretrained
-    return _one_line(where, {}, lambda: make(folder, config=config, dtype=dtype, use_safetensors=True, **SAFE))
+    return in_one_line(where, {}, lambda: make(folder, config=config, dtype=dtype, use_safetensors=True, **SAFE))
 
 
 def decoder_of_shapes(folder: str | Path, *, dtype: Any = None, where: str | None = None) -> Any:
@@ -73,7 +74,7 @@ def decoder_of_shapes(folder: str | Path, *, dtype: Any = None, where: str | Non
     config = open_config(folder, where=where)
     more = {} if dtype is None else {"dtype": dtype}
     make = transformers().AutoModelForCausalLM.from_config
-    return _one_line(where or str(folder), {}, lambda: make(config, trust_remote_code=False, **more))
+    return in_one_line(where or str(folder), {}, lambda: make(config, trust_remote_code=False, **more))
 
 
 def open_tokenizer(folder: str | Path) -> Any:
@@ -84,7 +85,7 @@ def open_tokenizer(folder: str | Path) -> Any:
     """
     table = Path(folder) / "tokenizer_config.json"
     content = read_json(table, where=str(folder)) if table.is_file() else {}
-    return _one_line(str(folder), content, lambda: transformers().AutoTokenizer.from_pretrained(folder, **SAFE), what="a tokenizer")
+    return in_one_line(str(folder), content, lambda: transformers().AutoTokenizer.from_pretrained(folder, **SAFE), what="a tokenizer")
 
 
 def open_saved(folder: str | Path, *, dtype: Any) -> Any:
@@ -103,10 +104,12 @@ def is_plain(folder: Path) -> bool:
     return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8", errors="replace")
 
 
-def causal_class(name: str) -> Any:
+def causal_class(name: object) -> Any:
     """A class of transformers by its name, such as "LlamaForCausalLM"; None when there is no such causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if not isinstance(name, str):
+        return None
     known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in ([names] if isinstance(names, str) else names)}
     return getattr(transformers(), name, None) if name in known else None
 
@@ -121,7 +124,10 @@ def config_from_table(table: dict[str, Any]) -> Any:
 
     kind = str(table.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f'transformers {transformers().__version__} knows no model_type "{kind}": install the version that the model was saved with')
+        version = transformers().__version__
+        raise ValueError(
+            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved with'
+        )
     return CONFIG_MAPPING[kind].from_dict(table)
 
 
@@ -201,7 +207,7 @@ def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield path, value
 
 
-def _one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
+def in_one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
     """What ``make`` returns; whatever transformers raises becomes one line."""
     try:
         return make()
@@ -212,4 +218,5 @@ def _one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *, 
                 "yourself and give the decoder to lrt.adapt"
             ) from None
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{where} cannot be read as {what}: {reason}") from None
+        shown = reason if len(reason) < LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
+        raise ValueError(f"{where} cannot be read as {what}: {shown}") from None

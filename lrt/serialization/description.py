@@ -6,12 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
+import torch
+
+from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig, parse_section
 from lrt.lora import put_adapter
 from lrt.model import LatentRecurrentModel, build_model
 from lrt.schedules import Baseline, Interleaved, Mixture, Refine, from_config, single
 from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, skeleton
 from lrt.serialization.decoders import check_attention, read_json
+from lrt.serialization.fingerprint import HALVES
 from lrt.serialization.renewal import config_file
 from lrt.types import Schedule
 
@@ -81,6 +84,31 @@ def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
     return {"kind": "baseline"} if isinstance(schedule, Baseline) else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
 
 
+def _check_parts(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config.json whose parts have other types than those that ``save`` writes."""
+    wrong = [key for key in ("adapter", "base_fingerprint") if not isinstance(config.get(key), (dict, type(None)))]
+    dtype = config.get("torch_dtype")
+    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        wrong.append("torch_dtype")
+    stored = config.get("base_fingerprint")
+    if isinstance(stored, dict) and not all(isinstance(stored.get(key), str) for key in ("dtypes", "exact", *HALVES)):
+        wrong.append("base_fingerprint")
+    if not isinstance(config.get("adapted", {}), dict):
+        wrong.append("adapted")
+    if "recurrence" not in config or "adapted" not in config and not isinstance(config.get("model"), dict):
+        wrong.append("recurrence" if "recurrence" not in config else "model")
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is missing or of another kind than lrt.save writes: it was changed")
+    try:
+        if config["recurrence"] is not None:
+            parse_section(RecurrenceConfig, "recurrence", config["recurrence"])
+        if "adapted" not in config:
+            parse_section(ModelConfig, "model", config["model"])
+        parse_section(ScheduleConfig, "schedule", config.get("schedule"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not one that this version of lrt can read: {error}") from None
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a saved folder.
 
@@ -98,6 +126,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     check_attention(config, where=str(path))
     if config["lrt_format"] > FORMAT:
         raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
+    _check_parts(config, path)
     if config.get("model_type") != "lrt":
         raise ValueError(f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed')
     return config

@@ -32,7 +32,6 @@ point of the grid, the rates that were found, and those of the command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -44,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config import Recipe, RecipeError, find_recipe, load_recipe
+from lrt.config.recipes import similar
 from lrt.train.sweep.keys import KINDS
 
 if sys.version_info >= (3, 11):
@@ -219,10 +219,10 @@ class _Reader:
         found = {}
         for key, value in table.items():
             if key not in keys:
-                close = difflib.get_close_matches(key, keys, n=1)
+                close = similar(key, keys)
                 self._errors.append(
                     f"unknown key {where}{key}"
-                    + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(keys)}")
+                    + (f"; did you mean {close}?" if close else f"; known: {', '.join(keys)}")
                 )
             elif not KINDS[key][0](value):
                 self._errors.append(f"{where}{key} = {value!r}: use {KINDS[key][1]}")
@@ -344,7 +344,7 @@ def fingerprint(recipe: Recipe) -> str:
     for section in dataclasses.fields(recipe):
         values = getattr(recipe, section.name)
         if values is None:
-            different[section.name] = None
+            different |= {} if section.default is None else {section.name: None}
             continue
         default = type(values)()
         keys = [
