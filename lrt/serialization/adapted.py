@@ -16,7 +16,7 @@ from lrt.config import RecurrenceConfig
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, in_one_line, transformers
-from lrt.serialization.fingerprint import fingerprint, same_weights
+from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
 
@@ -54,7 +54,7 @@ def needs_base(config: Mapping[str, Any]) -> bool:
 def refuse_whole(model: LatentRecurrentModel) -> None:
     """Raises ValueError when a folder could not hold all of an adapted model."""
     decoder = decoder_of(model)
-    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None:
+    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
         raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
 
 
