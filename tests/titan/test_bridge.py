@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pickle
+import re
 import sys
 from types import SimpleNamespace
 
@@ -112,6 +113,16 @@ def test_a_recipe_for_the_other_trainer_is_told_apart(capsys):
         capsys.readouterr().err
         == "error: titan_lrt_12l.toml is a recipe for torchtitan's trainer: add --engine torchtitan\n"
     )
+
+
+def test_one_file_alone_names_torchtitan():
+    files = {path: path.read_text(encoding="utf-8") for path in (ROOT / "lrt").rglob("*.py")}
+    importing = [
+        str(path.relative_to(ROOT))
+        for path, text in files.items()
+        if re.search(r"(?m)^\s*(from|import) torchtitan", text)
+    ]
+    assert importing == ["lrt/titan/spec.py"]
 
 
 # ------------------------------------------------------------------ settings
