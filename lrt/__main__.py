@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS = {  # name -> module of lrt.commands, what it does
     "train": ("train", "train a recipe, or go on with it"),
     "prepare": ("prepare", "train a tokenizer, tokenize text"),
+    "arithmetic": ("arithmetic", "write word problems of several steps, to tune on"),
     "generate": ("generate", "continue text with a saved model"),
     "convert": ("convert", "checkpoints in, checkpoints out, compared before they are believed"),
     "inspect": ("inspect", "say what a checkpoint is and whether it is whole"),
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<9} {says}" for name, (_, says) in COMMANDS.items()]
+    lines = [f"  {name:<10} {says}" for name, (_, says) in COMMANDS.items()]
     return "\n".join(["usage: lrt COMMAND ...; lrt COMMAND --help says more", "", *lines])
 
 

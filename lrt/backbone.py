@@ -261,6 +261,11 @@ class Decoder(nn.Module):
         self.embedding_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None
         self.head = Head(config, loss_chunk=loss_chunk, **factory)
 
+    @property
+    def attention_reset(self) -> int | None:
+        """Token at which attention is cut; None = none."""
+        return self.config.attention_reset
+
     def make_blocks(self, *, device: Any = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
         """The blocks that belong to this decoder, not registered here."""
         return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]

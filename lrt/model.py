@@ -199,7 +199,7 @@ class LatentRecurrentModel(nn.Module):
     ) -> Row:
         """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents; ``real`` is false where there is padding."""
         separator = self.recurrence.separator if self.recurrence is not None else None
-        cut = getattr(getattr(self.backbone, "config", None), "attention_reset", None)
+        cut = getattr(self.backbone, "attention_reset", None)
         changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
         starts = _either(changed, None if separator is None else input_ids == separator)
         borders = _either(changed, None if cut is None else input_ids == cut)

@@ -309,7 +309,7 @@ TIERS = [
     ["eval.folders", "eval.tracking", "eval.harness", "eval.harness_model"],
     ["eval.core.folders"],
     ["commands"],
-    ["__main__", "eval.core.__main__"],
+    ["titan", "__main__", "eval.core.__main__"],
 ]
 LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named,
     # and training, which a list of recipes does without

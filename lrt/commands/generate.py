@@ -4,6 +4,7 @@
     python tools/generate.py runs/lrt_tiny/export --file prompt.txt --temperature 0 --stop "\\n\\n"
     python tools/generate.py runs/lrt_tiny/export                     # interactive: one prompt a line
     python tools/generate.py runs/lrt_tiny/export --prompt "The " --compare zero
+    python tools/generate.py runs/sft_tiny/export --chat              # a conversation with a tuned model
 
 The prompt is prefilled by fixed_point with the measured default tolerance; --prefill exact runs it token by token.
 """
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ import torch
 from lrt.commands.frame import framed
 from lrt.commands.options import parse_prefill, path
 from lrt.config.files import read_text
-from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.conversion.opening import Opened, open_model, open_tokenizer
+from lrt.data.chat import TEMPLATE, Chat, Message, open_chat
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--file", type=path, help="a text file with the prompt")
     parser.add_argument("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
     parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    parser.add_argument("--temperature", type=float, help="0 = greedy (default: 0.8, with --chat 0)")
     parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities sum to this")
     parser.add_argument("--min-p", type=float, help="draw among tokens of at least this share of the largest probability")
@@ -49,11 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
     parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
-    parser.add_argument("--compare", choices=["zero"], help="also continue without memory")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--compare", choices=["zero"], help="also continue without memory")
+    talk = "a conversation in the tokenizer's chat template; an empty line begins anew"
+    other.add_argument("--chat", action="store_true", help=talk)
+    parser.add_argument("--system", help="only with --chat: the system message")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args(arguments)
+    if args.system is not None and not args.chat:
+        parser.error("--system is the first message of a conversation: use it with --chat")
     return framed(lambda: _until_interrupted(args), interrupted="no text was written")
 
 
@@ -74,11 +83,35 @@ def run(args: argparse.Namespace) -> None:
     modes: dict[str, Any] = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
+    if args.chat:
+        return converse(args, modes["decode"], tokenizer, template(args, opened, tokenizer), text)
     if text is None:
         while (line := read_line()) is not None:
             continue_text(args, modes, tokenizer, line)
         return
     continue_text(args, modes, tokenizer, text)
+
+
+def template(args: argparse.Namespace, opened: Opened, tokenizer: Any) -> Chat:
+    """The chat template beside the tokenizer, or that of the run's own tokenizer."""
+    places = [args.tokenizer, opened.folder, None if opened.recipe is None else opened.recipe.data.tokenizer]
+    found = next((place for place in places if place is not None and (Path(place) / TEMPLATE).is_file()), args.tokenizer or opened.folder)
+    return open_chat(tokenizer, found)
+
+
+def converse(args: argparse.Namespace, model: Any, tokenizer: Any, chat: Chat, text: str | None) -> None:
+    """Answer one message, or one line after the other."""
+    opening = [] if args.system is None else [Message("system", args.system)]
+    messages = list(opening)
+    while (line := read_line() if text is None else text) is not None:
+        if not line.strip():
+            messages = list(opening)
+            continue
+        messages.append(Message("user", line))
+        new = stream(args, model, tokenizer, chat.prompt(messages), "", ends=chat.stop_ids)
+        messages.append(Message("assistant", tokenizer.decode([token for token in new if token not in chat.stop_ids])))
+        if text is not None:
+            return
 
 
 def read_prompt(path: Path) -> str:
@@ -105,10 +138,22 @@ def continue_text(args: argparse.Namespace, modes: dict[str, Any], tokenizer: An
             print(f"mean log-probability of the text made in mode {name}: {shown}", file=sys.stderr)
 
 
-def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], text: str) -> list[int]:
-    """Print the continuation as it comes; the report goes to stderr."""
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+def stream(
+    args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], text: str, *, ends: Sequence[int] = ()
+) -> list[int]:
+    """Print the continuation as it comes; the report goes to stderr.
+
+    Args:
+        args: of the command line.
+        model: that continues.
+        tokenizer: of the model.
+        prompt: token ids.
+        text: printed before the continuation.
+        ends: token ids that end it, beside the tokenizer's own, and are not printed.
+    """
+    temperature = args.temperature if args.temperature is not None else 0.0 if args.chat else 0.8
+    sampling = Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    stops = (*ends, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
     session, report = start(
         model, torch.tensor([prompt]), max_new_tokens=args.max_new_tokens, sampling=sampling, stop_ids=(*stops, tokenizer.bos_id),
         stop_when=stop_at(tokenizer.decode, args.stop) if args.stop else None, generator=torch.Generator().manual_seed(args.seed),
@@ -119,7 +164,7 @@ def stream(args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[in
     for _ in session:
         if began is None:  # the first burst pays for capturing or compiling
             began, first = time.perf_counter(), len(session.rows[0])
-        whole = tokenizer.decode(session.rows[0])
+        whole = tokenizer.decode([token for token in session.rows[0] if token not in ends])
         whole = whole.rstrip("\ufffd") if session.live[0] else whole  # half a character: wait for the rest
         print(whole[len(shown) :], end="", flush=True)
         shown = whole

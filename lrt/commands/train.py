@@ -8,9 +8,11 @@ import os
 import sys
 
 from lrt.commands.frame import framed
+from lrt.commands.torchtitan import hand_over, refuse_torchtitan
 from lrt.config import load_recipe, shipped_recipes
 from lrt.config.environment import place_of_process
 
+ENGINE = "whose trainer runs: lrt's own (default), or torchtitan's with lrt.titan, for recipes/titan_*.toml (docs/torchtitan.md)"
 OVERRIDE = "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
 
 
@@ -19,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a recipe; the same command again continues a run that was stopped.")
     parser.add_argument("--recipe", default="lrt_tiny", help="name in recipes/, or a path (default: lrt_tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDE)
+    parser.add_argument("--engine", choices=("lrt", "torchtitan"), default="lrt", help=ENGINE)
     parser.add_argument("--dry-run", action="store_true", help="say what the run would need and how long it would take, and stop")
     parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or up to 8)")
     parser.add_argument("--list", action="store_true", help="list the recipes")
@@ -26,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.gpus is not None and (not args.dry_run or args.gpus < 1):
         parser.error("--gpus needs --dry-run and a number of 1 or more; torchrun --nproc_per_node says how many GPUs a run has")
 
+    if args.dry_run and args.engine != "lrt":
+        parser.error("--dry-run plans a run of lrt's own trainer: leave --engine torchtitan out")
     return framed(lambda: run(args), interrupted="the same command goes on from the newest checkpoint")
 
 
@@ -35,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         return 0
     try:
+        if args.engine == "torchtitan":
+            hand_over(args.recipe, overrides=args.set)
+        refuse_torchtitan(args.recipe)
         recipe = load_recipe(args.recipe, overrides=args.set)
         if args.dry_run:
             from lrt.train.dry_run import dry_run

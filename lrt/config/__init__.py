@@ -26,6 +26,7 @@ from lrt.config.settings import (
     TrainingConfig,
     Weights,
 )
+from lrt.config.tuning import TuningConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
+    "TuningConfig",
     "Weights",
     "dump_recipe",
     "find_recipe",

@@ -73,6 +73,8 @@ def _paths(r: Any) -> Iterator[tuple[str, Any]]:
         yield f"data.sources[{index}].path", source.path
     for index, source in enumerate(r.evaluation.sources):
         yield f"evaluation.sources[{index}]", source
+    if r.tuning is not None:
+        yield from (("tuning.train", r.tuning.train), ("tuning.validation", r.tuning.validation))
     yield "run.output", r.run.output
     yield "run.backbone", r.run.backbone
     for key in ("init_from", "branch_from"):

@@ -42,7 +42,7 @@ def _mixture_errors(where: str, c: Any) -> list[str]:
     return errors
 
 
-def _stretches(c: Any) -> list[tuple[str, Any]]:
+def stretches(c: Any) -> list[tuple[str, Any]]:
     """The phases of a run and where each stands; one where there are no phases."""
     return (
         [("schedule", c)]
@@ -60,8 +60,8 @@ def _kinds(where: str, c: Any) -> list[tuple[str, str]]:
 
 def entrance_errors(r: Any) -> list[str]:
     """Where memory is used, trained or let in, but cannot be."""
-    stretches = _stretches(r.schedule)
-    kinds = [_kinds(where, c) for where, c in stretches]
+    parts = stretches(r.schedule)
+    kinds = [_kinds(where, c) for where, c in parts]
     with_memory = [any(kind != "baseline" for _, kind in found) for found in kinds]
     errors = []
     if r.recurrence is None:
@@ -70,12 +70,12 @@ def entrance_errors(r: Any) -> list[str]:
                 f'{key} = {kind!r} needs memory, but recurrence is off: use kind = "baseline", or switch recurrence on'
             )
     elif r.training.stage == "memory":
-        for (where, _), used in zip(stretches, with_memory):
+        for (where, _), used in zip(parts, with_memory):
             if not used:
                 errors.append(
                     f'training.stage = "memory" has nothing to train where {where} is plain: use stage = "all", or passes with memory'
                 )
-    for index, (where, c) in enumerate(stretches):
+    for index, (where, c) in enumerate(parts):
         if not c.ramp:
             continue
         if not with_memory[index]:

@@ -29,6 +29,7 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - exercised on Python 3.10 only
     import tomli as tomllib
 
+OPTIONAL = {"recurrence": "for the twin without memory", "tuning": "for training on text"}  # sections that may be off
 
 
 LONGEST_MISTAKE = 2000  # characters
@@ -168,10 +169,10 @@ def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) 
     for key, value in table.items():
         if key not in hints:
             errors.append(_unknown("section", key, list(hints)))
-        elif key == "recurrence" and value in (False, "none"):
+        elif key in OPTIONAL and value in (False, "none"):
             sections[key] = None
         elif not isinstance(value, Mapping):
-            off = ", or recurrence = false for the twin without memory" if key == "recurrence" else ""
+            off = f", or {key} = false {OPTIONAL[key]}" if key in OPTIONAL else ""
             errors.append(f"{key} = {value!r}: expected a table [{key}]{off}")
         else:
             cls = next(c for c in (typing.get_args(hints[key]) or (hints[key],)) if dataclasses.is_dataclass(c))

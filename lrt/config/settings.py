@@ -12,6 +12,7 @@ from typing import Literal
 from lrt.config.data import DataConfig, data_errors, path_errors
 from lrt.config.phases import entrance_errors, schedule_errors
 from lrt.config.ranges import HORIZON, choice_errors, entry_errors, memory_rate_errors, range_errors, unused_errors
+from lrt.config.tuning import TuningConfig, tuning_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
 
@@ -308,6 +309,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tuning: TuningConfig | None = None  # supervised tuning, in place of training on text
 
     def __post_init__(self) -> None:
         _raise_all(_recipe_errors(self))
@@ -360,7 +362,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
     errors: list[str] = []
     for f in fields(r):
         section = getattr(r, f.name)
-        if f.name not in ("model", "recurrence"):
+        if f.name not in ("model", "recurrence") and section is not None:
             errors += choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
     t, m = r.training, r.model
     given = [key for key in HORIZON if getattr(t, key) is not None]
@@ -379,6 +381,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
     if t.init_from is not None and t.branch_from is not None:
         errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
     errors += data_errors(r.data) + path_errors(r) + schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
+    errors += tuning_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
             try:

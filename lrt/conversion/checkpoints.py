@@ -139,7 +139,8 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     tensors = {name.removeprefix("model."): t for name, t in _sharded(folder).items() if name.startswith("model.")}
     shapes = expected_shapes(config)
     check_shapes(str(folder), tensors, shapes)
-    files, notes = _recipe_tokenizer(recipe.data.tokenizer, folder)
+    spec = recipe.data.tokenizer
+    files, notes = tokenizer_files(spec, note=f"data.tokenizer = {spec!r} of the recipe was not found from here; {TOKENIZER_HELP}")
     about = {"recipe": recipe.run.name, "ranks that wrote it": meta.get("world_size"), "meta": meta}
     tensors = {name: tensors[name] for name in shapes}
     return Checkpoint("dcp", folder, config, tensors, model_reading(config, tensors), files, meta.get("step"), about, notes)
@@ -179,14 +180,14 @@ def _sharded(folder: Path) -> dict[str, LazyTensor]:
     }
 
 
-def _recipe_tokenizer(spec: str, folder: Path) -> tuple[Files, tuple[str, ...]]:
-    """The tokenizer that the recipe names, by way of our own files."""
+def tokenizer_files(spec: str, *, note: str) -> tuple[Files, tuple[str, ...]]:
+    """The tokenizer that a run names, by way of our own files; none and ``note`` where it is not found."""
     import tempfile
 
     try:
         tokenizer = load_tokenizer(spec)
     except ValueError:
-        return {}, (f"data.tokenizer = {spec!r} of the recipe was not found from here; {TOKENIZER_HELP}",)
+        return {}, (note,)
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save(place)
         return read_files(Path(place)), ()

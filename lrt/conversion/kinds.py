@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_decoder, read_hf, read_lrt, read_official
+from lrt.conversion.titan import is_titan, read_titan
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
 from lrt.serialization.decoders import is_plain
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
 KINDS = {
     "lrt": Kind(read_lrt, write_lrt, "our folder: safetensors, config.json, tokenizer", "everything"),
     "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and config, not the optimizer"),
+    "titan": Kind(read_titan, None, "a checkpoint of lrt.titan, written by torchtitan's trainer", "read only; weights and config, not the optimizer"),
     "official": Kind(
         read_official, write_official, "base folder or checkpoint of the official LRT code, plain models included",
         "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
@@ -54,6 +56,8 @@ def kind_of(path: Path) -> str:
         return "adapter" if config.get("adapter_only") else "hf" if (path / "generation_config.json").is_file() else "lrt"
     if any((path / name).exists() for name in ("complete.json", "checkpoints")) or any(path.glob("step_*")):
         return "dcp"
+    if is_titan(path):
+        return "titan"
     if path.suffix == ".pt" or any(path.glob("model_*.pt")) or any(path.glob("base_checkpoints/*/model_*.pt")):
         return "official"
     known = ", ".join(KINDS)

@@ -17,10 +17,13 @@ from lrt.adaptation import adapt, without_memory
 from lrt.config import Recipe, RecurrenceConfig, load_recipe
 from lrt.config.files import local_path
 from lrt.conversion.kinds import KINDS, kind_of
+from lrt.conversion.titan import description_of, is_titan
 from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, model_from_config
+from lrt.serialization.adapted import load_whole
 from lrt.serialization.decoders import is_plain, open_decoder
+from lrt.serialization.description import schedule_of
 from lrt.train.checkpoint import find_checkpoint, latest, read_tensors, step_of
 from lrt.train.checkpoint.starting_model import is_native, read_backbone
 
@@ -32,7 +35,7 @@ class Opened:
     Attributes:
         model: in evaluation mode.
         folder: what was read: the folder that was named, or the export or checkpoint found in it.
-        kind: lrt, hf, dcp, adapter, official, or plain (a Hugging Face decoder without memory).
+        kind: lrt, hf, dcp, titan, adapter, official, or plain (a Hugging Face decoder without memory).
         recipe: of the run that made it, where it lies beside the model.
     """
 
@@ -63,7 +66,7 @@ def find_model(path: str | Path) -> Path:
         return export
     if checkpoint is not None:
         return checkpoint
-    if any(place.glob("model_*.pt")) or any(place.glob("base_checkpoints/*/model_*.pt")):
+    if is_titan(place) or any(place.glob("model_*.pt")) or any(place.glob("base_checkpoints/*/model_*.pt")):
         return place
     raise ValueError(
         f"{path} holds no model: name a folder with config.json (lrt.save, an export, Hugging Face), a training run that has "
@@ -104,8 +107,11 @@ def open_model(
         model = _from_checkpoint(folder)
     else:
         found = KINDS[kind].read(folder)
-        model = model_from_config(found.config, device="meta")
-        model.load_state_dict({name: tensor.read() for name, tensor in found.tensors.items()}, assign=True)
+        if "adapted" in found.config:
+            model = load_whole(folder, found.config, found.tensors, train_schedule=schedule_of(found.config), dtype=None, device=None)
+        else:
+            model = model_from_config(found.config, device="meta")
+            model.load_state_dict({name: tensor.read() for name, tensor in found.tensors.items()}, assign=True)
     return Opened(model.to(device=device, dtype=dtype).eval(), folder, kind, find_recipe(folder))
 
 
@@ -131,6 +137,7 @@ def open_tokenizer(opened: Opened, *, name: str | None = None, base: str | Path 
     places = [opened.folder, opened.folder / "tokenizer", opened.folder.parent / "tokenizer", *([] if base is None else [Path(base)])]
     found = name or next((str(place) for place in places if (place / "tokenizer.json").is_file()), None)
     found = found or (None if opened.recipe is None else opened.recipe.data.tokenizer)
+    found = found or (str(description_of(opened.folder)["tokenizer"]) if opened.kind == "titan" else None)
     if found is None:
         raise ValueError(f'{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe\'s data.tokenizer; "bytes" for bytes)')
     tokenizer = load_tokenizer(found)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.forward import run_blocks
+from lrt.serialization.fingerprint import parts
 from lrt.types import PassOutput
 
 FORMAT = 1
@@ -377,7 +378,8 @@ def fingerprint(model: Any) -> str:
     An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen: the digest of
     before stays, so states made before such an update must be made again.
     """
-    parameters = [(n, p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters()]
+    whole_tensors = ((n, p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters())
+    parameters = [part for whole in whole_tensors for part in parts(*whole)]
     version = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for _, p in parameters)
     if model in _known and _known[model][0] == version:
         return _known[model][1]

@@ -30,8 +30,8 @@ def separator_of(model: Any) -> int | None:
 
 
 def attention_cut_of(model: Any) -> int | None:
-    """Token at which attention is cut too (native models); None = none."""
-    return getattr(getattr(model.backbone, "config", None), "attention_reset", None)
+    """Token at which attention is cut too; None = none."""
+    return getattr(model.backbone, "attention_reset", None)
 
 
 @torch.no_grad()

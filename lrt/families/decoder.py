@@ -54,6 +54,7 @@ class FamilyDecoder(nn.Module):
         self.embedding_dropout = self._setting(family.embedding_dropout) or 0.0
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
+        self.attention_reset: int | None = None  # token of packed rows at which attention is cut; None = never
         self.scorer: Scorer | None = None  # a trainer's compiled parts of the loss; None = as the decoder itself computes it
 
     @property

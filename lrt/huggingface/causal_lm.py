@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)  # fmt: skip
 from transformers.cache_utils import Cache
 
 from lrt import serialization
@@ -21,9 +31,20 @@ from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
 from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache
-from lrt.huggingface.config import LRTConfig
-from lrt.huggingface.loading import HUB, carry_over, check_config, device_of, dtype_of, local_folder, refuse_unknown
-from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
+from lrt.huggingface.config import LRTConfig, attributes, dtype_of, refuse_changed
+from lrt.huggingface.generation import Generation
+from lrt.huggingface.loading import (
+    HUB,
+    UPLOAD,
+    carry_over,
+    check_config,
+    device_of,
+    local_folder,
+    of_tensors,
+    refuse_unknown,
+    refuse_unsaved,
+)
+from lrt.huggingface.output import LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
@@ -34,7 +55,7 @@ from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
 
 
-class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A LatentRecurrentModel with the habits of Hugging Face.
 
     Args:
@@ -47,9 +68,12 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
     accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentBlock", "AlignedBlock"]
+    _keep_in_fp32_modules: set[str] = set()  # tools count them
+    _keep_in_fp32_modules_strict: set[str] = set()
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: LRTConfig) -> None:
+        refuse_changed(config, attributes(config.to_dict()))
         built = serialization.model_from_config(config.to_dict())
         stored = getattr(config, "adapted", {}).get("attention")
         backend = config._attn_implementation or (stored if stored in ATTENTIONS else None)  # flash may be missing here
@@ -58,6 +82,8 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         if backend is not None:
             self.set_attn_implementation(backend)
         self.init_memory() if built.original is not None else LatentRecurrentModel.init_weights(self)
+        if getattr(config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
 
     @classmethod
     def around(
@@ -131,6 +157,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: Tensor | int | None = None,
         max_length_k: Tensor | int | None = None,
+        **renamed: Tensor | None,
     ) -> LRTOutput | tuple[Any, ...]:
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
@@ -148,6 +175,8 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             seq_idx, cu_seq_lens_q, cu_seq_lens_k: documents of packed rows, as DataCollatorWithFlattening gives them beside
                 position_ids: number of the document of each token, and where documents begin and end.
             max_length_q, max_length_k: ignored; the longest document follows from the others.
+            renamed: ``shift_labels``, the name of ``targets`` in transformers, which takes them in place of ``labels``. It is no argument
+                with a name, because Trainer would ask for it in every row: it reads off the signature what labels are.
 
         Raises:
             ValueError: as ``LatentRecurrentModel.forward``; a cache that would drop the memory.
@@ -162,6 +191,10 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         document_ids = packed_documents(input_ids, document_ids=document_ids, **lengths)
         held = one_cache(cache, past_key_values)
+        shift_labels = renamed.pop("shift_labels", None)
+        if renamed:
+            raise TypeError(f"LRTForCausalLM.forward() got an unexpected keyword argument {next(iter(renamed))!r}")
+        targets, labels = (targets, labels) if shift_labels is None else (shift_labels, None)
         scored = labels is not None or targets is not None
         if held is None and not output_attentions and not (use_cache and not self.training and not scored):
             if num_items_in_batch is not None:
@@ -217,39 +250,6 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             attentions=tuple(x.gather(2, places.to(x.device)[:, None, :, None].expand_as(x)) for x in layers) or None,
         )
 
-    # -------------------------------------------------------------- generate
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        wanted = generation_config.cache_implementation
-        if wanted is not None:
-            raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
-        if generation_config.use_cache is False:
-            raise ValueError("use_cache=False would decode without memory: leave it out, the memory is part of the cache")
-        given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
-        model_kwargs[CACHE] = RecurrentCache() if given is None else given
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        held = one_cache(cache, past_key_values)
-        rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()
-        if held is not None and rotary is not None and 0 < seen < input_ids.shape[1]:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
-                held.reset()
-                kwargs["next_sequence_length"], seen = None, 0
-        if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
-            new = kwargs["next_sequence_length"] or input_ids.shape[1]
-        else:
-            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
-        inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True, "logits_to_keep": 1}
-        return inputs | {name: kwargs[name] for name in ("logits_to_keep", "output_hidden_states", "output_attentions") if name in kwargs}
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("continuous batching keeps keys and values in pages, which would drop the recurrent memory: use model.generate")
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
-
     # -------------------------------------------------------------- folders
 
     @classmethod
@@ -257,7 +257,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         """Read a folder that ``save_pretrained`` or ``lrt.save`` wrote, or such a repository of the hub.
 
         Args:
-            pretrained_model_name_or_path: folder, or name of a repository.
+            pretrained_model_name_or_path: folder, or name of a repository; None with ``config`` and ``state_dict``, from which it is built.
             config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...) are kept.
             kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation, subfolder,
                 generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only, force_download.
@@ -273,20 +273,26 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             kwargs.pop(name, None) for name in ("device_map", "max_memory", "attn_implementation", "generation_config")
         )
         informed, subfolder = kwargs.pop("output_loading_info", False), kwargs.pop("subfolder", None)
+        state = kwargs.pop("state_dict", None) if pretrained_model_name_or_path is None else None
         hub = {name: kwargs.pop(name, None) for name in HUB}
         refuse_unknown(kwargs, args)
-        folder = local_folder(pretrained_model_name_or_path, subfolder=subfolder or "", hub=hub)
-        if config is not None:
-            check_config(config, folder)
-        loaded = serialization.load(folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory))
+        if state is not None and config is not None:
+            folder, about = None, of_tensors(config, state)
+            loaded = serialization.filled(about, serialization.in_memory(state), where="state_dict", dtype=dtype, device=device_of(device_map))
+        else:
+            folder = local_folder(pretrained_model_name_or_path, subfolder=subfolder or "", hub=hub)
+            if config is not None:
+                check_config(config, folder)
+            loaded = serialization.load(folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory))
         model = cls.of(loaded)
         if config is not None:
             carry_over(config, model.config)
+            backend = config._attn_implementation if backend is None else backend  # where the Auto classes put it
         if backend is not None:
             model.set_attn_implementation(backend)
         if settings is not None:
             model.generation_config = settings
-        elif (folder / "generation_config.json").is_file():
+        elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         fits: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return (model, fits) if informed else model
@@ -301,15 +307,18 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             state_dict: tensors gathered elsewhere; None = this model's.
             push_to_hub: upload it too, as ``PreTrainedModel.save_pretrained`` does.
             kwargs: ``max_shard_size``, bytes of the largest file or text such as "5GB"; what ``push_to_hub`` takes.
+
+        Raises:
+            ValueError: another argument.
         """
+        refuse_unsaved(kwargs, args)
         if kwargs.get("is_main_process", True) is False:
             return
         with renewed_folder(save_directory) as place:
             serialization.write_model(self, place, tensors=state_dict, shard_size=kwargs.pop("max_shard_size", None))
         if push_to_hub:
-            accepted = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
             name = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(name, **{k: v for k, v in kwargs.items() if k in accepted})
+            self.push_to_hub(name, **{k: v for k, v in kwargs.items() if k in UPLOAD})
 
     # -------------------------------------------------------------- what does not apply
 
@@ -321,13 +330,35 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
 class LRTModel(LRTForCausalLM):
     """The same model without its head: what ``AutoModel`` makes of a folder."""
 
-    def forward(self, *args: Any, return_dict: bool | None = None, output_hidden_states: bool | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None = None, *, return_dict: bool | None = None, output_hidden_states: bool | None = None, **kwargs: Any
+    ) -> Any:
         """As ``LRTForCausalLM.forward``; the last hidden state in place of loss and logits."""
-        out: Any = super().forward(*args, return_dict=True, output_hidden_states=True, **{"return_logits": False, "logits_to_keep": 1} | kwargs)
+        kwargs = {"return_logits": False, "logits_to_keep": 1} | kwargs
+        out: Any = super().forward(input_ids, return_dict=True, output_hidden_states=True, **kwargs)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         every = out.hidden_states
         found = LRTModelOutput(every[-1], out.memory, out.cache, every if wanted else None, out.attentions)
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
+
+
+class WithoutHead(LRTModel):
+    """What the Auto classes of classifiers find, so that they say what there is."""
+
+    def __init__(self, config: LRTConfig) -> None:
+        raise ValueError(
+            "an lrt model has a language head alone: put a classifier on last_hidden_state of AutoModel.from_pretrained, or lrt.release(model) and "
+            "load the decoder's own weights with its classifier"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Raises ValueError, always."""
+        return cls(config)
 
 
 def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> None:
@@ -341,3 +372,5 @@ def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) ->
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)
 AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)
 AutoModel.register(LRTConfig, LRTModel, exist_ok=True)
+for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+    kind.register(LRTConfig, WithoutHead, exist_ok=True)

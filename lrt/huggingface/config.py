@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,6 +18,7 @@ SHARED = (
 )  # fmt: skip
 
 LAYER_TYPE = "recurrent_memory"  # of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
+NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 LATER = ("rope_parameters", "use_cache", "layer_types")  # set after the rest, because newer versions would rewrite or refuse them
 
 
@@ -31,9 +33,11 @@ class LRTConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
     def __init__(self, **table: Any) -> None:
-        known = {"use_cache": True} | attributes(table) | table
+        known: dict[str, Any] = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
+        for name in {"dtype", "torch_dtype"} & known.keys():
+            known[name] = dtype_of(known[name])
         later = {name: known.pop(name) for name in LATER if name in known}
         super().__init__(**known)
         for name, value in later.items():
@@ -45,8 +49,43 @@ class LRTConfig(PretrainedConfig):
         check_attention(config_dict, where="an lrt model")
         return super().from_dict(config_dict, **kwargs)
 
-    def validate_layer_type(self) -> None:
-        """Nothing: the type is one that no other library knows, on purpose."""
+    def validate(self) -> None:
+        """As transformers does, but for the type of layers: it is one that no other library knows, on purpose."""
+        for validator in getattr(type(self), "__class_validators__", ()):
+            if validator.__name__ != "validate_layer_type":
+                validator(self)
+
+
+def dtype_of(given: Any) -> torch.dtype | None:
+    """A dtype from its name; None and "auto" mean: as saved.
+
+    Raises:
+        ValueError: there is no such dtype, or weights cannot train in it.
+    """
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
+    return found
+
+
+def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError where one of ``SHARED`` is not what a config.json says of the decoder.
+
+    Token ids may be changed, and so may ``max_position_embeddings``, which tells tools how long rows may be.
+
+    Args:
+        config: the changed one.
+        stored: the values that have an effect.
+    """
+    for name in set(SHARED) - {*NO_IDS, "max_position_embeddings"}:
+        value = getattr(config, name, None)
+        if name in stored and value != stored[name]:
+            raise ValueError(
+                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or config.adapted says ({stored[name]!r}): "
+                "build a model of another ModelConfig, or change the decoder and lrt.adapt it"
+            )
 
 
 def attributes(table: Mapping[str, Any]) -> dict[str, Any]:

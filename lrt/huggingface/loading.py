@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lrt.huggingface.config import refuse_changed
 from lrt.serialization.description import read_config
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -16,6 +17,10 @@ WITHOUT_MEANING = frozenset(
     {"trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "weights_only", "strict",
      "ignore_mismatched_sizes", "use_safetensors"}
 )  # fmt: skip
+# Of save_pretrained: whoever saves writes whole safetensors alone, and what push_to_hub takes goes there.
+UPLOAD = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
+SAVING = frozenset({"is_main_process", "max_shard_size", "safe_serialization", "save_function", "save_peft_format", *UPLOAD})
+ONE_MODEL = 'a folder holds one model with one config.json, so another dtype goes into a folder of its own, read with subfolder="..."'
 CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")  # settings of calls, which a config may change
 STRUCTURE = ("model", "adapted", "recurrence", "schedule")
 SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -27,13 +32,33 @@ def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None
     if more.get("use_safetensors") is False:
         unknown.append("use_safetensors=False")
     if unknown or positional:
-        raise ValueError(
-            f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: lrt.load, then change the model"
-        )
+        instead = ONE_MODEL if unknown == ["variant"] else "lrt.load, then change the model"
+        raise ValueError(f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}")
+
+
+def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+    """Raises ValueError for an argument of ``save_pretrained`` that would have no effect; None and False ask for nothing."""
+    unknown = [name for name, value in more.items() if name not in SAVING and value is not None and value is not False]
+    if more.get("safe_serialization") is False:
+        unknown.append("safe_serialization=False")
+    if unknown or positional:
+        instead = ONE_MODEL if unknown == ["variant"] else "a folder always holds safetensors under our names"
+        raise ValueError(f"save_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}")
+
+
+def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The config.json of a model whose tensors are given."""
+    return config.to_dict() | {"torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")}
 
 
 def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
-    """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty."""
+    """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty.
+
+    Raises:
+        ValueError: there is no name.
+    """
+    if name is None:
+        raise ValueError("from_pretrained reads a folder, or from_pretrained(None, config=config, state_dict=tensors) builds a model of both")
     folder = Path(str(name))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -43,33 +68,30 @@ def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
     return folder / subfolder
 
 
-def dtype_of(given: Any) -> torch.dtype | None:
-    """A dtype from its name; None and "auto" mean: as saved.
-
-    Raises:
-        ValueError: there is no such dtype.
-    """
-    if given is None or given == "auto":
-        return None
-    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f'dtype = {given!r}: give a torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
-    return found
-
-
-def device_of(device_map: Any, folder: Path, *, max_memory: Mapping[Any, Any] | None) -> Any:
+def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mapping[Any, Any] | None = None) -> Any:
     """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator, where the model fits it.
+
+    Without a ``device_map`` it is the one of a surrounding ``with torch.device(...)``.
 
     Raises:
         ValueError: several devices, or a model that does not fit.
+        RuntimeError: a surrounding ``with torch.device("meta")``, as transformers says it.
     """
+    if device_map is None:
+        around = torch.get_default_device()
+        if around.type == "meta":
+            raise RuntimeError(
+                "You are using `from_pretrained` with a meta device context manager, where no weight could be loaded: leave it out, or use "
+                "from_config, which builds an empty model there"
+            )
+        return around
     advice = "for several, load the decoder with it and lrt.load(folder, base=decoder)"
     if isinstance(device_map, Mapping):
         places = {str(place): place for place in device_map.values()}
         if len(places) != 1:
             raise ValueError(f"device_map = {device_map!r}: give one device; {advice}")
         return next(iter(places.values()))
-    if device_map not in SEVERAL:
+    if device_map not in SEVERAL or folder is None:
         return device_map
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
@@ -88,6 +110,7 @@ def check_config(config: Any, folder: Path) -> None:
     for name in STRUCTURE:
         if getattr(config, name, stored.get(name)) != stored.get(name):
             raise ValueError(f"config.{name} is not what {folder} holds: load it as it is, then change the model (model.train_schedule, lrt.adapt)")
+    refuse_changed(config, vars(type(config)(**stored)))
 
 
 def carry_over(config: Any, onto: Any) -> None:

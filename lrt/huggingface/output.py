@@ -95,6 +95,4 @@ def one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
 
 
 def face_of(out: Output) -> LRTOutput:
-    return LRTOutput(
-        loss=out.loss, logits=out.logits, memory=out.memory, groups=out.groups or None, hidden_states=out.hidden_states or None
-    )
+    return LRTOutput(loss=out.loss, logits=out.logits, memory=out.memory, groups=out.groups or None, hidden_states=out.hidden_states or None)

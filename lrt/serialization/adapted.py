@@ -16,7 +16,7 @@ from lrt.config import RecurrenceConfig
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, in_one_line, transformers
-from lrt.serialization.fingerprint import fingerprint, same_weights
+from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
 
@@ -54,7 +54,7 @@ def needs_base(config: Mapping[str, Any]) -> bool:
 def refuse_whole(model: LatentRecurrentModel) -> None:
     """Raises ValueError when a folder could not hold all of an adapted model."""
     decoder = decoder_of(model)
-    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None:
+    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
         raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
     embeddings = getattr(decoder, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embeddings, "weight", None), "shape", (model.vocab_size,))[0]
@@ -134,11 +134,10 @@ def load_whole(
     state = {ours[name]: t.own() for name, t in tensors.items() if name in ours}
     # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
     backend = config["adapted"].get("attention")
-    more = {"attn_implementation": backend} if backend in ATTENTIONS else {}
+    more: dict[str, Any] = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
-    decoder = in_one_line(
-        str(folder), config, lambda: type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
-    )
+    more |= {"config": foreign.config, "state_dict": state, "dtype": kind}
+    decoder = in_one_line(str(folder), config["adapted"]["config"], lambda: type(foreign).from_pretrained(None, **more))
     model = _adapt_as(decoder.to(device), config, train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:

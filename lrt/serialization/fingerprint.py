@@ -7,7 +7,7 @@ size and needs no copy. Every tensor is looked at, so training, merging and prun
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str] | None:
         What ``same_weights`` compares; None where the weights are not there to be read (on the meta device, sharded over ranks).
     """
     samples: dict[str, Tensor] = {}
-    for name, tensor in tensors:
+    for name, tensor in (part for whole in tensors for part in parts(*whole)):
         if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
             return None
         samples[name] = _sample(tensor)
@@ -48,6 +48,20 @@ def same_weights(stored: Mapping[str, str] | None, found: Mapping[str, str] | No
     if not names & {"float32", "float64"} or not all("float" in name for name in names):
         return True
     return any(stored[half] == found[half] for half in HALVES)
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in tensors of its own, as those of torchao's quantized weights are."""
+    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "device_mesh")
+
+
+def parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold the numbers of ``tensor``, and their names: itself where it holds them."""
+    if not is_wrapped(tensor):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from parts(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def _sample(tensor: Tensor) -> Tensor:

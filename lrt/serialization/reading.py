@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lrt.model import LatentRecurrentModel
 from lrt.rotary import kept_frequencies
 from lrt.serialization.adapted import load_into, load_whole, needs_base
 from lrt.serialization.description import model_from_config, read_config, schedule_of
-from lrt.serialization.tensors import check_shapes, open_folder
+from lrt.serialization.tensors import LazyTensor, check_shapes, open_folder
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None) -> LatentRecurrentModel:
@@ -37,9 +38,26 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
         return load_into(base, folder, config, tensors, family=family, train_schedule=schedule_of(config))
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: leave base out")
+    return filled(config, tensors, where=str(folder), dtype=dtype, device=device)
+
+
+def filled(
+    config: dict[str, Any], tensors: Mapping[str, LazyTensor], *, where: str, dtype: torch.dtype | None = None, device: Any = None
+) -> LatentRecurrentModel:
+    """A whole model from its config.json and its tensors.
+
+    Args:
+        config: the table of config.json.
+        tensors: under the names of ``model.state_dict()``.
+        where: what they come from, for messages.
+        dtype, device: as in ``load``.
+
+    Raises:
+        ValueError: the tensors do not fit the config.
+    """
     if "adapted" in config:
-        return load_whole(folder, config, tensors, train_schedule=schedule_of(config), dtype=dtype, device=device)
+        return load_whole(where, config, tensors, train_schedule=schedule_of(config), dtype=dtype, device=device)
     model = model_from_config(config, device="meta")
-    check_shapes(str(folder), tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    check_shapes(where, tensors, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     model.load_state_dict({n: t.own(device=device, dtype=dtype) for n, t in tensors.items()}, assign=True)
     return model.eval()

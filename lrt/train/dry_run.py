@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lrt.accounting import Work, count_parameters, work_of
-from lrt.config import ModelConfig, Recipe, dump_recipe
+from lrt.config import Recipe, dump_recipe
 from lrt.families.blocks import FamilyBlock
 from lrt.families.description import part
 from lrt.kernels.attention import takes_mask
@@ -65,8 +65,7 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
     subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)
-    config = getattr(model.backbone, "config", None)
-    cut = isinstance(config, ModelConfig) and config.attention_reset is not None
+    cut = getattr(model.backbone, "attention_reset", None) is not None
     pairs, inputs, recurrence = 0.0, 0.0, model.recurrence
     added = 0 if recurrence is None else (recurrence.projection == "aligned") + (recurrence.residual == "projected")
     for index, block in enumerate(model.blocks):

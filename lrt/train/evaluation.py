@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer
+from lrt.data.conversations import HeldOutConversations
 from lrt.data.loader import ValidationLoader
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
@@ -27,6 +28,7 @@ from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
 from lrt.train.monitor.faults import Heartbeat
 from lrt.train.run import Run
+from lrt.train.tuning import answer_problems
 
 DOCUMENTS = "documents.npz"  # in a run's folder: what each held-out document cost at the newest evaluation
 
@@ -77,7 +79,7 @@ def evaluate(
         return evaluate_bpb(
             model,
             rows,
-            token_bytes=None if isinstance(rows, ValidationLoader) else _token_bytes(tokenizer, model.vocab_size),
+            token_bytes=None if isinstance(rows, (ValidationLoader, HeldOutConversations)) else _token_bytes(tokenizer, model.vocab_size),
             modes=recipe.evaluation.modes,
             buckets=recipe.evaluation.buckets,
             device=world.device,
@@ -136,6 +138,7 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
     )
     core = ask_core(run, progress=lambda: heart.beat(where))
+    answers = answer_problems(run, lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,
@@ -146,6 +149,8 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "bpb_of_buckets": {mode: list(score.buckets) for mode, score in scores.items()},
         **({"bpb_of_sources": {name: _values(found) for name, found in sources.items()}} if sources else {}),
         **({"core": core} if core else {}),
+        **({"exact_match": {mode: found.value for mode, found in answers.items()}} if answers else {}),
+        **({"exact_match_by_steps": {mode: found.by_steps for mode, found in answers.items()}} if answers else {}),
         "scored": next(({"tokens": s.tokens, "bytes": s.bytes} for s in scores.values()), {}),
         "validation": run.validation.fingerprint,
         "recurrence": recurrence_statistics(run.model),
@@ -154,6 +159,8 @@ def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
     }
     run.recorder.write(record)
+    for mode, found in answers.items():
+        run.say(f"{'':>8} exact match, {mode}: {found.describe()}")
     if run.world.main and scores:
         DocumentScores.of(scores, data=run.validation.fingerprint).save(run.folder / DOCUMENTS)
     return record

@@ -62,6 +62,7 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     waited = share_waited(read_records(run.folder / "metrics.jsonl"))
     rows = [
         *(("bits per byte" + (f", {mode}" if len(scores) > 1 else ""), f"{value:.4f}") for mode, value in scores.items()),
+        *((f"exact match, {mode}", f"{100 * value:.1f} %") for mode, value in record.get("exact_match", {}).items()),
         ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
         ("waiting for data", f"{100 * waited:.1f} % of the time"),

@@ -23,6 +23,7 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
+from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -87,3 +88,4 @@ class Run:
     told: RunFile | None = None  # run.json, of the rank that writes
     sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name
     core: tuple[Questions, ...] = ()  # tasks of CORE
+    tuning: Tuning | None = None  # of a run that tunes on conversations

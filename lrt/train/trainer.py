@@ -18,13 +18,14 @@ from torch import Tensor
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
+from lrt.data.conversations import open_rows
 from lrt.data.locks import locked
 from lrt.eval.runs import read_records
 from lrt.schedules import describe
 from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
 from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
 from lrt.train.checkpoint.resuming import Resumed, check_past, find_resumed, random_state, restore
-from lrt.train.checkpoint.starting_model import check_tokenizer, shapes_of
+from lrt.train.checkpoint.starting_model import check_separator, check_tokenizer, shapes_of
 from lrt.train.checkpoint.weights import build_parallel, not_finite, refuse_non_finite, warm_start
 from lrt.train.core_subset import open_core
 from lrt.train.distributed.graphs import make_runner
@@ -47,6 +48,7 @@ from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
+from lrt.train.tuning import open_tuning
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -112,7 +114,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
         raise ValueError(f"metrics.profile_start = {first}: use a step of this run, 1..{horizon.steps}, or none")
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_tokenizer(recipe, tokenizer, shapes.vocab_size)
-    _check_separator(recipe, tokenizer)
+    check_separator(recipe, tokenizer)
     core = world.from_main(lambda: open_core(recipe))
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
     model = build_parallel(recipe, world)
@@ -157,6 +159,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     return Run(
         recipe, world, folder, horizon, parameters, timetable, flops, model, memory, entrance, runner, optimizer, tokenizer, loader, validation,
         manager, Recorder(kept), guard, say, state, told, open_sources(recipe, tokenizer, world), core,
+        open_tuning(recipe, tokenizer),
     )  # fmt: skip
 
 
@@ -177,19 +180,11 @@ def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
     """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
     ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    if recipe.tuning is not None:
+        return open_rows(recipe, tokenizer, rows=rows, **ranks, **more)
     return build_loader(
         recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
     )
-
-
-def _check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """A separator that the data never hold would silently carry memory from one document into the next."""
-    settings = {"model.attention_reset": recipe.model.attention_reset}
-    if recipe.recurrence is not None:
-        settings["recurrence.separator"] = recipe.recurrence.separator
-    for key, value in settings.items():
-        if value is not None and value != tokenizer.bos_id:
-            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
 def _tensors(model: Any, optimizer: MuonAdamW) -> dict[str, Tensor]:

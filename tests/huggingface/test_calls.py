@@ -213,6 +213,32 @@ def test_what_would_be_ignored_is_refused(model: Any, tokens: torch.Tensor) -> N
         model(tokens[:, :1], cache=cache, position_ids=torch.tensor([[3]]))
 
 
+@pytest.mark.parametrize("given", [{"token_type_ids": torch.zeros(2, 9, dtype=torch.int64)}, {"seq_idx": torch.zeros(2, 9, dtype=torch.int32)}])
+def test_generate_passes_on_what_it_does_not_know(model: Any, tokens: torch.Tensor, given: dict[str, Any]) -> None:
+    """It was dropped without a word."""
+    with pytest.raises(ValueError, match="token_type_ids have no meaning|nor do seq_idx"):
+        model.generate(tokens, max_new_tokens=2, **given, **SETTINGS)
+    inputs = model.prepare_inputs_for_generation(tokens, output_attentions=True, mine=3)
+    assert inputs["mine"] == 3 and inputs["output_attentions"] is True
+
+
+def test_generate_looks_at_the_positions_of_a_prompt(model: Any, tokens: torch.Tensor) -> None:
+    mask = padded(tokens, "left")
+    given = mask.long().cumsum(1).sub(1).clamp(min=0)
+    want = model.generate(tokens, attention_mask=mask, max_new_tokens=3, **SETTINGS)
+    for cached in (True, False):
+        assert torch.equal(model.generate(tokens, attention_mask=mask, position_ids=given, max_new_tokens=3, use_cache=cached, **SETTINGS), want)
+    with pytest.raises(ValueError, match="position_ids do not count on"):
+        model.generate(tokens, attention_mask=mask, position_ids=given + 5, max_new_tokens=2, **SETTINGS)
+
+
+def test_shift_labels_are_targets(model: Any, tokens: torch.Tensor) -> None:
+    """Newer versions of transformers hand over targets that are shifted already; they take the place of labels."""
+    shifted = torch.roll(tokens, -1, 1)
+    want = model(tokens, targets=shifted, schedule=lrt.refine(1)).loss
+    assert torch.equal(model(tokens, shift_labels=shifted, labels=tokens, schedule=lrt.refine(1)).loss, want)
+
+
 def test_a_refused_call_leaves_the_cache_as_it_was(model: Any, tokens: torch.Tensor) -> None:
     cache = RecurrentCache()
     model(tokens, cache=cache)
@@ -227,6 +253,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(model: Any, tokens: torch.Ten
 
 def test_auto_model_gives_the_last_hidden_state(model: Any, tokens: torch.Tensor, tmp_path: Any) -> None:
     model.float().save_pretrained(tmp_path / "m")
+    assert transformers.AutoModel.from_pretrained(tmp_path / "m").can_generate() is False
     body = transformers.AutoModel.from_pretrained(tmp_path / "m")
     with torch.no_grad():
         want = model.eval()(tokens, output_hidden_states=True, schedule=lrt.refine(1))

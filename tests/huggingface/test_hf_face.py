@@ -132,7 +132,6 @@ def test_logits_of_a_padded_prompt_end_with_the_next_token(model: Any, tokens: t
     [
         ({"past_key_values": transformers.DynamicCache()}, "DynamicCache, which would drop the recurrent memory"),
         ({"cache_implementation": "static"}, "'static' would drop the recurrent memory"),
-        ({"use_cache": False}, "use_cache=False would decode without memory"),
         ({"prompt_lookup_num_tokens": 2, "eos_token_id": 60}, "cannot be cut back"),
     ],
 )
@@ -140,6 +139,18 @@ def test_what_would_drop_the_memory_is_refused(model: Any, tokens: torch.Tensor,
     repeated = tokens[:1, :2].repeat(1, 5)
     with pytest.raises(ValueError, match=text):
         model.generate(repeated, max_new_tokens=8, **SETTINGS | given)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 3}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])}], ids=["greedy", "beams", "padded"]
+)
+def test_without_a_cache_every_row_is_decoded_anew(model: Any, tokens: torch.Tensor, more: dict[str, Any]) -> None:
+    """Tools switch the cache off (trainers that checkpoint blocks do); the memory must not go with it."""
+    settings: dict[str, Any] = {"max_new_tokens": 4, "return_dict_in_generate": True, **SETTINGS, **more}
+    model.eval_schedule = lrt.refine(1)  # of calls, not of generate
+    want, found = (model.generate(tokens, use_cache=cached, **settings) for cached in (True, False))
+    assert torch.equal(want.sequences, found.sequences) and found.past_key_values is None and want.past_key_values is not None
+    assert not torch.equal(want.sequences, make("llama").generate(tokens, **settings).sequences)
 
 
 def test_calls_that_cannot_work_say_so(model: Any, tokens: torch.Tensor) -> None:
@@ -158,10 +169,6 @@ def test_calls_that_cannot_work_say_so(model: Any, tokens: torch.Tensor) -> None
 
 
 # ------------------------------------------------------------------ Trainer and accelerate
-
-
-
-
 
 
 def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path, tokens: torch.Tensor) -> None:

@@ -72,6 +72,67 @@ def test_what_would_be_ignored_is_refused(folder: Path, given: dict[str, Any], t
         LRTForCausalLM.from_pretrained(folder, **given)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_model_of_a_config_and_tensors(model: Any, native: bool) -> None:
+    """As accelerate and DeepSpeed build one whose tensors were gathered."""
+    first = LRTForCausalLM.of(lrt.build(lrt.config.parse_recipe(NATIVE))) if native else model
+    again = LRTForCausalLM.from_pretrained(None, config=first.config, state_dict=first.state_dict())
+    assert same(again, first.eval()) and {p.dtype for p in again.parameters()} == {torch.float32}
+    for lacking in ({}, {"config": first.config}):
+        with pytest.raises(ValueError, match=r"from_pretrained\(None, config=config, state_dict=tensors\)"):
+            LRTForCausalLM.from_pretrained(None, **lacking)
+
+
+def test_the_device_around_a_load_counts(folder: Path, model: Any, tmp_path: Path) -> None:
+    native = lrt.save(lrt.build(lrt.config.parse_recipe(NATIVE)), tmp_path / "n")
+    for place in (folder, native):
+        with torch.device("cpu"):
+            assert AutoModelForCausalLM.from_pretrained(place).device.type == "cpu"
+        with torch.device("meta"), pytest.raises(RuntimeError, match="with a meta device context manager"):
+            AutoModelForCausalLM.from_pretrained(place)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"variant": "fp16"}, "takes no variant: a folder holds one model with one config.json"),
+        ({"safe_serialization": False}, "takes no safe_serialization=False"),
+        ({"save_original_format": True}, "takes no save_original_format"),
+    ],
+)
+def test_what_a_save_would_ignore_is_refused(model: Any, tmp_path: Path, given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        model.save_pretrained(tmp_path / "m", **given)
+    assert not (tmp_path / "m").exists()
+    model.save_pretrained(tmp_path / "m", variant=None, safe_serialization=True, is_main_process=True, save_function=torch.save)
+    assert same(lrt.load(tmp_path / "m"), model)
+
+
+def test_every_kind_of_auto_class_says_what_there_is(folder: Path) -> None:
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        for call in (lambda auto=auto: auto.from_pretrained(folder), lambda auto=auto: auto.from_config(AutoConfig.from_pretrained(folder))):
+            with pytest.raises(ValueError, match="an lrt model has a language head alone: put a classifier on last_hidden_state"):
+                call()
+
+
+@pytest.mark.parametrize("wrong", ["float33", "int8", torch.int8])
+def test_a_dtype_that_no_weight_can_have(folder: Path, wrong: Any) -> None:
+    """The Auto classes read it before we do; the error was one of transformers, or named the folder's code."""
+    for load in (AutoModelForCausalLM.from_pretrained, LRTForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="dtype = .*: give a floating-point torch.dtype"):
+            load(folder, dtype=wrong)
+
+
+def test_an_attention_backend_reaches_the_decoder(folder: Path) -> None:
+    """The Auto classes put it into the config, where it was forgotten."""
+    for load in (AutoModelForCausalLM.from_pretrained, LRTForCausalLM.from_pretrained):
+        read = load(folder, attn_implementation="sdpa")
+        assert read.original[0].config._attn_implementation == read.config._attn_implementation == "sdpa"
+        with pytest.raises((ValueError, ImportError), match="nonsense"):
+            load(folder, attn_implementation="nonsense")
+
+
 def test_loading_info_and_subfolders(folder: Path, model: Any) -> None:
     read, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert same(read, model) and not any(info.values()) and set(info) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
@@ -124,7 +185,36 @@ def test_from_config_takes_an_attention_backend(folder: Path) -> None:
         AutoModelForCausalLM.from_config(native, attn_implementation="eager")
 
 
+def test_a_config_asks_for_checkpointed_blocks(folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder)
+    assert not AutoModelForCausalLM.from_config(config).is_gradient_checkpointing
+    config.gradient_checkpointing = True
+    assert AutoModelForCausalLM.from_config(config).is_gradient_checkpointing
+
+
 # ------------------------------------------------------------------ what tools read of a config
+
+
+@pytest.mark.parametrize("changed", [{"hidden_size": 64}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}])
+def test_a_mirrored_attribute_that_is_changed_is_refused(folder: Path, changed: dict[str, Any]) -> None:
+    """It was ignored: the model is built from config.adapted or config.model."""
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    for call in (AutoModelForCausalLM.from_config, lambda config: AutoModelForCausalLM.from_pretrained(folder, config=config)):
+        with pytest.raises(ValueError, match=f"config.{next(iter(changed))} = .* would have no effect"):
+            call(config)
+    config = AutoConfig.from_pretrained(folder)
+    config.eos_token_id, config.max_position_embeddings = 7, 4096
+    assert AutoModelForCausalLM.from_config(config).config.eos_token_id == 7
+
+
+def test_a_config_is_saved_by_itself(folder: Path, tmp_path: Path) -> None:
+    """The newest releases check the types of layers when a config is saved; ours is one that they do not know."""
+    config = AutoConfig.from_pretrained(folder)
+    config.save_pretrained(tmp_path / "c")
+    again = AutoConfig.from_pretrained(tmp_path / "c")
+    assert again.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path / "c")}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "smollm"])
@@ -148,6 +238,7 @@ def test_a_native_config_says_the_same(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "m")
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
     assert [getattr(config, name) for name in names] == [32, 2, 4, 2, 8, 32]
+    assert config.bos_token_id is config.eos_token_id is config.pad_token_id is None
     assert config.intermediate_size == 128 and config.tie_word_embeddings is False
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert type(config)(**config.to_dict()).to_dict() == config.to_dict()

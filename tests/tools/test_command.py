@@ -12,7 +12,7 @@ from lrt.__main__ import COMMANDS, main
 ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "train": "recipes/run.py", "prepare": "tools/prepare_data.py", "inspect": "tools/inspect_checkpoint.py",
-    **{name: f"tools/{name}.py" for name in ("generate", "convert", "evaluate", "core", "compare", "sweep", "diagnose")},
+    **{name: f"tools/{name}.py" for name in ("generate", "arithmetic", "convert", "evaluate", "core", "compare", "sweep", "diagnose")},
 }  # fmt: skip
 
 

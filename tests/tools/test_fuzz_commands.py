@@ -89,6 +89,7 @@ def drawn_line(name: str, options: list[str], places: list[str], drawn: random.R
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_command_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_place(tmp_path / "place")

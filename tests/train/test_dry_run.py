@@ -17,7 +17,7 @@ from lrt.train.horizon import plan_horizon, shards_of
 from lrt.train.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml"))
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("titan_"))  # torchtitan's
 
 
 @pytest.mark.parametrize("name", ["lrt_24l", "lrt_tiny"])

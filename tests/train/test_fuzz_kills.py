@@ -60,6 +60,7 @@ def interrupted(line, drawn: random.Random) -> int | None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_ends(tmp_path):
     for at, drawn in tries(limit_s=300):
         shutil.rmtree(tmp_path / "try", ignore_errors=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt, without_memory
-from lrt.config import ModelConfig, Recipe, RecurrenceConfig
+from lrt.adaptation import adapt, release, without_memory
+from lrt.config import ModelConfig, Recipe, RecurrenceConfig, TuningConfig
 from lrt.config.files import local_path
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
@@ -20,7 +20,7 @@ from lrt.serialization.description import read_config
 from lrt.serialization.renewal import config_file
 from lrt.train.optim.groups import is_memory
 
-OF_ANY_BACKBONE = ("sequence_length",)  # keys of [model] that a decoder from a folder leaves open
+OF_ANY_BACKBONE = ("sequence_length", "attention_reset")  # keys of [model] that a decoder from a folder leaves open
 
 
 def is_native(recipe: Recipe) -> bool:
@@ -38,7 +38,7 @@ def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     with torch.device("meta"):
         if "lrt_format" in config:
-            return _prepared(model_from_config(config), recipe)
+            return _prepared(_tuned(model_from_config(config), recipe), recipe)
         return _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
@@ -53,7 +53,7 @@ def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
     """
     folder, config = _open(recipe)
     if "lrt_format" in config:
-        return _prepared(load(folder, dtype=torch.float32), recipe)
+        return _prepared(_tuned(load(folder, dtype=torch.float32), recipe), recipe)
     return _adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
@@ -93,6 +93,20 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
             f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of {vocab_size}: use the '
             "tokenizer that it was trained with"
         )
+
+
+def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse a separator that the data never hold: it would silently carry memory from one document into the next.
+
+    Raises:
+        ValueError: a separator of the recipe is not the tokenizer's.
+    """
+    settings = {"model.attention_reset": recipe.model.attention_reset}
+    if recipe.recurrence is not None:
+        settings["recurrence.separator"] = recipe.recurrence.separator
+    for key, value in settings.items():
+        if value is not None and value != tokenizer.bos_id:
+            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
 
 
 # ------------------------------------------------------------------ folders
@@ -150,12 +164,57 @@ def _where(folder: Path) -> str:
 
 
 def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
-    """Adapt a decoder; memory starts at zero, so no seed is involved."""
+    """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero, so only LoRA draws from the seed."""
+    if recipe.tuning is not None and recipe.tuning.lora_rank:
+        decoder = with_lora(decoder, recipe.tuning, seed=recipe.run.seed)
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
     return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
 
 
+def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
+    """An adapted model, with LoRA in its decoder and its memory as it is, where the recipe asks for LoRA."""
+    if recipe.tuning is None or not recipe.tuning.lora_rank:
+        return model
+    assert model.original is not None
+    if getattr(model.original[0], "peft_config", None):
+        raise ValueError(f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out')
+    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
+    again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)
+    with torch.no_grad():
+        for name, parameter in again.memory_parameters().items():
+            parameter.copy_(memory[name])
+    return again
+
+
+def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
+    """A decoder whose own weights are frozen beside LoRA adapters that train.
+
+    Args:
+        decoder: of Hugging Face.
+        tuning: rank, share and places of the adapters.
+        seed: of their initial values.
+
+    Raises:
+        ValueError: PEFT is not installed, or a named matrix is not there.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError('tuning.lora_rank needs PEFT: pip install -e ".[peft]" in a checkout of lrt') from None
+    targets = list(tuning.lora_targets) or "all-linear"
+    config = peft.LoraConfig(r=tuning.lora_rank, lora_alpha=tuning.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(decoder, config)
+    except ValueError as error:
+        raise ValueError(f"tuning.lora_targets = {list(tuning.lora_targets)}: {' '.join(str(error).split())}") from None
+    finally:
+        torch.set_rng_state(state)
+
+
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
     model.backbone.loss_chunk = recipe.parallel.loss_chunk
+    model.backbone.attention_reset = recipe.model.attention_reset
     model.train_schedule = baseline() if recipe.recurrence is None else from_config(recipe.schedule)
     return freeze(model.train(), recipe)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer
+from lrt.data.chat import open_chat, save_chat
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
@@ -163,14 +165,23 @@ def export(
     if folder is not None:
         with renewed_folder(folder) as place:
             if plain.recurrence is None and is_foreign(plain):
-                decoder_of(plain).save_pretrained(place)
+                _without_lora(plain).save_pretrained(place)
             else:
                 write_model(plain, place)
             if tokenizer is not None:
                 tokenizer.save(place)
+                if recipe.tuning is not None:
+                    save_chat(open_chat(tokenizer, recipe.data.tokenizer), place)
             if step is not None:
                 _add_step(place / "config.json", step)
     return plain.eval()
+
+
+def _without_lora(model: LatentRecurrentModel) -> Any:
+    """The decoder of a model without memory; LoRA becomes a part of its weights."""
+    assert model.original is not None
+    given: Any = model.original[0]
+    return given.merge_and_unload() if hasattr(given, "merge_and_unload") else decoder_of(model)
 
 
 def _add_step(config: Path, step: int) -> None:

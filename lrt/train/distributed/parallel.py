@@ -36,13 +36,14 @@ GRAPHS = 64  # compiled variants of a block: windows x with or without memory x 
 WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
 
 
-def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
+def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: DeviceMesh | None = None) -> None:
     """Turn a model into its parallel form, in place; parameters may be on the meta device.
 
     Args:
         model: a LatentRecurrentModel.
         config: section ``parallel`` of the recipe.
         world: the processes.
+        mesh: replicas x shards, or shards alone; None = made here.
 
     Raises:
         ValueError: replicate x shard is not the number of processes.
@@ -67,7 +68,7 @@ def parallelize(model: Any, config: ParallelConfig, world: World) -> None:
                 table.lookup = compiled_lookup
     if not world.sharded:
         return
-    mesh = make_mesh(config, world)
+    mesh = make_mesh(config, world) if mesh is None else mesh
     # RoPE tables must stay float32 and token ids integers, so inputs are cast nowhere: they are in the right dtype already.
     precision = MixedPrecisionPolicy(DTYPES[config.param_dtype], DTYPES[config.reduce_dtype], cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward")

@@ -344,7 +344,7 @@ def fingerprint(recipe: Recipe) -> str:
     for section in dataclasses.fields(recipe):
         values = getattr(recipe, section.name)
         if values is None:
-            different[section.name] = None
+            different |= {} if section.default is None else {section.name: None}
             continue
         default = type(values)()
         keys = [
