@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from lrt.commands.evaluate import Bar
+from lrt.commands.frame import framed
 from lrt.commands.options import at_least
 from lrt.eval.core import TASKS, CoreScores, download
 from lrt.eval.core.folders import CoreSettings, core_of_folder
@@ -30,14 +31,7 @@ from lrt.eval.processes import joined, own_device
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was scored, and nothing is left of a download", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was scored, and nothing is left of a download")
 
 
 def run(args: argparse.Namespace) -> int:
