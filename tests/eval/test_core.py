@@ -19,9 +19,23 @@ import lrt
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.data import load_tokenizer
 from lrt.eval.choices import ChoiceScorer, Scored
-from lrt.eval.core import TASKS, Bundle, CoreScores, Item, Questions, Task, TaskScore, ask, download, examples_of, find_questions, in_order, spans_of
+from lrt.eval.core import (
+    TASKS,
+    Bundle,
+    CoreScores,
+    Item,
+    Questions,
+    Task,
+    TaskScore,
+    ask,
+    download,
+    examples_of,
+    find_questions,
+    in_order,
+    spans_of,
+    texts_of,
+)
 from lrt.eval.core.packages import packaged_items
-from lrt.eval.core.prompts import texts_of
 from lrt.eval.core.scoring import is_right
 from lrt.model import build_model
 
@@ -45,7 +59,7 @@ def text(context, continuation):
 
 
 def spans(given, item, examples=(), longest=1000, encode=lambda words: list(words.encode())):
-    return spans_of(given, item, examples, encode=encode, bos=256, longest=longest)
+    return spans_of(given, [encode(one) for one in texts_of(given, item, examples)], bos=256, longest=longest)
 
 
 def scored(span):

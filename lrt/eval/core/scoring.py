@@ -23,7 +23,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.eval.choices import ChoiceScorer, Scored
 from lrt.eval.core.bundle import Bundle
 from lrt.eval.core.packages import package_of, packaged_items
-from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of
+from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of, texts_of
 from lrt.eval.core.tasks import TASKS, Item, Task
 from lrt.eval.processes import Processes, Sharing
 
@@ -152,12 +152,9 @@ def ask(
     own = range(processes.rank, len(items), processes.size)
     for first in range(0, len(own), TOGETHER):
         numbers = own[first : first + TOGETHER]
-        spans = [
-            spans_of(
-                task, items[n], examples_of(n, items, shots=task.shots), encode=tokenizer.encode, bos=tokenizer.bos_id, longest=longest
-            )
-            for n in numbers
-        ]
+        texts = [texts_of(task, items[n], examples_of(n, items, shots=task.shots)) for n in numbers]
+        encoded = iter(tokenizer.encode_documents([text for one in texts for text in one]))
+        spans = [spans_of(task, [next(encoded) for _ in one], bos=tokenizer.bos_id, longest=longest) for one in texts]
         for row, (mode, score) in enumerate(scorers.items()):
             for number, answers in zip(numbers, _answers(score, spans)):
                 table[row, number] = is_right(task, items[number], answers, mode=mode)
