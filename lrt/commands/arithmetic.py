@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=at_least(1), default=20000, help="problems to train on (default: 20000)")
     parser.add_argument("--held-out", type=at_least(1), default=300, help="other problems, to score (default: 300)")
     parser.add_argument("--steps", type=at_least(1), nargs="+", default=[1, 2, 3], help="numbers of steps (default: 1 2 3)")
-    parser.add_argument("--largest", type=at_least(4), default=20, help="of all values (default: 20)")
+    parser.add_argument("--largest", type=at_least(4), default=10, help="of all values (default: 10)")
     parser.add_argument("--direct", action="store_true", help="completions are the answer alone, without the equations")
     parser.add_argument("--seed", type=at_least(0), default=1, help="the same seed writes the same files (default: 1)")
     args = parser.parse_args(arguments)

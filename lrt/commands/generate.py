@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from lrt.commands.chat import template
 from lrt.commands.frame import framed
 from lrt.commands.options import parse_prefill, path
 from lrt.config.files import read_text
-from lrt.conversion.opening import Opened, open_model, open_tokenizer
-from lrt.data.chat import TEMPLATE, Chat, Message, open_chat
+from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.data.chat import Chat, Message
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
@@ -84,19 +85,12 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
     if args.chat:
-        return converse(args, modes["decode"], tokenizer, template(args, opened, tokenizer), text)
+        return converse(args, modes["decode"], tokenizer, template(opened, tokenizer, name=args.tokenizer), text)
     if text is None:
         while (line := read_line()) is not None:
             continue_text(args, modes, tokenizer, line)
         return
     continue_text(args, modes, tokenizer, text)
-
-
-def template(args: argparse.Namespace, opened: Opened, tokenizer: Any) -> Chat:
-    """The chat template beside the tokenizer, or that of the run's own tokenizer."""
-    places = [args.tokenizer, opened.folder, None if opened.recipe is None else opened.recipe.data.tokenizer]
-    found = next((place for place in places if place is not None and (Path(place) / TEMPLATE).is_file()), args.tokenizer or opened.folder)
-    return open_chat(tokenizer, found)
 
 
 def converse(args: argparse.Namespace, model: Any, tokenizer: Any, chat: Chat, text: str | None) -> None:

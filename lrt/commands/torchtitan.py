@@ -39,7 +39,8 @@ def check_torchtitan() -> None:
             "files and the newest that trains on "
             f'torch 2.11 and later: pip install "torchtitan=={VERSION}"'
         )
-    if "torchtitan.models.moe.kernels" not in sys.modules and importlib.util.find_spec("triton") is None:
+    known = ("torchtitan", "torchtitan.models.moe.kernels", "triton")
+    if not any(name in sys.modules for name in known) and importlib.util.find_spec("triton") is None:
         raise ImportError(
             f"torchtitan {VERSION} imports triton, which is not installed: use a torch for GPUs, which brings it"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lrt.data.tokenizer import BOS, MARKER, byte_characters, load_tokenizer, tokenizer_json
+from lrt.data.tokenizer import BOS, HUB_CONFIG, MARKER, byte_characters, hub_config, load_tokenizer, tokenizer_json
 
 Files = Mapping[str, bytes]  # name -> content
 
@@ -56,7 +56,8 @@ def read_nanochat(folder: Path) -> dict[str, bytes]:
     if BOS not in special:
         raise ValueError(f"{pickled}: no special token {BOS}, which nanochat puts before every document: {HELP}")
     text = tokenizer_json(ranks, pattern=state["pat_str"], special=names)
-    files = {"tokenizer.json": text.encode(), MARKER: (json.dumps({"kind": "file", "bos": BOS, "eos": None}) + "\n").encode()}
+    marker = {"kind": "file", "bos": BOS, "eos": None}
+    files = {"tokenizer.json": text.encode(), MARKER: (json.dumps(marker) + "\n").encode(), HUB_CONFIG: _hub_config(marker)}
     table = folder / "token_bytes.pt"
     if table.is_file():
         files["token_bytes.json"] = json.dumps(_read_table(table)).encode()
@@ -165,13 +166,11 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
         files: our files; those of a Hugging Face folder stay as they are.
         context: tokens of a training row.
     """
-    if "tokenizer.json" not in files or "tokenizer_config.json" in files:
+    if "tokenizer.json" not in files or (HUB_CONFIG in files and MARKER not in files):
         return dict(files)
     table, marker = _object(files, "tokenizer.json"), _object(files, MARKER)
     bos = BOS if marker.get("kind") == "bytes" else marker.get("bos") or BOS
     ids = {entry["content"]: entry["id"] for entry in table.get("added_tokens", [])}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "model_max_length": context, "clean_up_tokenization_spaces": False}
-    config |= {"eos_token": marker["eos"]} if marker.get("eos") else {}
     if table.get("post_processor") is None and bos in ids:
         first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
         pair = [first, text, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -180,7 +179,7 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
         marker["template"] = "added"
     return {
         **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode(),
-        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        HUB_CONFIG: _hub_config(marker, model_max_length=context),
     }  # fmt: skip
 
 
@@ -202,5 +201,9 @@ def without_hub_files(files: Files) -> dict[str, bytes]:
         return dict(files)
     table = _object(files, "tokenizer.json")
     table["post_processor"] = None
-    plain = {name: content for name, content in files.items() if name != "tokenizer_config.json"}
+    plain = {**files, HUB_CONFIG: _hub_config(marker)}
     return {**plain, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode()}
+
+
+def _hub_config(marker: dict[str, Any], **more: Any) -> bytes:
+    return (json.dumps({**hub_config(marker), **more}, indent=2) + "\n").encode()

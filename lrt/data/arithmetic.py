@@ -83,7 +83,7 @@ def _numbers(sign: str, value: int, largest: int) -> Sequence[int]:
     return [k for k in FACTORS if (value * k <= largest if sign == "*" else value % k == 0)]
 
 
-def problems(*, count: int, seed: int = 1, steps: Sequence[int] = (1, 2, 3), largest: int = 20) -> list[Problem]:
+def problems(*, count: int, seed: int = 1, steps: Sequence[int] = (1, 2, 3), largest: int = 10) -> list[Problem]:
     """Different problems, the numbers of steps taking turns; the first so many of a longer list with the same seed.
 
     Args:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lrt.config import TuningConfig
+from lrt.config import Recipe, TuningConfig
 from lrt.data.arithmetic import answer_of, problems
 from lrt.data.batch import IGNORED, Batch
-from lrt.data.chat import ROLES, Chat, Conversation, Message
+from lrt.data.chat import ROLES, Chat, Conversation, Message, open_chat
 from lrt.data.held_out import NOT_SCORED, HeldOut
 from lrt.data.tokenizer import Tokenizer
 
@@ -183,6 +183,34 @@ def row_of(conversations: Sequence[Conversation], *, length: int, fill: int) -> 
     return Conversation(tokens, learned)
 
 
+def open_rows(
+    recipe: Recipe, tokenizer: Tokenizer, *, rows: int, rank: int = 0, world_size: int = 1, split: str = "train", limit_tokens: int | None = None
+) -> TuningLoader | HeldOutConversations:
+    """Batches of conversations of one process.
+
+    Args:
+        recipe: with a section ``tuning``.
+        tokenizer: of the run.
+        rows: of a batch on this process.
+        rank, world_size: this process, and how many share the rows.
+        split: "train" or "validation".
+        limit_tokens: validation only: so many tokens of rows; None = all.
+
+    Raises:
+        ValueError: conversations or a template that cannot be used.
+    """
+    assert recipe.tuning is not None
+    length = recipe.model.sequence_length
+    chat = open_chat(tokenizer, recipe.data.tokenizer)
+    key = "tuning.validation" if split == "validation" and recipe.tuning.validation != "auto" else "tuning.train"
+    packed = Packed(open_examples(recipe.tuning, split=split), chat, tokenizer, length=length + 1, key=key)
+    if split == "train":
+        seed = recipe.run.seed if recipe.data.shuffle_seed is None else recipe.data.shuffle_seed
+        return TuningLoader(packed, rows=rows, rank=rank, world_size=world_size, seed=seed)
+    limit = len(packed.kept) if limit_tokens is None else -(-limit_tokens // length)
+    return HeldOutConversations(packed, tokenizer, ends=chat.stop_ids, rows=rows, rank=rank, world_size=world_size, limit=limit)
+
+
 class Packed:
     """Tokenized conversations that fit into rows.
 
@@ -307,6 +335,15 @@ class HeldOutConversations:
         self._plan = pack(packed.sizes, range(len(packed.kept)), length=packed.length)[:limit]
         self.fingerprint, self.skipped = packed.fingerprint, packed.left_out
         self.documents_reached = 1 + max(max(row) for row in self._plan)
+        self.first_of_group = np.array([0, len(packed.kept)])
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """One source, whose conversations are numbered through."""
+        return {"conversations": (0, len(self._packed.kept))}
+
+    def count_batches(self) -> int:
+        """Batches on each rank."""
+        return -(-len(self._plan) // (self._rows * self._world_size))
 
     def __iter__(self) -> Iterator[HeldOut]:
         step = self._rows * self._world_size

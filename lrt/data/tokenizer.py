@@ -21,6 +21,7 @@ from lrt.config.files import local_path, read_text, write_whole
 
 BOS = "<|bos|>"
 MARKER = "lrt_tokenizer.json"  # beside tokenizer.json: which class, which separator
+HUB_CONFIG = "tokenizer_config.json"  # the same for transformers
 _BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<s>", "[BOS]", "<|endoftext|>", "<eos>", "</s>")
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<|im_end|>")
 
@@ -250,7 +251,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     marker = _read_json(file.parent / MARKER)
     if marker.get("kind") == "bytes":
         return ByteTokenizer()
-    hub = _read_json(file.parent / "tokenizer_config.json")
+    hub = {} if marker else _read_json(file.parent / HUB_CONFIG)
     bos = _token_name(marker.get("bos")) or _token_name(hub.get("bos_token"))
     eos = _token_name(marker.get("eos")) or _token_name(hub.get("eos_token"))
     return FileTokenizer(_text_of(file), bos=bos, eos=eos, origin=str(file))
@@ -277,6 +278,14 @@ def _write(folder: Path, text: str, marker: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / MARKER, json.dumps(marker) + "\n")
+    write_whole(folder / HUB_CONFIG, json.dumps(hub_config(marker), indent=2) + "\n")
+
+
+def hub_config(marker: dict[str, Any]) -> dict[str, Any]:
+    """What transformers must know of a tokenizer of ours; a text ends where the next one's separator stands."""
+    bos = marker.get("bos") or BOS
+    ends = {"bos_token": bos, "eos_token": marker.get("eos") or bos}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "clean_up_tokenization_spaces": False}
 
 
 def _text_of(path: Path) -> str:

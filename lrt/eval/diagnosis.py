@@ -315,11 +315,12 @@ def findings(report: Report) -> list[str]:
     if two_states(report):
         found.append(
             f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by {change:.2f} in one sweep but by "
-            f"{over_two:.2f} in two; train on settled memory, or weight the initialization"
+            f"{over_two:.2f} in two; train on settled memory (recipes/settle_memory.toml), or weight the initialization"
         )
     elif sweeps["largest_change"][-1] > UNSETTLED:
         largest = sweeps["largest_change"][-1]
-        found.append(f"the memory has not settled after {len(sweeps['change'])} sweeps: its largest change is {largest:.2f}")
+        swept = len(sweeps["change"])
+        found.append(f"the memory has not settled after {swept} sweeps: its largest change is {largest:.2f} (recipes/settle_memory.toml)")
     gaps = [d - p for p, d in zip(report["residues"]["parallel"], report["residues"]["decode"]) if p is not None and d is not None]
     found.append("decode minus parallel by residue class: " + " ".join(f"{gap:+.4f}" for gap in gaps) + " bits per byte")
     return found

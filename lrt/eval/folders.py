@@ -17,15 +17,17 @@ from typing import Any
 
 import torch
 
-from lrt.config import DataConfig
+from lrt.config import DataConfig, Recipe
 from lrt.conversion.opening import Opened, check_finite, open_model, open_tokenizer
 from lrt.data import Tokenizer, ValidationLoader, build_loader
+from lrt.data.conversations import open_rows
 from lrt.data.held_out import HeldOut
 from lrt.decoding.prefill import Exact, Prefill
 from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.bpb import MODES, BitsPerByte, Decode, evaluate_bpb
 from lrt.eval.exact import ByPrefill, fastest_exact
 from lrt.eval.processes import Processes
+from lrt.families.decoder import FamilyDecoder
 
 FILES = 16  # one source with at most so many files is reported file by file
 SAMPLED_ROWS = 8  # on which an approximate decode is compared with the exact one
@@ -288,6 +290,8 @@ def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, l
         tokens = settings.tokens
     elif opened.recipe is None:
         raise ValueError(f"{opened.folder} lies in no training run, so it has no validation rows of its own: name text with --data")
+    elif opened.recipe.tuning is not None:
+        return _conversations(opened.model, opened.recipe, settings, tokenizer, length=length, rows=rows, processes=processes)
     else:
         datas = {"validation": dataclasses.replace(opened.recipe.data, workers=0)}
         tokens = settings.tokens or opened.recipe.evaluation.tokens
@@ -298,6 +302,18 @@ def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, l
     except ValueError as error:
         raise ValueError(_in_options(str(error)) if settings.data else str(error)) from None
     return Sources(loaders)  # type: ignore[arg-type]
+
+
+def _conversations(
+    model: Any, recipe: Recipe, settings: Settings, tokenizer: Tokenizer, *, length: int, rows: int, processes: Processes
+) -> Sources:
+    """The conversations that a tuning run held out; an adapted model cuts attention between them as it did in that run."""
+    if isinstance(model.backbone, FamilyDecoder):
+        model.backbone.attention_reset = recipe.model.attention_reset
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, sequence_length=length))
+    share: dict[str, Any] = {"rows": rows, "rank": processes.rank, "world_size": processes.size}
+    held_out = open_rows(recipe, tokenizer, split="validation", limit_tokens=settings.tokens or recipe.evaluation.tokens, **share)
+    return Sources({"conversations": held_out})  # type: ignore[dict-item]
 
 
 def _in_options(message: str) -> str:

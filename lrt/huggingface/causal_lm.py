@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)  # fmt: skip
 from transformers.cache_utils import Cache
 
 from lrt import serialization
@@ -21,20 +31,20 @@ from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
 from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache
-from lrt.huggingface.config import LRTConfig, attributes, refuse_changed
+from lrt.huggingface.config import LRTConfig, attributes, dtype_of, refuse_changed
+from lrt.huggingface.generation import Generation
 from lrt.huggingface.loading import (
     HUB,
     UPLOAD,
     carry_over,
     check_config,
     device_of,
-    dtype_of,
     local_folder,
     of_tensors,
     refuse_unknown,
     refuse_unsaved,
 )
-from lrt.huggingface.output import CACHE, OLD_NAME, LRTModelOutput, LRTOutput, face_of, one_cache
+from lrt.huggingface.output import LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
@@ -44,10 +54,8 @@ from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
 from lrt.types import Schedule
 
-COUNTED = ("position_ids", "cache_position", "is_first_iteration", "labels")  # of generate: the cache counts for itself
 
-
-class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A LatentRecurrentModel with the habits of Hugging Face.
 
     Args:
@@ -242,44 +250,6 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
             attentions=tuple(x.gather(2, places.to(x.device)[:, None, :, None].expand_as(x)) for x in layers) or None,
         )
 
-    # -------------------------------------------------------------- generate
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        wanted = generation_config.cache_implementation
-        if wanted is not None:
-            raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
-        given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
-        if given is not None or generation_config.use_cache is not False:
-            model_kwargs[CACHE] = RecurrentCache() if given is None else given
-
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if found.get("use_cache") is False:
-            found.pop(CACHE, None)  # it belonged to this step alone
-        return found
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        held = None if kwargs.get("use_cache") is False else one_cache(cache, past_key_values)  # without: every row is decoded anew
-        rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()
-        if held is not None and rotary is not None and 0 < seen < input_ids.shape[1]:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
-                held.reset()
-                kwargs["next_sequence_length"], seen = None, 0
-        if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
-            new = kwargs.pop("next_sequence_length") or input_ids.shape[1]
-        else:
-            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
-        inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
-        return {"logits_to_keep": 1} | {name: value for name, value in kwargs.items() if name not in COUNTED} | inputs
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("continuous batching keeps keys and values in pages, which would drop the recurrent memory: use model.generate")
-
-    init_continuous_batching = continuous_batching_context_manager = generate_batch
-
     # -------------------------------------------------------------- folders
 
     @classmethod
@@ -317,6 +287,7 @@ class LRTForCausalLM(Parts, LatentRecurrentModel, PreTrainedModel, GenerationMix
         model = cls.of(loaded)
         if config is not None:
             carry_over(config, model.config)
+            backend = config._attn_implementation if backend is None else backend  # where the Auto classes put it
         if backend is not None:
             model.set_attn_implementation(backend)
         if settings is not None:
@@ -375,6 +346,21 @@ class LRTModel(LRTForCausalLM):
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
 
+class WithoutHead(LRTModel):
+    """What the Auto classes of classifiers find, so that they say what there is."""
+
+    def __init__(self, config: LRTConfig) -> None:
+        raise ValueError(
+            "an lrt model has a language head alone: put a classifier on last_hidden_state of AutoModel.from_pretrained, or lrt.release(model) and "
+            "load the decoder's own weights with its classifier"
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Raises ValueError, always."""
+        return cls(config)
+
+
 def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> None:
     """Positions that do not count on from what a cache holds; read on the CPU only, where that waits for nothing."""
     if position_ids is None or position_ids.device.type != "cpu":
@@ -386,3 +372,5 @@ def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) ->
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)
 AutoModelForCausalLM.register(LRTConfig, LRTForCausalLM, exist_ok=True)
 AutoModel.register(LRTConfig, LRTModel, exist_ok=True)
+for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering):
+    kind.register(LRTConfig, WithoutHead, exist_ok=True)

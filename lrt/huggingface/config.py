@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -35,6 +36,8 @@ class LRTConfig(PretrainedConfig):
         known: dict[str, Any] = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
+        for name in {"dtype", "torch_dtype"} & known.keys():
+            known[name] = dtype_of(known[name])
         later = {name: known.pop(name) for name in LATER if name in known}
         super().__init__(**known)
         for name, value in later.items():
@@ -51,6 +54,20 @@ class LRTConfig(PretrainedConfig):
         for validator in getattr(type(self), "__class_validators__", ()):
             if validator.__name__ != "validate_layer_type":
                 validator(self)
+
+
+def dtype_of(given: Any) -> torch.dtype | None:
+    """A dtype from its name; None and "auto" mean: as saved.
+
+    Raises:
+        ValueError: there is no such dtype, or weights cannot train in it.
+    """
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
+    return found
 
 
 def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:

@@ -68,20 +68,6 @@ def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
     return folder / subfolder
 
 
-def dtype_of(given: Any) -> torch.dtype | None:
-    """A dtype from its name; None and "auto" mean: as saved.
-
-    Raises:
-        ValueError: there is no such dtype.
-    """
-    if given is None or given == "auto":
-        return None
-    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f'dtype = {given!r}: give a torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
-    return found
-
-
 def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mapping[Any, Any] | None = None) -> Any:
     """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator, where the model fits it.
 

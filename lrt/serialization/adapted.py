@@ -56,6 +56,13 @@ def refuse_whole(model: LatentRecurrentModel) -> None:
     decoder = decoder_of(model)
     if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
         raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
+    embeddings = getattr(decoder, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embeddings, "weight", None), "shape", (model.vocab_size,))[0]
+    if rows != model.vocab_size:
+        raise ValueError(
+            f"the decoder's embeddings were resized after lrt.adapt, to {rows} from {model.vocab_size}: lrt.release(model), resize them, "
+            f"and adapt again"
+        )
 
 
 def describe_decoder(decoder: Any) -> dict[str, Any]:
@@ -127,11 +134,10 @@ def load_whole(
     state = {ours[name]: t.own() for name, t in tensors.items() if name in ours}
     # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
     backend = config["adapted"].get("attention")
-    more = {"attn_implementation": backend} if backend in ATTENTIONS else {}
+    more: dict[str, Any] = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
-    decoder = in_one_line(
-        str(folder), config, lambda: type(foreign).from_pretrained(None, config=foreign.config, state_dict=state, dtype=kind, **more)
-    )
+    more |= {"config": foreign.config, "state_dict": state, "dtype": kind}
+    decoder = in_one_line(str(folder), config["adapted"]["config"], lambda: type(foreign).from_pretrained(None, **more))
     model = _adapt_as(decoder.to(device), config, train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:

@@ -94,6 +94,7 @@ class Trainee(LatentRecurrentModel):
         """Raises TypeError, which is how torchtitan's validator learns that a model makes its masks itself."""
         raise TypeError("blocks make their masks themselves")
 
+    @torch.no_grad()
     def init_weights(self, buffer_device: Any = None) -> None:  # type: ignore[override]
         """Initialize every parameter from the job's seed: the same values on any number of ranks."""
         fill(self, named_tensors(self._whole(next(self.parameters()).device)))

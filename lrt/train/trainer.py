@@ -18,6 +18,7 @@ from torch import Tensor
 from lrt.accounting import count_parameters, peak_flops, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Batch, Tokenizer, build_loader, load_tokenizer
+from lrt.data.conversations import open_rows
 from lrt.data.locks import locked
 from lrt.eval.runs import read_records
 from lrt.schedules import describe
@@ -47,7 +48,7 @@ from lrt.train.run import Run, RunResult, TrainState
 from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
-from lrt.train.tuning import open_tuning, tuning_rows
+from lrt.train.tuning import open_tuning
 from lrt.types import Schedule
 
 # ------------------------------------------------------------------ putting a run together
@@ -178,9 +179,9 @@ def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
     """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
-    if recipe.tuning is not None:
-        return tuning_rows(recipe, tokenizer, world, rows=rows, **more)
     ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    if recipe.tuning is not None:
+        return open_rows(recipe, tokenizer, rows=rows, **ranks, **more)
     return build_loader(
         recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
     )

@@ -12,10 +12,9 @@ import torch
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.chat import PlainChat, TemplateChat, open_chat
-from lrt.data.conversations import Example, HeldOutConversations, Packed, TuningLoader, open_examples
+from lrt.data.conversations import Example, open_examples
 from lrt.eval.answers import ExactMatch, exact_match
 from lrt.train.checkpoint.weights import export
-from lrt.train.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,6 @@ def open_tuning(recipe: Recipe, tokenizer: Tokenizer) -> Tuning | None:
         return None
     problems = open_examples(recipe.tuning, split="validation")[: recipe.tuning.problems]
     return Tuning(open_chat(tokenizer, recipe.data.tokenizer), problems)
-
-
-def tuning_rows(
-    recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, split: str = "train", limit_tokens: int | None = None
-) -> TuningLoader | HeldOutConversations:
-    """This rank's batches of conversations.
-
-    Args:
-        recipe: with a section ``tuning``.
-        tokenizer: of the run.
-        world: the processes, which share the rows.
-        rows: of a batch on this rank.
-        split: "train" or "validation".
-        limit_tokens: validation only: so many tokens of rows.
-    """
-    assert recipe.tuning is not None
-    length = recipe.model.sequence_length
-    chat = open_chat(tokenizer, recipe.data.tokenizer)
-    key = "tuning.validation" if split == "validation" and recipe.tuning.validation != "auto" else "tuning.train"
-    packed = Packed(open_examples(recipe.tuning, split=split), chat, tokenizer, length=length + 1, key=key)
-    share: dict[str, Any] = {"rows": rows, "rank": world.rank, "world_size": world.size}
-    if split == "train":
-        seed = recipe.run.seed if recipe.data.shuffle_seed is None else recipe.data.shuffle_seed
-        return TuningLoader(packed, seed=seed, **share)
-    limit = -(-(limit_tokens or 0) // length) or len(packed.kept)
-    return HeldOutConversations(packed, tokenizer, ends=chat.stop_ids, limit=limit, **share)
 
 
 def answer_problems(run: Any, progress: Callable[[], None]) -> dict[str, ExactMatch]:

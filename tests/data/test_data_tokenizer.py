@@ -111,6 +111,18 @@ def test_a_foreign_folder_says_its_separator_in_its_configuration(trained, tmp_p
     assert (tokenizer.bos_id, tokenizer.eos_id) == (foreign.token_to_id("<start>"), foreign.token_to_id("<stop>"))
 
 
+def test_transformers_reads_the_separator_of_a_saved_tokenizer(trained, tmp_path):
+    """lm-evaluation-harness asks for both tokens; a text ends where the separator of the next one stands."""
+    transformers = pytest.importorskip("transformers")
+    for name, tokenizer in (("bytes", load_tokenizer("bytes")), ("trained", load_tokenizer(trained[1]))):
+        tokenizer.save(tmp_path / name)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert (theirs.bos_token, theirs.eos_token, theirs.bos_token_id) == ("<|bos|>", "<|bos|>", tokenizer.bos_id)
+        assert theirs(SAMPLE, add_special_tokens=False).input_ids == tokenizer.encode(SAMPLE)
+        again = load_tokenizer(tmp_path / name)
+        assert (again.bos_id, again.eos_id, again.fingerprint) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint)
+
+
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r'data.tokenizer = ".*nowhere": no file .*nowhere; use "bytes", a tokenizer.json'):
         load_tokenizer(tmp_path / "nowhere")

@@ -14,7 +14,7 @@ from run_folders import score, write_run
 from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.compare import compare, interpolate
 from lrt.eval.compare_page import scores_table, to_json, write_report
-from lrt.eval.figures import amount, power_of_ten, smooth
+from lrt.eval.figures import amount, figure, label_amounts, power_of_ten, smooth
 from lrt.eval.runs import read_run
 from lrt.eval.spread import Spread, half_interval
 
@@ -223,6 +223,17 @@ def test_an_unknown_reference_and_a_sweep_without_results(tmp_path):
 # ------------------------------------------------------------------ the page
 
 
+@pytest.mark.parametrize("values", [[1_228_800.0], [1.20e6, 1.21e6], [100e6, 101e6], [100e6, 140e6]])
+def test_no_two_ticks_have_one_label(values, tmp_path):
+    """A single run, or runs of nearly the same length."""
+    with figure(tmp_path / "f.png", rows=1, columns=1, size=(4, 3)) as axes:
+        panel = axes[0][0]
+        panel.plot(values, [1.0] * len(values), "o")
+        label_amounts(panel.xaxis, values, log=False)
+        labels = [panel.xaxis.get_major_formatter()(tick) for tick in panel.xaxis.get_major_locator()()]
+    assert labels and len(set(labels)) == len(labels)
+
+
 def test_the_page_has_every_figure_labelled_and_not_blank(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     from matplotlib.image import imread
@@ -240,12 +251,12 @@ def test_the_page_has_every_figure_labelled_and_not_blank(tmp_path, monkeypatch)
     assert json.loads((tmp_path / "report" / "report.json").read_text())["reference"] == "plain"
     names = {"report_curves.png", "report_gains.png", "report_modes.png", "report_positions.png", "report_loss.png"}
     assert set(drawn) == names and all(f"]({name})" in text for name in names)
-    for name, figure in drawn.items():
-        for axes in figure.axes:
+    for name, shown in drawn.items():
+        for axes in shown.axes:
             assert axes.get_xlabel() and axes.get_title(loc="left"), name
             assert len(axes.get_xticks()) >= 2 or not axes.has_data(), name
-        assert figure.axes[0].get_ylabel() or name == "report_modes.png"
-        assert {t.get_text() for t in figure.legends[0].get_texts()} & {"plain", "lrt"}, name
+        assert shown.axes[0].get_ylabel() or name == "report_modes.png"
+        assert {t.get_text() for t in shown.legends[0].get_texts()} & {"plain", "lrt"}, name
         pixels = imread(tmp_path / "report" / name)[..., :3]
         assert 0.005 < (pixels.min(-1) < 0.9).mean() < 0.5, name  # neither blank nor filled
         assert pixels.shape[1] >= 1000

@@ -222,6 +222,16 @@ def test_generate_passes_on_what_it_does_not_know(model: Any, tokens: torch.Tens
     assert inputs["mine"] == 3 and inputs["output_attentions"] is True
 
 
+def test_generate_looks_at_the_positions_of_a_prompt(model: Any, tokens: torch.Tensor) -> None:
+    mask = padded(tokens, "left")
+    given = mask.long().cumsum(1).sub(1).clamp(min=0)
+    want = model.generate(tokens, attention_mask=mask, max_new_tokens=3, **SETTINGS)
+    for cached in (True, False):
+        assert torch.equal(model.generate(tokens, attention_mask=mask, position_ids=given, max_new_tokens=3, use_cache=cached, **SETTINGS), want)
+    with pytest.raises(ValueError, match="position_ids do not count on"):
+        model.generate(tokens, attention_mask=mask, position_ids=given + 5, max_new_tokens=2, **SETTINGS)
+
+
 def test_shift_labels_are_targets(model: Any, tokens: torch.Tensor) -> None:
     """Newer versions of transformers hand over targets that are shifted already; they take the place of labels."""
     shifted = torch.roll(tokens, -1, 1)

@@ -108,6 +108,31 @@ def test_what_a_save_would_ignore_is_refused(model: Any, tmp_path: Path, given: 
     assert same(lrt.load(tmp_path / "m"), model)
 
 
+def test_every_kind_of_auto_class_says_what_there_is(folder: Path) -> None:
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        for call in (lambda auto=auto: auto.from_pretrained(folder), lambda auto=auto: auto.from_config(AutoConfig.from_pretrained(folder))):
+            with pytest.raises(ValueError, match="an lrt model has a language head alone: put a classifier on last_hidden_state"):
+                call()
+
+
+@pytest.mark.parametrize("wrong", ["float33", "int8", torch.int8])
+def test_a_dtype_that_no_weight_can_have(folder: Path, wrong: Any) -> None:
+    """The Auto classes read it before we do; the error was one of transformers, or named the folder's code."""
+    for load in (AutoModelForCausalLM.from_pretrained, LRTForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match="dtype = .*: give a floating-point torch.dtype"):
+            load(folder, dtype=wrong)
+
+
+def test_an_attention_backend_reaches_the_decoder(folder: Path) -> None:
+    """The Auto classes put it into the config, where it was forgotten."""
+    for load in (AutoModelForCausalLM.from_pretrained, LRTForCausalLM.from_pretrained):
+        read = load(folder, attn_implementation="sdpa")
+        assert read.original[0].config._attn_implementation == read.config._attn_implementation == "sdpa"
+        with pytest.raises((ValueError, ImportError), match="nonsense"):
+            load(folder, attn_implementation="nonsense")
+
+
 def test_loading_info_and_subfolders(folder: Path, model: Any) -> None:
     read, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert same(read, model) and not any(info.values()) and set(info) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,16 +15,18 @@ from strategies import randomized
 from transformers import AutoModelForCausalLM
 
 import lrt
-from lrt.commands import generate
-from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.commands import evaluate, generate
+from lrt.config import ModelConfig, RecurrenceConfig, TuningConfig
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, open_chat
-from lrt.data.conversations import Example, Packed, TuningLoader
+from lrt.data.conversations import Example, Packed, TuningLoader, open_examples
 from lrt.data.tokenizer import tokenizer_json
 from lrt.decoding.generation import start
 from lrt.eval.answers import exact_match
+from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.runs import read_records
 from lrt.model import build_model
+from lrt.train.checkpoint.starting_model import read_backbone
 from lrt.train.trainer import train
 
 PAIRS = [{"prompt": f"{a}+{b}?", "completion": f"#### {a + b}", "steps": 1 + (b > 1)} for a in range(4) for b in range(4)]
@@ -132,6 +135,29 @@ def test_a_resumed_tuning_is_the_same_run_bit_for_bit(talks, finished, tmp_path)
     assert train_records(copy) == train_records(finished.folder)
 
 
+def test_a_tuned_folder_is_scored_on_the_conversations_that_its_run_held_out(talks, finished, decoder, tmp_path):
+    """Native and adapted, whose attention is cut between conversations as in the run."""
+    sets = {"evaluation.modes": '["zero", "decode"]', "training.steps": 1, "tuning.problems": 0, **NO_ANSWERS}
+    for run in (finished, train(adapted(talks, decoder, tmp_path, **sets))):
+        record = [r for r in read_records(run.folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
+        for mode in ("zero", "decode"):
+            found = evaluate_folder(run.folder, Settings(memory=mode), device=torch.device("cpu")).scores[mode]
+            assert found.value == pytest.approx(record["bpb"][mode], rel=1e-5) and found.tokens == record["scored"]["tokens"]
+
+
+def test_answers_of_a_folder_are_counted(talks, finished, capsys):
+    record = [r for r in read_records(finished.folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
+    held_out = finished.folder / "held_out.jsonl"
+    examples = open_examples(TuningConfig(train=str(talks)), split="validation")[:6]
+    lines = [{"messages": [m._asdict() for m in one.messages], "answer": one.answer, "steps": one.steps} for one in examples]
+    held_out.write_text("\n".join(map(json.dumps, lines)))
+    options = [str(finished.folder), "--answers", str(held_out), "--answer-tokens", "4", "--device", "cpu"]
+    assert evaluate.main(options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["answers"] == len(examples) and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
+    assert evaluate.main([*options, "--memory", "parallel"]) == 2 and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+
+
 def test_right_answers_are_counted_by_mode_and_number_of_steps():
     """What the model writes greedily, token by token, under true recurrence or without memory, is taken for right; then one is not."""
     tokenizer = load_tokenizer("bytes")
@@ -180,6 +206,35 @@ def test_lora_trains_beside_the_memory_and_leaves_the_decoder(talks, decoder, tm
         merged = dict(AutoModelForCausalLM.from_pretrained(export).named_parameters())
         moved = {name for name, p in merged.items() if not torch.equal(p, before[name])}
         assert moved == {name for name in before if "q_proj" in name or "v_proj" in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_compiled_tuning_is_the_same_run(talks, decoder, tmp_path, monkeypatch, rank):
+    sets = {"evaluation.modes": '["zero"]', "tuning.problems": 2, "training.steps": 2, "tuning.lora_rank": rank}
+    eager = train(adapted(talks, decoder, tmp_path, **sets, **{"run.name": "eager"}))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # a C++ compiler takes minutes
+    compiled = train(adapted(talks, decoder, tmp_path, **sets, **{"parallel.compile": "true"}))
+    losses = [[r["loss"] for r in train_records(run.folder)] for run in (compiled, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_lora_goes_on_from_a_memory_that_has_learned(talks, decoder, tmp_path):
+    """The backbone is a folder of ``lrt.save``: its decoder gets the adapters, and its memory is not begun afresh."""
+    first = stir(lrt.adapt(AutoModelForCausalLM.from_pretrained(decoder), RecurrenceConfig(init="identity", separator=256)))
+    lrt.save(first, tmp_path / "first")
+    shutil.copy(decoder / "tokenizer.json", tmp_path / "first")
+    recipe = adapted(talks, decoder, tmp_path, **{"run.backbone": tmp_path / "first", "tuning.lora_rank": 2, "training.steps": 0})
+    model = read_backbone(recipe)
+    memory = first.memory_parameters()
+    assert all(torch.equal(p, memory[name]) for name, p in model.memory_parameters().items()) and len(memory) > 2
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and not frozen & {*memory} and not any("lora_" in name for name in frozen)
+    ids = torch.randint(0, 256, (1, 9))
+    assert torch.equal(model(ids, schedule=lrt.refine(1)).logits, first(ids, schedule=lrt.refine(1)).logits)
+    lrt.save(model.eval(), tmp_path / "second")
+    with pytest.raises(ValueError, match="holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out"):
+        read_backbone(adapted(talks, decoder, tmp_path, **{"run.backbone": tmp_path / "second", "tuning.lora_rank": 2}))
 
 
 def test_a_model_answers_in_its_template(talks, finished, decoder, tmp_path, monkeypatch, capsys):

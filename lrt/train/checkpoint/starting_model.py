@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt, without_memory
+from lrt.adaptation import adapt, release, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig, TuningConfig
 from lrt.config.files import local_path
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
@@ -38,7 +38,7 @@ def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     with torch.device("meta"):
         if "lrt_format" in config:
-            return _prepared(model_from_config(config), recipe)
+            return _prepared(_tuned(model_from_config(config), recipe), recipe)
         return _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
@@ -53,7 +53,7 @@ def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
     """
     folder, config = _open(recipe)
     if "lrt_format" in config:
-        return _prepared(load(folder, dtype=torch.float32), recipe)
+        return _prepared(_tuned(load(folder, dtype=torch.float32), recipe), recipe)
     return _adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe)
 
 
@@ -169,6 +169,21 @@ def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
         decoder = with_lora(decoder, recipe.tuning, seed=recipe.run.seed)
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
     return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
+
+
+def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
+    """An adapted model, with LoRA in its decoder and its memory as it is, where the recipe asks for LoRA."""
+    if recipe.tuning is None or not recipe.tuning.lora_rank:
+        return model
+    assert model.original is not None
+    if getattr(model.original[0], "peft_config", None):
+        raise ValueError(f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out')
+    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
+    again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)
+    with torch.no_grad():
+        for name, parameter in again.memory_parameters().items():
+            parameter.copy_(memory[name])
+    return again
 
 
 def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:

@@ -1,0 +1,58 @@
+"""What ``generate`` of transformers asks of a model: a cache that carries the memory, and the inputs of every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.output import CACHE, OLD_NAME, one_cache
+
+COUNTED = ("position_ids", "cache_position", "is_first_iteration", "labels")  # of generate: the cache counts for itself
+
+
+class Generation:
+    """The part of an LRTForCausalLM that ``generate`` calls."""
+
+    backbone: Any
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        wanted = generation_config.cache_implementation
+        if wanted is not None:
+            raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
+        given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
+        if given is not None or generation_config.use_cache is not False:
+            model_kwargs[CACHE] = RecurrentCache() if given is None else given
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if found.get("use_cache") is False:
+            found.pop(CACHE, None)  # it belonged to this step alone
+        return found
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        held = None if kwargs.get("use_cache") is False else one_cache(cache, past_key_values)  # without: every row is decoded anew
+        rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()
+        if held is not None and rotary is not None and 0 < seen < input_ids.shape[1]:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if rotary.crosses(real[:, :seen].sum(1), real.sum(1)):  # every key is made anew
+                held.reset()
+                kwargs["next_sequence_length"], seen = None, 0
+        if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
+            new = kwargs.pop("next_sequence_length") or input_ids.shape[1]
+        else:
+            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
+        inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
+        places = kwargs.get("position_ids")
+        if seen == 0 and places is not None and places.shape[1] >= new:  # of the prompt; not every version counts them on
+            inputs["position_ids"] = places[:, -new:]
+        return {"logits_to_keep": 1} | {name: value for name, value in kwargs.items() if name not in COUNTED} | inputs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("continuous batching keeps keys and values in pages, which would drop the recurrent memory: use model.generate")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch

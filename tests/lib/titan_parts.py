@@ -1,0 +1,58 @@
+"""The parts of ``lrt.titan`` that need no torchtitan, where the package itself cannot be imported without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import types
+from typing import Any
+
+from runs import ROOT
+
+from lrt.config import RecurrenceConfig, ScheduleConfig
+
+if importlib.util.find_spec("torchtitan") is None or importlib.util.find_spec("triton") is None:
+    package = types.ModuleType("lrt.titan")
+    package.__path__ = [str(ROOT / "lrt" / "titan")]
+    sys.modules.setdefault("lrt.titan", package)
+
+
+def table(settings):
+    """A section as torchtitan reads it: the same keys and defaults, values as TOML has them."""
+    fields = [(f.name, Any, dataclasses.field(default=f.default)) for f in dataclasses.fields(settings)]
+    return dataclasses.make_dataclass(settings.__name__, fields)
+
+
+recurrence, schedule = table(RecurrenceConfig), table(ScheduleConfig)
+
+
+def job(**sections):
+    """A JobConfig of torchtitan as far as it is read here, with the defaults of torchtitan 0.2.2."""
+    from lrt.titan.settings import MODEL_KEYS
+
+    of = types.SimpleNamespace
+    names = ("tensor_parallel_degree", "context_parallel_degree", "pipeline_parallel_degree", "expert_parallel_degree")
+    loader = of(num_workers=0, persistent_workers=False, pin_memory=False, prefetch_factor=None)
+    made = {
+        "job": {"dump_folder": "outputs"},
+        "model": {
+            "name": "lrt", "flavor": "tiny", "hf_assets_path": "bytes", "converters": [], **dict.fromkeys(MODEL_KEYS),
+        },
+        "recurrence": recurrence(),
+        "schedule": schedule(),
+        "training": {
+            "dataset": "lrt", "dataset_path": None, "seq_len": 32, "local_batch_size": 4, "steps": 10,
+            "dtype": "float32", "enable_cpu_offload": False, "mixed_precision_param": "float32",
+            "mixed_precision_reduce": "float32", "dataloader": loader,
+        },
+        "parallelism": {**dict.fromkeys(names, 1), "fsdp_reshard_after_forward": "default"},
+        "optimizer": {"early_step_in_backward": False},
+        "checkpoint": {"enable": False, "last_save_in_hf": False, "create_seed_checkpoint": False},
+        "activation_checkpoint": {"mode": "none", "selective_ac_option": "2"},
+        "compile": {"enable": False, "components": ["model", "loss"], "backend": "inductor"},
+        "debug": {"seed": 3},
+    }  # fmt: skip
+    for name, given in sections.items():
+        made[name] = {**made[name], **given} if isinstance(given, dict) else given
+    return of(**{name: of(**value) if isinstance(value, dict) else value for name, value in made.items()})
