@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from titan_runs import needs_torchtitan, our_recipe, run_jobs, titan_arguments
+from titan_runs import MUON, needs_torchtitan, our_recipe, run_jobs, titan_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist, needs_torchtitan]
 
@@ -49,6 +49,22 @@ def pair(folder, name, *, ranks):
         f"{name} titan": {"titan": titan_arguments(folder / f"{name}_titan", SCHEDULES[name], ranks=ranks)},
         f"{name} ours": {"ours": our_recipe(folder / f"{name}_ours", SCHEDULES[name], ranks=ranks)},
     }
+
+
+def with_muon(folder, *, ranks):
+    """Muon and its rates, with momentum and weight decay that change with the step."""
+    passes = SCHEDULES["phases"]
+    theirs = titan_arguments(folder / "muon_titan", passes, ranks=ranks, optimizer=MUON)
+    return {
+        "muon titan": {"titan": theirs},
+        "muon ours": {"ours": our_recipe(folder / "muon_ours", passes, ranks=ranks, muon=True)},
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_steps_of_muon_agree(tmp_path, ranks):
+    loss, weight = compare(run_jobs(tmp_path / "jobs", with_muon(tmp_path, ranks=ranks), ranks=ranks), "muon")
+    print(f"{ranks} ranks, Muon: loss {loss:.1e}, weight {weight:.1e}")
 
 
 def test_ten_steps_agree_under_every_schedule(tmp_path):
