@@ -51,7 +51,7 @@ def run_jobs(folder, jobs, *, ranks=1):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-# Of both trainers; the other keys by our defaults. With an eps of 1e-10 the sign of a gradient that is all rounding decides.
+# Of both trainers; the other keys by our defaults. Under an eps of 1e-10 the sign of what is all rounding decides.
 OUR_MUON = "reference_batch_tokens = 4096\neps = 1e-6"
 OUR_ADAMW = f"""
 kind = "adamw"
