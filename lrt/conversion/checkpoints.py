@@ -98,7 +98,7 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: not such a folder, or not whole.
     """
-    _no_step(step, "lrt")
+    no_step(step, "lrt")
     config, tensors = read_config(path), open_folder(path)
     if config.get("adapter_only"):
         raise ValueError(f"{path} holds only memory parameters: use --from adapter, and name its decoder with --base")
@@ -108,7 +108,8 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     return Checkpoint("lrt", path, config, tensors, model_reading(config, tensors), read_files(path), config.get("step"))
 
 
-def _no_step(step: int | None, kind: str) -> None:
+def no_step(step: int | None, kind: str) -> None:
+    """Raises ValueError where a step is asked of a folder that holds one model."""
     if step is not None:
         raise ValueError(f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one model: leave it out")
 
@@ -298,7 +299,7 @@ def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Ch
     Raises:
         ValueError: it was made for another decoder, or is not whole.
     """
-    _no_step(step, "adapter")
+    no_step(step, "adapter")
     alone = read_memory(path)
     config, memory = alone.config, alone.tensors
     for key in ("model", "adapted"):

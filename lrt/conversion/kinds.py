@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_decoder, read_hf, read_lrt, read_official
+from lrt.conversion.nanochat import MODEL_TYPE, read_any
 from lrt.conversion.titan import is_titan, read_titan
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
-from lrt.serialization.decoders import is_plain
+from lrt.serialization.decoders import is_plain, read_json
 from lrt.serialization.renewal import config_file
 
 
@@ -33,7 +34,7 @@ KINDS = {
         "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
     ),
     "nanochat": Kind(
-        partial(read_official, kind="nanochat"), partial(write_official, nanochat=True), "base folder or checkpoint of nanochat",
+        read_any, partial(write_official, nanochat=True), "base folder or checkpoint of nanochat, or NanoChatForCausalLM of transformers (read only)",
         "plain models with alternating value embeddings and gates from 32 channels; others are refused",
     ),
     "adapter": Kind(
@@ -50,6 +51,8 @@ def kind_of(path: Path) -> str:
         ValueError: none that is known.
     """
     if config_file(path).is_file():
+        if is_plain(path) and read_json(config_file(path), where=str(path)).get("model_type") == MODEL_TYPE:
+            return "nanochat"
         if is_plain(path):
             raise ValueError(f"{path}: a Hugging Face model that lrt did not write: lrt.adapt makes it recurrent, --base takes it as it is")
         config = read_config(path)

@@ -49,6 +49,7 @@ class FamilyBlock(nn.Module):
         self.window: int | None = None
         self.find_window()
         self.scale = family.scale(attention) if family.scale else getattr(attention, "scaling", geometry.head_dim**-0.5)
+        self.score_scale = 1.0 if family.scaled_query else self.scale
         self.softcap = None if family.softcap is None else getattr(attention, family.softcap)
         self.clip = None if family.clip is None else getattr(attention.config, family.clip)
         self.residual_factor = None if family.residual_factor is None else getattr(layer, family.residual_factor)
@@ -139,13 +140,14 @@ class FamilyBlock(nn.Module):
     def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
         attention = part(self.layer, self.family.attention)
         query, key = self._ready(projection.query, projection.key, context)
+        query = query * self.scale if self.family.scaled_query else query
         value = self._clipped(projection.value)
         sinks = None if self.family.sinks is None else getattr(attention, self.family.sinks)
         if kv is None:
             mixed = self._attention(query, key, value.transpose(1, 2), context.mask, sinks)
         else:
             rows = query.transpose(1, 2), key.transpose(1, 2), value
-            mixed = kv.attend(*rows, window=self.window, scale=self.scale, softcap=self._softcap(), sinks=sinks)
+            mixed = kv.attend(*rows, window=self.window, scale=self.score_scale, softcap=self._softcap(), sinks=sinks)
         update = part(self.layer, self.family.output)(mixed.flatten(-2))
         if self.family.output_dropout is not None:
             update = F.dropout(update, self.family.output_dropout(attention), attention.training)
@@ -164,7 +166,7 @@ class FamilyBlock(nn.Module):
         """The decoder's own attention over all positions of the pass."""
         if self.own_attention is None:
             rows = (x.transpose(1, 2) for x in (query, key, value))
-            return causal_attention(*rows, window=self.window, scale=self.scale, softcap=self.softcap, sinks=sinks)
+            return causal_attention(*rows, window=self.window, scale=self.score_scale, softcap=self.softcap, sinks=sinks)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = part(self.layer, self.family.attention)
@@ -172,7 +174,7 @@ class FamilyBlock(nn.Module):
         function = self.own_attention if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
         # Only what the decoder passes itself: a scale that is left out may be rounded in another way.
         known = {
-            "scaling": getattr(attention, "scaling", None),
+            "scaling": 1.0 if self.family.scaled_query else getattr(attention, "scaling", None),
             "sliding_window": None if self.window is None else self.window + 1,
             "softcap": self.softcap,
             "s_aux": sinks,
@@ -219,6 +221,8 @@ class FamilyBlock(nn.Module):
         for path in self.family.mlp_parts:
             x = part(self.layer, path)(x)
             x = x[0] if isinstance(x, tuple) else x  # a mixture of experts may return its router's choices too
+        if self.family.mlp_dropout is not None:
+            x = F.dropout(x, self.family.mlp_dropout(self.layer), self.layer.training)
         return self._scaled(self._through(self.family.mlp_out, x))
 
     def _scaled(self, update: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class Family:
         attention_in, attention_out: applied to the attention's input, and to its output before the residual is added.
         output_dropout: attention -> rate of a dropout on its output that is no module.
         mlp_in, mlp_out: as ``attention_in`` and ``attention_out``, of the MLP.
+        mlp_dropout: block -> as ``output_dropout``, of the MLP.
         residual_factor: attribute of a block: factor on what attention and MLP add to the residual.
         parallel: block -> whether attention and MLP read the same input.
         residual_first: where they do, the sum begins with the residual; otherwise it ends with it.
@@ -85,6 +86,7 @@ class Family:
         rotate: (query, key, cos, sin), each (B, heads, P, K) and (B, P, R) -> query, key; None = the decoder's own.
         window: attention -> keys that it sees, itself included.
         scale: attention -> factor of the scores; None = its ``scaling``, or head width ** -0.5.
+        scaled_query: the factor is put on the queries; otherwise on the scores, which rounds in another way.
         softcap: attribute of the attention: c of c tanh(score / c).
         sinks: attribute of the attention: one score a head (H,) that joins the softmax and has no value.
         dropout: attention -> rate on attention weights in training.
@@ -115,6 +117,7 @@ class Family:
     output_dropout: Callable[[nn.Module], float] | None = None
     mlp_in: tuple[str, ...] = ()
     mlp_out: tuple[str, ...] = ()
+    mlp_dropout: Callable[[nn.Module], float] | None = None
     residual_factor: str | None = None
     parallel: Callable[[nn.Module], bool] | None = None
     residual_first: bool = False
@@ -134,6 +137,7 @@ class Family:
     rotate: Callable[..., tuple[Tensor, Tensor]] | None = None
     window: Callable[[nn.Module], int | None] = no_window
     scale: Callable[[nn.Module], float] | None = None
+    scaled_query: bool = False
     softcap: str | None = None
     sinks: str | None = None
     dropout: Callable[[nn.Module], float] | None = None

@@ -27,13 +27,13 @@ WINDOW = 3  # keys that a sliding window sees meanwhile
 ROUNDINGS = {torch.bfloat16: 4, torch.float16: 4}
 ROUGH = {torch.bfloat16: 0.2, torch.float16: 0.05}  # of attention by another kernel
 
-ATTENTION = "query_norm, key_norm, norm_after_rotation, rotates, rotated, rotate, scale, softcap, sinks, window, clip, fused and split"
+ATTENTION = "query_norm, key_norm, norm_after_rotation, rotates, rotated, rotate, scale, scaled_query, softcap, sinks, window, clip, fused and split"
 BEFORE = {  # what lies between a module and the one before it
-    "block": "embedding_scale, embedding_factor, embedding_out, embedding_dropout, position_embedding, attention_in",
+    "block": "embedding_scale, embedding_factor, embedding_out, embedding_dropout, position_embedding, position_offset, attention_in",
     "output": ATTENTION,
     "mlp": "attention_out, output_dropout, residual_factor, parallel, residual_first, mlp_in",
-    "next": "mlp, mlp_out, residual_factor, residual_first, attention_in",
-    "head": "final_norm, mlp_out",
+    "next": "mlp, mlp_out, mlp_dropout, residual_factor, residual_first, attention_in",
+    "head": "final_norm, mlp_out, mlp_dropout",
     "logits": "logit_factor, logit_divisor, logit_softcap",
 }
 
@@ -153,7 +153,7 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             error,
             f"in training mode it computes something else (logits differ by {error:.1e} of their size), so it has a dropout or another noise that "
-            "no module shows: output_dropout, embedding_dropout, dropout; or set its rate to 0 in the config",
+            "no module shows: output_dropout, mlp_dropout, embedding_dropout, dropout; or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:

@@ -71,6 +71,7 @@ DESCRIBED: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("NanoChat", PLAIN | {"final_logit_softcapping": 5.0}),
     "seed_oss": ("SeedOss", PLAIN),
     "starcoder2": ("Starcoder2", ROPE | {"sliding_window": 5}),
+    "opt": ("OPT", ROPE | {"num_key_value_heads": 4, "word_embed_proj_dim": 24, "ffn_dim": 40, "pad_token_id": 0}),
     "gpt_bigcode": ("GPTBigCode", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61}),
     "gpt_bigcode_by_head": ("GPTBigCode", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61, "multi_query": False}),
 }

@@ -13,6 +13,7 @@ import torch
 from strategies import randomized
 
 import lrt
+from lrt.commands.bench import adapted
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.data.tokenizer import load_tokenizer
 from lrt.decoding.generation import complete
@@ -79,6 +80,14 @@ def test_the_benchmark_ends_with_one_json_object():
     assert {row["batch"] for row in result["decode"]} == {1, 2}
     assert [row["method"] for row in result["prefill"]] == ["plain", "refine(1)", "fixed_point(5 sweeps)", "exact"]
     assert all(row["us_per_step"] > 0 and row["share_of_copy"] > 0 for row in result["decode"])
+
+
+def test_steps_of_an_adapted_decoder_are_timed_beside_transformers(tmp_path, capsys):
+    out, rows = tmp_path / "speed.json", ["plain", "transformers", "aligned, a fifth, weights (0, 1)"]
+    assert adapted.main(["--size", "tiny", "--rows", "2", "--length", "16", "--turns", "1", "--steps", "1", "--out", str(out), "--only", *rows]) == 0
+    result = json.loads(out.read_text())
+    assert [row["variant"] for row in result["steps"]] == rows and result["failed"] == {} and result["steps"][0]["ratio"] == 1.0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 
 
 @pytest.mark.parametrize(
