@@ -113,7 +113,9 @@ def test_compute_is_what_the_twin_would_spend_on_so_many_tokens():
     assert steps("recurrence=false", "schedule.kind=baseline") == 1000 and 1 <= one < 1.02 < two < 2.1
     assert steps("schedule.kind=refine") == round(1000 / two)
     assert steps(LATE) == round(1000 / (0.5 * one + 0.5 * two))
-    mixed = 0.25 * one + 0.75 * (0.5 * one + 0.3 * two + 0.2 * relative(lrt.interleaved(2)))
+    fed = relative(lrt.refine(1, weights=(0, 1), cut_gradient="initialization"))
+    assert fed < 1.35  # the first pass ends at the source and has no backward
+    mixed = 0.25 * one + 0.75 * (0.5 * one + 0.3 * fed + 0.2 * relative(lrt.interleaved(2)))
     assert steps(MIXED) == round(1000 / mixed)
     assert steps(LATE, compute=1) == 1
     assert steps("schedule.kind=refine", "training.stage=memory") > steps(
