@@ -57,13 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     other.add_argument("--compare", choices=["zero"], help="also continue without memory")
     talk = "a conversation in the tokenizer's chat template; an empty line begins anew"
     other.add_argument("--chat", action="store_true", help=talk)
+    parser.add_argument("--single-turn", action="store_true", help="only with --chat: every line is a conversation of its own")
     parser.add_argument("--system", help="only with --chat: the system message")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args(arguments)
-    if args.system is not None and not args.chat:
-        parser.error("--system is the first message of a conversation: use it with --chat")
+    if (args.system is not None or args.single_turn) and not args.chat:
+        parser.error("--system and --single-turn are of a conversation: use them with --chat")
     return framed(lambda: _until_interrupted(args), interrupted="no text was written")
 
 
@@ -98,8 +99,9 @@ def converse(args: argparse.Namespace, model: Any, tokenizer: Any, chat: Chat, t
     opening = [] if args.system is None else [Message("system", args.system)]
     messages = list(opening)
     while (line := read_line() if text is None else text) is not None:
-        if not line.strip():
+        if args.single_turn or not line.strip():
             messages = list(opening)
+        if not line.strip():
             continue
         messages.append(Message("user", line))
         new = stream(args, model, tokenizer, chat.prompt(messages), "", ends=chat.stop_ids)

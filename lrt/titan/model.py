@@ -56,6 +56,7 @@ class Trainee(LatentRecurrentModel):
     ) -> None:
         trained = from_config(recipe.schedule) if recipe.recurrence is not None else None
         super().__init__(backbone, blocks, recipe.recurrence, train_schedule=trained)
+        self.recipe = recipe
         self.timetable = plan_timetable(recipe, steps=recipe.training.steps or 0)
         last = single(self.timetable.stretches[-1].schedule)
         self.scored = replace(last, weights="paper") if hasattr(last, "weights") else last  # type: ignore[type-var]

@@ -162,6 +162,8 @@ REFUSED = {
     "activation_checkpoint.mode = 'memory_budget'": {"activation_checkpoint": {"mode": "memory_budget"}},
     "compile.backend = 'eager'": {"compile": {"enable": True, "backend": "eager"}},
     "compile.components = ['loss']": {"compile": {"enable": True, "components": ["loss"]}},
+    'optimizer.matrix_lr has no effect on optimizer.name = "AdamW"': {"optimizer": {"matrix_lr": 0.1}},
+    'optimizer.lr = 0.1 has no effect on optimizer.name = "Muon"': {"optimizer": {"name": "Muon", "lr": 0.1}},
     "recurrence = False: the twin without memory is a flavor": {"recurrence": False},
     "model.flavor = '13l': use one of tiny, 12l": {"model": {"flavor": "13l"}},
 }

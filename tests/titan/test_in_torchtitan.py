@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from runs import ROOT
-from titan_runs import environment, launch, needs_torchtitan, run_jobs, titan_arguments
+from titan_runs import ADAMW, MUON, environment, launch, needs_torchtitan, run_jobs, titan_arguments
 
 import lrt
 from lrt.conversion import convert
@@ -73,16 +73,18 @@ def test_the_debug_recipe_by_both_commands(tmp_path):
     )
 
 
-def test_a_resumed_job_ends_where_an_uninterrupted_one_does(tmp_path):
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_resumed_job_ends_where_an_uninterrupted_one_does(tmp_path, optimizer):
     """Also out of a phase in which the memory rests, and in the middle of the data."""
     options = ["--checkpoint.enable", "--checkpoint.interval", "4", "--checkpoint.no-last_save_model_only"]
-    whole = titan_arguments(tmp_path / "whole", PHASES, *options)
+    whole = titan_arguments(tmp_path / "whole", PHASES, *options, optimizer=optimizer)
     first = run_jobs(tmp_path / "first", {"whole": {"titan": whole}})["whole"]
     assert "error" not in first, first["error"]
     shutil.copytree(tmp_path / "whole" / "checkpoint" / "step-4", tmp_path / "again" / "checkpoint" / "step-4")
-    again = run_jobs(tmp_path / "second", {"again": {"titan": titan_arguments(tmp_path / "again", PHASES, *options)}})[
-        "again"
-    ]
+    again = run_jobs(
+        tmp_path / "second",
+        {"again": {"titan": titan_arguments(tmp_path / "again", PHASES, *options, optimizer=optimizer)}},
+    )["again"]
     assert again["losses"] == first["losses"][4:]
     assert all(torch.equal(again["weights"][name], tensor) for name, tensor in first["weights"].items())
     stored = open_model(tmp_path / "whole" / "checkpoint" / "step-4").model

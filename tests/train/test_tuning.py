@@ -249,7 +249,12 @@ def test_a_model_answers_in_its_template(talks, finished, decoder, tmp_path, mon
         chat = open_chat(load_tokenizer(template), template)
         first, second, third = asked[-3:]
         assert first == third == chat.prompt([Message("user", "1+1?")]) and second[: len(first)] == first and len(second) > len(first) + 3
-    assert capsys.readouterr().err.count("memory mode decode") == 6
+        again = iter(["1+1?", "2?", "2?"])
+        monkeypatch.setattr(generate, "read_line", lambda lines=again: next(lines, None))
+        options = ["--chat", "--single-turn", "--max-new-tokens", "3", "--prefill", "exact", "--device", "cpu"]
+        assert generate.main([str(folder), *options]) == 0
+        assert asked[-3] == first and asked[-2] == asked[-1] == chat.prompt([Message("user", "2?")])
+    assert capsys.readouterr().err.count("memory mode decode") == 12
     with pytest.raises(SystemExit):
         generate.main([str(finished.folder), "--system", "x"])
 
