@@ -21,7 +21,7 @@ import torch
 
 from lrt.commands.evaluate import Bar
 from lrt.commands.frame import framed
-from lrt.commands.options import MOST_ROWS, at_least
+from lrt.commands.options import MOST_ROWS, at_least, path
 from lrt.eval.core import TASKS, CoreScores, download
 from lrt.eval.core.folders import CoreSettings, core_of_folder
 from lrt.eval.core.scoring import difference_line
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--bundle",
+        type=path,
         metavar="PATH",
         help="eval_bundle.zip or its folder (default: the downloaded one, or nanochat's own)",
     )
@@ -118,14 +119,14 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of a prompt at most; longer ones lose the left (default: as trained)",
     )
     add("--rows", type=at_least(1, most=MOST_ROWS), metavar="B", help="rows that run at once (default: as many as fit)")
-    add("--tokenizer", help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
-    add("--base", help="the decoder of a folder that holds the memory alone")
+    add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
+    add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
     add(
         "--dtype",
         choices=["float32", "bfloat16", "float64"],
         help="of the model (default: bfloat16 on CUDA, float32 elsewhere)",
     )
-    add("--json", metavar="OUT", help="write the last line to a file, with every single answer")
-    add("--against", metavar="JSON", help="of another model, by --json: print the difference on the same items")
+    add("--json", type=path, metavar="OUT", help="write the last line to a file, with every single answer")
+    add("--against", type=path, metavar="JSON", help="of another model, by --json: the difference on the same items")
     return parser

@@ -16,6 +16,7 @@ from fuzzing import ODD, shown, tries
 import lrt
 from lrt.__main__ import COMMANDS, main
 from lrt.data import load_tokenizer
+from lrt.eval.core import TASKS
 
 CODES = (0, 1, 2, 130, 141)
 NUMBERS = ("0", "1", "2", "-1", "3.5", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "x", "", "٣", "0x10", "1_0")
@@ -31,6 +32,7 @@ convert --from lrt --to hf --input {place}/model --output {out} --dtype bf16 --s
 inspect {place}/model
 evaluate {place}/model --data {place}/texts/a.txt --memory zero --tokens 64 --rows 2 --sequence-length 16 --dtype float32
 evaluate {place}/model --data {place}/a.jsonl --memory decode --decode refine:1 --tokens 8 --rows 1 --sequence-length 4
+core {place}/model --bundle {place}/bundle --tasks copa --items 2 --memory zero --max-length 16 --rows 2 --json {out}
 compare {place}/model {place}/empty --out {out}
 diagnose {place}/model --out {out} --data {place}/texts/a.txt --rows 2 --sequence-length 16 --decode-tokens 0 --sweeps 2
 sweep {place}/run.toml --out {out}
@@ -52,6 +54,9 @@ def write_place(place: Path) -> None:
     (place / "a.jsonl").write_text('{"text": "a"}\n')
     (place / "file").write_text("a file\n")
     (place / "binary.parquet").write_bytes(random.Random(0).randbytes(999))
+    copa = place / "bundle" / TASKS["copa"].file
+    copa.parent.mkdir(parents=True)
+    copa.write_text('{"query": "It rained, so", "choices": ["wet.", "dry."], "gold": 0}\n' * 3)
     (place / "empty").mkdir()
     (place / "locked").mkdir(mode=0o500)
     (place / "run.toml").write_text("[training]\nsteps = 1\n")

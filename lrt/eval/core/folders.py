@@ -17,6 +17,8 @@ from lrt.eval.core.tasks import tasks_named
 from lrt.eval.folders import memory_modes, row_length_of, rows_that_fit
 from lrt.eval.processes import Processes
 
+LONGEST_PROMPTS = 2  # rows of training that the tasks' prompts take at most, where they are not cut
+
 
 @dataclass(frozen=True)
 class CoreSettings:
@@ -87,7 +89,7 @@ def core_of_folder(
     check_finite(model, where=opened.folder)
     tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
     longest = settings.longest or row_length_of(model)
-    rows = settings.rows or rows_that_fit(model, longest)
+    rows = settings.rows or rows_that_fit(model, min(longest, LONGEST_PROMPTS * row_length_of(model)))
     scorers = {mode: ChoiceScorer(model, memory=mode, max_length=longest, rows=rows) for mode in modes}
     done, total = 0, sum(len(range(processes.rank, len(q.items), processes.size)) for q in questions)
 
