@@ -289,7 +289,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "types", "padding", "rotary", "huggingface.registration"],
+    ["config", "installed", "types", "padding", "rotary", "huggingface.registration"],
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],

@@ -197,7 +197,7 @@ class Own:
 def test_a_schedule_of_ones_own_runs_or_its_plan_is_refused():
     """Plans of other shapes were an IndexError, or ran as something else."""
     model = small().train()
-    ids = torch.arange(16).reshape(2, 8)
+    ids = torch.arange(16).reshape(2, 8) % 13
     whole = (0, 8, 1, 0, "zero")
     right = [
         ([whole], (1.0,)),
@@ -218,5 +218,5 @@ def test_a_schedule_of_ones_own_runs_or_its_plan_is_refused():
         ([whole], (1.0, 1.0), "no pass belongs to loss group 1 of 2"),
         ([whole, (0, 8, 1, 1, "all")], (1.0,), r"a pass belongs to loss group 1, but group_weights has 1"),
     ):
-        with pytest.raises(ValueError, match=f"the schedule's plan for 8 positions cannot be run: {words}"):
+        with pytest.raises(ValueError, match=f"the schedule's plan for 8 positions cannot be run: .*{words}"):
             model(ids, labels=ids, schedule=Own(plan, weights))

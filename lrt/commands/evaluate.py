@@ -4,6 +4,7 @@
     python tools/evaluate.py runs/lrt_tiny/export --data my_text.txt --json scores.json
     python tools/evaluate.py FOLDER --data a.parquet b.parquet --memory decode --documents documents.npz
     torchrun --nproc_per_node=8 tools/evaluate.py FOLDER --data tokenized
+    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match of answers, in place of bits per byte
 
 The last line of stdout is one JSON object. decode is exact unless --decode names a faster way, whose error on a sample of
 rows is printed beside the score.
@@ -14,13 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lrt.commands.chat import template
 from lrt.commands.frame import framed
 from lrt.commands.options import at_least, parse_prefill, path
+from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.data.conversations import read_examples
+from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
 
@@ -40,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     for option in (args.json, args.documents):
         if option is not None and not Path(option).resolve().parent.is_dir():
             raise ValueError(f"{option} cannot be written: there is no folder {Path(option).resolve().parent}")
+    if args.answers is not None:
+        return ask(args, settings)
     with joined() as processes:
         bar = Bar(sys.stderr if processes.main else None)
         with bar:
@@ -52,6 +60,29 @@ def run(args: argparse.Namespace) -> int:
     if args.documents is not None:
         found.documents().save(args.documents)
     print(found.table())
+    print(line)
+    return 0
+
+
+def ask(args: argparse.Namespace, settings: Settings) -> int:
+    """Let the model answer conversations, and count the right answers."""
+    if settings.memory == "parallel":
+        raise ValueError("--memory parallel has no answers, because an answer is decoded: use decode, zero or all")
+    device = own_device(args.device)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    opened = open_model(args.folder, base=settings.base, dtype=settings.dtype or default, device=device)
+    tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
+    chat = template(opened, tokenizer, name=settings.tokenizer)
+    examples = read_examples(args.answers, key="--answers")
+    modes = MODES if settings.memory == "all" else (settings.memory,)
+    began = time.perf_counter()
+    found = exact_match(opened.model, examples, chat, tokenizer, modes=modes, max_new_tokens=args.answer_tokens)
+    table = {mode: {"value": one.value, "by_steps": one.by_steps} for mode, one in found.items()}
+    line = json.dumps({"exact_match": table, "answers": len(examples), "seconds": round(time.perf_counter() - began, 3)})
+    if args.json is not None:
+        Path(args.json).write_text(line + "\n", encoding="utf-8")
+    print(f"{opened.folder}: exact match of {len(examples)} answers, the first of them {next(iter(found.values())).first!r}")
+    print("\n".join(f"  {mode}: {one.describe()}" for mode, one in found.items()))
     print(line)
     return 0
 
@@ -105,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")
+    add("--answers", type=path, metavar="JSONL", help="conversations whose answers are compared with the model's; nothing else is scored then")
+    add("--answer-tokens", type=at_least(1), default=96, help="of an answer at most (default: 96)")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
     add("--json", type=path, metavar="OUT", help="write the last line to a file too")

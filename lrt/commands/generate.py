@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
+from lrt.commands.chat import template
 from lrt.commands.frame import framed
 from lrt.commands.options import parse_prefill, path
 from lrt.config.files import read_text
-from lrt.conversion.opening import Opened, open_model, open_tokenizer
-from lrt.data.chat import TEMPLATE, Chat, Message, open_chat
+from lrt.conversion.opening import open_model, open_tokenizer
+from lrt.data.chat import Chat, Message
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
@@ -56,13 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     other.add_argument("--compare", choices=["zero"], help="also continue without memory")
     talk = "a conversation in the tokenizer's chat template; an empty line begins anew"
     other.add_argument("--chat", action="store_true", help=talk)
+    parser.add_argument("--single-turn", action="store_true", help="only with --chat: every line is a conversation of its own")
     parser.add_argument("--system", help="only with --chat: the system message")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, float32 elsewhere")
     args = parser.parse_args(arguments)
-    if args.system is not None and not args.chat:
-        parser.error("--system is the first message of a conversation: use it with --chat")
+    if (args.system is not None or args.single_turn) and not args.chat:
+        parser.error("--system and --single-turn are of a conversation: use them with --chat")
     return framed(lambda: _until_interrupted(args), interrupted="no text was written")
 
 
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
     if args.chat:
-        return converse(args, modes["decode"], tokenizer, template(args, opened, tokenizer), text)
+        return converse(args, modes["decode"], tokenizer, template(opened, tokenizer, name=args.tokenizer), text)
     if text is None:
         while (line := read_line()) is not None:
             continue_text(args, modes, tokenizer, line)
@@ -92,20 +94,14 @@ def run(args: argparse.Namespace) -> None:
     continue_text(args, modes, tokenizer, text)
 
 
-def template(args: argparse.Namespace, opened: Opened, tokenizer: Any) -> Chat:
-    """The chat template beside the tokenizer, or that of the run's own tokenizer."""
-    places = [args.tokenizer, opened.folder, None if opened.recipe is None else opened.recipe.data.tokenizer]
-    found = next((place for place in places if place is not None and (Path(place) / TEMPLATE).is_file()), args.tokenizer or opened.folder)
-    return open_chat(tokenizer, found)
-
-
 def converse(args: argparse.Namespace, model: Any, tokenizer: Any, chat: Chat, text: str | None) -> None:
     """Answer one message, or one line after the other."""
     opening = [] if args.system is None else [Message("system", args.system)]
     messages = list(opening)
     while (line := read_line() if text is None else text) is not None:
-        if not line.strip():
+        if args.single_turn or not line.strip():
             messages = list(opening)
+        if not line.strip():
             continue
         messages.append(Message("user", line))
         new = stream(args, model, tokenizer, chat.prompt(messages), "", ends=chat.stop_ids)

@@ -10,6 +10,7 @@ import sys
 from lrt.commands.frame import framed
 from lrt.commands.torchtitan import hand_over, refuse_torchtitan
 from lrt.config import load_recipe, shipped_recipes
+from lrt.config.environment import place_of_process
 
 ENGINE = "whose trainer runs: lrt's own (default), or torchtitan's with lrt.titan, for recipes/titan_*.toml (docs/torchtitan.md)"
 OVERRIDE = "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             from lrt.train.dry_run import dry_run
 
-            if int(os.environ.get("RANK", 0)) == 0:
-                world_size = args.gpus or os.environ.get("WORLD_SIZE")
-                print(dry_run(recipe, world_size=None if world_size is None else int(world_size)))
+            place = place_of_process()
+            if place.rank == 0:
+                print(dry_run(recipe, world_size=args.gpus or (place.size if "WORLD_SIZE" in os.environ else None)))
             return 0
         from lrt.train.monitor.faults import HangError, NonFiniteError, NotSavedError
         from lrt.train.trainer import train

@@ -59,8 +59,8 @@ def path_errors(r: Any) -> list[str]:
             errors.append(
                 f"{key} = {value!r} is empty, perhaps an unset variable: give a path (. is the present folder)"
             )
-        elif isinstance(value, str) and "\0" in value:
-            errors.append(f"{key} = {value!r} holds a zero byte, which no path has: give another path")
+        elif isinstance(value, str) and any(ord(character) < 32 for character in value):
+            errors.append(f"{key} = {value!r} holds a zero byte, a line break or the like: give another path")
         elif isinstance(value, str) and longest_part(value) > LONGEST_NAME:
             errors.append(f"{key} = {value[:100]!r}... has a name of more than {LONGEST_NAME} bytes: give another path")
     return errors + _name_errors(r.run.name)

@@ -49,7 +49,7 @@ class Settings:
         rows: of a batch on one process; None = as many as fit.
         tokenizer: as ``lrt.data.load_tokenizer`` takes it; None = the model's own.
         base: the decoder of a folder that holds the memory alone.
-        text_column: of parquet files.
+        text_column: of parquet, CSV and JSON lines.
         decode: how mode decode is scored; exact() unless asked otherwise.
         dtype: of the model; None = bfloat16 on CUDA, float32 elsewhere.
     """
@@ -157,6 +157,11 @@ def evaluate_folder(
         ValueError: no such model, weights that are not numbers, a tokenizer or data that do not fit, or a memory mode
             that the model lacks.
     """
+    if settings.memory in ("zero", "parallel") and not isinstance(settings.decode, Exact):
+        raise ValueError(
+            f"--decode {settings.decode} has no effect with --memory {settings.memory}, because nothing is scored in mode decode: "
+            f"leave one out, or use --memory decode or all"
+        )
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     opened = open_model(path, base=settings.base, dtype=settings.dtype or default, device=device)
     model = opened.model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +10,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lrt.config.environment import not_met, place_of_process
 
 
 class Sharing(Protocol):
@@ -57,12 +58,19 @@ class Processes:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the other processes of torchrun over gloo: what is shared are small sums on the CPU."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    """Join the other processes of torchrun over gloo: what is shared are small sums on the CPU.
+
+    Raises:
+        ValueError: the processes do not find each other.
+    """
+    size = place_of_process().size
     if size == 1:
         yield Processes()
         return
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise not_met(error) from None
     try:
         yield Processes(dist.get_rank(), size)
     finally:
@@ -75,7 +83,7 @@ def own_device(name: str | None) -> torch.device:
     Raises:
         ValueError: it cannot be used here.
     """
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = place_of_process().local
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu") if name is None else _parsed(name)
     try:
         torch.empty(0, device=device)

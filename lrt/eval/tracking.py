@@ -39,8 +39,8 @@ from lrt.train.optim.rates import rates_at
 SHORTEST = 4  # inputs of the first rows
 KNOWN = 0.1  # nats below which rows grow; from half of the steps on they have their full length in any case
 GROWTH = 1.25
-LEARNED = 2e-3  # nats at full length below which, for so many steps, training ends early
-LEARNED_STEPS = 10
+LEARNED = 2e-4  # nats at full length below which, for so many steps, training ends early
+LEARNED_STEPS = 20
 TEST_ROWS = 64
 VARIANTS = ("sequential", "plain", "refine:1", "refine:4", "refine:16")
 

@@ -56,6 +56,13 @@ def refuse_whole(model: LatentRecurrentModel) -> None:
     decoder = decoder_of(model)
     if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
         raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
+    embeddings = getattr(decoder, "get_input_embeddings", lambda: None)()
+    rows = getattr(getattr(embeddings, "weight", None), "shape", (model.vocab_size,))[0]
+    if rows != model.vocab_size:
+        raise ValueError(
+            f"the decoder's embeddings were resized after lrt.adapt, to {rows} from {model.vocab_size}: lrt.release(model), resize them, "
+            f"and adapt again"
+        )
 
 
 def describe_decoder(decoder: Any) -> dict[str, Any]:

@@ -175,3 +175,26 @@ def llama3(recipe: Recipe, make: Callable[[], Any]) -> Trainee:
         return model
 
     return Trainee(*parts()[1:], recipe, whole=whole)
+
+
+# ------------------------------------------------------------------ names
+
+_ENDS = {"backbone.embedding.": "tok_embeddings.", "backbone.norm.": "norm.", "backbone.head.": "output."}
+
+
+def titan_name(name: str) -> str | None:
+    """torchtitan's name of a parameter of the decoder; None for one of the memory."""
+    for own, theirs in _ENDS.items():
+        if name.startswith(own):
+            return theirs + name.removeprefix(own)
+    first, index, kind, *rest = name.split(".")
+    return ".".join(["layers", index, *rest[1:]]) if (first, kind) == ("blocks", "block") else None
+
+
+def own_name(name: str) -> str:
+    """Our name of a parameter of torchtitan's Transformer."""
+    for own, theirs in _ENDS.items():
+        if name.startswith(theirs):
+            return own + name.removeprefix(theirs)
+    _, index, rest = name.split(".", 2)
+    return f"blocks.{index}.block.layer.{rest}"

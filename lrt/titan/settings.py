@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,18 @@ import tomli_w
 
 from lrt.config import ModelConfig, Recipe, RunConfig, parse_recipe
 from lrt.config.phases import stretches
+from lrt.config.settings import OptimizerConfig
 
 NATIVE, LLAMA = "lrt", "lrt_llama3"  # model.name
 PLAIN = "plain_"  # flavors without memory
+MUON = "Muon"  # optimizer.name: our own, Muon for matrices and AdamW for the rest
+TITAN_RATE = 8e-4  # torchtitan's default of optimizer.lr
+SHARED = ("eps", "weight_decay")  # keys of [optimizer] that torchtitan has under the same name
+OPTIMIZER_KEYS = tuple(
+    f.name
+    for f in dataclasses.fields(OptimizerConfig)
+    if f.name not in (*SHARED, "betas", "kind") and not f.name.startswith("adamw")
+)
 PACKED = "lrt"  # training.dataset: rows packed by lrt, as its own trainer has them
 
 _LARGE: dict[str, Any] = {"vocab_size": 32768, "gate_channels": 32}
@@ -65,21 +75,28 @@ def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str 
     if not recurrent:
         schedule = schedule or {"kind": "baseline"}
     seed = RunConfig().seed if job.debug.seed is None else job.debug.seed
+    world = int(os.environ.get("WORLD_SIZE", 1))  # all of it is data parallel
+    rows = (
+        job.training.global_batch_size if job.training.global_batch_size > 0 else job.training.local_batch_size * world
+    )
     table = {
         "run": {"name": job.model.flavor, "seed": seed},
         "model": {**model, "sequence_length": job.training.seq_len},
         "recurrence": {"init": init, **recurrence} if recurrent else False,
         "schedule": schedule,
-        "training": {"steps": job.training.steps, "batch_tokens": job.training.seq_len},
+        "training": {"steps": job.training.steps, "batch_tokens": rows * job.training.seq_len},
+        "optimizer": optimizer_keys(job.optimizer),
+        "parallel": {"compile": job.compile.enable},
         "data": {"train": job.training.dataset_path or "demo", "tokenizer": job.model.hf_assets_path},
     }
     bare_first = dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))
     recipe = parse_recipe(tomli_w.dumps(bare_first))
+    loads = job.checkpoint.enable and job.checkpoint.initial_load_path and not job.checkpoint.initial_load_in_hf
     ramps = [f"{where}.ramp = {c.ramp}" for where, c in stretches(recipe.schedule) if c.ramp]
-    if ramps:
+    if ramps and loads:
         raise ValueError(
-            f"{ramps[0]}: the optimizer is torchtitan's, which lets no memory in step by step: leave ramp out, "
-            'and set recurrence.init = "identity"'
+            f"{ramps[0]} would add the values of recurrence.init to those of checkpoint.initial_load_path: leave one "
+            "out"
         )
     return recipe
 
@@ -109,6 +126,26 @@ def model_keys(job: Any) -> dict[str, Any]:
     if keys is None:
         raise ValueError(f"model.flavor = {job.model.flavor!r}: use one of {', '.join(FLAVORS)}")
     return {**keys, **given_model(job)}
+
+
+def optimizer_keys(table: Any) -> dict[str, Any]:
+    """Our [optimizer] of a job that names Muon; empty for torchtitan's own optimizers.
+
+    Raises:
+        ValueError: a key that the optimizer of the job does not read.
+    """
+    keys = {key: value for key in OPTIMIZER_KEYS if (value := getattr(table, key, None)) is not None}
+    if table.name != MUON:
+        if keys:
+            raise ValueError(
+                f'optimizer.{min(keys)} has no effect on optimizer.name = "{table.name}": use "{MUON}", or leave it out'
+            )
+        return {}
+    if table.lr != TITAN_RATE:
+        raise ValueError(
+            f'optimizer.lr = {table.lr} has no effect on optimizer.name = "{MUON}": use matrix_lr, head_lr ...'
+        )
+    return {**keys, **{key: getattr(table, key) for key in SHARED}, "betas": [table.beta1, table.beta2]}
 
 
 def refusals(job: Any) -> list[str]:

@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor, nn
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import BaseValidator, Validator, build_validator
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
@@ -24,14 +24,25 @@ from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from lrt.config import DataConfig, ModelConfig, RecurrenceConfig, ScheduleConfig
+from lrt.config.settings import OptimizerConfig
 from lrt.data import build_loader, check_vocabulary, load_tokenizer
-from lrt.titan.llama3 import llama3
-from lrt.titan.model import Trainee, grouped_loss, native, parallel_form, parameters_and_flops, with_state
+from lrt.titan.llama3 import llama3, own_name, titan_name
+from lrt.titan.model import (
+    Trainee,
+    grouped_loss,
+    native,
+    parallel_form,
+    parameters_and_flops,
+    with_entrance,
+    with_state,
+)
 from lrt.titan.settings import (
     FLAVORS,
     LLAMA,
     MODEL_KEYS,
+    MUON,
     NATIVE,
+    OPTIMIZER_KEYS,
     PACKED,
     PLAIN,
     given_model,
@@ -40,6 +51,9 @@ from lrt.titan.settings import (
     recipe_of,
 )
 from lrt.train.checkpoint.starting_model import check_separator
+from lrt.train.distributed.parallel import named_parameters
+from lrt.train.optim.groups import MuonAdamW, parameter_groups
+from lrt.train.optim.rates import rates_at
 
 # ------------------------------------------------------------------ the config
 
@@ -82,6 +96,10 @@ ScheduleTable = _table(ScheduleConfig, fixed=("mix", "phases"))
 ModelTable = _table(ModelConfig, left_open=MODEL_KEYS, without=("sequence_length",))
 
 
+_NOT_MUON = tuple(f.name for f in fields(OptimizerConfig) if f.name not in OPTIMIZER_KEYS)
+OptimizerTable = _table(OptimizerConfig, left_open=OPTIMIZER_KEYS, without=_NOT_MUON)
+
+
 @dataclass
 class JobConfig:
     """What lrt adds to torchtitan's JobConfig."""
@@ -89,6 +107,7 @@ class JobConfig:
     recurrence: RecurrenceTable = field(default_factory=RecurrenceTable)  # type: ignore[valid-type]
     schedule: ScheduleTable = field(default_factory=ScheduleTable)  # type: ignore[valid-type]
     model: ModelTable = field(default_factory=ModelTable)  # type: ignore[valid-type]
+    optimizer: OptimizerTable = field(default_factory=OptimizerTable)  # type: ignore[valid-type]
 
 
 # ------------------------------------------------------------------ models
@@ -148,8 +167,13 @@ def llama_recipe(job: Any) -> Any:
     keys = given_model(job)
     if keys.keys() - {"vocab_size"}:
         raise ValueError(
-            f"model.{min(keys.keys() - {'vocab_size'})} has no effect on torchtitan's Llama 3, whose sizes are those of "
-            "model.flavor: leave it out, or choose another flavor"
+            f"model.{min(keys.keys() - {'vocab_size'})} has no effect on torchtitan's Llama 3, whose sizes are the "
+            "flavor's: "
+            "leave it out, or choose another model.flavor"
+        )
+    if job.optimizer.name == MUON:
+        raise ValueError(
+            f'optimizer.name = "{MUON}" knows the parameters of model.name = "{NATIVE}" alone: use AdamW for Llama 3'
         )
     sizes = {"n_layers": args.n_layers, "width": args.dim, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads}
     none = {"vocab_multiple": 1, "value_embeddings": "none", "softcap": "none"}
@@ -295,9 +319,34 @@ def validator(**parts: Any) -> BaseValidator:
 # ------------------------------------------------------------------ optimizers and the specs
 
 
+class MuonOptimizers(OptimizersContainer):
+    """Our Muon and AdamW under torchtitan's learning rates; momentum and weight decay follow the step as with us.
+
+    Args:
+        model: in its parallel form.
+    """
+
+    def __init__(self, model: Trainee) -> None:
+        recipe = model.recipe
+        groups = parameter_groups(named_parameters(model), recipe)
+        self.model_parts = [model]
+        self.optimizers = [MuonAdamW(groups, compile=recipe.parallel.compile)]
+        self._post_init(list(model.parameters()), {})
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        (model,), (optimizer,) = self.model_parts, self.optimizers
+        training, settings = model.recipe.training, model.recipe.optimizer
+        rates = rates_at(model.step(), total=training.steps or 0, training=training, optimizer=settings)
+        optimizer.set_momentum(rates)
+        optimizer.step()
+
+
 def optimizers(model_parts: list[Any], *settings: Any, **more: Any) -> Any:
-    """torchtitan's optimizers, with a state for every parameter."""
-    return with_state(build_optimizers(model_parts, *settings, **more), model_parts[0])
+    """torchtitan's optimizers, with a state for every parameter; or ours, where ``optimizer.name = "Muon"``."""
+    (model,) = model_parts
+    if settings[0].name == MUON:
+        return with_entrance(MuonOptimizers(model), model)
+    return with_entrance(with_state(build_optimizers(model_parts, *settings, **more), model), model)
 
 
 def schedulers(containers: Any, *settings: Any) -> Any:
@@ -317,27 +366,7 @@ class LlamaAdapter(Llama3StateDictAdapter):
         return super().to_hf({name: tensor for name, tensor in theirs.items() if name is not None})
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {_own_name(name): tensor for name, tensor in super().from_hf(hf_state_dict).items()}
-
-
-_ENDS = {"backbone.embedding.": "tok_embeddings.", "backbone.norm.": "norm.", "backbone.head.": "output."}
-
-
-def titan_name(name: str) -> str | None:
-    """torchtitan's name of a parameter of the decoder; None for one of the memory."""
-    for own, theirs in _ENDS.items():
-        if name.startswith(own):
-            return theirs + name.removeprefix(own)
-    first, index, kind, *rest = name.split(".")
-    return ".".join(["layers", index, *rest[1:]]) if (first, kind) == ("blocks", "block") else None
-
-
-def _own_name(name: str) -> str:
-    for own, theirs in _ENDS.items():
-        if name.startswith(theirs):
-            return own + name.removeprefix(theirs)
-    _, index, rest = name.split(".", 2)
-    return f"blocks.{index}.block.layer.{rest}"
+        return {own_name(name): tensor for name, tensor in super().from_hf(hf_state_dict).items()}
 
 
 def _spec(args: dict[str, Any], recipe: Callable[[Any], Any], adapter: Any = None) -> TrainSpec:

@@ -29,13 +29,14 @@ def open_core(recipe: Recipe) -> tuple[Questions, ...]:
     for task in tasks:
         if config.core_items <= task.shots:
             raise ValueError(
-                f"evaluation.core_items = {config.core_items}, but {task.name} shows {task.shots} other items as examples: use "
-                f"{task.shots + 1} or more"
+                f"evaluation.core_items = {config.core_items}, but {task.name} shows {task.shots} other items as "
+                f"examples: use {task.shots + 1} or more"
             )
     found, missing = find_questions(tasks, bundle=find_bundle(config.core_bundle), limit=config.core_items)
     if missing:
         lines = "; ".join(f"{name}: {what}" for name, what in missing.items())
-        raise ValueError(f"evaluation.core: there are no data of {len(missing)} tasks ({lines.replace('--bundle PATH', 'evaluation.core_bundle')})")
+        lines = lines.replace("--bundle PATH", "evaluation.core_bundle")
+        raise ValueError(f"evaluation.core: there are no data of {len(missing)} tasks ({lines})")
     return tuple(found)
 
 
@@ -59,7 +60,14 @@ def ask_core(run: Run, *, progress: Callable[[], None]) -> dict[str, Any]:
     eager = torch.compiler.set_stance("force_eager") if recipe.parallel.compile else contextlib.nullcontext()
     with eager:  # rows of every length are too many shapes to compile
         scores = [
-            ask(scorers, one, tokenizer=run.tokenizer, longest=longest, processes=run.world, progress=lambda items: progress())
+            ask(
+                scorers,
+                one,
+                tokenizer=run.tokenizer,
+                longest=longest,
+                processes=run.world,
+                progress=lambda items: progress(),
+            )
             for one in run.core
         ]
     model.train(training)

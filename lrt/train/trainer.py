@@ -38,6 +38,7 @@ from lrt.train.horizon import plan_horizon, rest_of
 from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
 from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
+from lrt.train.monitor.notes import opening_notes
 from lrt.train.monitor.profiling import profiler
 from lrt.train.monitor.sinks import Guarded, open_sinks
 from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups, rate_of
@@ -133,6 +134,8 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
             begin_ramp(entrance, _tensors(model, optimizer), world)
     console = _start_folder(recipe, folder, world, total=horizon.steps, resumed=resumed, branch=branch)
     say = console.say if console is not None else lambda text: None
+    for note in opening_notes(recipe, tokenizer, world.device, steps=horizon.steps - state.step):
+        say(note)
     manager = CheckpointManager(
         folder / "checkpoints",
         config=recipe.checkpoint,

@@ -56,6 +56,7 @@ def mutated(text, drawn):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_recipes_and_overrides(tmp_path):
     texts = [path.read_text(encoding="utf-8") for path in shipped_recipes()]
     planned = 0

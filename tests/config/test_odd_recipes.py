@@ -29,6 +29,8 @@ DEEP = 5000
         ("run.output= ", r"run.output = '' is empty, perhaps an unset variable"),
         ("data.train=", r"data.train = '' is empty, perhaps an unset variable"),
         ("run.backbone=" + "m" * 5000, r"run.backbone = 'm{100}'... has a name of more than 255 bytes"),
+        ('run.backbone="a\\nb"', r"run.backbone = 'a\\nb' holds a zero byte, a line break or the like"),
+        ('data.train="a\\u0000b"', r"data.train = 'a\\x00b' holds a zero byte, a line break or the like"),
         ("training.tokens_per_parameter=1e300", r"training.tokens_per_parameter = 1e\+300: use a number above 0, at most"),
         ("recurrence.blocks=[" + ",".join(map(str, range(9000))) + "]", r"recurrence.blocks = \[0, 1, .* \.\.\. "),
         ("schedule.phases=[[1]]", r"schedule.phases\[0\] = \[1\]: expected a table, such as \{kind = ..., subsets = ...\}"),

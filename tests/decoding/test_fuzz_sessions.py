@@ -79,6 +79,7 @@ def change(model, drawn, state, rows, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_states_and_sessions(tmp_path):
     drawn, tries, operations, until = random.Random(SEED), 0, 0, time.monotonic() + SECONDS
     models = [small(), small(recurrence=RecurrenceConfig(separator=1)), small(window_pattern="SL", sequence_length=8)]

@@ -1,4 +1,4 @@
-"""CORE on constructed items of all three kinds with known answers: prompts, spans, scores, sums, and what is refused."""
+"""CORE on constructed items of all three kinds with known answers: prompts, spans, scores, sums, bad input."""
 
 from __future__ import annotations
 
@@ -19,9 +19,23 @@ import lrt
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.data import load_tokenizer
 from lrt.eval.choices import ChoiceScorer, Scored
-from lrt.eval.core import TASKS, Bundle, CoreScores, Item, Questions, Task, TaskScore, ask, download, examples_of, find_questions, in_order, spans_of
+from lrt.eval.core import (
+    TASKS,
+    Bundle,
+    CoreScores,
+    Item,
+    Questions,
+    Task,
+    TaskScore,
+    ask,
+    download,
+    examples_of,
+    find_questions,
+    in_order,
+    spans_of,
+    texts_of,
+)
 from lrt.eval.core.packages import packaged_items
-from lrt.eval.core.prompts import texts_of
 from lrt.eval.core.scoring import is_right
 from lrt.model import build_model
 
@@ -45,7 +59,7 @@ def text(context, continuation):
 
 
 def spans(given, item, examples=(), longest=1000, encode=lambda words: list(words.encode())):
-    return spans_of(given, item, examples, encode=encode, bos=256, longest=longest)
+    return spans_of(given, [encode(one) for one in texts_of(given, item, examples)], bos=256, longest=longest)
 
 
 def scored(span):
@@ -56,7 +70,7 @@ def scored(span):
 
 
 def test_prompts_of_the_three_kinds():
-    """Examples with their right answer, a blank line behind each; contexts of language modeling lose spaces at their ends."""
+    """Examples with their right answer, a blank line behind each; contexts to continue lose spaces at their ends."""
     assert texts_of(task(CHOICE, delimiter="\nAnswer: "), choice("Q2", "a", "b"), [choice("Q1", "c", "d", gold=1)]) == [
         "Q1\nAnswer: d\n\nQ2\nAnswer: a", "Q1\nAnswer: d\n\nQ2\nAnswer: b",
     ]  # fmt: skip
@@ -83,7 +97,11 @@ def test_what_is_scored():
 def test_long_prompts_lose_the_left():
     whole, cut = (spans(task(CHOICE), choice("abcdefgh", "x", "yz"), longest=n) for n in (100, 6))
     assert [scored(span) for span in cut] == [scored(span) for span in whole] == ["x", "yz"]
-    assert [len(span.tokens) for span in cut] == [6, 6] and [span.lost for span in cut] == [5, 6] and all(span.whole for span in cut)
+    assert (
+        [len(span.tokens) for span in cut] == [6, 6]
+        and [span.lost for span in cut] == [5, 6]
+        and all(span.whole for span in cut)
+    )
     (lost,) = spans(task(TEXT), text("a", "bcdefgh"), longest=4)
     assert (bytes(lost.tokens).decode(), lost.start, lost.whole) == ("efgh", 1, False)
 
@@ -102,8 +120,12 @@ def test_order_and_examples_are_those_of_nanochat():
     assert in_order(items) == theirs and in_order(items, limit=15) == theirs[:15]
     for index in (0, 7, 39):
         others = [n for n in range(40) if n != index]
-        assert examples_of(index, theirs, shots=10) == [theirs[n] for n in random.Random(1234 + index).sample(others, 10)]
-    with pytest.raises(ValueError, match="10 items, but every one is shown with 10 others as examples: use 11 items or more"):
+        assert examples_of(index, theirs, shots=10) == [
+            theirs[n] for n in random.Random(1234 + index).sample(others, 10)
+        ]
+    with pytest.raises(
+        ValueError, match="10 items, but every one is shown with 10 others as examples: use 11 items or more"
+    ):
         examples_of(0, theirs[:10], shots=10)
 
 
@@ -141,7 +163,10 @@ class Alphabet:
 
 
 KNOWN = {  # items, and which of them the alphabet answers rightly
-    CHOICE: ([choice("ab", "cde", "xyz"), choice("ab", "cde", "xyz", gold=1), choice("kl", "zz", "mno", gold=1)], [True, False, True]),
+    CHOICE: (
+        [choice("ab", "cde", "xyz"), choice("ab", "cde", "xyz", gold=1), choice("kl", "zz", "mno", gold=1)],
+        [True, False, True],
+    ),
     SCHEMA: ([schema("def", "xc", "xq"), schema("def", "xq", "xc"), schema("mno", "al", "bz")], [True, False, True]),
     TEXT: ([text("ab", "cde"), text("ab", "cdz"), text("x", "yz")], [True, False, True]),
 }
@@ -151,10 +176,15 @@ KNOWN = {  # items, and which of them the alphabet answers rightly
 def test_known_answers(kind):
     items, expected = KNOWN[kind]
     found = ask(
-        {"decode": Alphabet()}, Questions(task(kind, delimiter=""), tuple(items), "made"), tokenizer=load_tokenizer("bytes"), longest=100
+        {"decode": Alphabet()},
+        Questions(task(kind, delimiter=""), tuple(items), "made"),
+        tokenizer=load_tokenizer("bytes"),
+        longest=100,
     )
     assert found.right["decode"].tolist() == expected and (found.cut, found.cut_scored) == (0, 0)
-    assert found.accuracy("decode") == pytest.approx(2 / 3) and found.centred("decode") == pytest.approx((2 / 3 - 0.25) / 0.75)
+    assert found.accuracy("decode") == pytest.approx(2 / 3) and found.centred("decode") == pytest.approx(
+        (2 / 3 - 0.25) / 0.75
+    )
     assert found.error("decode") == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3) / 0.75)
 
 
@@ -174,8 +204,12 @@ def test_every_mode_answers_the_same_prompts_and_processes_share_them():
         def total(self, table):
             return table
 
-    halves = [ask({"zero": Alphabet()}, questions, tokenizer=tokenizer, longest=100, processes=Half(rank)) for rank in (0, 1)]
-    assert (halves[0].right["zero"] | halves[1].right["zero"]).tolist() == alone.right["zero"].tolist() and alone.right["zero"].any()
+    halves = [
+        ask({"zero": Alphabet()}, questions, tokenizer=tokenizer, longest=100, processes=Half(rank)) for rank in (0, 1)
+    ]
+    assert (halves[0].right["zero"] | halves[1].right["zero"]).tolist() == alone.right["zero"].tolist() and alone.right[
+        "zero"
+    ].any()
     assert not (halves[0].right["zero"][1::2].any() or halves[1].right["zero"][::2].any())
 
 
@@ -183,12 +217,19 @@ def test_every_mode_answers_the_same_prompts_and_processes_share_them():
 def test_losses_are_those_of_whole_rows(memory):
     """With a model: the option that the model's own logits over the whole prompt prefer, in every mode."""
     given = randomized(
-        build_model(ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=32), RecurrenceConfig(separator=256)), 3, 0.4
+        build_model(
+            ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=32),
+            RecurrenceConfig(separator=256),
+        ),
+        3,
+        0.4,
     ).eval()
     given.train_schedule = lrt.refine(1)
     items = tuple(choice(f"Q{n} is", "aab", "ab", "cd" * (n + 1), gold=n % 3) for n in range(8))
     questions, tokenizer = Questions(task(CHOICE, shots=1), items, "made"), load_tokenizer("bytes")
-    found = ask({memory: ChoiceScorer(given, memory=memory, max_length=32, rows=5)}, questions, tokenizer=tokenizer, longest=32)
+    found = ask(
+        {memory: ChoiceScorer(given, memory=memory, max_length=32, rows=5)}, questions, tokenizer=tokenizer, longest=32
+    )
     schedule = {"zero": lrt.baseline(), "parallel": lrt.refine(1), "decode": lrt.sequential()}[memory]
     expected = []
     for number, item in enumerate(items):
@@ -205,22 +246,34 @@ def test_losses_are_those_of_whole_rows(memory):
 
 
 def score_of(name, *right, **other):
-    return TaskScore(TASKS[name], "bundle", "same", {mode: np.array(bits, bool) for mode, bits in {"decode": right, **other}.items()})
+    return TaskScore(
+        TASKS[name], "bundle", "same", {mode: np.array(bits, bool) for mode, bits in {"decode": right, **other}.items()}
+    )
 
 
 def test_the_sum_its_error_and_the_noise_beside_every_difference(tmp_path):
     found = CoreScores(
-        (score_of("boolq", 1, 1, 0, 1, zero=(1, 0, 0, 1)), score_of("jeopardy", 1, 0, 0, 0, zero=(0, 0, 0, 0))), {"winograd": "a file"}
+        (score_of("boolq", 1, 1, 0, 1, zero=(1, 0, 0, 1)), score_of("jeopardy", 1, 0, 0, 0, zero=(0, 0, 0, 0))),
+        {"winograd": "a file"},
     )
     assert found.value("decode") == pytest.approx(((0.75 - 0.62) / 0.38 + 0.25) / 2)
     errors = [math.sqrt(0.75 * 0.25 / 4) / 0.38, math.sqrt(0.75 * 0.25 / 4)]
     assert found.error("decode") == pytest.approx(math.hypot(*errors) / 2)
     value, error = found.difference("decode", found, "zero")
-    assert value == pytest.approx((0.25 / 0.38 + 0.25) / 2) and error == pytest.approx(math.hypot(errors[0], errors[1]) / 2)
+    assert value == pytest.approx((0.25 / 0.38 + 0.25) / 2) and error == pytest.approx(
+        math.hypot(errors[0], errors[1]) / 2
+    )
     assert found.difference("decode", found, "decode") == (0.0, 0.0)
     table = found.table()
-    assert "zero - decode: -0.4539 +- 0.3048 over items; CORE's standard deviation from seed to seed of training is 0.0062" in table
-    assert "mean over 2 of 22 tasks, 8 items" in table and "missing: winograd: a file" in table and "CORE " not in table.split("zero - decode")[0]
+    assert (
+        "zero - decode: -0.4539 +- 0.3048 over items; CORE's standard deviation from seed to seed of training is 0.0062"
+        in table
+    )
+    assert (
+        "mean over 2 of 22 tasks, 8 items" in table
+        and "missing: winograd: a file" in table
+        and "CORE " not in table.split("zero - decode")[0]
+    )
     path = tmp_path / "core.json"
     path.write_text(json.dumps({**found.to_json(), "answers": found.answers()}))
     again = CoreScores.read(path)
@@ -237,16 +290,22 @@ def test_the_table_of_tasks():
     """22 tasks of 91,037 items, as nanochat's bundle has them."""
     assert len(TASKS) == 22 and sum(one.items for one in TASKS.values()) == 91037
     assert TASKS["boolq"].baseline == 62 and {one.kind for one in TASKS.values()} == {CHOICE, SCHEMA, TEXT}
-    whole = CoreScores(tuple(TaskScore(one, "bundle", "", {"decode": np.zeros(one.items, bool)}) for one in TASKS.values()), {})
+    whole = CoreScores(
+        tuple(TaskScore(one, "bundle", "", {"decode": np.zeros(one.items, bool)}) for one in TASKS.values()), {}
+    )
     assert whole.name == "CORE"
-    assert whole.value("decode") == pytest.approx(-sum(one.baseline / (100 - one.baseline) for one in TASKS.values()) / 22)
+    assert whole.value("decode") == pytest.approx(
+        -sum(one.baseline / (100 - one.baseline) for one in TASKS.values()) / 22
+    )
 
 
 # ------------------------------------------------------------------ data
 
 
 LINES = {
-    "copa": [{"query": f"It rained {n}, therefore", "choices": ["it was wet.", "it was dry."], "gold": 0} for n in range(3)],
+    "copa": [
+        {"query": f"It rained {n}, therefore", "choices": ["it was wet.", "it was dry."], "gold": 0} for n in range(3)
+    ],
     "winograd": [{"context_options": ["He saw that he", "He saw that she"], "continuation": "won.", "gold": 1}],
     "lambada_openai": [{"context": "one two", "continuation": "three"}],
 }
@@ -280,15 +339,26 @@ def test_tasks_without_data_say_what_would_bring_them(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tasks = [TASKS[name] for name in ("copa", "winograd", "agi_eval_lsat_ar", "bigbench_operators")]
     found, missing = find_questions(tasks, bundle=Bundle(write_bundle(tmp_path)), limit=2)
-    assert [(one.task.name, one.source, len(one.items)) for one in found] == [("copa", "bundle", 2), ("winograd", "bundle", 1)]
-    assert missing["agi_eval_lsat_ar"] == "eval_data/symbolic_problem_solving/agi_eval_lsat_ar.jsonl of the bundle (--download, or --bundle PATH)"
-    assert missing["bigbench_operators"].endswith("bundle (--download, or --bundle PATH), or pip install --no-deps bigbench")
+    assert [(one.task.name, one.source, len(one.items)) for one in found] == [
+        ("copa", "bundle", 2),
+        ("winograd", "bundle", 1),
+    ]
+    assert (
+        missing["agi_eval_lsat_ar"]
+        == "eval_data/symbolic_problem_solving/agi_eval_lsat_ar.jsonl of the bundle (--download, or --bundle PATH)"
+    )
+    assert missing["bigbench_operators"].endswith(
+        "bundle (--download, or --bundle PATH), or pip install --no-deps bigbench"
+    )
 
 
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"query": "a", "choices": ["b", "c"], "gold": 2}, "line 2: copa: an item names option 2 as right, but has 2 options"),
+        (
+            {"query": "a", "choices": ["b", "c"], "gold": 2},
+            "line 2: copa: an item names option 2 as right, but has 2 options",
+        ),
         ({"query": "a", "choices": ["b", " "], "gold": 0}, "line 2: copa: an item has an empty option"),
         ({"question": "a"}, "line 2: copa: an item of kind multiple choice lacks query, choices, gold; fetch"),
         ("half", "line 2: copa: .* lacks query"),
@@ -315,11 +385,17 @@ def test_items_of_packages(tmp_path, monkeypatch):
     (place / "benchmark_tasks" / "repeat_copy_logic").mkdir(parents=True)
     (place / "__init__.py").write_text("raise RuntimeError('imported')")
     file = place / "benchmark_tasks" / "repeat_copy_logic" / "task.json"
-    file.write_text(json.dumps({"task_prefix": "repeat:\n", "examples": [{"input": f"say {n}", "target": f"{n}"} for n in range(3)]}))
+    file.write_text(
+        json.dumps(
+            {"task_prefix": "repeat:\n", "examples": [{"input": f"say {n}", "target": f"{n}"} for n in range(3)]}
+        )
+    )
     monkeypatch.syspath_prepend(tmp_path)
     order = [0, 1, 2]
     random.Random(42).shuffle(order)
-    assert packaged_items(TASKS["bigbench_repeat_copy_logic"]) == [text(f"repeat:\n\nQ: say {n}\nA:", f"{n}") for n in order]
+    assert packaged_items(TASKS["bigbench_repeat_copy_logic"]) == [
+        text(f"repeat:\n\nQ: say {n}\nA:", f"{n}") for n in order
+    ]
     assert packaged_items(TASKS["winograd"]) is None
     with pytest.raises(ValueError, match="bigbench_operators: the package bigbench holds other data than expected"):
         packaged_items(TASKS["bigbench_operators"])
@@ -361,10 +437,15 @@ def test_a_download_is_whole_and_checked_or_leaves_nothing(server, tmp_path):
     assert download("http://127.0.0.1:1/none", to=target, sha256=good) == target  # it is there
     target.unlink()
     handler.claimed = 4_000_000
-    with pytest.raises(ValueError, match=r"could not be fetched after 3.0 of 4.0 MB .*Nothing is left of it: give the same command again"):
+    with pytest.raises(
+        ValueError,
+        match=r"could not be fetched after 3.0 of 4.0 MB .*Nothing is left of it: give the same command again",
+    ):
         download(url, to=target, sha256=good)
     handler.claimed = 3_000_000
-    with pytest.raises(ValueError, match="has the SHA-256 .* was expected, so it is damaged or another version.*name it with --bundle"):
+    with pytest.raises(
+        ValueError, match="has the SHA-256 .* was expected, so it is damaged or another version.*name it with --bundle"
+    ):
         download(url, to=target, sha256="0" * 64)
     with pytest.raises(ValueError, match="none could not be fetched .*Connection refused.* Nothing is left"):
         download("http://127.0.0.1:1/none", to=target, sha256=good)

@@ -42,6 +42,18 @@ def test_embeddings_can_be_exchanged(family: str, tokens: torch.Tensor) -> None:
         model.set_input_embeddings(nn.Embedding(70, 24))
 
 
+def test_a_decoder_resized_behind_the_models_back_is_not_saved(tmp_path: Path) -> None:
+    """The folder that was written could not be opened: its head had the old size, its config the new one."""
+    decoder = make("llama", dtype=torch.float32)
+    model = lrt.adapt(decoder)
+    decoder.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match=r"resized after lrt.adapt, to 70 from 61: lrt.release\(model\), resize them, and adapt"):
+        lrt.save(model, tmp_path / "stale")
+    lrt.release(model)
+    lrt.save(lrt.adapt(decoder), tmp_path / "grown")
+    assert lrt.load(tmp_path / "grown").vocab_size == 70
+
+
 def test_a_scaled_table_is_not_exchanged_for_a_plain_one() -> None:
     with pytest.raises(ValueError, match="they must be alike"):
         lrt.adapt(make("gemma3")).set_input_embeddings(nn.Embedding(61, 24, dtype=torch.float64))

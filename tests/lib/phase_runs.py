@@ -42,7 +42,10 @@ sample_tokens = 0
 """
 
 
-MIX = '[{share=0.5, kind="baseline"}, {share=0.3, kind="refine"}, {share=0.2, kind="interleaved", order="random"}]'
+MIX = (
+    '[{share=0.5, kind="baseline"}, {share=0.2, kind="interleaved", order="random"}, '
+    '{share=0.3, kind="refine", weights=[0.0, 1.0], cut_gradient="initialization"}]'
+)  # the last as in the recipes
 
 
 def tiny(folder, *sets, name="tiny"):

@@ -42,13 +42,20 @@ def job(**sections):
         "recurrence": recurrence(),
         "schedule": schedule(),
         "training": {
-            "dataset": "lrt", "dataset_path": None, "seq_len": 32, "local_batch_size": 4, "steps": 10,
+            "dataset": "lrt", "dataset_path": None, "seq_len": 32, "local_batch_size": 4,
+            "global_batch_size": -1, "steps": 10,
             "dtype": "float32", "enable_cpu_offload": False, "mixed_precision_param": "float32",
             "mixed_precision_reduce": "float32", "dataloader": loader,
         },
         "parallelism": {**dict.fromkeys(names, 1), "fsdp_reshard_after_forward": "default"},
-        "optimizer": {"early_step_in_backward": False},
-        "checkpoint": {"enable": False, "last_save_in_hf": False, "create_seed_checkpoint": False},
+        "optimizer": {
+            "name": "AdamW", "lr": 8e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
+            "early_step_in_backward": False,
+        },
+        "checkpoint": {
+            "enable": False, "last_save_in_hf": False, "create_seed_checkpoint": False, "initial_load_path": None,
+            "initial_load_in_hf": False,
+        },
         "activation_checkpoint": {"mode": "none", "selective_ac_option": "2"},
         "compile": {"enable": False, "components": ["model", "loss"], "backend": "inductor"},
         "debug": {"seed": 3},

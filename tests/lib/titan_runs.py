@@ -51,6 +51,19 @@ def run_jobs(folder, jobs, *, ranks=1):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
+# Of both trainers; the other keys by our defaults. Under an eps of 1e-10 the sign of what is all rounding decides.
+OUR_MUON = "reference_batch_tokens = 4096\neps = 1e-6"
+OUR_ADAMW = f"""
+kind = "adamw"
+adamw_lr = {RATE}
+betas = [0.9, 0.95]
+eps = 1e-8
+reference_batch_tokens = {ROWS * LENGTH}
+"""
+ADAMW = f"lr = {RATE}\nbeta1 = 0.9\nbeta2 = 0.95\neps = 1e-8\nweight_decay = 0.0"
+MUON = f'name = "Muon"\nbeta1 = 0.8\nbeta2 = 0.95\nweight_decay = 0.2\n{OUR_MUON}'
+
+
 def titan_arguments(
     folder,
     schedule,
@@ -60,6 +73,7 @@ def titan_arguments(
     flavor="tiny",
     recurrence="gate_channels = 32\nseparator = 256\n",
     name="lrt",
+    optimizer=ADAMW,
 ):
     """A job of torchtitan's trainer; ``schedule`` and ``recurrence`` are TOML."""
     text = f"""
@@ -84,11 +98,7 @@ steps = {steps}
 max_norm = 1.0
 mixed_precision_param = "float32"
 [optimizer]
-lr = {RATE}
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.0
+{optimizer}
 [lr_scheduler]
 warmup_steps = 2
 decay_ratio = 0.5
@@ -104,7 +114,7 @@ seed = 3
     return ["--job.config_file", str(folder / "job.toml"), *map(str, more)]
 
 
-def our_recipe(folder, schedule, *, steps=10, ranks=1, plain=False):
+def our_recipe(folder, schedule, *, steps=10, ranks=1, plain=False, muon=False):
     """The same job as a recipe of our own trainer."""
     recurrence = "" if plain else "[recurrence]\ngate_channels = 32\nseparator = 256\n"
     return f"""
@@ -132,11 +142,7 @@ micro_batch = {ROWS // ranks}
 warmup_steps = 2
 clip_norm = 1.0
 [optimizer]
-kind = "adamw"
-adamw_lr = {RATE}
-betas = [0.9, 0.95]
-eps = 1e-8
-reference_batch_tokens = {ROWS * LENGTH}
+{OUR_MUON if muon else OUR_ADAMW}
 [parallel]
 compile = false
 param_dtype = "float32"

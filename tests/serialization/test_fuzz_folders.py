@@ -107,6 +107,7 @@ def use(folder: Path, base: Path | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_folders(tmp_path):
     folders = write_folders(tmp_path / "good")
     for folder in (folders[0], *folders[3:5]):

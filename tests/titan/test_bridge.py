@@ -150,7 +150,10 @@ REFUSED = {
         "parallelism": {"pipeline_parallel_degree": 2}
     },
     "parallelism.expert_parallel_degree = 2: lrt.titan has no expert": {"parallelism": {"expert_parallel_degree": 2}},
-    "schedule.ramp = 3: the optimizer is torchtitan's": {"schedule": schedule(kind="refine", ramp=3)},
+    "schedule.ramp = 3 would add the values of recurrence.init": {
+        "schedule": schedule(kind="refine", ramp=3),
+        "checkpoint": {"enable": True, "initial_load_path": "folder"},
+    },
     "schedule.phases end at until = [0.5]": {"schedule": schedule(phases=[{"until": 0.5}])},
     "has shares that sum to 0.5": {"schedule": schedule(kind="mixture", mix=[{"share": 0.5}])},
     "source_layer = 9": {"recurrence": recurrence(source_layer=9)},
@@ -162,6 +165,8 @@ REFUSED = {
     "activation_checkpoint.mode = 'memory_budget'": {"activation_checkpoint": {"mode": "memory_budget"}},
     "compile.backend = 'eager'": {"compile": {"enable": True, "backend": "eager"}},
     "compile.components = ['loss']": {"compile": {"enable": True, "components": ["loss"]}},
+    'optimizer.matrix_lr has no effect on optimizer.name = "AdamW"': {"optimizer": {"matrix_lr": 0.1}},
+    'optimizer.lr = 0.1 has no effect on optimizer.name = "Muon"': {"optimizer": {"name": "Muon", "lr": 0.1}},
     "recurrence = False: the twin without memory is a flavor": {"recurrence": False},
     "model.flavor = '13l': use one of tiny, 12l": {"model": {"flavor": "13l"}},
 }

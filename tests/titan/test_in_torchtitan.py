@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from runs import ROOT
-from titan_runs import environment, launch, needs_torchtitan, run_jobs, titan_arguments
+from titan_runs import ADAMW, MUON, environment, launch, needs_torchtitan, run_jobs, titan_arguments
 
 import lrt
 from lrt.conversion import convert
@@ -73,16 +73,18 @@ def test_the_debug_recipe_by_both_commands(tmp_path):
     )
 
 
-def test_a_resumed_job_ends_where_an_uninterrupted_one_does(tmp_path):
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_resumed_job_ends_where_an_uninterrupted_one_does(tmp_path, optimizer):
     """Also out of a phase in which the memory rests, and in the middle of the data."""
     options = ["--checkpoint.enable", "--checkpoint.interval", "4", "--checkpoint.no-last_save_model_only"]
-    whole = titan_arguments(tmp_path / "whole", PHASES, *options)
+    whole = titan_arguments(tmp_path / "whole", PHASES, *options, optimizer=optimizer)
     first = run_jobs(tmp_path / "first", {"whole": {"titan": whole}})["whole"]
     assert "error" not in first, first["error"]
     shutil.copytree(tmp_path / "whole" / "checkpoint" / "step-4", tmp_path / "again" / "checkpoint" / "step-4")
-    again = run_jobs(tmp_path / "second", {"again": {"titan": titan_arguments(tmp_path / "again", PHASES, *options)}})[
-        "again"
-    ]
+    again = run_jobs(
+        tmp_path / "second",
+        {"again": {"titan": titan_arguments(tmp_path / "again", PHASES, *options, optimizer=optimizer)}},
+    )["again"]
     assert again["losses"] == first["losses"][4:]
     assert all(torch.equal(again["weights"][name], tensor) for name, tensor in first["weights"].items())
     stored = open_model(tmp_path / "whole" / "checkpoint" / "step-4").model
@@ -149,10 +151,6 @@ def test_bad_jobs_are_refused_in_one_line(tmp_path):
             titan_arguments(tmp_path / "b", REFINE, recurrence="separator = 0"),
             "separator = 0, but the tokenizer's separator is 256",
         ),
-        "ramp": (
-            titan_arguments(tmp_path / "c", f"{REFINE}\nramp = 2"),
-            "schedule.ramp = 2: the optimizer is torchtitan's",
-        ),
         "typo": (
             titan_arguments(tmp_path / "d", 'kind = "refined"'),
             "schedule.kind = 'refined': expected one of baseline",
@@ -178,6 +176,28 @@ def test_bad_jobs_are_refused_in_one_line(tmp_path):
         "tensor": {"titan": titan_arguments(tmp_path / "i", REFINE, "--parallelism.tensor_parallel_degree=2", ranks=2)}
     }
     assert "lrt.titan has no tensor parallelism (TP)" in run_jobs(tmp_path / "two", two, ranks=2)["tensor"]["error"]
+
+
+RECIPES = """
+import sys
+from torchtitan.config import ConfigManager
+import lrt, lrt.titan.spec as spec
+for theirs, ours, sections in (
+    ("titan_lrt_12l", "lrt_12l", ("model", "recurrence", "schedule", "optimizer")),
+    ("titan_lrt_debug", "lrt_tiny", ("model", "recurrence", "schedule")),
+):
+    job = ConfigManager().parse_args(["--job.config_file", f"{sys.argv[1]}/recipes/{theirs}.toml"])
+    here, there = spec.native_recipe(job), lrt.load_recipe(ours)
+    for section in sections:
+        assert getattr(here, section) == getattr(there, section), (theirs, section)
+    assert here.training.batch_tokens == there.training.batch_tokens, theirs
+"""
+
+
+def test_the_recipes_say_what_ours_say():
+    line = [sys.executable, "-c", RECIPES, str(ROOT)]
+    ran = subprocess.run(line, env=environment() | {"LOCAL_RANK": "0"}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 LLAMA = """

@@ -178,15 +178,6 @@ def test_plain_decoders_adapted_ones_and_the_memory_alone(evaluate, text, tmp_pa
     assert code == 2 and "holds a whole model: leave --base out" in err
 
 
-def test_memory_modes_without_decode_run_no_decode(evaluate, text, tmp_path, monkeypatch):
-    """Approximate decoding is held against exact decoding only where mode decode is scored at all."""
-    place = saved(small(), tmp_path / "model")
-    _, zero, _ = evaluate(place, "--data", text, "--memory", "zero")
-    monkeypatch.setattr("lrt.eval.folders.sampled_effect", lambda *_, **__: pytest.fail("rows were decoded"))
-    code, found, err = evaluate(place, "--data", text, "--memory", "zero", "--decode", "fixed_point")
-    assert code == 0 and found["bpb"] == zero["bpb"] and "exact decode" not in err
-
-
 @pytest.mark.dist
 def test_processes_share_the_rows(evaluate, text, tmp_path):
     place = saved(small(), tmp_path / "model")
@@ -254,6 +245,8 @@ def broken(place):
         ("model", ["--data", "text.txt", "--device", "abacus"], "--device abacus"),
         ("model", ["--data", "text.txt", "--json", "no/such/folder.json"], "cannot be written: there is no folder"),
         ("model", ["--data", "text.txt", "--decode", "guess"], "--decode guess: use exact, refine:K"),
+        ("model", ["--data", "text.txt", "--memory", "zero", "--decode", "fixed_point"], "has no effect with --memory zero"),
+        ("model", ["--data", "text.txt", "--memory", "parallel", "--decode", "refine:1"], "has no effect with --memory parallel"),
         ("plain", ["--data", "text.txt", "--memory", "decode"], "--memory decode: the model in plain has no memory"),
         ("broken", ["--data", "text.txt"], "holds NaN or infinite weights (1 of "),
         ("bare", ["--data", "text.txt"], "bare holds no tokenizer.json: name one with --tokenizer"),

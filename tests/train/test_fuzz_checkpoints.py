@@ -64,6 +64,7 @@ HARMS = (flip, flip, flip, cut, grow, overwrite, swap, copy, remove, folder)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # the budget ends it
 def test_damaged_checkpoints(tmp_path):
     drawn, tries, until = random.Random(SEED), 0, time.monotonic() + SECONDS
     saved(tmp_path / "good", [1, 2])

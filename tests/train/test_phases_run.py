@@ -113,7 +113,9 @@ def test_compute_is_what_the_twin_would_spend_on_so_many_tokens():
     assert steps("recurrence=false", "schedule.kind=baseline") == 1000 and 1 <= one < 1.02 < two < 2.1
     assert steps("schedule.kind=refine") == round(1000 / two)
     assert steps(LATE) == round(1000 / (0.5 * one + 0.5 * two))
-    mixed = 0.25 * one + 0.75 * (0.5 * one + 0.3 * two + 0.2 * relative(lrt.interleaved(2)))
+    fed = relative(lrt.refine(1, weights=(0, 1), cut_gradient="initialization"))
+    assert fed < 1.35  # the first pass ends at the source and has no backward
+    mixed = 0.25 * one + 0.75 * (0.5 * one + 0.3 * fed + 0.2 * relative(lrt.interleaved(2)))
     assert steps(MIXED) == round(1000 / mixed)
     assert steps(LATE, compute=1) == 1
     assert steps("schedule.kind=refine", "training.stage=memory") > steps(
@@ -130,7 +132,7 @@ def test_dearer_phases_at_equal_compute_are_a_shorter_run(tmp_path):
         recipe = parse_recipe(TINY, overrides=["training.steps=none", f"training.compute={compute}", LATE, *sets])
         (tmp_path / "recipe.toml").exists() or (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
         steps = plan_horizon(recipe, count_parameters(shapes_of(recipe)), world_size=1).steps
-        check_same_run(tmp_path, recipe, steps=steps, planned=planned or steps, finished=False, same_past=True)
+        check_same_run(tmp_path, recipe, step=10, steps=steps, planned=planned or steps, finished=False, same_past=True)
         return steps
 
     planned = 0
@@ -140,6 +142,9 @@ def test_dearer_phases_at_equal_compute_are_a_shorter_run(tmp_path):
         check(dear)
     assert check(dear, compute=256 * 2000) > planned  # more compute makes up for it
     assert check("training.batch_tokens=512") < planned  # as long a run in larger batches
+    with pytest.raises(ValueError, match=r"trained with other settings: schedule.phases = .*passes': 2"):
+        check(dear, "training.batch_tokens=512")  # fewer steps for two reasons, one of which is refused
+    assert check(dear, "training.batch_tokens=512", compute=256 * 2000)
     with pytest.raises(ValueError, match="trained with other settings: training.compute = "):
         check(compute=256 * 500)
 

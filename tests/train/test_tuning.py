@@ -15,11 +15,11 @@ from strategies import randomized
 from transformers import AutoModelForCausalLM
 
 import lrt
-from lrt.commands import generate
-from lrt.config import ModelConfig, RecurrenceConfig
+from lrt.commands import evaluate, generate
+from lrt.config import ModelConfig, RecurrenceConfig, TuningConfig
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, open_chat
-from lrt.data.conversations import Example, Packed, TuningLoader
+from lrt.data.conversations import Example, Packed, TuningLoader, open_examples
 from lrt.data.tokenizer import tokenizer_json
 from lrt.decoding.generation import start
 from lrt.eval.answers import exact_match
@@ -145,6 +145,19 @@ def test_a_tuned_folder_is_scored_on_the_conversations_that_its_run_held_out(tal
             assert found.value == pytest.approx(record["bpb"][mode], rel=1e-5) and found.tokens == record["scored"]["tokens"]
 
 
+def test_answers_of_a_folder_are_counted(talks, finished, capsys):
+    record = [r for r in read_records(finished.folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
+    held_out = finished.folder / "held_out.jsonl"
+    examples = open_examples(TuningConfig(train=str(talks)), split="validation")[:6]
+    lines = [{"messages": [m._asdict() for m in one.messages], "answer": one.answer, "steps": one.steps} for one in examples]
+    held_out.write_text("\n".join(map(json.dumps, lines)))
+    options = [str(finished.folder), "--answers", str(held_out), "--answer-tokens", "4", "--device", "cpu"]
+    assert evaluate.main(options) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["answers"] == len(examples) and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
+    assert evaluate.main([*options, "--memory", "parallel"]) == 2 and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+
+
 def test_right_answers_are_counted_by_mode_and_number_of_steps():
     """What the model writes greedily, token by token, under true recurrence or without memory, is taken for right; then one is not."""
     tokenizer = load_tokenizer("bytes")
@@ -236,7 +249,12 @@ def test_a_model_answers_in_its_template(talks, finished, decoder, tmp_path, mon
         chat = open_chat(load_tokenizer(template), template)
         first, second, third = asked[-3:]
         assert first == third == chat.prompt([Message("user", "1+1?")]) and second[: len(first)] == first and len(second) > len(first) + 3
-    assert capsys.readouterr().err.count("memory mode decode") == 6
+        again = iter(["1+1?", "2?", "2?"])
+        monkeypatch.setattr(generate, "read_line", lambda lines=again: next(lines, None))
+        options = ["--chat", "--single-turn", "--max-new-tokens", "3", "--prefill", "exact", "--device", "cpu"]
+        assert generate.main([str(folder), *options]) == 0
+        assert asked[-3] == first and asked[-2] == asked[-1] == chat.prompt([Message("user", "2?")])
+    assert capsys.readouterr().err.count("memory mode decode") == 12
     with pytest.raises(SystemExit):
         generate.main([str(finished.folder), "--system", "x"])
 

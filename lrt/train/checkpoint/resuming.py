@@ -68,7 +68,7 @@ def check_past(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameter
     stored = stored_recipe(resumed.folder)
     before = plan_timetable(stored, steps=planned or steps_of(stored, parameters))
     same_past = timetable.past(step) == before.past(step)
-    check_same_run(resumed.folder, recipe, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
+    check_same_run(resumed.folder, recipe, step=step, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
     if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
         check_borders(timetable, before=before, step=step)
 

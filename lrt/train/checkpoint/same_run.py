@@ -138,13 +138,14 @@ def _plain(value: Any) -> Any:
 
 
 def check_same_run(
-    folder: Path, recipe: Recipe, *, steps: int, planned: int | None, finished: bool, same_past: bool
+    folder: Path, recipe: Recipe, *, step: int, steps: int, planned: int | None, finished: bool, same_past: bool
 ) -> None:
     """Refuse settings that would make one run of two.
 
     Args:
         folder: the checkpoint to go on from.
         recipe: to go on with.
+        step: steps done.
         steps: of the whole run, by this recipe.
         planned: steps of the whole run, as planned when the checkpoint was written; None = not recorded.
         finished: the checkpoint has reached the end of this recipe's run.
@@ -162,7 +163,7 @@ def check_same_run(
         raise ValueError(
             f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. Choose another run.name: {on}"
         )
-    if _is_shorter(there, recipe, steps=steps, planned=planned):
+    if _is_shorter(there, recipe, step=step, steps=steps, planned=planned):
         by_cost = "schedule" if recipe.training.compute is not None else None  # dearer phases bring the end nearer
         of_length = [c for c in every if c.key.removeprefix("training.") in HORIZON or c.key.split(".")[0] == by_cost]
         refused += [c for c in of_length if c not in refused]
@@ -173,16 +174,20 @@ def check_same_run(
         )
 
 
-def _is_shorter(there: Recipe, here: Recipe, *, steps: int, planned: int | None) -> bool:
+def _is_shorter(there: Recipe, here: Recipe, *, step: int, steps: int, planned: int | None) -> bool:
     """Whether the horizon has come nearer: rates so far would have been others."""
     for key in HORIZON:
         a, b = getattr(there.training, key), getattr(here.training, key)
         if a is not None and b is not None and (b < a or key != "compute"):
             return bool(b < a)
-    if there.training.compute is not None and here.training.compute is not None:  # what the phases cost decides on the steps too
-        same_batch = there.training.batch_tokens == here.training.batch_tokens  # larger batches make fewer steps as long a run
-        return same_batch and planned is not None and steps < planned
-    return planned is not None and steps < planned
+    if there.training.compute is None or here.training.compute is None:
+        return planned is not None and steps < planned
+    if planned is None:
+        return False
+    # What the phases cost decides on the steps too. Of larger batches fewer make as long a run, give or take the rounding.
+    before, now = there.training.batch_tokens, here.training.batch_tokens
+    rounding = 0 if now == before else 2 * max(now, before)
+    return (steps - step) * now + rounding < (planned - step) * before
 
 
 # ------------------------------------------------------------------ what it had

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lrt.config import Recipe, dump_recipe, parse_recipe
+from lrt.config.environment import not_met, place_of_process
 from lrt.train.checkpoint.same_run import changes
 from lrt.train.monitor.faults import HangError
 
@@ -87,11 +88,19 @@ def open_world(recipe: Recipe) -> Iterator[World]:
     FSDP is used where there are several processes, and on a CPU where the computation's dtype differs from the
     masters' float32. On one GPU the model stays a plain module: a working copy in the computation's dtype costs one
     cast a step (``lrt.train.distributed.graphs``), FSDP's copies for one rank several.
+
+    Raises:
+        ValueError: the environment describes no process group, or the processes do not find each other.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device("cpu")
+    place = place_of_process()
+    size, rank, device = place.size, place.rank, torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if place.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {place.local} of this machine has no GPU of its own, because it has {torch.cuda.device_count()}: "
+                f"use torchrun --nproc_per_node={torch.cuda.device_count()}, or less"
+            )
+        device = torch.device("cuda", place.local)
         torch.cuda.set_device(device)
     sharded = size > 1 or (recipe.parallel.param_dtype != "float32" and device.type == "cpu")
     if not sharded:
@@ -155,7 +164,10 @@ def _store(timeout: timedelta) -> dist.Store:
     torchrun keeps one store over its restarts, and the addresses of ranks that are gone would be found in it
     (pytorch issue 135712); TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it start a fresh one instead.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:  # an address in use or unknown, a rank that never came
+        raise not_met(error) from None
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
         return store
     return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -217,6 +217,11 @@ class MuonAdamW(torch.optim.Optimizer):
         """Give every group its numbers for the coming step."""
         for group in self.param_groups:
             group["lr"] = rate_of(group, rates)
+        self.set_momentum(rates)
+
+    def set_momentum(self, rates: Rates) -> None:
+        """Give Muon's groups their momentum and weight decay for the coming step; learning rates stay as they are."""
+        for group in self.param_groups:
             if group["kind"] == "muon":
                 group["weight_decay"] = group["base_weight_decay"] * rates.decay_scale
                 group["betas"] = (rates.momentum, group["betas"][1])
