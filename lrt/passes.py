@@ -147,13 +147,12 @@ def interleave(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedul
 
 def refine(engine: Engine, row: Row, plan: Sequence[Pass], schedule: Schedule) -> list[PassResult]:
     """Passes over all positions, each fed by the memory of the pass before; one alone is the baseline."""
-    weights, received = schedule.group_weights(row.length), None
-    graded = enumerate(engine.copies(row, sum(step.graded for step in plan)))
+    weights, received, graded = schedule.group_weights(row.length), None, 0
     results: list[PassResult] = []
     for step in plan:
         stop = engine.model.source if only_feeds(plan, step, weights, row.length) else None
-        index, mine = next(graded) if step.graded else (0, row)
-        out = engine.run(mine, received, index=index, graded=step.graded, keep_kv=False, stop=stop)
+        out = engine.run(row, received, index=graded, graded=step.graded, keep_kv=False, stop=stop)
+        graded += step.graded
         if step.group >= 0:
             results.append(PassResult(step, out.hidden, out.memory, out.inputs))
         if step is not plan[-1]:

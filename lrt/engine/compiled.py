@@ -52,9 +52,6 @@ class CompiledEngine(Engine):
     branch = staticmethod(branch_compiled)
     entries = TrimmedEntries
 
-    def copies(self, row: Row, count: int) -> Sequence[Row]:
-        return fan_out([row] * count)
-
     def compute(
         self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
     ) -> PassOutput:

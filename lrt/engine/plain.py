@@ -55,10 +55,6 @@ class Engine:
 
     # -------------------------------------------------------------- rows
 
-    def copies(self, row: Row, count: int) -> Sequence[Row]:
-        """The same row for each of several passes."""
-        return [row] * count
-
     def split(self, row: Row, subsets: int) -> tuple[Row, list[Row]]:
         """The row for a pass over all positions, and the rows of the positions t = r (mod S), residue by residue."""
         return take_apart(row, subsets, self.branch)
