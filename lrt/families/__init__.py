@@ -84,11 +84,12 @@ def fitting(decoder: nn.Module) -> list[Family]:
     fit = [family for family, missing in wrong if not missing]
     if fit:
         return fit
-    name, closest = min(((family.name, missing) for family, missing in wrong), key=lambda item: (len(item[1]), item[0]))
+    same_stack = [(family.name, missing) for family, missing in wrong if part(decoder, family.layers) is not None]
+    name, closest = min(same_stack, key=lambda item: (len(item[1]), item[0]), default=("", []))
+    near = f" The closest is {name!r}: {'; '.join(closest[:3])}." if closest else " No known family keeps its blocks there."
     raise ValueError(
-        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}). The closest is {name!r}: "
-        f"{'; '.join(closest[:3])}. Describe it: lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
-        "docs/adapt.md shows one"
+        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}).{near} Describe it: "
+        f"lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; docs/adapt.md shows one"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -77,3 +78,11 @@ class RecurrentCache(Cache):
 
     def __len__(self) -> int:
         return 0 if self.state is None else len(self.state.keys)
+
+
+def check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> None:
+    """Positions that do not count on from what a cache holds; read on the CPU only, where that waits for nothing."""
+    if position_ids is None or position_ids.device.type != "cpu":
+        return
+    if bool(((position_ids != seen[:, None].cpu() + real.to(torch.int64).cumsum(1) - 1) & real).any()):
+        raise ValueError("position_ids do not count on from what the cache holds: leave them out, it counts the real tokens of every row")

@@ -30,7 +30,7 @@ from lrt.config import RecurrenceConfig
 from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
 from lrt.huggingface.attentions import watched
-from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.config import LRTConfig, attributes, dtype_of, refuse_changed
 from lrt.huggingface.generation import Generation
 from lrt.huggingface.loading import (
@@ -228,7 +228,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         forth, inside, back = alignment(real)
         state = cache.room(self, batch, new)
         lengthen(self, state, state.lengths + real.sum(1))
-        _check_positions(position_ids, state.lengths, real.bool())
+        check_positions(position_ids, state.lengths, real.bool())
         tokens, steps = input_ids.gather(1, forth), []
         weights: list[Tensor] = []
         for t in range(new):
@@ -359,14 +359,6 @@ class WithoutHead(LRTModel):
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Raises ValueError, always."""
         return cls(config)
-
-
-def _check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> None:
-    """Positions that do not count on from what a cache holds; read on the CPU only, where that waits for nothing."""
-    if position_ids is None or position_ids.device.type != "cpu":
-        return
-    if bool(((position_ids != seen[:, None].cpu() + real.to(torch.int64).cumsum(1) - 1) & real).any()):
-        raise ValueError("position_ids do not count on from what the cache holds: leave them out, it counts the real tokens of every row")
 
 
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)

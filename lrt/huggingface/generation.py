@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.output import CACHE, OLD_NAME, one_cache
 
 COUNTED = ("position_ids", "cache_position", "is_first_iteration", "labels")  # of generate: the cache counts for itself
@@ -25,6 +25,12 @@ class Generation:
         given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
         if given is not None or generation_config.use_cache is not False:
             model_kwargs[CACHE] = RecurrentCache() if given is None else given
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        places, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        if places is not None and model_kwargs.get("cache") is None and model_kwargs.get(OLD_NAME) is None:
+            check_positions(places, places.new_zeros(len(places)), (torch.ones_like(places) if mask is None else mask).bool())
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
@@ -47,9 +53,6 @@ class Generation:
         else:
             new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
         inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
-        places = kwargs.get("position_ids")
-        if seen == 0 and places is not None and places.shape[1] >= new:  # of the prompt; not every version counts them on
-            inputs["position_ids"] = places[:, -new:]
         return {"logits_to_keep": 1} | {name: value for name, value in kwargs.items() if name not in COUNTED} | inputs
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

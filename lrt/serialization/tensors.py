@@ -66,7 +66,7 @@ def open_folder(folder: str | Path) -> dict[str, LazyTensor]:
         return open_file(Path(folder) / WEIGHTS)
     try:
         files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: not an index of safetensors shards: {error}") from None
     tensors: dict[str, LazyTensor] = {}
     for file in sorted(set(files.values())):

@@ -27,9 +27,11 @@ from lrt.schedules import from_config, single
 from lrt.serialization.description import config_of
 from lrt.titan.settings import NATIVE
 from lrt.train.checkpoint.weights import fill, named_tensors
-from lrt.train.distributed.parallel import checkpointed, free_gathered, parallelize
+from lrt.train.distributed.parallel import checkpointed, free_gathered, named_parameters, parallelize
 from lrt.train.distributed.world import World
+from lrt.train.entrance import open_entrance
 from lrt.train.horizon import mean_flops
+from lrt.train.optim.groups import MEMORY_GROUPS, is_memory
 from lrt.train.timetable import plan_timetable
 from lrt.types import Backbone, Block
 
@@ -203,7 +205,7 @@ def _finish(model: Any) -> None:
             parameter.grad = None
 
 
-# ------------------------------------------------------------------ the optimizer's state
+# ------------------------------------------------------------------ the optimizer
 
 
 @torch.no_grad()
@@ -230,6 +232,40 @@ def with_state(optimizers: Any, model: Trainee) -> Any:
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
     return optimizers
+
+
+def with_entrance(optimizers: Any, model: Trainee) -> Any:
+    """The optimizers, beside which memory comes in over the steps of ``schedule.ramp``, as in our trainer.
+
+    Args:
+        optimizers: torchtitan's container, new; where it has one group, the memory gets a group of its own.
+        model: its model, whose memory is set to zero.
+    """
+    entrance = open_entrance(model.timetable, named_parameters(model))
+    if entrance is None:
+        return optimizers
+    for optimizer in optimizers:
+        if len(optimizer.param_groups) == 1:
+            _split(optimizer, [parameter for name, parameter in named_parameters(model) if is_memory(name)])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["name"] in MEMORY_GROUPS]
+
+    def scale(*_: Any) -> None:  # the scheduler sets every rate anew after the step
+        for group in groups:
+            group["lr"] *= entrance.share(model.step())
+
+    optimizers.register_step_pre_hook(scale)
+    optimizers.register_step_post_hook(lambda *_: entrance.advance(model.step()))
+    return optimizers
+
+
+def _split(optimizer: torch.optim.Optimizer, memory: Sequence[nn.Parameter]) -> None:
+    """Give the memory's parameters a group of their own, with the settings of the only one."""
+    (group,) = optimizer.param_groups
+    taken = {id(parameter) for parameter in memory}
+    settings = {key: value for key, value in group.items() if key not in ("params", "name")}
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    group["name"] = "backbone"
+    optimizer.add_param_group({**settings, "params": list(memory), "name": "memory"})
 
 
 # ------------------------------------------------------------------ what a checkpoint holds

@@ -91,11 +91,12 @@ def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str 
     }
     bare_first = dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))
     recipe = parse_recipe(tomli_w.dumps(bare_first))
+    loads = job.checkpoint.enable and job.checkpoint.initial_load_path and not job.checkpoint.initial_load_in_hf
     ramps = [f"{where}.ramp = {c.ramp}" for where, c in stretches(recipe.schedule) if c.ramp]
-    if ramps:
+    if ramps and loads:
         raise ValueError(
-            f"{ramps[0]}: the optimizer is torchtitan's, which lets no memory in step by step: leave ramp out, "
-            'and set recurrence.init = "identity"'
+            f"{ramps[0]} would add the values of recurrence.init to those of checkpoint.initial_load_path: leave one "
+            "out"
         )
     return recipe
 

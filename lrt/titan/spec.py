@@ -27,7 +27,15 @@ from lrt.config import DataConfig, ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.config.settings import OptimizerConfig
 from lrt.data import build_loader, check_vocabulary, load_tokenizer
 from lrt.titan.llama3 import llama3, own_name, titan_name
-from lrt.titan.model import Trainee, grouped_loss, native, parallel_form, parameters_and_flops, with_state
+from lrt.titan.model import (
+    Trainee,
+    grouped_loss,
+    native,
+    parallel_form,
+    parameters_and_flops,
+    with_entrance,
+    with_state,
+)
 from lrt.titan.settings import (
     FLAVORS,
     LLAMA,
@@ -335,9 +343,10 @@ class MuonOptimizers(OptimizersContainer):
 
 def optimizers(model_parts: list[Any], *settings: Any, **more: Any) -> Any:
     """torchtitan's optimizers, with a state for every parameter; or ours, where ``optimizer.name = "Muon"``."""
+    (model,) = model_parts
     if settings[0].name == MUON:
-        return MuonOptimizers(model_parts[0])
-    return with_state(build_optimizers(model_parts, *settings, **more), model_parts[0])
+        return with_entrance(MuonOptimizers(model), model)
+    return with_entrance(with_state(build_optimizers(model_parts, *settings, **more), model), model)
 
 
 def schedulers(containers: Any, *settings: Any) -> Any:

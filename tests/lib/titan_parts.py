@@ -52,7 +52,10 @@ def job(**sections):
             "name": "AdamW", "lr": 8e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
             "early_step_in_backward": False,
         },
-        "checkpoint": {"enable": False, "last_save_in_hf": False, "create_seed_checkpoint": False},
+        "checkpoint": {
+            "enable": False, "last_save_in_hf": False, "create_seed_checkpoint": False, "initial_load_path": None,
+            "initial_load_in_hf": False,
+        },
         "activation_checkpoint": {"mode": "none", "selective_ac_option": "2"},
         "compile": {"enable": False, "components": ["model", "loss"], "backend": "inductor"},
         "debug": {"seed": 3},

@@ -150,7 +150,10 @@ REFUSED = {
         "parallelism": {"pipeline_parallel_degree": 2}
     },
     "parallelism.expert_parallel_degree = 2: lrt.titan has no expert": {"parallelism": {"expert_parallel_degree": 2}},
-    "schedule.ramp = 3: the optimizer is torchtitan's": {"schedule": schedule(kind="refine", ramp=3)},
+    "schedule.ramp = 3 would add the values of recurrence.init": {
+        "schedule": schedule(kind="refine", ramp=3),
+        "checkpoint": {"enable": True, "initial_load_path": "folder"},
+    },
     "schedule.phases end at until = [0.5]": {"schedule": schedule(phases=[{"until": 0.5}])},
     "has shares that sum to 0.5": {"schedule": schedule(kind="mixture", mix=[{"share": 0.5}])},
     "source_layer = 9": {"recurrence": recurrence(source_layer=9)},

@@ -151,10 +151,6 @@ def test_bad_jobs_are_refused_in_one_line(tmp_path):
             titan_arguments(tmp_path / "b", REFINE, recurrence="separator = 0"),
             "separator = 0, but the tokenizer's separator is 256",
         ),
-        "ramp": (
-            titan_arguments(tmp_path / "c", f"{REFINE}\nramp = 2"),
-            "schedule.ramp = 2: the optimizer is torchtitan's",
-        ),
         "typo": (
             titan_arguments(tmp_path / "d", 'kind = "refined"'),
             "schedule.kind = 'refined': expected one of baseline",
@@ -180,6 +176,28 @@ def test_bad_jobs_are_refused_in_one_line(tmp_path):
         "tensor": {"titan": titan_arguments(tmp_path / "i", REFINE, "--parallelism.tensor_parallel_degree=2", ranks=2)}
     }
     assert "lrt.titan has no tensor parallelism (TP)" in run_jobs(tmp_path / "two", two, ranks=2)["tensor"]["error"]
+
+
+RECIPES = """
+import sys
+from torchtitan.config import ConfigManager
+import lrt, lrt.titan.spec as spec
+for theirs, ours, sections in (
+    ("titan_lrt_12l", "lrt_12l", ("model", "recurrence", "schedule", "optimizer")),
+    ("titan_lrt_debug", "lrt_tiny", ("model", "recurrence", "schedule")),
+):
+    job = ConfigManager().parse_args(["--job.config_file", f"{sys.argv[1]}/recipes/{theirs}.toml"])
+    here, there = spec.native_recipe(job), lrt.load_recipe(ours)
+    for section in sections:
+        assert getattr(here, section) == getattr(there, section), (theirs, section)
+    assert here.training.batch_tokens == there.training.batch_tokens, theirs
+"""
+
+
+def test_the_recipes_say_what_ours_say():
+    line = [sys.executable, "-c", RECIPES, str(ROOT)]
+    ran = subprocess.run(line, env=environment() | {"LOCAL_RANK": "0"}, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 LLAMA = """

@@ -16,6 +16,7 @@ SCHEDULES = {
     "chunked": 'kind = "chunked"\nchunks = 8',
     "sequential": 'kind = "sequential"',
     "mixture": 'kind = "mixture"\nmix = [{share = 0.5, kind = "baseline"}, {share = 0.5, kind = "refine"}]',
+    "ramp": 'phases = [{until = 0.3, kind = "baseline"}, {until = 1.0, kind = "refine", ramp = 4}]',
     "phases": 'phases = [{until = 0.4, kind = "baseline"}, {until = 0.7, kind = "refine"}, {until = 1.0, subsets = 2}]',
 }
 PLAIN = 'kind = "baseline"'
