@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lrt.config.files import read_text
 from lrt.config.ranges import MOST_LAYERS
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
@@ -174,7 +175,7 @@ def read_json(path: Path, *, where: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{where} {'holds no ' + path.name if path.parent.is_dir() else 'is no folder'}")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{where}: {path.name} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
