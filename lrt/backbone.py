@@ -1,7 +1,7 @@
 """The nanochat-style decoder: RoPE, QK-norm, relu^2 MLP, value embeddings, x_0 residual, softcap.
 
 Legend: B batch, P positions of the pass, L blocks, D width, H query heads, G key/value heads,
-K head width, V vocabulary. Source: spec section 5; facts from the official code.
+K head width, V vocabulary. Source: docs/method.md, section 5; facts from the official code.
 """
 
 from __future__ import annotations

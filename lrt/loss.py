@@ -118,6 +118,6 @@ def group_losses(sums: Sequence[Tensor], valid: Tensor) -> list[Tensor]:
 
 
 def weighted_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum(w_i loss_i) / sum(w_i) over groups of weight above 0 (spec section 2)."""
+    """sum(w_i loss_i) / sum(w_i) over groups of weight above 0 (docs/method.md, section 2)."""
     scale = 1.0 / sum(weights)
     return torch.stack([loss * (w * scale) for loss, w in zip(losses, weights) if w > 0]).sum()

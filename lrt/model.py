@@ -247,7 +247,7 @@ class LatentRecurrentModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, *, generator: torch.Generator | None = None) -> None:
-        """Initialize every parameter, the backbone's included (spec section 5); safe after ``to_empty``."""
+        """Initialize every parameter, the backbone's included (docs/method.md, section 5); safe after ``to_empty``."""
         self.backbone.init_weights(generator=generator)
         for block in self.blocks:
             block.block.init_weights(generator=generator)

@@ -7,7 +7,6 @@ Legend: B batch, T row length, P positions of the pass, D width.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from lrt.engine import Engine, engine_of
 from lrt.forward import Row
 from lrt.kernels.attention import natural_order
+from lrt.plans import check_plan
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import only_feeds
 from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
@@ -50,7 +50,7 @@ def run_schedule(
         not be scored.
 
     Raises:
-        ValueError: a schedule of one's own has a plan of another shape than those of ``check_plan``.
+        ValueError: a schedule of one's own has a plan of another shape than those of ``lrt.plans.check_plan``.
     """
     plan, engine = schedule.plan(row.length, generator=generator), engine_of(model, keep_inputs=keep_inputs)
     check_plan(tuple(plan), length=row.length, groups=len(schedule.group_weights(row.length)))
@@ -64,57 +64,6 @@ def run_schedule(
     if not inputs:
         return results
     return [r._replace(inputs=(*(x[:, r.plan.positions] for x in inputs), *r.inputs)) for r in results]
-
-
-@functools.lru_cache(maxsize=256)
-def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
-    """Refuse a plan that no loop here runs.
-
-    Args:
-        plan: of a row.
-        length: tokens of the row.
-        groups: loss groups of the schedule.
-
-    Raises:
-        ValueError: it is no full pass followed by full ones or by whole sweeps over residues, and no chunks from left to
-            right, or a loss group has no pass.
-    """
-    wrong = _misshapen(plan, length)
-    missing = [group for group in range(groups) if all(step.group != group for step in plan)]
-    if wrong is None and missing:
-        wrong = f"no pass belongs to loss group {missing[0]} of {groups}"
-    if wrong is None and any(step.group >= groups for step in plan):
-        wrong = f"a pass belongs to loss group {max(step.group for step in plan)}, but group_weights has {groups}"
-    if wrong is not None:
-        raise ValueError(
-            f"the schedule's plan for {length} positions cannot be run: {wrong}. Possible are a pass over all positions alone, "
-            f"followed by others over all, or by sweeps over the residues 0..S-1 of one step S, and contiguous chunks from left to "
-            f"right; the first receives no memory"
-        )
-
-
-def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
-    """What is wrong with the shape of a plan."""
-    if not plan:
-        return "it has no passes"
-    first, rest = plan[0], plan[1:]
-    if first.memory != "zero":
-        return f'its first pass receives memory ("{first.memory}"), but there is none yet'
-    if any(step.stop > length for step in plan):
-        return "a pass goes on behind the row's end"
-    received = "all" if first.covers(length) else "first"
-    if any(step.memory != received for step in rest):
-        return f'a pass after the first has memory "{next(s.memory for s in rest if s.memory != received)}", not "{received}"'
-    if not first.covers(length):
-        borders = [0, *(step.stop for step in plan)]
-        right = all((step.start, step.step) == (begin, 1) for step, begin in zip(plan, borders))
-        return None if right and borders[-1] == length else "its first pass leaves positions out, and the passes are no chunks from 0 to the end"
-    if all(step.covers(length) for step in rest):
-        return None
-    stride = rest[0].step
-    sweeps = [sorted(step.start for step in rest[i : i + stride]) for i in range(0, len(rest), stride)]
-    whole = all(step.step == stride and step.stop >= length for step in rest)
-    return None if whole and all(sweep == list(range(stride)) for sweep in sweeps) else "after the first pass it has no whole sweeps"
 
 
 def below_memory(engine: Engine, row: Row) -> tuple[Row, tuple[Tensor, ...]]:

@@ -117,7 +117,7 @@ def test_states_and_loss_of_every_pass(case, name):
 @every(RECURRENT)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_our_loss_is_the_official_one_by_groups(case, name):
-    """Official weights count passes, ours count groups (spec section 2); for refinement both are the same."""
+    """Official weights count passes, ours count groups (docs/method.md, section 2); for refinement both are the same."""
     expected, loss = case.numbers[name], case.model(case.tokens, case.targets, schedule=SCHEDULES[name]).loss
     grouped = ("group_loss", "group_gradients") if "group_loss" in expected else ("loss", "gradients")
     assert abs(loss.item() - expected[grouped[0]]) < LOSSES

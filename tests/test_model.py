@@ -293,7 +293,7 @@ TIERS = [
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],
-    ["loss", "schedules"],
+    ["loss", "plans", "schedules"],
     ["accounting", "forward"],
     ["engine"],
     ["backbone", "families", "passes"],

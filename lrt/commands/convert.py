@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lrt.commands.frame import framed
-from lrt.commands.options import path
+from lrt.commands.options import path, whole_number
 from lrt.conversion import KINDS, convert, verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=path, help="the checkpoint; of a training run the newest export or checkpoint")
     parser.add_argument("--output", type=path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written tensors (default: the narrowest that holds the source exactly)")
-    parser.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
+    parser.add_argument("--step", type=whole_number, help="which checkpoint of a run (default: the newest)")
     parser.add_argument("--base", type=path, help="with --from adapter: the decoder that it belongs to")
     parser.add_argument("--tokenizer", type=path, help="a folder or tokenizer.json (default: the one found beside the checkpoint)")
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")

@@ -21,7 +21,7 @@ import torch
 
 from lrt.commands.evaluate import Bar
 from lrt.commands.frame import framed
-from lrt.commands.options import at_least, path
+from lrt.commands.options import MOST_ROWS, at_least, path
 from lrt.eval.core import TASKS, CoreScores, download
 from lrt.eval.core.folders import CoreSettings, core_of_folder
 from lrt.eval.core.scoring import difference_line
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="tokens of a prompt at most; longer ones lose the left (default: as trained)",
     )
-    add("--rows", type=at_least(1), metavar="B", help="rows that run at once (default: as many as fit)")
+    add("--rows", type=at_least(1, most=MOST_ROWS), metavar="B", help="rows that run at once (default: as many as fit)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")

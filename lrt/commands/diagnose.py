@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lrt.commands.frame import framed
-from lrt.commands.options import at_least, path
+from lrt.commands.options import MOST_ROWS, at_least, path, seed, whole_number
 from lrt.conversion.opening import check_finite, open_model, open_tokenizer
 from lrt.eval.diagnosis import diagnose
 from lrt.eval.diagnosis_figures import draw
@@ -63,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
     add("--out", type=path, required=True, metavar="REPORT", help="folder for diagnosis.png and diagnosis.json")
     add("--data", nargs="+", type=path, default=[], metavar="DATA", help="as data.train names texts and tokenized folders (default: the run's own)")
-    add("--rows", type=at_least(2), default=16, metavar="B", help="rows of text that are looked at (default: 16)")
+    add("--rows", type=at_least(2, most=MOST_ROWS), default=16, metavar="B", help="rows of text that are looked at (default: 16)")
     add("--sequence-length", type=at_least(2), metavar="T", help="tokens of a row (default: as trained)")
     add("--sweeps", type=at_least(2), default=8, metavar="N", help="refinements over which the memory is watched (default: 8)")
-    add("--decode-tokens", type=int, default=5000, metavar="N", help="drawn tokens over which drift is watched; 0 = none (default: 5000)")
-    add("--seed", type=int, default=0, help="of the draws (default: 0)")
+    add("--decode-tokens", type=whole_number, default=5000, metavar="N", help="drawn tokens over which drift is watched; 0 = none (default: 5000)")
+    add("--seed", type=seed, default=0, help="of the draws (default: 0)")
     add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")

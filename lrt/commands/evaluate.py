@@ -23,7 +23,7 @@ import torch
 
 from lrt.commands.chat import template
 from lrt.commands.frame import framed
-from lrt.commands.options import at_least, parse_prefill, path
+from lrt.commands.options import MOST_ROWS, at_least, parse_prefill, path
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.data.conversations import read_examples
 from lrt.eval.answers import MODES, exact_match
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", default="exact", metavar="WAY", help="exact, fixed_point, fixed_point:GROUPS:TOL or refine:K (default: exact)")
     add("--tokens", type=at_least(1), metavar="N", help="score the first N tokens of each source (default: all; of a run: evaluation.tokens)")
     add("--sequence-length", type=at_least(1), metavar="T", help="tokens of a row (default: as trained)")
-    add("--rows", type=at_least(1), metavar="B", help="rows of a batch (default: as many as fit)")
+    add("--rows", type=at_least(1, most=MOST_ROWS), metavar="B", help="rows of a batch (default: as many as fit)")
     add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")

@@ -23,7 +23,7 @@ import torch
 
 from lrt.commands.chat import template
 from lrt.commands.frame import framed
-from lrt.commands.options import parse_prefill, path
+from lrt.commands.options import parse_prefill, path, seed, whole_number
 from lrt.config.files import read_text
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.data.chat import Chat, Message
@@ -44,14 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     where.add_argument("--prompt", help="text; empty = only the separator")
     where.add_argument("--file", type=path, help="a text file with the prompt")
     parser.add_argument("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
+    parser.add_argument("--max-new-tokens", type=whole_number, default=200, help="tokens at most (default: 200)")
     parser.add_argument("--temperature", type=float, help="0 = greedy (default: 0.8, with --chat 0)")
-    parser.add_argument("--top-k", type=int, help="draw among so many most probable tokens")
+    parser.add_argument("--top-k", type=whole_number, help="draw among so many most probable tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities sum to this")
     parser.add_argument("--min-p", type=float, help="draw among tokens of at least this share of the largest probability")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens seen before become less probable (default: 1)")
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws (default: 1)")
+    parser.add_argument("--seed", type=seed, default=1, help="of the draws (default: 1)")
     parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--compare", choices=["zero"], help="also continue without memory")

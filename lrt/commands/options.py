@@ -15,15 +15,27 @@ def path(text: str) -> str:
     return text
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Type of an option: a whole number of ``least`` or more."""
+LARGEST = 2**31 - 1
+MOST_ROWS = 1 << 16  # of a batch: memory is taken for all of them
+
+
+def at_least(least: int, *, most: int = LARGEST) -> Callable[[str], int]:
+    """Type of an option: a whole number of ``least`` or more, up to ``most``."""
 
     def whole(text: str) -> int:
-        if not text.strip().lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: use a whole number of {least} or more")
-        return int(text)
+        digits = text.strip().lstrip("-")
+        number = int(text) if digits.isdecimal() and len(digits) < 30 else None
+        if number is None and digits.isdecimal() or number is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{text[:30]!r}{'...' * (len(text) > 30)}: use a whole number of {least} or more, at most {most}")
+        if number is None or number < least:
+            raise argparse.ArgumentTypeError(f"{text[:100]!r}: use a whole number of {least} or more")
+        return number
 
     return whole
+
+
+whole_number = at_least(-LARGEST)  # where the library says which numbers it takes
+seed = at_least(0, most=2**63 - 1)
 
 
 def parse_prefill(text: str, *, option: str = "--prefill") -> prefill.Prefill:

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a byte-level BPE tokenizer",
         after_interrupt="nothing was written; the same command begins anew (--limit-mb reads less)",
     )
-    command.add_argument("--vocab-size", type=at_least(1), default=32768, help="ids, the separator included (default: 32768)")
+    command.add_argument("--vocab-size", type=at_least(1, most=1 << 62), default=32768, help="ids, the separator included (default: 32768)")
     command.add_argument("--output", type=path, required=True, help="folder for tokenizer.json and token_bytes.npy")
     command.add_argument("--limit-mb", type=_amount, default=None, help="read only so many MB of text (default: all)")
 

@@ -8,6 +8,7 @@ import os
 import sys
 
 from lrt.commands.frame import framed
+from lrt.commands.options import whole_number
 from lrt.commands.torchtitan import hand_over, refuse_torchtitan
 from lrt.config import load_recipe, shipped_recipes
 from lrt.config.environment import place_of_process
@@ -23,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=OVERRIDE)
     parser.add_argument("--engine", choices=("lrt", "torchtitan"), default="lrt", help=ENGINE)
     parser.add_argument("--dry-run", action="store_true", help="say what the run would need and how long it would take, and stop")
-    parser.add_argument("--gpus", type=int, metavar="N", help="only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or up to 8)")
+    gpus = "only with --dry-run: GPUs to plan for (default: torchrun's WORLD_SIZE, or up to 8)"
+    parser.add_argument("--gpus", type=whole_number, metavar="N", help=gpus)
     parser.add_argument("--list", action="store_true", help="list the recipes")
     args = parser.parse_args(arguments)
     if args.gpus is not None and (not args.dry_run or args.gpus < 1):

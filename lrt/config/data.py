@@ -27,7 +27,7 @@ class DataConfig:
     validation: str = (
         "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
     )
-    text_column: str = "text"
+    text_column: str = "text"  # of parquet, jsonl and csv
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
     workers: int | None = (
         None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without

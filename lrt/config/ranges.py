@@ -85,7 +85,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "tokens": FROM_1,
         "tokens_per_parameter": Range(0, 1e9, above=True),
         "compute": FROM_1,
-        "batch_tokens": FROM_1,
+        "batch_tokens": Range(1, 1 << 36),
         "micro_batch": FROM_1,
         "warmup_steps": FROM_0,
         "warmdown_fraction": SHARE,
@@ -102,7 +102,14 @@ RANGES: dict[str, dict[str, Range]] = {
     },
     "checkpoint": {"every": AT_THE_END, "keep_last": FROM_1, "keep_every": Range(0, note="0 = none")},
     "metrics": {"every": FROM_1, "profile_start": FROM_1, "profile_steps": FROM_1},
-    "evaluation": {"every": AT_THE_END, "tokens": FROM_1, "batch": FROM_1, "buckets": FROM_1, "sample_tokens": FROM_0, "core_items": FROM_1},
+    "evaluation": {
+        "every": AT_THE_END,
+        "tokens": FROM_1,
+        "batch": Range(1, 1 << 16),
+        "buckets": FROM_1,
+        "sample_tokens": FROM_0,
+        "core_items": FROM_1,
+    },
     "tuning": {"problems": FROM_0, "answer_tokens": FROM_1, "lora_rank": FROM_0, "lora_alpha": POSITIVE},
 }
 # Of tables inside a section: phases and members of a mixture, which have the keys of [schedule] too, and sources of data.

@@ -22,7 +22,7 @@ Weights = Literal["paper"] | tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceConfig:
-    """How the previous token's latent state enters the decoder (spec: paper section 3)."""
+    """How the previous token's latent state enters the decoder (docs/method.md, section 1)."""
 
     sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
     projection: Literal["separate", "aligned"] = "separate"  # projections of the memory's own, or one map into the space that each block's own read
@@ -80,23 +80,23 @@ class RecurrenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The nanochat-style decoder (spec section 5)."""
+    """The nanochat-style decoder (docs/method.md, section 5)."""
 
-    n_layers: int = 12
+    n_layers: int = 12  # L, decoder blocks
     width: int | None = None  # D; None = 64 a layer
     n_heads: int | None = None  # query heads; None = heads of width 128
     n_kv_heads: int | None = None  # key/value heads (GQA); None = n_heads
     vocab_size: int = 32768  # logits beyond it are cropped
     vocab_multiple: int = 64  # rows of the embeddings are padded to a multiple of this
     sequence_length: int = 2048  # T of training; a short window sees T/2 tokens back
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 4.0  # width of the MLP, times D
     window_pattern: str = "SSSL"  # S short, L long, tiled over the blocks; the last is always long
-    value_embeddings: Literal["all", "alternating", "none"] = "all"
+    value_embeddings: Literal["all", "alternating", "none"] = "all"  # blocks whose values get a vector a token
     embedding_residual: bool = True  # x <- a x + b x_0
     residual_scales: bool = True  # the learned a
-    qk_norm: bool = True
+    qk_norm: bool = True  # RMSNorm of queries and keys, after RoPE
     softcap: float | None = 15.0  # logits <- c tanh(logits / c); "none" switches it off
-    rope_base: float = 10000.0
+    rope_base: float = 10000.0  # of the rotary frequencies
     rope_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 reproduces the official tables
     gate_channels: int | None = None  # channels that the value-embedding gate reads; None = all
     attention_reset: int | None = None  # token id of the separator at which attention is cut too; None = never
@@ -141,11 +141,11 @@ class ModelConfig:
 class PassesConfig:
     """The passes of a training step; the same names as the functions lrt.interleaved(...) and so on."""
 
-    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"  # which passes
     subsets: int = 2  # S of interleaved
     sweeps: int = 1  # sweeps of interleaved
-    order: Literal["ascending", "rotated", "random"] = "ascending"
-    kv_refresh: bool = False
+    order: Literal["ascending", "rotated", "random"] = "ascending"  # of residues; the last two draw every step
+    kv_refresh: bool = False  # of interleaved: project the newest memory again for positions not yet visited
     passes: int = 1  # K of refine
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
@@ -164,7 +164,7 @@ class ShareConfig(PassesConfig):
 class StretchConfig(PassesConfig):
     """Passes, or a mixture of them, for a part of the steps or for all."""
 
-    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]  # which passes
     mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
     ramp: int = 0  # steps in which the memory comes in: its values grow from zero to what recurrence.init gives, its rates to their own
 
@@ -185,20 +185,20 @@ class ScheduleConfig(StretchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """One table of parameter groups (spec section 5); AdamW rates at width 768 scale with (D/768)^-0.5."""
+    """One table of parameter groups (docs/method.md, section 5); AdamW rates at width 768 scale with (D/768)^-0.5."""
 
     matrix_lr: float = 0.02  # Muon: block matrices, memory projections, gates
-    momentum: float = 0.95
-    momentum_start: float = 0.85
-    momentum_warmup_steps: int = 300
-    second_moment: float = 0.95
+    momentum: float = 0.95  # Muon, once it is warm
+    momentum_start: float = 0.85  # Muon, at the first step
+    momentum_warmup_steps: int = 300  # steps from momentum_start to momentum
+    second_moment: float = 0.95  # Muon: decay of the factored second moment
     weight_decay: float = 0.2  # Muon only; times (12/L)^2, falling linearly to 0
     embedding_lr: float = 0.3  # token and value embeddings
-    head_lr: float = 0.004
+    head_lr: float = 0.004  # the output head
     scale_lr: float = 0.005  # a
     injection_lr: float = 0.5  # b and g
-    betas: tuple[float, float] = (0.8, 0.95)
-    eps: float = 1e-10
+    betas: tuple[float, float] = (0.8, 0.95)  # AdamW; b has its own, 0.96 and 0.95
+    eps: float = 1e-10  # AdamW
     memory_map_scale: float = 1.0  # times the rates of the memory's matrices: projections and maps
     memory_gate_scale: float = 1.0  # times the rates of the memory's gates
     memory_gain_scale: float = 1.0  # times the rates of g
@@ -212,15 +212,15 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter, compute
-    tokens: int | None = None
+    tokens: int | None = None  # tokens to train on
     tokens_per_parameter: float | None = None  # parameters = matrices + head of the twin without memory
     compute: int | None = None  # tokens on which the twin without memory would spend the run's FLOPs
     batch_tokens: int = 524288  # tokens an optimizer step, over all ranks
     micro_batch: int = 16  # rows a forward on one rank; the rest is gradient accumulation
-    lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"
-    warmup_steps: int = 0
-    warmdown_fraction: float = 0.5
-    final_lr_fraction: float = 0.0
+    lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"  # a fall that is linear, 1 - sqrt, or a cosine
+    warmup_steps: int = 0  # steps in which the rates rise from zero
+    warmdown_fraction: float = 0.5  # share of the steps in which the rates fall
+    final_lr_fraction: float = 0.0  # what the rates end at, of their full value
     clip_norm: float | None = None  # global gradient norm; "none" = no clipping
     max_skipped: int = 20  # stop after this many steps in a row with a non-finite loss or gradient
     stage: Literal["all", "memory"] = "all"  # memory: train only the memory parameters
@@ -232,11 +232,11 @@ class TrainingConfig:
 class ParallelConfig:
     replicate: int = 1  # data-parallel replicas, each sharded
     shard: int = -1  # ranks that share one copy of the parameters; -1 = all that remain
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # computed twice: none, all, what is cheap
     compile: bool = True  # compile each block and the loss
     cuda_graphs: bool = True  # on a GPU and compiled: forward and backward of a micro-batch are one CUDA graph
     param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # computation; masters are always float32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients while they are summed over ranks
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
@@ -251,9 +251,9 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 1000  # steps; 0 = only at the end
-    keep_last: int = 2
+    keep_last: int = 2  # checkpoints
     keep_every: int = 0  # also keep every n-th step for good; 0 = none
-    asynchronous: bool = True
+    asynchronous: bool = True  # write while training goes on
     resume: bool = True  # continue from the newest whole checkpoint of the same run
     export_at_end: bool = True  # safetensors + config.json beside the checkpoints
 
@@ -262,13 +262,13 @@ class CheckpointConfig:
 class MetricsConfig:
     every: int = 10  # steps between console rows; the JSONL has every step
     csv: bool = False  # train.csv and evaluation.csv beside metrics.jsonl
-    tensorboard: bool = False
+    tensorboard: bool = False  # event files in tensorboard/
     wandb: bool = False  # Weights & Biases; WANDB_MODE=offline in the environment needs no account
-    trackio: bool = False
+    trackio: bool = False  # a record of trackio on this machine
     project: str = "lrt"  # of wandb and trackio
     plot: bool = True  # PNG of the curves at the end
     profile_start: int | None = None  # first step of a torch.profiler window
-    profile_steps: int = 3
+    profile_steps: int = 3  # steps of that window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +277,7 @@ class EvaluationConfig:
     tokens: int = 65536  # held-out tokens scored, the same in every mode
     sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
     batch: int = 16  # rows a forward
-    modes: tuple[str, ...] = ("zero", "parallel", "decode")
+    modes: tuple[str, ...] = ("zero", "parallel", "decode")  # memory modes that are scored
     buckets: int = 4  # position buckets of the report
     sample_prompt: str = "The "  # of a text that is decoded with every evaluation
     sample_tokens: int = 120  # 0 = no such text
@@ -288,9 +288,9 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str = "lrt"
+    name: str = "lrt"  # the folder of the run, inside output
     output: str = "runs"  # the run writes to output/name
-    seed: int = 1
+    seed: int = 1  # of weights, order of data, and drawn schedules
     backbone: str = "native"  # "native", or a folder with a Hugging Face decoder to adapt
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lrt.config import DataConfig
-from lrt.config.files import write_whole
+from lrt.config.files import read_text, write_whole
 from lrt.data.documents import Documents, Reader
 from lrt.data.locks import locked
 from lrt.data.packing import Packer, Piece
@@ -252,8 +252,12 @@ def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest, if the folder already holds all of this job; refuses a folder that holds another one."""
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content: Any = None
+            with suppress(ValueError, RecursionError):  # then it is none of ours, and another job
+                content = json.loads(read_text(folder / name))
+            content = content if isinstance(content, dict) else {}
             held = content.get("job", {}) if name == MANIFEST else content
+            held = held if isinstance(held, dict) else {}
             words = {"documents": "text (files, their contents or the text column)", "tokenizer": "tokenizer", "shards": "shard size"}
             for key, word in words.items():
                 if held.get(key) != job[key]:

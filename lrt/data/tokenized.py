@@ -37,12 +37,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        assert all(key in manifest for key in _KEYS) and manifest["version"] == VERSION
-    except (OSError, ValueError, AssertionError, TypeError):
+        right = all(key in manifest for key in _KEYS) and manifest["version"] == VERSION and _is_ours(manifest)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        right = False
+    if not right:
         raise ValueError(
             f"{folder / MANIFEST} is not a manifest of version {VERSION}: write the folder again with tools/prepare_data.py tokenize"
-        ) from None
+        )
     return manifest
+
+
+def _is_ours(manifest: dict[str, Any]) -> bool:
+    """Whether every entry has the kind that ``write_shard`` writes."""
+    counts = ("documents", "tokens")
+    return (
+        manifest["dtype"] in ("uint16", "uint32")
+        and isinstance(manifest["shards"], list)
+        and bool(manifest["shards"])
+        and isinstance(manifest["tokenizer"], str)
+        and all(type(shard[key]) is int and shard[key] >= 0 for shard in manifest["shards"] for key in counts)
+        and all(len(shard["checksums"]) == -(-shard["documents"] // GROUP) for shard in manifest["shards"])
+        and all(Path(shard["name"]).name == shard["name"] for shard in manifest["shards"])
+    )
 
 
 def shard_paths(folder: Path) -> list[Path]:

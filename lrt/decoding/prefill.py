@@ -2,7 +2,7 @@
 
 ``exact()`` runs the prompt token by token. ``refine(k)`` and ``fixed_point(...)`` run it in parallel
 passes; every pass stops at the source block, because only the memory feeds the next one, and the blocks
-above it run once, over the settled memory (spec section 3).
+above it run once, over the settled memory (docs/method.md, section 3).
 
 Legend: B batch, T prompt tokens, P positions of a chunk, S groups, D width.
 """

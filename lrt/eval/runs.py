@@ -17,9 +17,9 @@ def read_records(path: Path) -> list[Record]:
     """Records of a JSONL file; a last line cut short by a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def scores_of(record: Record) -> dict[str, float]:
@@ -101,6 +101,7 @@ def read_run(folder: str | Path) -> RunFolder:
     kinds = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "evaluation")}
     found: Record = {}
     if about.is_file():
-        with contextlib.suppress(ValueError):
-            found = json.loads(about.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError, RecursionError):
+            told = json.loads(about.read_text(encoding="utf-8"))
+            found = told if isinstance(told, dict) else {}
     return RunFolder(folder, kinds["train"], kinds["evaluation"], found)

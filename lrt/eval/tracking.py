@@ -240,7 +240,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> Path:
         for length in sorted({r["train_length"] for r in records} - {first["test_length"]}):
             panel.axvline(length, color="#606060", linestyle=":", linewidth=1)
         panel.set(xlabel="inputs read (dotted: longest row of training)", ylabel="share of rows", ylim=(-0.02, 1.02))
-        panel.legend(loc="center right")
+        panel.legend(loc="lower right")
     return path
 
 

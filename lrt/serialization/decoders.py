@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lrt.config.files import read_text
 from lrt.config.ranges import MOST_LAYERS
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
@@ -174,7 +175,7 @@ def read_json(path: Path, *, where: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{where} {'holds no ' + path.name if path.parent.is_dir() else 'is no folder'}")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{where}: {path.name} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
@@ -217,6 +218,8 @@ def in_one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *
                 f"{where} needs code of its own (auto_map), and lrt runs no code of a folder: where you trust it, load it with transformers "
                 "yourself and give the decoder to lrt.adapt"
             ) from None
+        if isinstance(error, ValueError) and where in str(error):
+            raise  # said already
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = reason if len(reason) < LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
         raise ValueError(f"{where} cannot be read as {what}: {shown}") from None

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrt.config.files import read_text
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -65,8 +67,8 @@ def open_folder(folder: str | Path) -> dict[str, LazyTensor]:
     if not index.is_file():
         return open_file(Path(folder) / WEIGHTS)
     try:
-        files = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    except (ValueError, KeyError, AttributeError) as error:
+        files = {str(name): str(file) for name, file in json.loads(read_text(index))["weight_map"].items()}
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: not an index of safetensors shards: {error}") from None
     tensors: dict[str, LazyTensor] = {}
     for file in sorted(set(files.values())):

@@ -143,6 +143,22 @@ def test_a_tokenizer_and_a_recipe_with_a_byte_order_mark(tmp_path):
             load_tokenizer(tmp_path)
 
 
+def test_a_models_folder_with_byte_order_marks(tmp_path):
+    import lrt
+    from lrt.config import parse_recipe
+    from lrt.serialization import save
+
+    model = lrt.build(parse_recipe("[model]\nn_layers = 1\nwidth = 8\nn_heads = 1\nvocab_size = 257\nsequence_length = 8\n"))
+    save(model, tmp_path / "model", shard_size=2000)
+    for name in ("config.json", "model.safetensors.index.json"):
+        path = tmp_path / "model" / name
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert lrt.load(tmp_path / "model").vocab_size == 257
+    path.write_text("{}", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"index.json is not UTF-8 text: .*UTF-16"):
+        lrt.load(tmp_path / "model")
+
+
 # ------------------------------------------------------------------ rows that are no text
 
 

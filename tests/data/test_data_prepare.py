@@ -40,7 +40,7 @@ def test_a_tokenized_folder_gives_the_same_documents(shards, tmp_path):
     out = tmp_path / "tokens"
     manifest = tokenized(shards, out)
     assert len(manifest["shards"]) == 4 and manifest["documents"] == 30 and manifest["dtype"] == "uint16" and manifest["skipped"] == 0
-    assert sorted(p.suffix for p in out.iterdir()) == sorted([".bin", ".idx"] * 4 + [".json"] * 3)
+    assert sorted(p.suffix for p in out.iterdir()) == sorted([".bin", ".idx"] * 4 + [".json"] * 4)
     data = DataConfig(train=str(out), validation="demo")
     assert texts_of(data) == texts_of(DataConfig(train=str(shards), validation="demo"))
     held_out = texts_of(DataConfig(train=str(out)), "validation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from lrt.commands import prepare
 from lrt.commands.frame import BROKEN_PIPE, framed
+from lrt.commands.options import MOST_ROWS, at_least, path
 from lrt.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +69,30 @@ def test_whatever_happens_in_a_command_is_one_line(error, code, words, capsys):
 
     assert framed(work, interrupted="nothing was written") == code
     assert capsys.readouterr().err == words + "\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("0", "'0': use a whole number of 1 or more"),
+        ("x", "'x': use a whole number of 1 or more"),
+        ("9" * 401, "'999999999999999999999999999999'...: use a whole number of 1 or more, at most 65536"),
+        ("65537", "'65537': use a whole number of 1 or more, at most 65536"),
+        ("", "'': use a whole number of 1 or more"),
+    ],
+)
+def test_a_number_of_an_option_is_one_that_a_machine_can_hold(text, words):
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        at_least(1, most=MOST_ROWS)(text)
+    assert str(refused.value) == words and at_least(1, most=MOST_ROWS)("65536") == 65536
+
+
+def test_an_unset_variable_is_no_path():
+    for text in ("", " ", "a\0b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is empty, perhaps an unset variable"):
+            path(text)
+    with pytest.raises(SystemExit):
+        prepare.main(["inspect", "--train", ""])
 
 
 def test_a_full_disk_leaves_the_tokenizer_that_was_there(tmp_path, capsys):

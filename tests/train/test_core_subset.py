@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from hf_decoders import make
 from launching import launch
 from runs import tiny
 
@@ -160,10 +161,23 @@ def test_weights_that_are_not_numbers_get_no_score(trained, tmp_path, bundle, ca
     assert "holds NaN or infinite weights" in capsys.readouterr().err
 
 
+ADAPTED = {  # over the recipe of a native model
+    **{"model.n_layers": 12, "model.vocab_size": 32768},
+    **{f"model.{key}": "none" for key in ("width", "n_heads", "gate_channels")},
+    "recurrence.init": "identity",
+    "recurrence.gate_channels": "none",
+    "optimizer.kind": "adamw",
+}
+
+
 @pytest.mark.slow
-def test_two_ranks_share_the_items_of_a_sharded_model(tmp_path, bundle):
+@pytest.mark.parametrize("kind", ["native", "adapted"])
+def test_two_ranks_share_the_items_of_a_sharded_model(tmp_path, bundle, kind):
     """One rank and two give the same answers of the same weights."""
     sets = ["training.steps=2", 'evaluation.core=["copa", "bigbench_operators"]', f"evaluation.core_bundle={bundle}"]
+    if kind == "adapted":
+        make("llama", dtype=torch.float32, vocab_size=257).save_pretrained(tmp_path / "decoder")
+        sets += [f"run.backbone={tmp_path / 'decoder'}", *(f"{key}={value}" for key, value in ADAPTED.items())]
     found = {}
     for ranks in (1, 2):
         (tmp_path / f"{ranks}").mkdir()

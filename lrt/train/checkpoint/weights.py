@@ -107,12 +107,18 @@ def gather(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def copy_on_every_rank(model: nn.Module, recipe: Recipe, world: World) -> LatentRecurrentModel:
-    """The plain model on every rank's device, in the dtype of the computation and in evaluation mode; every rank must call this."""
-    dtype = getattr(torch, recipe.parallel.param_dtype)
+    """The plain model with the weights of the computation, on every rank's device, to evaluate with.
+
+    Args:
+        model: parallel; every rank must call this.
+        recipe: of the model.
+        world: the processes.
+    """
+    dtype, weights = getattr(torch, recipe.parallel.param_dtype), dict(named_parameters(model))
     whole = {}
     for name, tensor in named_tensors(model).items():
         full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        whole[name] = full.to(dtype) if full.is_floating_point() else full
+        whole[name] = full.to(dtype) if name in weights else full  # buffers, such as frequencies, keep theirs
     return _plain(recipe, whole).to(world.device).eval()
 
 

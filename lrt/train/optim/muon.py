@@ -4,7 +4,7 @@ Letters: N matrices of one shape (R rows, C columns), W ranks that share the row
 n = ceil(N / W) matrices that one rank orthogonalizes.
 
 Source: Jordan et al. 2024 (Muon); Amsel et al. 2025, arXiv 2505.16932 (Polar Express); Li et al. 2025,
-arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings are in spec section 5.
+arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings are in docs/method.md, section 5.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from lrt.config import OptimizerConfig, TrainingConfig
 Decay = Callable[[float], float]  # share of the decay done (0..1) -> share of the rate left (1..0)
 
 DECAYS: dict[str, Decay] = {
-    "warmdown": lambda done: 1.0 - done,  # constant, then linear (spec section 5)
+    "warmdown": lambda done: 1.0 - done,  # constant, then linear (docs/method.md, section 5)
     "wsd": lambda done: 1.0 - math.sqrt(done),  # constant, then 1 - sqrt (Haegele et al. 2024, arXiv 2405.18392)
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),  # half a cosine over all steps after the warmup
 }
@@ -52,7 +52,7 @@ def lr_scale(step: int, *, total: int, training: TrainingConfig) -> float:
 def rates_at(
     step: int, *, total: int, training: TrainingConfig, optimizer: OptimizerConfig, memory_scale: float = 1.0
 ) -> Rates:
-    """Every number of the optimizer that changes with the step (spec section 5).
+    """Every number of the optimizer that changes with the step (docs/method.md, section 5).
 
     Args:
         step: 0-based optimizer step.

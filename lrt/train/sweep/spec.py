@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt.config import Recipe, RecipeError, find_recipe, load_recipe
+from lrt.config.files import read_text
 from lrt.config.recipes import similar
 from lrt.train.sweep.keys import KINDS
 
@@ -161,10 +162,10 @@ def read_spec(path: str | Path, *, overrides: Sequence[str] = ()) -> Sweep:
     """
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise SpecError(f"sweep {str(path)!r} not found: name a TOML file with [[runs]]") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"{path.name}: not valid TOML: {error}") from None
     errors: list[str] = []
     try:
