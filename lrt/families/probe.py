@@ -156,7 +156,7 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             error,
             f"in training mode it computes something else (logits differ by {error:.1e} of their size), so it has a dropout or another noise that "
-            "no module shows: output_dropout, mlp_dropout, embedding_dropout, dropout; or set its rate to 0 in the config",
+            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:
