@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrt.attention import Transient, gradient_spacing
 from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
 
-HALVES = ("enter", "project", "finish_kv", "attend")  # methods of a block, between which memory enters
+HALVES = ("enter", "project", "attend")  # methods that every block needs; only kv_refresh asks for finish_kv too
 
 
 class Gate(nn.Module):
