@@ -259,12 +259,12 @@ class AlignedBlock(RecurrentBlock):
     """
 
     def __init__(self, block: Block, *, gate: Gate) -> None:
-        super().__init__(block, gate=gate)
         if not hasattr(block, "align"):
             raise ValueError(
                 f'recurrence.projection = "aligned" does not fit this block: {type(block).__name__} is no lrt.types.AlignableBlock; '
                 'use projection = "separate"'
             )
+        super().__init__(block, gate=gate)
         self.block.align()
 
     @property
