@@ -31,7 +31,7 @@ def check_torchtitan() -> None:
         found = importlib.metadata.version("torchtitan").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            f'lrt.titan needs torchtitan {VERSION}, which is not installed: pip install "lrt[titan]"'
+            f'lrt.titan needs torchtitan {VERSION}, which is not installed: pip install -e ".[titan]"'
         ) from None
     if found != VERSION:
         raise ImportError(

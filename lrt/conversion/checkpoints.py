@@ -27,7 +27,7 @@ from lrt.model import build
 from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
-from lrt.serialization.decoders import decoder_of_shapes, open_decoder, open_saved
+from lrt.serialization.decoders import decoder_of_shapes, in_one_line, open_decoder, open_saved
 from lrt.serialization.fingerprint import fingerprint, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
 from lrt.train.checkpoint.verifying import find_checkpoint, step_of
@@ -332,7 +332,7 @@ def read_memory(path: Path) -> Checkpoint:
 
 def read_decoder(path: Path) -> Checkpoint:
     """A plain Hugging Face decoder (the base of an adapter), as a model that has no memory yet."""
-    model = adapt(open_decoder(path, dtype="auto"))
+    model = in_one_line(str(path), {}, lambda: adapt(open_decoder(path, dtype="auto")))
     tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
     config = config_of(model)
     return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))

@@ -22,7 +22,7 @@ from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, model_from_config
 from lrt.serialization.adapted import load_whole
-from lrt.serialization.decoders import is_plain, open_decoder
+from lrt.serialization.decoders import in_one_line, is_plain, open_decoder
 from lrt.serialization.description import schedule_of
 from lrt.train.checkpoint import find_checkpoint, latest, read_tensors, step_of
 from lrt.train.checkpoint.starting_model import is_native, read_backbone
@@ -102,7 +102,9 @@ def open_model(
     elif kind in ("lrt", "hf"):
         model = load(folder, dtype=dtype, device=device)
     elif kind == "plain":
-        model = without_memory(adapt(_decoder(folder), RecurrenceConfig(init="identity", kv_projection=False)))
+        model = in_one_line(
+            str(folder), {}, lambda: without_memory(adapt(_decoder(folder), RecurrenceConfig(init="identity", kv_projection=False)))
+        )
     elif kind == "dcp":
         model = _from_checkpoint(folder)
     else:

@@ -74,7 +74,8 @@ def convert(
         raise ValueError(f"--to {target}: {KINDS[target].holds} is only read; use one of {', '.join(k for k, v in KINDS.items() if v.write)}")
     if not Path(path).exists():
         raise ValueError(f"--input {path}: there is nothing")
-    path = find_model(path) if source in (None, "lrt", "hf") else Path(path)
+    newest = step is None and source in (None, "lrt", "hf")
+    path = find_model(path) if newest else Path(path)
     source = source or kind_of(path)
     if (base is not None) != (source == "adapter"):
         raise ValueError("--base names the decoder of an adapter: give it with --from adapter, and only there")

@@ -60,7 +60,10 @@ def departure(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         stack.callback(_restore, modes)
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(narrow_windows(backbone, blocks, decoder))
-        size = min(_length(blocks), getattr(backbone.config, "max_position_embeddings", None) or _length(blocks))
+        longest = getattr(backbone.config, "max_position_embeddings", None) or _length(blocks)
+        if not isinstance(longest, int) or longest < 1:
+            return Departure(float("inf"), f"its config says max_position_embeddings = {longest!r}")
+        size = min(_length(blocks), longest)
         tokens = (torch.arange(size, device=backbone.embedding.weight.device) * 7 % backbone.vocab_size)[None]
         worst = 0.0
         for passed, check in enumerate((_evaluation, _partial_passes, _training)):
@@ -153,7 +156,7 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             error,
             f"in training mode it computes something else (logits differ by {error:.1e} of their size), so it has a dropout or another noise that "
-            "no module shows: output_dropout, mlp_dropout, embedding_dropout, dropout; or set its rate to 0 in the config",
+            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:

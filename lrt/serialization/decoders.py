@@ -218,6 +218,8 @@ def in_one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *
                 f"{where} needs code of its own (auto_map), and lrt runs no code of a folder: where you trust it, load it with transformers "
                 "yourself and give the decoder to lrt.adapt"
             ) from None
+        if isinstance(error, ValueError) and where in str(error):
+            raise  # said already
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = reason if len(reason) < LONGEST_REASON else f"{reason[:LONGEST_REASON]} ..."
         raise ValueError(f"{where} cannot be read as {what}: {shown}") from None

@@ -60,7 +60,7 @@ def test_a_training_checkpoint_of_one_rank(tmp_path):
         save_step(tmp_path / "run" / "checkpoints", step, small_model(seed=seed), recipe=recipe)
     done = convert(tmp_path / "run", tmp_path / "newest", source="dcp", target="lrt", report=quiet)
     assert done.source.step == 9 and same_tensors(lrt.load(tmp_path / "newest").state_dict(), small_model(seed=2).state_dict())
-    convert(tmp_path / "run", tmp_path / "older", source="dcp", target="lrt", step=5, report=quiet)
+    convert(tmp_path / "run", tmp_path / "older", target="lrt", step=5, report=quiet)
     assert same_tensors(lrt.load(tmp_path / "older").state_dict(), small_model(seed=1).state_dict())
     assert json.loads((tmp_path / "older" / "config.json").read_text())["step"] == 5
     assert lrt.load(tmp_path / "older").train_schedule == lrt.interleaved(2)

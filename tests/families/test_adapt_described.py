@@ -46,7 +46,7 @@ USED = ("mistral", "phi3", "mixtral", "starcoder2")  # in every block
 LISTED = ("qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3", "cohere2", "exaone4", "gpt_oss", "olmo3", "cwm", "ministral")  # by layer_types
 
 
-@given(family=st.sampled_from(UNUSED + USED + LISTED), keys=st.integers(1, 2 * LENGTH), kinds=KINDS, seed=st.integers(0, 99))
+@given(family=st.sampled_from(known(UNUSED + USED + LISTED)), keys=st.integers(1, 2 * LENGTH), kinds=KINDS, seed=st.integers(0, 99))
 def test_windows_are_those_that_the_decoder_uses(family: str, keys: int, kinds: list[str], seed: int) -> None:
     listed = {"layer_types": kinds, "use_sliding_window": True} if family in LISTED else {}
     decoder = make(family, sliding_window=keys, **listed)
@@ -97,7 +97,7 @@ NOISE: dict[str, dict[str, float]] = {
 }
 
 
-@pytest.mark.parametrize("family", NOISE)
+@pytest.mark.parametrize("family", known(NOISE))
 def test_training_has_the_noise_of_the_original(family: str, tokens: Tensor) -> None:
     decoder = make(family, **NOISE[family]).train()
     torch.manual_seed(5)
@@ -111,7 +111,7 @@ def test_training_has_the_noise_of_the_original(family: str, tokens: Tensor) -> 
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.loss, theirs.loss)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"])
+@pytest.mark.parametrize("family", known(["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"]))
 def test_a_loss_that_would_be_left_out_is_refused(family: str) -> None:
     with pytest.raises(ValueError, match="it adds a loss of its own.*config.output_router_logits = False"):
         lrt.adapt(make(family, output_router_logits=True))
@@ -145,7 +145,7 @@ def test_a_refusal_names_the_fields_that_would_mend_it(family: str, wrong: dict[
 
 
 def test_no_refusal_is_a_raw_error() -> None:
-    for decoder in (make("gpt_neox"), make("gpt2"), make("phi"), make("nanochat")):
+    for decoder in map(make, known(["gpt_neox", "gpt2", "phi", "nanochat"])):
         for family in lrt.families.FAMILIES:
             try:
                 lrt.release(lrt.adapt(decoder, family=family))

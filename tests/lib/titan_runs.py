@@ -15,7 +15,7 @@ from runs import ROOT
 LIB = ROOT / "tests" / "lib"
 needs_torchtitan = pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None,
-    reason='torchtitan is not installed: pip install "lrt[titan]", then python -m pytest tests/titan -m slow',
+    reason='torchtitan is not installed: pip install -e ".[titan]", then python -m pytest tests/titan -m slow',
 )
 
 ROWS, LENGTH, RATE = 8, 32, 3e-3  # of every job here

@@ -268,3 +268,45 @@ def test_every_other_door_is_shut() -> None:
                 assert call.func.attr not in ("load", "loads", "open"), here
             elif owner == "np" and call.func.attr == "load":
                 assert given.get("allow_pickle", "False") == "False", here
+
+
+@pytest.mark.parametrize("positions", [-1, 0, "x", 1.5])
+def test_a_decoder_whose_config_has_odd_positions_is_refused_in_one_line(tmp_path: Path, positions: Any) -> None:
+    """Found by fuzzing: -1 was a RuntimeError of the comparison with the decoder."""
+    llama().save_pretrained(tmp_path / "odd")
+    config = tmp_path / "odd" / "config.json"
+    table = json.loads(config.read_text()) | {"max_position_embeddings": positions}
+    config.write_text(json.dumps(table))
+    from lrt.conversion.opening import open_model
+
+    if positions == 0:  # as if it named none
+        open_model(tmp_path / "odd")
+        return
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        open_model(tmp_path / "odd")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"recurrence": {"x": 1}}, "unknown key 'recurrence.x'"),
+        ({"recurrence": []}, r"recurrence = \[\]: expected a table"),
+        ({"recurrence": {"kv_projection": "yes"}}, "recurrence.kv_projection = 'yes': expected true or false"),
+        ({"schedule": {"kind": ["refine"]}}, "schedule.kind = .*: expected one of"),
+        ({"schedule": {"kind": "interleaved", "sweeps": True}}, "schedule.sweeps = True: expected a whole number"),
+        ({"schedule": None}, "schedule = None: expected a table"),
+        ({"torch_dtype": "int4096"}, "torch_dtype is missing or of another kind"),
+        ({"torch_dtype": 3}, "torch_dtype is missing or of another kind"),
+        ({"adapted": 0}, "adapted is missing or of another kind"),
+        ({"adapted": {"architecture": {}, "config": {}}}, "no causal language model"),
+        ({"adapter": [1]}, "adapter is missing or of another kind"),
+        ({"base_fingerprint": {"a": 1}}, "base_fingerprint is missing or of another kind"),
+    ],
+)
+def test_a_saved_models_config_of_any_shape_is_refused_in_one_line(tmp_path: Path, changes: Any, message: str) -> None:
+    lrt.save(lrt.adapt(llama()), tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=message) as refused:
+        lrt.load(tmp_path / "model")
+    assert len(str(refused.value)) < 2000

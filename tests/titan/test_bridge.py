@@ -62,7 +62,7 @@ def test_a_missing_torchtitan_or_another_version_is_said_in_one_line(monkeypatch
     assert main(["--engine", "torchtitan", "--recipe", "titan_lrt_debug"]) == 2
     assert (
         capsys.readouterr().err
-        == 'error: lrt.titan needs torchtitan 0.2.2, which is not installed: pip install "lrt[titan]"\n'
+        == 'error: lrt.titan needs torchtitan 0.2.2, which is not installed: pip install -e ".[titan]"\n'
     )
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.0")
     with pytest.raises(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
+import re
 import sys
 from typing import get_args, get_type_hints
 
 import pytest
-from pages import ROOT
+import torch
+from pages import ROOT, blocks
 
 import lrt
 from lrt.__main__ import COMMANDS
@@ -69,3 +73,32 @@ def test_every_public_name_is_in_the_api(reference):
     page = reference.api_page()
     assert [name for name in lrt.__all__ if f"::: lrt.{name}\n" not in page] == ["prefill"]
     assert "::: lrt.decoding.prefill\n" in page  # a module: shown with its functions
+
+
+# ------------------------------------------------------------------ blocks of Python
+
+
+def run_page(page: str, scope: dict | None = None) -> list[str]:
+    """Run every block of a page, one after the other, as a reader would; what each of them prints."""
+    scope, printed = {} if scope is None else scope, []
+    for block in blocks(page, holding=""):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            exec(block, scope)  # noqa: S102
+        printed.append(said.getvalue())
+    return printed
+
+
+def results(page: str) -> list[str]:
+    """The blocks of text of a page: what it says that its code prints."""
+    return re.findall(r"```text\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_worked_example_prints_what_the_page_says():
+    """Eight tokens in plain torch; the second block compares lrt with it pass by pass."""
+    try:
+        assert run_page("method.md") == results("method.md")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    first = blocks("method.md", holding="")[0]
+    assert "lrt" not in first and len([line for line in first.splitlines() if line]) <= 40
