@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lrt
 from lrt.commands import evaluate, generate
-from lrt.commands.chat import template
+from lrt.commands.chat import template as template_of
 from lrt.config import ModelConfig, RecurrenceConfig, TuningConfig
 from lrt.conversion.opening import open_model
 from lrt.data import load_tokenizer
@@ -169,7 +169,7 @@ def test_the_template_of_a_run_that_has_no_export_is_that_of_its_tokenizer(talks
     sets = {"evaluation.modes": '["zero"]', "training.steps": 1, "tuning.problems": 0, "checkpoint.export_at_end": "false", **NO_ANSWERS}
     opened = open_model(train(adapted(talks, decoder, tmp_path, **sets)).folder, device="cpu")
     messages = [Message("user", "1+1?")]
-    found = template(opened, load_tokenizer(decoder), name=None)
+    found = template_of(opened, load_tokenizer(decoder), name=None)
     assert found.prompt(messages) == open_chat(load_tokenizer(decoder), decoder).prompt(messages)
     assert found.prompt(messages) == open_chat(load_tokenizer(decoder), decoder / "tokenizer.json").prompt(messages)
 
