@@ -30,7 +30,6 @@ from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
 
-
 OF_BITS = ("data", "decode", "tokens", "sequence_length", "rows", "text_column", "documents")  # nothing that --answers asks
 
 
