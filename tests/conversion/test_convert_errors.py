@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import NANOCHAT, SMALL, quiet, save_step, small_model
+from conversions import NANOCHAT, SMALL, nanochat_of_transformers, quiet, save_step, small_model
 
 import lrt
 from lrt.commands import convert as tool
@@ -337,6 +337,7 @@ def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     save_step(tmp_path / "runs" / "tiny" / "checkpoints", 20, small_model(), recipe=parse_recipe(SMALL))
+    nanochat_of_transformers(tmp_path / "nanochat-hf")
     text = (ROOT / "docs" / "convert.md").read_text().split("## Each direction")[1].split("\n## ")[0]
     commands = [line.split() for line in text.splitlines() if line.startswith("    python tools/")]
     assert {("--from", kind) for kind in pipeline.KINDS} <= {pair for words in commands for pair in zip(words, words[1:])}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conversions import nanochat_of_transformers
 
 import lrt
 from lrt.conversion import convert
@@ -16,21 +17,9 @@ from lrt.conversion.kinds import kind_of
 pytestmark = pytest.mark.skipif(not hasattr(transformers, "NanoChatConfig"), reason="this version of transformers has no NanoChat")
 
 
-def folder(place: Path, **more: Any) -> Any:
-    sizes = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    given = {"num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-    torch.manual_seed(0)
-    model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**sizes | given | more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5)  # so that every part of a block counts
-    model.save_pretrained(place)
-    return model
-
-
 @pytest.mark.parametrize("more", [{}, {"vocab_size": 320, "final_logit_softcapping": 7.0, "num_key_value_heads": 4}], ids=["as it is", "others"])
 def test_it_answers_as_before(tmp_path: Path, more: dict[str, Any]) -> None:
-    model, lines = folder(tmp_path / "theirs", **more), list[str]()
+    model, lines = nanochat_of_transformers(tmp_path / "theirs", **more), list[str]()
     assert kind_of(tmp_path / "theirs") == "nanochat"
     convert(tmp_path / "theirs", tmp_path / "ours", target="lrt", report=lines.append)
     ours, tokens = lrt.load(tmp_path / "ours"), torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -54,7 +43,7 @@ def test_it_answers_as_before(tmp_path: Path, more: dict[str, Any]) -> None:
     ],
 )
 def test_what_a_native_model_has_not_is_refused(tmp_path: Path, more: dict[str, Any], text: str) -> None:
-    folder(tmp_path / "theirs", **more)
+    nanochat_of_transformers(tmp_path / "theirs", **more)
     with pytest.raises(ValueError, match=text):
         convert(tmp_path / "theirs", tmp_path / "ours", target="lrt")
     assert not (tmp_path / "ours").exists()

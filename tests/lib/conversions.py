@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from strategies import randomized
@@ -48,3 +49,18 @@ def save_step(folder, step, model, *, recipe, rank=0, world_size=1, group=None, 
     tensors |= {f"optimizer.{n}.momentum": shard(torch.zeros_like(t)) for n, t in model.state_dict().items()}
     manager.save(step, tensors=tensors, rank_state={"row": rank}, meta={"tokens": step})
     assert manager.wait()
+
+
+def nanochat_of_transformers(place: Path, **more: Any) -> Any:
+    """A random NanoChatForCausalLM, saved at ``place``."""
+    import transformers
+
+    sizes = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    given = {"num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    torch.manual_seed(0)
+    model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**sizes | given | more)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that every part of a block counts
+    model.save_pretrained(place)
+    return model
