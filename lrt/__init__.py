@@ -15,12 +15,12 @@ from lrt.model import LatentRecurrentModel, build  # noqa: E402
 from lrt.recurrence import Gate, KVProjection, RecurrentBlock, ResidualInjection  # noqa: E402
 from lrt.schedules import baseline, chunked, interleaved, mixture, refine, sequential  # noqa: E402
 from lrt.serialization import load, save  # noqa: E402
-from lrt.types import Output  # noqa: E402
+from lrt.types import MemoryInput, Output, Pass, Projection, Schedule  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
-    "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "Output", "RecipeError", "RecurrenceConfig", "RecurrentBlock",
-    "ResidualInjection",
+    "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "MemoryInput", "Output", "Pass", "Projection",
+    "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection", "Schedule",
     "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill", "refine", "release", "save",
     "sequential",
 ]  # fmt: skip

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lrt.attention import Transient, gradient_spacing
 from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
 
+HALVES = ("enter", "project", "attend")  # methods that every block needs; only kv_refresh asks for finish_kv too
+
 
 class Gate(nn.Module):
     """One positive number a head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
@@ -164,10 +166,19 @@ class RecurrentBlock(nn.Module):
         block: the decoder block.
         gate: gates of the local and of the memory part, 2 G heads; None: memory enters no keys and values.
         projection: this block's own memory projection; None: a shared one arrives with the memory.
+
+    Raises:
+        ValueError: the block lacks a method of ``lrt.types.Block``; a call gets a tensor as its memory.
     """
 
     def __init__(self, block: Block, *, gate: Gate | None = None, projection: KVProjection | None = None) -> None:
         super().__init__()
+        missing = [name for name in HALVES if not callable(getattr(block, name, None))]
+        if missing:
+            raise ValueError(
+                f"{type(block).__name__} has no {', '.join(missing)}: a block that receives memory needs {', '.join(HALVES)}, "
+                "as lrt.types.Block says (docs/extend.md shows one); of a whole decoder lrt.adapt makes them"
+            )
         self.block: Any = block
         self.gate = gate
         self.projection = projection
@@ -196,6 +207,9 @@ class RecurrentBlock(nn.Module):
         Returns:
             hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``; None where the store is ``Transient``.
         """
+        if isinstance(memory, Tensor):
+            given = tuple(memory.shape)
+            raise ValueError(f"memory is a tensor {given}: give lrt.MemoryInput(state) of every m[t-1], or None")
         if isinstance(kv, Transient):
             hidden, projection = self._mix(hidden, memory, context)
             return self.block.attend(hidden, projection, context, kv.store)[0], None, None
@@ -245,12 +259,12 @@ class AlignedBlock(RecurrentBlock):
     """
 
     def __init__(self, block: Block, *, gate: Gate) -> None:
-        super().__init__(block, gate=gate)
         if not hasattr(block, "align"):
             raise ValueError(
                 f'recurrence.projection = "aligned" does not fit this block: {type(block).__name__} is no lrt.types.AlignableBlock; '
                 'use projection = "separate"'
             )
+        super().__init__(block, gate=gate)
         self.block.align()
 
     @property

@@ -23,8 +23,7 @@ def place_of_process() -> Place:
     usual = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
     told = {name: os.environ.get(name, value) for name, value in usual.items()}
     numbers = all(value.isdecimal() for value in told.values())
-    lonely = told["WORLD_SIZE"] != "1" and "RANK" not in os.environ
-    if lonely or not numbers or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
+    if not numbers or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
         said = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in told)
         raise ValueError(
             f"the environment describes no process of a group ({said}): start with torchrun, which sets these variables, "

@@ -32,7 +32,7 @@ else:  # pragma: no cover - exercised on Python 3.10 only
 OPTIONAL = {"recurrence": "for the twin without memory", "tuning": "for training on text"}  # sections that may be off
 
 
-LONGEST_MISTAKE = 2000  # characters
+LONGEST_MISTAKE, MOST_MISTAKES = 2000, 20  # characters; those that are listed
 
 
 class RecipeError(ValueError):
@@ -186,7 +186,8 @@ def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) 
         except ValueError as error:
             errors.append(str(error))
     if recipe is None:
-        raise RecipeError(f"{where}: " + "\n  ".join(map(_shortened, errors)))
+        more = [f"and {len(errors) - MOST_MISTAKES} more mistakes"] if len(errors) > MOST_MISTAKES else []
+        raise RecipeError(f"{where}: " + "\n  ".join([*map(_shortened, errors[:MOST_MISTAKES]), *more]))
     return recipe
 
 

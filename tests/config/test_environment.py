@@ -36,7 +36,6 @@ def test_a_process_is_alone_or_one_of_a_group(monkeypatch):
     "values",
     [
         {"WORLD_SIZE": "x"},
-        {"WORLD_SIZE": 2},
         {"WORLD_SIZE": 2, "RANK": 2},
         {"WORLD_SIZE": -1, "RANK": 0},
         {"WORLD_SIZE": 0, "RANK": 0},
@@ -60,6 +59,11 @@ def test_processes_that_do_not_find_each_other_are_told_where(monkeypatch, opene
         with pytest.raises(ValueError, match=rf"do not find each other at 127.0.0.1:{port} \(.*in use.*--master_port"):
             with opened():
                 pass
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ValueError, match=rf"do not find each other at 127.0.0.1:{port} \(.*RANK expected, but not set"):
+        with opened():
+            pass
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(ValueError, match=r"do not find each other at MASTER_ADDR is unset:"):
         with opened():

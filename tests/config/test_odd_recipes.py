@@ -78,3 +78,10 @@ def test_a_name_is_suggested_only_where_it_is_similar():
         with pytest.raises(RecipeError) as refused:
             load_recipe("lrt_tiny", overrides=[f"{wrong}=5"])
         assert "did you mean" not in str(refused.value), (wrong, str(refused.value))
+
+
+def test_of_many_mistakes_twenty_are_listed():
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("lrt_tiny", overrides=[f"nothing.key{i}=1" for i in range(3)] + [f"odd{i}.x=1" for i in range(40)])
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "  and 21 more mistakes"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conversions import nanochat_of_transformers
+from conversions import leave_nanochat
 
 import lrt
 from lrt.conversion import convert
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(transformers, "NanoChatConfig"), rea
 
 @pytest.mark.parametrize("more", [{}, {"vocab_size": 320, "final_logit_softcapping": 7.0, "num_key_value_heads": 4}], ids=["as it is", "others"])
 def test_it_answers_as_before(tmp_path: Path, more: dict[str, Any]) -> None:
-    model, lines = nanochat_of_transformers(tmp_path / "theirs", **more), list[str]()
+    model, lines = leave_nanochat(tmp_path / "theirs", **more), list[str]()
     assert kind_of(tmp_path / "theirs") == "nanochat"
     convert(tmp_path / "theirs", tmp_path / "ours", target="lrt", report=lines.append)
     ours, tokens = lrt.load(tmp_path / "ours"), torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
@@ -43,7 +43,7 @@ def test_it_answers_as_before(tmp_path: Path, more: dict[str, Any]) -> None:
     ],
 )
 def test_what_a_native_model_has_not_is_refused(tmp_path: Path, more: dict[str, Any], text: str) -> None:
-    nanochat_of_transformers(tmp_path / "theirs", **more)
+    leave_nanochat(tmp_path / "theirs", **more)
     with pytest.raises(ValueError, match=text):
         convert(tmp_path / "theirs", tmp_path / "ours", target="lrt")
     assert not (tmp_path / "ours").exists()

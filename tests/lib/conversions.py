@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
 from strategies import randomized
 
 import lrt
@@ -51,10 +51,8 @@ def save_step(folder, step, model, *, recipe, rank=0, world_size=1, group=None, 
     assert manager.wait()
 
 
-def nanochat_of_transformers(place: Path, **more: Any) -> Any:
-    """A random NanoChatForCausalLM, saved at ``place``."""
-    import transformers
-
+def leave_nanochat(place, **more):
+    """A tiny NanoChatForCausalLM of transformers in a folder; returns it."""
     sizes = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     given = {"num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
     torch.manual_seed(0)

@@ -8,6 +8,9 @@ import sys
 import types
 from typing import Any
 
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from runs import ROOT
 
 from lrt.config import RecurrenceConfig, ScheduleConfig
@@ -63,3 +66,39 @@ def job(**sections):
     for name, given in sections.items():
         made[name] = {**made[name], **given} if isinstance(given, dict) else given
     return of(**{name: of(**value) if isinstance(value, dict) else value for name, value in made.items()})
+
+
+RECURRENCE = recurrence(gate_channels=8, separator=256)
+SMALL = {"n_layers": 2, "width": 32, "n_heads": 2, "gate_channels": 8}
+
+
+def small(passes=schedule(), **sections):
+    from lrt.titan.settings import model_keys, recipe_of
+
+    made = job(recurrence=RECURRENCE, schedule=passes, model=SMALL, **sections)
+    return made, recipe_of(made, model=model_keys(made), recurrent=True)
+
+
+def trainee(passes=schedule(), **sections):
+    from lrt.titan.model import native
+
+    made, recipe = small(passes, **sections)
+    model = native(recipe)
+    model.init_weights()
+    return model, recipe, made
+
+
+def leave_checkpoint(folder):
+    """What a job leaves: a distributed checkpoint as torchtitan writes it, and the description; returns the model."""
+    from lrt.titan.model import describe
+
+    model, _, made = trainee(schedule(kind="refine"), job={"dump_folder": str(folder)})
+    describe(model, made)
+    state = {
+        **model.state_dict(),
+        "optimizer.state.backbone.head.weight.exp_avg": torch.zeros(3),
+        "train_state": {"step": 7},
+    }
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state, checkpoint_id=folder / "checkpoint" / "step-7", no_dist=True)
+    return model

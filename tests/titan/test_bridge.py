@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from runs import ROOT
-from titan_parts import job, recurrence, schedule
+from titan_parts import RECURRENCE, SMALL, job, leave_checkpoint, recurrence, schedule, small, trainee
 
 import lrt
 from lrt.accounting import training_flops
@@ -23,25 +22,11 @@ from lrt.conversion import convert
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.conversion.titan import sharded
 from lrt.model import build
-from lrt.titan.model import describe, grouped_loss, native, parallel_form, parameters_and_flops, with_state
+from lrt.titan.model import grouped_loss, native, parallel_form, parameters_and_flops, with_state
 from lrt.titan.settings import FLAVORS, model_keys, recipe_of
 
-RECURRENCE = recurrence(gate_channels=8, separator=256)
-SMALL = {"n_layers": 2, "width": 32, "n_heads": 2, "gate_channels": 8}
 ALONE = SimpleNamespace(world_size=1, dp_replicate=1, dp_shard=1, world_mesh=SimpleNamespace(device_type="cpu"))
 PHASES = schedule(phases=[{"until": 0.5, "kind": "baseline"}, {"until": 1.0, "kind": "refine"}])
-
-
-def small(passes=schedule(), **sections):
-    made = job(recurrence=RECURRENCE, schedule=passes, model=SMALL, **sections)
-    return made, recipe_of(made, model=model_keys(made), recurrent=True)
-
-
-def trainee(passes=schedule(), **sections):
-    made, recipe = small(passes, **sections)
-    model = native(recipe)
-    model.init_weights()
-    return model, recipe, made
 
 
 def rows():
@@ -294,17 +279,7 @@ def test_activation_checkpointing_as_torchtitan_names_it(tmp_path, mode, option,
 
 @pytest.fixture
 def written(tmp_path):
-    """What a job leaves: a distributed checkpoint as torchtitan writes it, and the description."""
-    model, _, made = trainee(schedule(kind="refine"), job={"dump_folder": str(tmp_path / "job")})
-    describe(model, made)
-    state = {
-        **model.state_dict(),
-        "optimizer.state.backbone.head.weight.exp_avg": torch.zeros(3),
-        "train_state": {"step": 7},
-    }
-    with pytest.warns(UserWarning, match="single process"):
-        dcp.save(state, checkpoint_id=tmp_path / "job" / "checkpoint" / "step-7", no_dist=True)
-    return tmp_path / "job", model
+    return tmp_path / "job", leave_checkpoint(tmp_path / "job")
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoint", "checkpoint/step-7"])

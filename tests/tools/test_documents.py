@@ -102,3 +102,18 @@ def test_the_worked_example_prints_what_the_page_says():
         torch.set_default_dtype(torch.float32)
     first = blocks("method.md", holding="")[0]
     assert "lrt" not in first and len([line for line in first.splitlines() if line]) <= 40
+
+
+def test_examples_of_extending_print_what_the_page_says(tmp_path, monkeypatch):
+    """A block, a decoder, states and the trainer as a library; a run says more before its last line."""
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for printed, says in zip(run_page("extend.md", scope), results("extend.md"), strict=True):
+        assert printed.endswith(says)
+    assert scope["losses"].of_steps[-1] < scope["losses"].of_steps[0]
+    block, hidden, width = scope["block"], scope["hidden"], scope["width"]
+    message = r"memory is a tensor \(2, 8, 32\): give lrt.MemoryInput"
+    with pytest.raises(ValueError, match=message):
+        block(hidden, hidden, None, None)
+    with pytest.raises(ValueError, match="Linear has no enter, project, attend: a block that receives memory needs"):
+        lrt.RecurrentBlock(torch.nn.Linear(width, width))
