@@ -122,6 +122,8 @@ def _example(table: Any, where: str) -> Example:
         messages.append(Message(role, content))
     if messages[-1].role != "assistant":
         raise ValueError(f"{where} ends with a message of {messages[-1].role}: the last one is the assistant's, which is learned")
+    if len(messages) == 1:
+        raise ValueError(f"{where} is an answer with nothing before it: put a message of the user or the system there, or train on text (data.train)")
     steps = table.get("steps")
     answer = table.get("answer", answer_of(messages[-1].content))
     return Example(tuple(messages), str(answer), steps if isinstance(steps, int) else None)

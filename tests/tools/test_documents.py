@@ -115,5 +115,5 @@ def test_examples_of_extending_print_what_the_page_says(tmp_path, monkeypatch):
     message = r"memory is a tensor \(2, 8, 32\): give lrt.MemoryInput"
     with pytest.raises(ValueError, match=message):
         block(hidden, hidden, None, None)
-    with pytest.raises(ValueError, match="Linear has no enter, project, finish_kv, attend: a block that receives memory needs"):
+    with pytest.raises(ValueError, match="Linear has no enter, project, attend: a block that receives memory needs"):
         lrt.RecurrentBlock(torch.nn.Linear(width, width))
