@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrt.attention import Transient, gradient_spacing
 from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
 
-HALVES = ("enter", "project", "finish_kv", "attend")  # methods of a block, between which memory enters
+HALVES = ("enter", "project", "attend")  # methods that every block needs; only kv_refresh asks for finish_kv too
 
 
 class Gate(nn.Module):
@@ -259,12 +259,12 @@ class AlignedBlock(RecurrentBlock):
     """
 
     def __init__(self, block: Block, *, gate: Gate) -> None:
-        super().__init__(block, gate=gate)
         if not hasattr(block, "align"):
             raise ValueError(
                 f'recurrence.projection = "aligned" does not fit this block: {type(block).__name__} is no lrt.types.AlignableBlock; '
                 'use projection = "separate"'
             )
+        super().__init__(block, gate=gate)
         self.block.align()
 
     @property

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from lrt.commands.frame import framed
 from lrt.commands.options import at_least
 from lrt.data.arithmetic import problems
 
@@ -28,17 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--direct", action="store_true", help="completions are the answer alone, without the equations")
     parser.add_argument("--seed", type=at_least(0), default=1, help="the same seed writes the same files (default: 1)")
     args = parser.parse_args(arguments)
+    return framed(lambda: run(args), interrupted="the folder may lack a file: take it away")
+
+
+def run(args: argparse.Namespace) -> None:
+    made = problems(count=args.held_out + args.count, seed=args.seed, steps=args.steps, largest=args.largest)
     try:
-        made = problems(count=args.held_out + args.count, seed=args.seed, steps=args.steps, largest=args.largest)
         args.output.mkdir(parents=True)
-        for name, part in (("validation", made[: args.held_out]), ("train", made[args.held_out :])):
-            lines = [json.dumps(one.record(direct=args.direct)) for one in part]
-            (args.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     except FileExistsError:
-        print(f"error: {args.output} already exists: choose a new folder", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{args.output} already exists: choose a new folder") from None
+    for name, part in (("validation", made[: args.held_out]), ("train", made[args.held_out :])):
+        lines = [json.dumps(one.record(direct=args.direct)) for one in part]
+        (args.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{args.count:,} problems to train on and {args.held_out:,} to score, written to {args.output}")
-    return 0

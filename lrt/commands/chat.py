@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lrt.conversion.opening import Opened
-from lrt.data.chat import TEMPLATE, Chat, open_chat
+from lrt.data.chat import Chat, find_template, open_chat
 from lrt.data.tokenizer import Tokenizer
 
 
@@ -21,5 +19,5 @@ def template(opened: Opened, tokenizer: Tokenizer, *, name: str | None) -> Chat:
         ValueError: a template that cannot be used.
     """
     places = [name, opened.folder, None if opened.recipe is None else opened.recipe.data.tokenizer]
-    found = next((place for place in places if place is not None and (Path(place) / TEMPLATE).is_file()), name or opened.folder)
+    found = next((place for place in places if place is not None and find_template(place) is not None), name or opened.folder)
     return open_chat(tokenizer, found)

@@ -27,13 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{name:9s} {kind.holds}\n          lossless for: {kind.lossless}" for name, kind in KINDS.items()))
-        return 0
+        return framed(show_kinds, interrupted="nothing was written")
     missing = [f"--{name}" for name in ("to", "input", "output") if getattr(options, name) is None]
     if missing:
         parser.error(f"missing {', '.join(missing)} (or --list)")
     signal.signal(signal.SIGTERM, _stop)
     return framed(lambda: run(options), interrupted="nothing was written")
+
+
+def show_kinds() -> None:
+    print("\n".join(f"{name:9s} {kind.holds}\n          lossless for: {kind.lossless}" for name, kind in KINDS.items()))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -30,6 +30,8 @@ from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
 
+OF_BITS = ("data", "decode", "tokens", "sequence_length", "rows", "text_column", "documents")  # nothing that --answers asks
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate one folder; returns the exit code (2: bad input, nothing was scored)."""
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_idle(args)
     settings = Settings(
         data=tuple(args.data), memory=args.memory, tokens=args.tokens, sequence_length=args.sequence_length, rows=args.rows,
         tokenizer=args.tokenizer, base=args.base, text_column=args.text_column, decode=parse_prefill(args.decode, option="--decode"),
@@ -62,6 +65,15 @@ def run(args: argparse.Namespace) -> int:
     print(found.table())
     print(line)
     return 0
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that has no effect beside the others."""
+    usual, asked = _parser().parse_args([args.folder]), args.answers is not None
+    idle = [name for name in (OF_BITS if asked else ("answer_tokens",)) if getattr(args, name) != getattr(usual, name)]
+    if idle:
+        option = f"--{idle[0].replace('_', '-')}"
+        raise ValueError(f"{option} has no effect {'with' if asked else 'without'} --answers, which counts right answers alone: leave one out")
 
 
 def ask(args: argparse.Namespace, settings: Settings) -> int:

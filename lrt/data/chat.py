@@ -6,7 +6,6 @@ makes special tokens. A model learns the answers of the assistant and the token 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lrt.data.tokenizer import Tokenizer
+from lrt.config.files import read_text
+from lrt.data.tokenizer import HUB_CONFIG, Tokenizer, read_object
 
 END = "\x04"  # of a turn, where the tokenizer has no token for it: end of transmission
 TEMPLATE = "chat_template.jinja"
@@ -102,7 +102,11 @@ class TemplateChat:
             raise ValueError('a chat template needs transformers: pip install -e ".[hf]" in a checkout of lrt') from None
         self._tokenizer, self.source = tokenizer, source
         self._face = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=source, **names)
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), tokenizer.bos_id]))
+        usual = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), tokenizer.bos_id]
+        self._closing = tokenizer.added_ids | set(usual)
+        ids = self._special(self._around((Message("user", "a"), Message("assistant", "b")), ask=False)[-1])
+        # What ends a turn need not be the tokenizer's eos: a decoder without tuning often has one for texts and one for turns.
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*ids[: self._end(ids)][-1:], *usual]))
 
     def encode(self, messages: Sequence[Message]) -> Conversation:
         around = self._around(messages, ask=False)
@@ -111,8 +115,10 @@ class TemplateChat:
             answer = message.role == "assistant"
             parts.append((self._tokenizer.encode(message.content), answer))
             ids = self._special(after)
-            end = 1 + next((i for i, token in enumerate(ids) if token in self.stop_ids), -1) if answer else 0
+            end = self._end(ids) if answer else 0
             parts += [(ids[:end], True), (ids[end:], False)]
+        if messages[-1].role == "assistant" and not end:
+            raise ValueError("the tokenizer's chat template ends an answer with no token of its own, so a model could not learn to end: add one")
         return _joined(parts)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -121,6 +127,10 @@ class TemplateChat:
         for message, after in zip(messages, around[1:]):
             ids += [*self._tokenizer.encode(message.content), *self._special(after)]
         return ids
+
+    def _end(self, ids: Sequence[int]) -> int:
+        """How many of the tokens behind an answer belong to its end; 0 where nothing ends it."""
+        return 1 + next((i for i, token in enumerate(ids) if token in self._closing), -1)
 
     def _special(self, text: str, *, first: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer.encode_template(text)
@@ -139,30 +149,51 @@ class TemplateChat:
         return PLACE.split(text)[::2]
 
 
-def open_chat(tokenizer: Tokenizer, folder: str | Path) -> PlainChat | TemplateChat:
-    """The template in a tokenizer's folder; the plain one where there is none.
+class Template(NamedTuple):
+    """A chat template as a folder holds it."""
+
+    source: str
+    folder: Path  # of tokenizer.json
+    names: dict[str, str]  # bos_token and eos_token, as the template may write them
+
+
+def find_template(place: str | Path) -> Template | None:
+    """The chat template beside a tokenizer; None where there is none.
 
     Args:
-        tokenizer: that ``load_tokenizer`` read there.
-        folder: of the tokenizer, or "bytes", or a file.
+        place: folder of the tokenizer, its tokenizer.json, or "bytes".
 
     Raises:
-        ValueError: a template that cannot be used.
+        ValueError: a file that cannot be read.
     """
-    place = Path(folder).expanduser()
-    table_file, own = place / "tokenizer_config.json", place / TEMPLATE
-    table: dict[str, Any] = json.loads(table_file.read_text(encoding="utf-8")) if table_file.is_file() else {}
-    source = own.read_text(encoding="utf-8") if own.is_file() else table.get("chat_template")
+    folder = Path(place).expanduser()
+    folder = folder.parent if folder.is_file() and folder.suffix == ".json" else folder
+    table, own = read_object(folder / HUB_CONFIG), folder / TEMPLATE
+    source = read_text(own) if own.is_file() else table.get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((one.get("template") for one in source if one.get("name") == "default"), None)
     if source is None:
-        return PlainChat(tokenizer)
+        return None
     names: dict[str, str] = {}
     for key in ("bos_token", "eos_token"):
         value: Any = table.get(key)
         value = value.get("content") if isinstance(value, dict) else value
         names |= {key: value} if isinstance(value, str) else {}
-    return TemplateChat(tokenizer, source=source, folder=place, names=names)
+    return Template(source, folder, names)
+
+
+def open_chat(tokenizer: Tokenizer, place: str | Path) -> PlainChat | TemplateChat:
+    """The template beside a tokenizer; the plain one where there is none.
+
+    Args:
+        tokenizer: that ``load_tokenizer`` read there.
+        place: as of ``find_template``.
+
+    Raises:
+        ValueError: a template that cannot be used.
+    """
+    found = find_template(place)
+    return PlainChat(tokenizer) if found is None else TemplateChat(tokenizer, **found._asdict())
 
 
 def save_chat(chat: PlainChat | TemplateChat, folder: Path) -> None:

@@ -106,6 +106,8 @@ def _example(table: Any, where: str) -> Example:
     Raises:
         ValueError: it is none.
     """
+    # What a table of several kinds of lines lacks in one of them is often written as null.
+    table = {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
     if isinstance(table, dict) and "messages" not in table and {"prompt", "completion"} <= table.keys():
         listed: Any = [{"role": "user", "content": table["prompt"]}, {"role": "assistant", "content": table["completion"]}]
     else:
@@ -122,6 +124,8 @@ def _example(table: Any, where: str) -> Example:
         messages.append(Message(role, content))
     if messages[-1].role != "assistant":
         raise ValueError(f"{where} ends with a message of {messages[-1].role}: the last one is the assistant's, which is learned")
+    if len(messages) == 1:
+        raise ValueError(f"{where} is an answer with nothing before it: put a message of the user or the system there, or train on text (data.train)")
     steps = table.get("steps")
     answer = table.get("answer", answer_of(messages[-1].content))
     return Example(tuple(messages), str(answer), steps if isinstance(steps, int) else None)

@@ -168,6 +168,11 @@ class FileTokenizer:
         finally:
             self._tokenizer.encode_special_tokens = True
 
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids beside those that texts are split into, such as the marks of a chat template."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -248,10 +253,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))
-    marker = _read_json(file.parent / MARKER)
+    marker = read_object(file.parent / MARKER)
     if marker.get("kind") == "bytes":
         return ByteTokenizer()
-    hub = {} if marker else _read_json(file.parent / HUB_CONFIG)
+    hub = {} if marker else read_object(file.parent / HUB_CONFIG)
     bos = _token_name(marker.get("bos")) or _token_name(hub.get("bos_token"))
     eos = _token_name(marker.get("eos")) or _token_name(hub.get("eos_token"))
     return FileTokenizer(_text_of(file), bos=bos, eos=eos, origin=str(file))
@@ -295,7 +300,7 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"data.tokenizer: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none."""
     if not path.is_file():
         return {}

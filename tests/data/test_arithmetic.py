@@ -50,7 +50,7 @@ def test_a_seed_makes_the_same_problems_and_a_shorter_list_their_beginning():
     assert problems(count=20, seed=3) == problems(count=50, seed=3)[:20] != problems(count=20, seed=4)
     first = problems(count=1)[0]
     assert (first.question, first.reasoning) == (
-        "Eva has 4 shells. Then Eva has 2 times as many. How many shells does Eva have?", "<<4*2=8>> #### 8"
+        "Eva has 3 shells. Then Eva has 2 times as many. How many shells does Eva have?", "<<3*2=6>> #### 6"
     )  # fmt: skip
 
 

@@ -63,6 +63,23 @@ def test_the_template_of_a_tokenizer_marks_the_same(folder, tmp_path):
     assert np.array_equal(open_chat(load_tokenizer(tmp_path), tmp_path).encode(TALK).tokens, one.tokens)
 
 
+def test_what_ends_a_turn_is_learned_where_it_is_not_the_eos(folder, tmp_path):
+    """A decoder without tuning often ends texts with one token, and its template ends turns with another."""
+    text = tokenizer_json({bytes([i]): i for i in range(256)}, pattern=r"\S+|\s+", special=(*SPECIAL, "<|endoftext|>"))
+    (tmp_path / "tokenizer.json").write_text(text)
+    names = {"bos_token": "<|bos|>", "eos_token": "<|endoftext|>"}
+    for last in ("", "<|endoftext|>"):  # some templates write the eos too, behind the last turn
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "chat_template": TEMPLATE + last}))
+        tokenizer = load_tokenizer(tmp_path)
+        chat = open_chat(tokenizer, tmp_path)
+        assert chat.stop_ids == (257, 261, 256)
+        assert learned_text(chat, tokenizer, TALK) == ("4yes\n", [257, 257])
+    bare = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "chat_template": bare}))
+    with pytest.raises(ValueError, match="ends an answer with no token of its own, so a model could not learn to end"):
+        open_chat(tokenizer, tmp_path).encode(TALK)
+
+
 @pytest.mark.parametrize("kind", ["plain", "template"])
 def test_a_prompt_is_the_beginning_of_what_was_learned(kind, folder):
     place = folder if kind == "template" else "bytes"
@@ -183,13 +200,14 @@ def test_lines_of_both_kinds_are_read(tmp_path):
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
         {"prompt": "p", "completion": "<<1+1=2>> #### 2", "steps": 1},
         {"prompt": "p", "completion": "c", "answer": 7},
+        {"messages": None, "prompt": "p", "completion": "#### 3", "answer": None, "steps": None},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = read_examples(str(tmp_path), key="tuning.train")
-    assert [one.answer for one in found] == ["a", "2", "7"] and [one.steps for one in found] == [None, 1, None]
-    assert [[m.role for m in one.messages] for one in found] == [["system", "user", "assistant"], *[["user", "assistant"]] * 2]
+    assert [one.answer for one in found] == ["a", "2", "7", "3"] and [one.steps for one in found] == [None, 1, None, None]
+    assert [[m.role for m in one.messages] for one in found] == [["system", "user", "assistant"], *[["user", "assistant"]] * 3]
     both = [open_examples(TuningConfig(train=str(path)), split=split) for split in ("train", "validation")]
-    assert [len(part) for part in both] == [2, 1]
+    assert [len(part) for part in both] == [3, 1]
     given = TuningConfig(train=str(path), validation=str(path))
     assert open_examples(given, split="validation") == found == open_examples(given, split="train")
 
@@ -207,6 +225,7 @@ BAD = {
     '{"messages": [{"role": "robot", "content": "x"}]}': "line 1 has a message with role 'robot'",
     '{"prompt": "x", "completion": 3}': "line 1 has a message with role 'assistant' and a content of type int",
     '{"messages": [{"role": "user", "content": "x"}]}': "line 1 ends with a message of user: the last one is the assistant's",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "line 1 is an answer with nothing before it",
     "": "holds no conversation",
 }
 

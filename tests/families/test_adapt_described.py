@@ -94,6 +94,7 @@ NOISE: dict[str, dict[str, float]] = {
     "gpt_neox": {"attention_dropout": 0.2, "hidden_dropout": 0.3},
     "gpt_oss": {"attention_dropout": 0.2},
     "phimoe": {"router_jitter_noise": 0.2},
+    "opt": {"attention_dropout": 0.2, "dropout": 0.3},
 }
 
 

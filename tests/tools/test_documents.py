@@ -115,5 +115,64 @@ def test_examples_of_extending_print_what_the_page_says(tmp_path, monkeypatch):
     message = r"memory is a tensor \(2, 8, 32\): give lrt.MemoryInput"
     with pytest.raises(ValueError, match=message):
         block(hidden, hidden, None, None)
-    with pytest.raises(ValueError, match="Linear has no enter, project, finish_kv, attend: a block that receives memory needs"):
+    with pytest.raises(ValueError, match="Linear has no enter, project, attend: a block that receives memory needs"):
         lrt.RecurrentBlock(torch.nn.Linear(width, width))
+
+
+def test_the_first_page_works_as_it_says():
+    assert run_page("index.md") == results("index.md")
+    words = re.findall(r"lrt train --recipe (\S+)(.*)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert len(words) == 3
+    for name, rest in words:
+        lrt.load_recipe(name.strip("`."), overrides=re.findall(r"--set (\S+)", rest))
+
+
+def test_the_recipe_of_the_page_about_own_data_is_one(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text)
+    (tmp_path / "twin.toml").write_text(f'recurrence = false\n{text}\n[schedule]\nkind = "baseline"\n')
+    mine, twin = (lrt.load_recipe(tmp_path / f"{name}.toml") for name in ("mine", "twin"))
+    assert mine.model == twin.model and mine.recurrence is not None and twin.recurrence is None
+
+
+# ------------------------------------------------------------------ links
+
+
+def without_code(text: str) -> str:
+    text = re.sub(r"^( *)```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", lambda code: re.sub(r"[\[\]()]", "", code.group()), text)
+
+
+def anchors(text: str) -> set[str]:
+    """What may stand behind # in a link to a page: its headings as GitHub and mkdocs both spell them."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found[slug] = found.get(slug, 0) + 1
+    return {slug if n == 0 else f"{slug}-{n}" for slug, count in found.items() for n in range(count)}
+
+
+def test_every_link_of_every_page_leads_somewhere(reference):
+    """Relative links and anchors of all pages; no network. Pages that are made from the code count as pages."""
+    made = {(ROOT / "docs" / uri).resolve() for uri in reference.PAGES}
+    folders = (ROOT / name for name in ("docs", "lrt", "recipes", "tests", "tools"))
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    assert ROOT / "docs" / "index.md" in texts
+    broken, seen = [], 0
+    for page, text in texts.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+            if re.match(r"[a-z]+:", target):
+                continue
+            seen += 1
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if not (file.exists() or file in made) or (anchor and file in texts and anchor not in anchors(texts[file])):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken and seen > 50
+
+
+def test_a_link_to_nowhere_would_be_seen():
+    page = "# A title, `code` and [a link](x.md)\n\n## Twice\n\n## Twice\n\n```python\n# no heading\n[no](link)\n```\n"
+    assert anchors(page) == {"a-title-code-and-a-link", "twice", "twice-1"} and "no" not in without_code(page)

@@ -51,8 +51,9 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_whose_reader_leaves_ends_without_words():
-    command = lrt("train", "--list", stdout=subprocess.PIPE)
+@pytest.mark.parametrize("words", ["train --list", "convert --list", "arithmetic problems --count 3"])
+def test_a_command_whose_reader_leaves_ends_without_words(words, tmp_path):
+    command = lrt(*words.split(), stdout=subprocess.PIPE, cwd=tmp_path)
     assert command.stdout is not None
     command.stdout.close()
     _, err = command.communicate()

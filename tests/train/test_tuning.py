@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import lrt
 from lrt.commands import evaluate, generate
+from lrt.commands.chat import template as template_of
 from lrt.config import ModelConfig, RecurrenceConfig, TuningConfig
+from lrt.conversion.opening import open_model
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, open_chat
 from lrt.data.conversations import Example, Packed, TuningLoader, open_examples
@@ -156,6 +158,20 @@ def test_answers_of_a_folder_are_counted(talks, finished, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["answers"] == len(examples) and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
     assert evaluate.main([*options, "--memory", "parallel"]) == 2 and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+    for idle in (["--data", "demo"], ["--documents", "documents.npz"], ["--tokens", "5"], ["--decode", "refine:1"]):
+        assert evaluate.main([*options, *idle]) == 2 and f"{idle[0]} has no effect with --answers" in capsys.readouterr().err
+    assert evaluate.main([str(finished.folder), "--answer-tokens", "4"]) == 2
+    assert "--answer-tokens has no effect without --answers" in capsys.readouterr().err
+
+
+def test_the_template_of_a_run_that_has_no_export_is_that_of_its_tokenizer(talks, decoder, tmp_path):
+    """Hugging Face keeps many templates in tokenizer_config.json; a checkpoint holds no tokenizer."""
+    sets = {"evaluation.modes": '["zero"]', "training.steps": 1, "tuning.problems": 0, "checkpoint.export_at_end": "false", **NO_ANSWERS}
+    opened = open_model(train(adapted(talks, decoder, tmp_path, **sets)).folder, device="cpu")
+    messages = [Message("user", "1+1?")]
+    found = template_of(opened, load_tokenizer(decoder), name=None)
+    assert found.prompt(messages) == open_chat(load_tokenizer(decoder), decoder).prompt(messages)
+    assert found.prompt(messages) == open_chat(load_tokenizer(decoder), decoder / "tokenizer.json").prompt(messages)
 
 
 def test_right_answers_are_counted_by_mode_and_number_of_steps():
