@@ -106,6 +106,8 @@ def _example(table: Any, where: str) -> Example:
     Raises:
         ValueError: it is none.
     """
+    # What a table of several kinds of lines lacks in one of them is often written as null.
+    table = {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
     if isinstance(table, dict) and "messages" not in table and {"prompt", "completion"} <= table.keys():
         listed: Any = [{"role": "user", "content": table["prompt"]}, {"role": "assistant", "content": table["completion"]}]
     else:

@@ -11,6 +11,7 @@ from torch import nn
 
 from lrt.accounting import Parameters
 from lrt.config import Recipe
+from lrt.config.files import local_path
 from lrt.data import Tokenizer
 from lrt.eval.core import Questions
 from lrt.train.checkpoint import CheckpointManager
@@ -25,6 +26,11 @@ from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
 from lrt.train.tuning import Tuning
 from lrt.types import Schedule
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a run writes; ``~`` in run.output is a home folder."""
+    return local_path(recipe.run.output, key="run.output") / recipe.run.name
 
 
 @dataclass

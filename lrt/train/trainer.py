@@ -45,7 +45,7 @@ from lrt.train.optim.groups import MuonAdamW, is_memory, parameter_groups, rate_
 from lrt.train.optim.rates import Rates, rates_at
 from lrt.train.provenance import RunFile, provenance
 from lrt.train.report import finish
-from lrt.train.run import Run, RunResult, TrainState
+from lrt.train.run import Run, RunResult, TrainState, run_folder
 from lrt.train.samples import record_sample
 from lrt.train.step import StepNumbers, train_step
 from lrt.train.timetable import plan_timetable
@@ -98,7 +98,7 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     shapes = shapes_of(recipe)
     parameters = count_parameters(shapes)
     horizon = plan_horizon(recipe, parameters, world_size=world.size)
-    folder = Path(recipe.run.output) / recipe.run.name
+    folder = run_folder(recipe)
     resumed = find_resumed(recipe, folder, world)
     branch = find_branch(recipe, world) if resumed is None else None
     begun = resumed or branch
@@ -176,7 +176,7 @@ def _tell(run: Run, state: str) -> None:
 def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
     """Rank 0 holds the run's folder, alone among all processes of the machine or the file system, while the block runs."""
     with contextlib.ExitStack() as held:
-        world.from_main(lambda: held.enter_context(locked(Path(recipe.run.output) / recipe.run.name, advice="choose another run.name")))
+        world.from_main(lambda: held.enter_context(locked(run_folder(recipe), advice="choose another run.name")))
         yield
 
 

@@ -200,13 +200,14 @@ def test_lines_of_both_kinds_are_read(tmp_path):
         {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
         {"prompt": "p", "completion": "<<1+1=2>> #### 2", "steps": 1},
         {"prompt": "p", "completion": "c", "answer": 7},
+        {"messages": None, "prompt": "p", "completion": "#### 3", "answer": None, "steps": None},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = read_examples(str(tmp_path), key="tuning.train")
-    assert [one.answer for one in found] == ["a", "2", "7"] and [one.steps for one in found] == [None, 1, None]
-    assert [[m.role for m in one.messages] for one in found] == [["system", "user", "assistant"], *[["user", "assistant"]] * 2]
+    assert [one.answer for one in found] == ["a", "2", "7", "3"] and [one.steps for one in found] == [None, 1, None, None]
+    assert [[m.role for m in one.messages] for one in found] == [["system", "user", "assistant"], *[["user", "assistant"]] * 3]
     both = [open_examples(TuningConfig(train=str(path)), split=split) for split in ("train", "validation")]
-    assert [len(part) for part in both] == [2, 1]
+    assert [len(part) for part in both] == [3, 1]
     given = TuningConfig(train=str(path), validation=str(path))
     assert open_examples(given, split="validation") == found == open_examples(given, split="train")
 

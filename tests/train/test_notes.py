@@ -9,6 +9,7 @@ from runs import tiny
 
 from lrt.config import parse_recipe
 from lrt.train.monitor.notes import opening_notes
+from lrt.train.run import run_folder
 from lrt.train.trainer import train
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -49,6 +50,13 @@ def test_a_separator_that_is_not_set_is_named():
     said = "recurrence.separator is not set, so memory goes on from one document into the next"
     assert said in notes() and "set recurrence.separator = 256" in notes()
     assert said not in notes("recurrence.separator=256") and said not in notes("recurrence=false", "schedule.kind=baseline")
+
+
+def test_a_home_folder_as_output(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(parse_recipe("", overrides=["run.output=~/runs", "run.name=a"])) == tmp_path / "runs" / "a"
+    with pytest.raises(ValueError, match="run.output = '~nobody_at_all': there is no user"):
+        run_folder(parse_recipe("", overrides=["run.output=~nobody_at_all"]))
 
 
 def test_a_run_of_no_steps_says_what_it_does(tmp_path, capsys):

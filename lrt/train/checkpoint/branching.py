@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrt.config import Recipe
+from lrt.config.files import local_path
 from lrt.config.ranges import HORIZON
 from lrt.train.checkpoint.resuming import Resumed, state_of
 from lrt.train.checkpoint.same_run import FREE, FREE_SECTIONS, changes, plain_key, stored_recipe
@@ -53,7 +54,7 @@ def find_branch(recipe: Recipe, world: World) -> Resumed | None:
 def _checked(path: str, recipe: Recipe) -> Path:
     key = f'training.branch_from = "{path}"'
     try:
-        folder = find_checkpoint(path)
+        folder = find_checkpoint(local_path(path, key="training.branch_from"))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     refused = refused_changes(stored_recipe(folder), recipe)
