@@ -35,6 +35,7 @@ from lrt.eval.runs import read_records
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, sequential
 from lrt.train.optim.rates import rates_at
+from lrt.train.sweep.spec import fingerprint
 
 SHORTEST = 4  # inputs of the first rows
 KNOWN = 0.1  # nats below which rows grow; from half of the steps on they have their full length in any case
@@ -195,7 +196,8 @@ def run(args: argparse.Namespace) -> None:
     results = out / "results.jsonl"
     done = read_records(results) if results.is_file() else []
     for seed, (variant, chosen) in itertools.product(args.seeds, recipes.items()):
-        about = {"task": name, "variant": variant, "train_length": length, "test_length": args.test_length, "seed": seed}
+        lengths = {"train_length": length, "test_length": args.test_length}
+        about = {"task": name, "variant": variant, **lengths, "seed": seed, "settings": fingerprint(chosen)}
         if any(about.items() <= record.items() for record in done):
             continue
         began = time.perf_counter()
@@ -205,7 +207,11 @@ def run(args: argparse.Namespace) -> None:
         record = {**about, "accuracy": found, "mean": sum(found) / len(found), "last": found[-1], "seconds": time.perf_counter() - began}
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    records = [record for record in read_records(results) if (record["task"], record["test_length"]) == (name, args.test_length)]
+    records = [
+        record for record in read_records(results)
+        if (record["task"], record["test_length"]) == (name, args.test_length)
+        and record.get("settings") == fingerprint(variant_of(recipe, record["variant"]))  # of this recipe
+    ]  # fmt: skip
     draw(records, out / "tracking.png")
     print(table(records))
     print(json.dumps([{key: value for key, value in record.items() if key != "accuracy"} for record in records]))

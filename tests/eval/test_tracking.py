@@ -63,6 +63,9 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert out[-3].split()[:3] == ["plain", "8", "2"]
     from matplotlib import image
 
+    assert tracking.main([*options, "--variants", "plain", "--set", "training.steps=3"]) == 0
+    assert trained[2:] == [1, 2]  # other settings are other runs, and stand in a table of their own
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 2
     assert image.imread(tmp_path / "tracking.png")[..., :3].std() > 0.05
     assert tracking.main(["--recipe", "lrt_tiny", "--out", str(tmp_path)]) == 2
     assert 'data.train = "demo" with training.steps: use "task:" and one of parity, s5' in capsys.readouterr().err
