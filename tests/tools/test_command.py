@@ -53,6 +53,7 @@ def test_a_wheel_trains_in_an_empty_folder(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path / "wheel", ROOT], check=True)
     site, place = tmp_path / "site", tmp_path / "place"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, *(tmp_path / "wheel").glob("*.whl")], check=True)
+    assert (site / "lrt" / "py.typed").is_file()
     (place / "lrt" / "lrt").mkdir(parents=True)  # a clone in the present folder
     (place / "lrt" / "lrt" / "__init__.py").write_text("raise RuntimeError('the clone was imported')")
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
