@@ -97,6 +97,8 @@ def _check_parts(config: dict[str, Any], path: Path) -> None:
         wrong.append("adapted")
     if "recurrence" not in config or "adapted" not in config and not isinstance(config.get("model"), dict):
         wrong.append("recurrence" if "recurrence" not in config else "model")
+    if config.get("adapter_only") and config.get("recurrence") is None:
+        wrong.append("recurrence")
     if wrong:
         raise ValueError(f"{path}: {wrong[0]} is missing or of another kind than lrt.save writes: it was changed")
     try:
