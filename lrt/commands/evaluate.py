@@ -24,6 +24,7 @@ import torch
 from lrt.commands.chat import template
 from lrt.commands.frame import framed
 from lrt.commands.options import MOST_ROWS, at_least, parse_prefill, path
+from lrt.config.environment import place_of_process
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.data.conversations import read_examples
 from lrt.eval.answers import MODES, exact_match
@@ -80,6 +81,8 @@ def ask(args: argparse.Namespace, settings: Settings) -> int:
     """Let the model answer conversations, and count the right answers."""
     if settings.memory == "parallel":
         raise ValueError("--memory parallel has no answers, because an answer is decoded: use decode, zero or all")
+    if place_of_process().size > 1:
+        raise ValueError("--answers are given by one process: start it without torchrun")
     device = own_device(args.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     opened = open_model(args.folder, base=settings.base, dtype=settings.dtype or default, device=device)

@@ -100,6 +100,8 @@ class TemplateChat:
             from transformers import PreTrainedTokenizerFast
         except ImportError:
             raise ValueError('a chat template needs transformers: pip install -e ".[hf]" in a checkout of lrt') from None
+        if not hasattr(tokenizer, "added_ids"):
+            raise ValueError(f"{folder} holds a chat template beside a tokenizer of bytes, which has no such tokens: remove one of them")
         self._tokenizer, self.source = tokenizer, source
         self._face = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=source, **names)
         usual = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), tokenizer.bos_id]

@@ -92,6 +92,8 @@ def test_a_prompt_is_the_beginning_of_what_was_learned(kind, folder):
 
 def test_templates_that_cannot_be_used_are_refused(folder, tmp_path):
     tokenizer = load_tokenizer(folder)
+    with pytest.raises(ValueError, match="a chat template beside a tokenizer of bytes"):
+        TemplateChat(load_tokenizer("bytes"), source="{{ 1 }}", folder=folder, names={})
 
     def chat(source):
         return TemplateChat(tokenizer, source=source, folder=folder, names={})

@@ -158,6 +158,9 @@ def test_answers_of_a_folder_are_counted(talks, finished, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["answers"] == len(examples) and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
     assert evaluate.main([*options, "--memory", "parallel"]) == 2 and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert evaluate.main(options) == 2 and "given by one process: start it without torchrun" in capsys.readouterr().err
     for idle in (["--data", "demo"], ["--documents", "documents.npz"], ["--tokens", "5"], ["--decode", "refine:1"]):
         assert evaluate.main([*options, *idle]) == 2 and f"{idle[0]} has no effect with --answers" in capsys.readouterr().err
     assert evaluate.main([str(finished.folder), "--answer-tokens", "4"]) == 2
