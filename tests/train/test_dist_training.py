@@ -547,7 +547,7 @@ def launched(request, tmp_path_factory):
     return folder, launch(folder, ranks=2, gpu=gpu)
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=gpus(4))])
+@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=gpus(4))])
 def launched_on_four(request, tmp_path_factory):
     return launch(tmp_path_factory.mktemp("four_ranks"), ranks=4, gpu=request.param == "gpu")
 

@@ -303,7 +303,7 @@ def test_learning_rate_schedules(total, warmup, fraction, final, kind):
     ramp = values[: min(warmup, total)]
     assert ramp == sorted(ramp)
     rest = values[min(warmup, total) :]
-    assert rest == sorted(rest, reverse=True)
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(rest, rest[1:]))  # a cosine near 1 rounds
     if kind == "cosine" and total > warmup or kind != "cosine" and round(fraction * total) > 0 and total > warmup:
         assert values[total] == pytest.approx(final, abs=1e-9)
 
