@@ -12,8 +12,8 @@ from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import build_model
-from lrt.schedules import from_config
-from lrt.serialization import model_from_config, native_config, schedule_to_table
+from lrt.schedules import describe, from_config
+from lrt.serialization import model_from_config, native_config
 from lrt.serialization.lazy import rows, stacked
 from lrt.serialization.tensors import LazyTensor, check_shapes
 
@@ -246,15 +246,18 @@ def _embedded(model: ModelConfig) -> list[bool]:
 def _official_schedule(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The schedule's official keys, and what of it they cannot say."""
     schedule = ScheduleConfig(**table)
-    plain: dict[str, Any] = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
+    keys: dict[str, Any] = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
+    notes = []
     if schedule.kind == "refine":
+        if schedule.passes == 1 and schedule.cut_gradient:
+            schedule = replace(schedule, cut_gradient=True)  # before one pass the initialization is all that there is
         weights = None if schedule.weights == "paper" else list(schedule.weights)
-        refine: dict[str, Any] = {"use_interleaved": False, "use_multi_refine": True, "multi_refine_num_passes": schedule.passes}
-        refine |= {"multi_refine_detach": schedule.cut_gradient, "multi_refine_loss_weights": weights}
-        return plain | refine, ["use_multi_refine is known to the official code from commit a133a67 on"]
-    if schedule.kind == "interleaved":
-        plain = {"interleaved_num_passes": schedule.subsets, "interleaved_kv_refresh": schedule.kv_refresh}
-    back = schedule_to_table(from_config(schedule_from_official(plain)))
-    same = back == schedule_to_table(from_config(schedule))
-    written = f"written as interleaved S = {plain['interleaved_num_passes']}"
-    return plain, [] if same else [f"the training schedule {dict(table)} has no official name: {written}"]
+        keys |= {"use_interleaved": False, "use_multi_refine": True, "multi_refine_num_passes": schedule.passes}
+        keys |= {"multi_refine_detach": schedule.cut_gradient is True, "multi_refine_loss_weights": weights}
+        notes = ["use_multi_refine is known to the official code from commit a133a67 on"]
+    elif schedule.kind == "interleaved":
+        keys = {"interleaved_num_passes": schedule.subsets, "interleaved_kv_refresh": schedule.kv_refresh}
+    back = from_config(schedule_from_official(keys))
+    if back != from_config(schedule):
+        notes.append(f"the training schedule {dict(table)} has no official name: written as {describe(back)}")
+    return keys, notes

@@ -173,9 +173,21 @@ def test_a_schedule_with_an_official_name_keeps_it(schedule):
     assert from_config(schedule_from_official(official)) == schedule
 
 
-def test_a_schedule_without_one_is_said():
-    _, notes = official_config(lrt.interleaved(2, sweeps=2))
-    assert any("has no official name" in note for note in notes)
+def test_the_schedule_of_the_recipes_is_written_as_the_official_code_reads_it():
+    """Before one pass the initialization is all that there is to cut; the official key is a boolean."""
+    official, notes = official_config(lrt.refine(1, weights=(0, 1), cut_gradient="initialization"))
+    assert official["multi_refine_detach"] is True and not any("has no official name" in note for note in notes)
+    assert from_config(schedule_from_official(official)) == lrt.refine(1, weights=(0, 1), cut_gradient=True)
+
+
+@pytest.mark.parametrize("schedule, written", [
+    (lrt.interleaved(2, sweeps=2), "interleaved(2)"), (lrt.interleaved(2, cut_gradient="initialization"), "interleaved(2)"),
+    (lrt.refine(2, cut_gradient="initialization"), "refine(2)"), (lrt.refine(1, settle=2), "refine(1)"),
+])  # fmt: skip
+def test_a_schedule_without_one_is_said(schedule, written):
+    official, notes = official_config(schedule)
+    assert any(f"has no official name: written as {written}" in note for note in notes)
+    assert official.get("multi_refine_detach") in (None, False)
 
 
 def official_variant(place, tag, *, config=lambda c: c, state=lambda s: s, drop=()):
