@@ -44,7 +44,7 @@ class Key(NamedTuple):
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment beside each field of a dataclass, those of its bases included."""
+    """The comment beside or right above each field of a dataclass, those of its bases included."""
     found: dict[str, str] = {}
     for part in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(part):
@@ -57,11 +57,14 @@ def comments(cls: type) -> dict[str, str]:
         }
         body = ast.parse(source).body[0]
         assert isinstance(body, ast.ClassDef)
+        end = 0  # of the statement before
         for node in body.body:
+            first, last = node.lineno, node.end_lineno or node.lineno
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-                text = " ".join(said[line] for line in lines if line in said).split("  # type:")[0]
+                lines = [line for line in range(end + 1, last + 1) if line in said]
+                text = " ".join(said[line] for line in lines).split("  # type:")[0]
                 found[node.target.id] = text or found.get(node.target.id, "")
+            end = max(last, first)
     return found
 
 
@@ -115,7 +118,8 @@ def recipe_page() -> str:
     page = [
         "# Recipe keys",
         "",
-        "A recipe is a TOML file that holds what differs from these defaults; [Train](../train.md) shows how they inherit. "
+        "A recipe is a TOML file that holds what differs from these defaults; "
+        "[Train](../train.md) shows how they inherit. "
         'On the command line the same is `--set SECTION.KEY=VALUE`. `"none"` takes a value back.',
         "",
     ]
@@ -188,4 +192,3 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """A link that leaves docs/ becomes the name of the file: the site holds only docs/."""
     return re.sub(r"\[([^\]]*)\]\(\.\./(?!train\.md)([^)]*)\)", r"\1 (`\2`)", markdown)
-

@@ -1,4 +1,5 @@
-"""The console command: ``lrt NAME ...``, or ``python -m lrt NAME ...``; ``torchrun -m lrt train`` on several processes."""
+"""The console command: ``lrt NAME ...``, or ``python -m lrt NAME ...``; ``torchrun -m lrt train`` on several
+processes."""
 
 from __future__ import annotations
 

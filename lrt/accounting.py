@@ -19,13 +19,15 @@ import torch
 from lrt.schedules import only_feeds
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
-# Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets; halved where they count sparsity).
+# Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;
+# halved where they count sparsity).
 PEAK_FLOPS = (
     ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200 NVL", 835e12), ("H200", 989e12), ("GH200", 989e12),
     ("B200", 2250e12), ("GB200", 2500e12), ("B300", 2250e12), ("GB300", 2500e12), ("A100", 312e12), ("L40S", 362e12),
     ("MI300X", 1307e12), ("MI325X", 1307e12), ("MI250X", 191.5e12),
 )  # fmt: skip
-PART_OF_ONE = re.compile(r"\bMIG\b|\bGRID\b|-\d+[ABCQ]$")  # an instance or a virtual GPU, which has a share of the device
+# an instance or a virtual GPU, which has a share of the device
+PART_OF_ONE = re.compile(r"\bMIG\b|\bGRID\b|-\d+[ABCQ]$")
 
 
 class Parameters(NamedTuple):
@@ -100,7 +102,8 @@ def query_width(model: RecurrentDecoder) -> int:
 
 
 def matrices(module: Any, *, frozen: bool = False) -> int:
-    """Numbers in the matrices of a module, or only in those that do not train; a mixture of experts counts every expert."""
+    """Numbers in the matrices of a module, or only in those that do not train;
+    a mixture of experts counts every expert."""
     return sum(p.numel() for p in module.parameters() if p.ndim > 1 and not (frozen and p.requires_grad))
 
 
@@ -124,11 +127,14 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
 
     seen, width = (mean_keys(length, block.window) for block in model.blocks), query_width(model)
     numbers = [(matrices(block.block) + gates(block), own(block)) for block in model.blocks]
-    return tuple(BlockFlops(2.0 * mine, 4.0 * width * keys, 2.0 * memory) for (mine, memory), keys in zip(numbers, seen))
+    return tuple(
+        BlockFlops(2.0 * mine, 4.0 * width * keys, 2.0 * memory) for (mine, memory), keys in zip(numbers, seen)
+    )
 
 
 def shared_flops(model: RecurrentDecoder) -> float:
-    """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map; once a pass with memory."""
+    """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map;
+    once a pass with memory."""
     return sum(2.0 * matrices(module) for module in (model.memory_projection, model.injection) if module is not None)
 
 
@@ -163,7 +169,8 @@ def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Wo
         length: tokens a row.
     """
     weights, first = schedule.group_weights(length), min(model.receivers, default=0)
-    plan = schedule.plan(length, generator=torch.Generator())  # an order costs the same; the default generator stays as it is
+    # an order costs the same; the default generator stays as it is
+    plan = schedule.plan(length, generator=torch.Generator())
     parts = [Work(1.0, 0, first, received=False, scored=False)] if first else []
     for step in plan:
         count = len(range(step.start, step.stop, step.step))
@@ -195,7 +202,9 @@ def block_forwards(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
         model, schedule, length: as in ``work_of``.
     """
     work = work_of(model, schedule, length)
-    return tuple(sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(model.blocks)))
+    return tuple(
+        sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(model.blocks))
+    )
 
 
 def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> float:
@@ -233,10 +242,13 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
 
 
 def _differentiated(model: RecurrentDecoder) -> list[bool]:
-    """For each block: whether it, or anything below it, trains, so that a backward pass reaches it even without memory."""
+    """For each block: whether it, or anything below it, trains, so that a backward pass reaches it even without
+    memory."""
     above = ("head", "norm")  # a tied head goes by the embedding's name
     reached = any(p.requires_grad for name, p in model.backbone.named_parameters() if name.split(".")[0] not in above)
-    return list(accumulate((any(p.requires_grad for p in block.parameters()) for block in model.blocks), or_, initial=reached))[1:]
+    return list(
+        accumulate((any(p.requires_grad for p in block.parameters()) for block in model.blocks), or_, initial=reached)
+    )[1:]
 
 
 def _refreshed_share(plan: Sequence[Pass]) -> float:
@@ -246,10 +258,13 @@ def _refreshed_share(plan: Sequence[Pass]) -> float:
 
 
 def _projection_flops(model: RecurrentDecoder) -> float:
-    """Forward FLOPs a position of queries, keys, values and gates of all receiving blocks; of adapted blocks the gates alone."""
+    """Forward FLOPs a position of queries, keys, values and gates of all receiving blocks;
+    of adapted blocks the gates alone."""
     blocks = [model.blocks[index] for index in model.receivers]
     linears = [getattr(block.block, name, None) for block in blocks for name in ("query", "key", "value")]
-    return 2.0 * sum(linear.weight.numel() for linear in [*linears, *(block.gate for block in blocks)] if linear is not None)
+    return 2.0 * sum(
+        linear.weight.numel() for linear in [*linears, *(block.gate for block in blocks)] if linear is not None
+    )
 
 
 def kv_bytes(model: RecurrentDecoder, length: int, *, bytes_per_number: int = 2) -> int:

@@ -22,7 +22,11 @@ _adapted: WeakKeyDictionary[nn.Module, ReferenceType[LatentRecurrentModel]] = We
 
 
 def adapt(
-    model: nn.Module, config: RecurrenceConfig | None = None, *, family: Family | None = None, train_schedule: Schedule | None = None
+    model: nn.Module,
+    config: RecurrenceConfig | None = None,
+    *,
+    family: Family | None = None,
+    train_schedule: Schedule | None = None,
 ) -> LatentRecurrentModel:
     """Make a decoder recurrent; its logits under ``baseline()`` stay bit for bit what they were.
 
@@ -75,7 +79,9 @@ def release(model: LatentRecurrentModel) -> Any:
     """
     original = getattr(model, "original", None)
     if not isinstance(model, LatentRecurrentModel) or original is None:
-        raise ValueError(f"lrt.release got a {type(model).__name__} that lrt.adapt did not make: there is no decoder to give back")
+        raise ValueError(
+            f"lrt.release got a {type(model).__name__} that lrt.adapt did not make: there is no decoder to give back"
+        )
     decoder = original[0]
     inside = unwrapped(decoder)
     _adapted.pop(inside, None)
@@ -93,11 +99,15 @@ def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
     return plain
 
 
-def _adapt_native(model: LatentRecurrentModel, config: RecurrenceConfig, train_schedule: Schedule | None) -> LatentRecurrentModel:
+def _adapt_native(
+    model: LatentRecurrentModel, config: RecurrenceConfig, train_schedule: Schedule | None
+) -> LatentRecurrentModel:
     if model.recurrence is not None:
         raise ValueError("this model is recurrent already: train it as it is, or lrt.release(model) first")
     _refuse_adapted(model)
-    adapted = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], config, train_schedule=train_schedule)
+    adapted = LatentRecurrentModel(
+        model.backbone, [block.block for block in model.blocks], config, train_schedule=train_schedule
+    )
     adapted.original = (model,)
     adapted.train(model.training)
     if next(model.parameters()).device.type != "meta":
@@ -134,25 +144,35 @@ def unwrapped(model: Any) -> Any:
 def _refuse(model: Any) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise ValueError(f"lrt.adapt got {model!r} of type {kind}: pass a model, such as AutoModelForCausalLM.from_pretrained(...)")
+        raise ValueError(
+            f"lrt.adapt got {model!r} of type {kind}: pass a model, such as AutoModelForCausalLM.from_pretrained(...)"
+        )
     if kind == "OptimizedModule" or is_compiled(model):
         raise ValueError(
-            "this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and compile the adapted one's blocks"
+            "this model is compiled: adapt the plain model (torch.compile keeps it as model._orig_mod) and "
+            "compile the adapted one's blocks"
         )
     if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel") or kind.startswith("FSDP"):
         raise ValueError(f"this model is wrapped in {kind}: adapt the plain model first, then wrap the adapted one")
     peft = getattr(model, "peft_config", None)
     for name, adapter in (peft if isinstance(peft, dict) else {}).items():
         if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(f"PEFT adapter {name!r} learns a prompt through past keys and values, which the memory replaces: use LoRA, or unload it")
+            raise ValueError(
+                f"PEFT adapter {name!r} learns a prompt through past keys and values, "
+                "which the memory replaces: use LoRA, or unload it"
+            )
     decoder = unwrapped(model)
     _refuse_adapted(decoder)
     if len({p.device.type == "meta" for p in decoder.parameters()}) == 2:
-        raise ValueError("some weights are offloaded (on the meta device): load the decoder with a device_map of real devices only")
+        raise ValueError(
+            "some weights are offloaded (on the meta device): load the decoder with a device_map of real devices only"
+        )
     if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
-            "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing of the memory. Call "
-            "model.gradient_checkpointing_disable(), adapt, and then checkpoint the adapted model's blocks (docs/adapt.md; in a recipe "
+            "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing "
+            "of the memory. Call "
+            "model.gradient_checkpointing_disable(), adapt, and then checkpoint the adapted model's blocks "
+            "(docs/adapt.md; in a recipe "
             'parallel.activation_checkpointing = "block")'
         )
 
@@ -160,4 +180,6 @@ def _refuse(model: Any) -> None:
 def _refuse_adapted(decoder: nn.Module) -> None:
     known = _adapted.get(decoder)
     if known is not None and known() is not None:
-        raise ValueError("this decoder is adapted already: use the model that lrt.adapt returned, or lrt.release it first")
+        raise ValueError(
+            "this decoder is adapted already: use the model that lrt.adapt returned, or lrt.release it first"
+        )

@@ -49,22 +49,40 @@ def causal_mask(queries: Tensor, keys: Tensor, *, window: int | None = None, que
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen. Sinks are scores (H,) without a value."""
+    """Attention under a boolean mask (1 or B, 1, P, N); None = every key is seen. Sinks are scores (H,)
+    without a value."""
     if softcap is None and sinks is None:
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
     weights = attention_weights(query, key, mask, scale=scale, softcap=softcap, sinks=sinks)
-    return (weights.to(value.dtype) @ value.transpose(1, 2).repeat_interleave(query.shape[2] // value.shape[2], dim=1)).transpose(1, 2)
+    return (
+        weights.to(value.dtype) @ value.transpose(1, 2).repeat_interleave(query.shape[2] // value.shape[2], dim=1)
+    ).transpose(1, 2)
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The weights (B, H, P, N) of ``masked_attention``, in float32 at least; with sinks a row sums to less than one."""
-    scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1).repeat_interleave(query.shape[2] // key.shape[2], dim=1)) * scale
+    scores = (
+        query.transpose(1, 2) @ key.permute(0, 2, 3, 1).repeat_interleave(query.shape[2] // key.shape[2], dim=1)
+    ) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
@@ -75,7 +93,14 @@ def attention_weights(
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Plain causal attention of a pass over its own, contiguous positions."""
     length = query.shape[1]
@@ -89,14 +114,17 @@ def causal_attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
     places = torch.arange(length, device=query.device)
-    return masked_attention(query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap, sinks=sinks)
+    return masked_attention(
+        query, key, value, causal_mask(places, places, window=window), scale=scale, softcap=softcap, sinks=sinks
+    )
 
 
 def grouped_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, residue: int, window: int | None, scale: float,
     softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S; see ``lrt.kernels.attention``."""
+    """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S;
+    see ``lrt.kernels.attention``."""
     if len(keys) == 1:
         return causal_attention(query, keys[0], values[0], window=window, scale=scale, softcap=softcap, sinks=sinks)
     plain = softcap is None and sinks is None
@@ -107,7 +135,9 @@ def grouped_attention(
     at_query = torch.arange(query.shape[1], device=query.device) * len(keys) + residue
     at_key = torch.cat([torch.arange(key.shape[1], device=query.device) * len(keys) + g for g, key in enumerate(keys)])
     mask = causal_mask(at_query, at_key, window=window)
-    return masked_attention(query, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask, scale=scale, softcap=softcap, sinks=sinks)
+    return masked_attention(
+        query, torch.cat(list(keys), 1), torch.cat(list(values), 1), mask, scale=scale, softcap=softcap, sinks=sinks
+    )
 
 
 # ------------------------------------------------------------------ key/value stores
@@ -127,12 +157,22 @@ class Buffer(NamedTuple):
     mask: Mask  # boolean: (1 or B, 1, P, N)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         keys = (*self.keys[: self.slot], key, *self.keys[self.slot + 1 :])
         values = (*self.values[: self.slot], value, *self.values[self.slot + 1 :])
         if self.mask is None:
-            return grouped_attention(query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap, sinks=sinks)
+            return grouped_attention(
+                query, keys, values, residue=self.slot, window=window, scale=scale, softcap=softcap, sinks=sinks
+            )
         if isinstance(self.mask, Tensor):
             merged = torch.cat(keys, dim=1), torch.cat(values, dim=1)
             return masked_attention(query, *merged, self.mask, scale=scale, softcap=softcap, sinks=sinks)
@@ -143,14 +183,21 @@ def gradient_spacing(store: Any) -> int:
     """How many positions lie between those of a pass in the gradient of its keys that comes from later passes.
 
     FlexAttention reads keys in natural order. With two groups in turn one later pass reads them, and its gradient comes
-    as it is; with more, or from other kernels, gradients come added up, side by side. A gradient that comes otherwise is copied.
+    as it is; with more, or from other kernels, gradients come added up, side by side.
+    A gradient that comes otherwise is copied.
     """
-    natural = isinstance(store, Buffer) and len(store.keys) == 2 and store.mask is not None and not isinstance(store.mask, Tensor)
+    natural = (
+        isinstance(store, Buffer)
+        and len(store.keys) == 2
+        and store.mask is not None
+        and not isinstance(store.mask, Tensor)
+    )
     return 2 if natural else 1
 
 
 class Transient(NamedTuple):
-    """A store of a pass whose keys and values nobody reads afterwards: the block returns none, and no gradient comes back through them."""
+    """A store of a pass whose keys and values nobody reads afterwards: the block returns none,
+    and no gradient comes back through them."""
 
     store: Any  # a KVStore, or None
 
@@ -164,7 +211,15 @@ class Cache(NamedTuple):
     mask: Tensor  # bool (1 or B, 1, P, N)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         if self.slots.ndim == 1:
             self.key.index_copy_(1, self.slots, key)
@@ -177,7 +232,8 @@ class Cache(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """Prefill store: keys and values of all positions in natural order; the pass's are written in place, ``step`` apart."""
+    """Prefill store: keys and values of all positions in natural order; the pass's are written in place,
+    ``step`` apart."""
 
     key: Tensor  # (B, N, G, K)
     value: Tensor
@@ -187,7 +243,15 @@ class Strided(NamedTuple):
     mask: Tensor | None = None  # bool (1 or B, 1, P, N); None = every key up to the query's own
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         end = self.first + (query.shape[1] - 1) * self.step + 1
         for mine, fresh in ((self.key, key), (self.value, value)):

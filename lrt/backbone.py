@@ -48,7 +48,9 @@ class DecoderBlock(nn.Module):
         device, dtype: of the weights.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         hidden = int(config.mlp_ratio * width)
@@ -63,7 +65,9 @@ class DecoderBlock(nn.Module):
         self.mlp_in = nn.Linear(width, hidden, **factory)
         self.mlp_out = nn.Linear(hidden, width, **factory)
         channels = config.gate_channels or width
-        self.value_gate = Gate(channels, config.kv_heads, device=device, dtype=dtype) if config.has_value_embedding(layer) else None
+        self.value_gate = (
+            Gate(channels, config.kv_heads, device=device, dtype=dtype) if config.has_value_embedding(layer) else None
+        )
 
     def enter(self, hidden: Tensor, context: Context) -> Tensor:
         if context.scale is not None:
@@ -77,9 +81,12 @@ class DecoderBlock(nn.Module):
         return Projection(normed, *self._heads(normed, self.query, self.key, self.value))
 
     def project_aligned(self, hidden: Tensor, context: Context, aligned: Tensor) -> Projection:
-        """``project``, where keys and values read the normed input plus ``aligned`` (B, P, D); the norm has no weight."""
+        """``project``, where keys and values read the normed input plus ``aligned`` (B, P, D);
+        the norm has no weight."""
         normed = rms_norm(hidden)
-        return Projection(normed, *self._heads(normed, self.query), *self._heads(normed + aligned, self.key, self.value))
+        return Projection(
+            normed, *self._heads(normed, self.query), *self._heads(normed + aligned, self.key, self.value)
+        )
 
     def align(self) -> None:
         """Nothing to make ready: the norm has no weight."""
@@ -90,7 +97,8 @@ class DecoderBlock(nn.Module):
     def _heads(self, x: Tensor, *linears: nn.Linear) -> list[Tensor]:
         """What each linear makes of ``x`` (B, P, D), by head (B, P, heads, K)."""
         if len(linears) > 1 and x.shape[1] > 1 and all(map(_readable, linears)):
-            # One product: the input is read once, and its gradient is one product too. Not for single tokens, where copying weights costs.
+            # One product: the input is read once, and its gradient is one product too.
+            # Not for single tokens, where copying weights costs.
             joint = F.linear(x, torch.cat([linear.weight for linear in linears]))
             parts: Sequence[Tensor] = joint.split([linear.out_features for linear in linears], dim=-1)
         else:
@@ -112,7 +120,8 @@ class DecoderBlock(nn.Module):
             context: of these positions.
             gate: the local and remote gates; None: nothing but this block's own keys and values.
             memory_key, memory_value: (B, P, G, K); None = zero.
-            hand_on: above 0, later passes read keys and values: give their gradients paths of their own; see ``lrt.kernels.mixing.mix``.
+            hand_on: above 0, later passes read keys and values: give their gradients paths of their own;
+                see ``lrt.kernels.mixing.mix``.
         """
         token_value = None if self.value_gate is None else context.token_value
         gates = [g.weight for g in (gate, None if token_value is None else self.value_gate) if g is not None]
@@ -222,7 +231,9 @@ class Head(nn.Linear):
         device, dtype: of the weight (padded V, D).
     """
 
-    def __init__(self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
         self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
         self.scorer = Scorer()  # what computes a chunk of the loss; the trainer's plan puts compiled functions here
@@ -234,7 +245,9 @@ class Head(nn.Linear):
     def loss(self, normed: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of nats and nats of every position, as ``chunked_cross_entropy``."""
         weight = self.weight[: self.vocab_size]
-        return chunked_cross_entropy(normed, weight, targets, softcap=self.softcap, chunk=self.loss_chunk, scorer=self.scorer)
+        return chunked_cross_entropy(
+            normed, weight, targets, softcap=self.softcap, chunk=self.loss_chunk, scorer=self.scorer
+        )
 
 
 class Decoder(nn.Module):
@@ -246,19 +259,32 @@ class Decoder(nn.Module):
         loss_chunk: tokens whose logits are held at once; 0 = all.
     """
 
-    def __init__(self, config: ModelConfig, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192) -> None:
+    def __init__(
+        self, config: ModelConfig, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
+    ) -> None:
         super().__init__()
         self.config = config
-        self.width, self.kv_heads, self.head_dim, self.vocab_size = config.d_model, config.kv_heads, config.head_dim, config.vocab_size
+        self.width, self.kv_heads, self.head_dim, self.vocab_size = (
+            config.d_model,
+            config.kv_heads,
+            config.head_dim,
+            config.vocab_size,
+        )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)
         kv_width = self.kv_heads * self.head_dim
         self.value_embeddings = nn.ModuleDict(
-            {str(i): TokenTable(config.padded_vocab, kv_width, **factory) for i in layers if config.has_value_embedding(i)}
+            {
+                str(i): TokenTable(config.padded_vocab, kv_width, **factory)
+                for i in layers
+                if config.has_value_embedding(i)
+            }
         )
         self.residual_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.residual_scales else None
-        self.embedding_scales = nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None
+        self.embedding_scales = (
+            nn.Parameter(torch.empty(config.n_layers, **factory)) if config.embedding_residual else None
+        )
         self.head = Head(config, loss_chunk=loss_chunk, **factory)
 
     @property

@@ -1,7 +1,7 @@
 """PEFT's adapters beside the memory: the memory trains and travels with them, and a folder of ours can hold both.
 
-PEFT freezes every parameter that is not its own. A memory that starts at zero would then stay there, so the modules of the
-memory join ``modules_to_save`` of the first adapter that is put in, as a classifier's head does.
+PEFT freezes every parameter that is not its own. A memory that starts at zero would then stay there,
+so the modules of the memory join ``modules_to_save`` of the first adapter that is put in, as a classifier's head does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-# What a folder says of a LoRA adapter; a config with anything else set is refused when it is saved, and a folder's is when it is read.
+# What a folder says of a LoRA adapter; a config with anything else set is refused when it is saved,
+# and a folder's is when it is read.
 FIELDS = (
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
@@ -30,14 +31,17 @@ def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapt
     Args:
         model: where PEFT has put its layers.
         memory: modules of the memory by name.
-        adapters: PEFT's configs by name; one with ``modules_to_save=[]`` keeps the memory as it is, one for inference too.
+        adapters: PEFT's configs by name; one with ``modules_to_save=[]`` keeps the memory as it is,
+            one for inference too.
 
     Raises:
         ValueError: a layer in the place of the native head, which computes its loss itself.
     """
     head: Any = getattr(getattr(model, "backbone", None), "head", None)
     if hasattr(head, "get_base_layer") and hasattr(head.get_base_layer(), "loss"):
-        raise ValueError('LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., exclude_modules=["backbone.head"])')
+        raise ValueError(
+            'LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., exclude_modules=["backbone.head"])'
+        )
     for adapter, config in adapters.items():
         chosen = getattr(config, "modules_to_save", ())
         if chosen is not None and len(chosen) == 0 or getattr(config, "inference_mode", False):
@@ -63,7 +67,8 @@ def _wrap(model: nn.Module, name: str, adapter: str) -> None:
 
 
 def _without_layers(module: nn.Module) -> None:
-    """Take PEFT's layers out of a module that trains as a whole; "all-linear" has put some into the memory's projection."""
+    """Take PEFT's layers out of a module that trains as a whole; "all-linear" has put some into the memory's
+    projection."""
     children: list[tuple[str, Any]] = list(module.named_children())
     for name, child in children:
         if hasattr(child, "get_base_layer"):
@@ -83,20 +88,30 @@ def describe_adapter(model: Any, decoder: Any) -> dict[str, Any] | None:
         decoder: ... or what ``lrt.adapt`` was given, with the adapter in it ("decoder").
 
     Raises:
-        ValueError: several adapters, one that is not LoRA, one that is merged, or a setting that a folder does not hold.
+        ValueError: several adapters, one that is not LoRA, one that is merged, or a setting that a folder does not
+            hold.
     """
-    configs = {on: part.peft_config for on, part in (("model", model), ("decoder", decoder)) if getattr(part, "peft_config", None)}
+    configs = {
+        on: part.peft_config
+        for on, part in (("model", model), ("decoder", decoder))
+        if getattr(part, "peft_config", None)
+    }
     if not configs:
         return None
     found = [(on, name, config) for on, adapters in configs.items() for name, config in adapters.items()]
     if len(found) > 1:
-        raise ValueError(f"this model holds {len(found)} PEFT adapters, and a folder one: delete the others, or merge them (merge_and_unload)")
+        raise ValueError(
+            f"this model holds {len(found)} PEFT adapters, and a folder one: "
+            "delete the others, or merge them (merge_and_unload)"
+        )
     on, name, config = found[0]
     given, kind = config.to_dict(), str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise ValueError(f"PEFT adapter {name!r} is {kind}, and a folder holds LoRA alone: {MERGE}")
     if any(getattr(module, "merged", False) is True for module in model.modules()):
-        raise ValueError(f"PEFT adapter {name!r} is merged into the decoder's weights for now: unmerge_adapter() it, or {MERGE}")
+        raise ValueError(
+            f"PEFT adapter {name!r} is merged into the decoder's weights for now: unmerge_adapter() it, or {MERGE}"
+        )
     usual = type(config)().to_dict()
     odd = sorted(k for k, v in given.items() if k not in (*FIELDS, *BEGINNINGS) and v != usual.get(k))
     if odd:
@@ -124,7 +139,10 @@ def put_adapter(part: Any, table: Mapping[str, Any]) -> Any:
         raise ValueError("this folder holds a LoRA adapter: pip install peft") from None
     fields = table.get("lora")
     if not isinstance(fields, dict) or not fields.keys() <= {*FIELDS}:
-        raise ValueError(f"config.json describes an adapter with {sorted(fields or ())}: lrt reads {', '.join(FIELDS)}, so it was changed")
+        raise ValueError(
+            f"config.json describes an adapter with {sorted(fields or ())}: "
+            f"lrt reads {', '.join(FIELDS)}, so it was changed"
+        )
     config = peft.LoraConfig(**fields)
     if table.get("on") == "decoder":
         return peft.get_peft_model(part, config, adapter_name=str(table.get("name")))
@@ -143,7 +161,11 @@ def adapter_names(model: nn.Module) -> set[str]:
     for place, module in model.named_modules():
         if isinstance(module, (layer, ModulesToSaveWrapper)):
             inside = "base_layer." if isinstance(module, layer) else "original_module."
-            added |= {f"{place}.{name}" for name, _ in module.named_parameters(remove_duplicate=False) if not name.startswith(inside)}
+            added |= {
+                f"{place}.{name}"
+                for name, _ in module.named_parameters(remove_duplicate=False)
+                if not name.startswith(inside)
+            }
     return added
 
 

@@ -27,7 +27,8 @@ def capped_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tens
 def _log_sum_exp(logits: Tensor, softcap: float | None) -> Tensor:
     if softcap is None or softcap > 40:
         return torch.logsumexp(logits, dim=-1)
-    return torch.log(torch.exp(logits).sum(dim=-1))  # a cap bounds the logits, so no maximum is needed: one reading less
+    # a cap bounds the logits, so no maximum is needed: one reading less
+    return torch.log(torch.exp(logits).sum(dim=-1))
 
 
 def chunk_nats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -37,7 +38,9 @@ def chunk_nats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float |
     return torch.where(targets == IGNORE, 0.0, _log_sum_exp(logits, softcap) - picked)
 
 
-def chunk_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Nats (n,), and the gradients of their sum with respect to the hidden state (n, D) and the weight (V, D)."""
     logits = capped_logits(hidden, weight, softcap)
     lse = _log_sum_exp(logits, softcap)
@@ -81,11 +84,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_weight * grads[0]).to(grad_weight.dtype), None, None, None, None
+        return (
+            (grad_hidden * grads[0]).to(grad_hidden.dtype),
+            (grad_weight * grads[0]).to(grad_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None, chunk: int = 8192, scorer: Scorer = Scorer()
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk: int = 8192,
+    scorer: Scorer = Scorer(),
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy that never holds more than ``chunk`` x V logits.
 

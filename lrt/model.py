@@ -20,7 +20,16 @@ from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
 from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
-from lrt.recurrence import AlignedBlock, AlignedProjection, Gate, KVProjection, ProjectedInjection, RecurrentBlock, ResidualInjection, rms_memory
+from lrt.recurrence import (
+    AlignedBlock,
+    AlignedProjection,
+    Gate,
+    KVProjection,
+    ProjectedInjection,
+    RecurrentBlock,
+    ResidualInjection,
+    rms_memory,
+)
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.types import Backbone, Block, Output, Schedule
 
@@ -41,7 +50,12 @@ class LatentRecurrentModel(nn.Module):
     twins: Any = None  # a trainer keeps the gradients of passes apart with it
 
     def __init__(
-        self, backbone: Backbone, blocks: Sequence[Block], recurrence: RecurrenceConfig | None, *, train_schedule: Schedule | None = None
+        self,
+        backbone: Backbone,
+        blocks: Sequence[Block],
+        recurrence: RecurrenceConfig | None,
+        *,
+        train_schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self._assemble(backbone, blocks, recurrence, train_schedule)
@@ -55,7 +69,8 @@ class LatentRecurrentModel(nn.Module):
     ) -> None:
         """Register the parts; separate, because the Hugging Face face has another base class to initialize before."""
         self.backbone: Any = backbone
-        self.original: tuple[nn.Module, ...] | None = None  # what lrt.adapt was given; in a tuple, so that it is not registered
+        # what lrt.adapt was given; in a tuple, so that it is not registered
+        self.original: tuple[nn.Module, ...] | None = None
         self.recurrence = recurrence
         self.memory_projection: Any = None
         self.injection: Any = None
@@ -68,7 +83,9 @@ class LatentRecurrentModel(nn.Module):
             width, heads, head_dim = backbone.width, backbone.kv_heads, backbone.head_dim
             channels = recurrence.gate_channels or width
             if channels > width:
-                raise ValueError(f"recurrence.gate_channels = {channels} is more than the width {width}: use at most {width}")
+                raise ValueError(
+                    f"recurrence.gate_channels = {channels} is more than the width {width}: use at most {width}"
+                )
             places = [_place(blocks[i]) for i in self.receivers]
             if recurrence.kv_projection:
                 gated = heads if recurrence.projection == "aligned" else 2 * heads
@@ -78,17 +95,30 @@ class LatentRecurrentModel(nn.Module):
                 elif recurrence.sharing == "shared":
                     self.memory_projection = KVProjection(width, heads, head_dim, **places[0])
                 else:
-                    projections = {i: KVProjection(width, heads, head_dim, **place) for i, place in zip(self.receivers, places)}
+                    projections = {
+                        i: KVProjection(width, heads, head_dim, **place) for i, place in zip(self.receivers, places)
+                    }
             if recurrence.residual:
-                kind = partial(ProjectedInjection, width=width) if recurrence.residual == "projected" else ResidualInjection
+                kind = (
+                    partial(ProjectedInjection, width=width)
+                    if recurrence.residual == "projected"
+                    else ResidualInjection
+                )
                 self.injection = kind(len(self.receivers), **places[0])
-        wrapped = [RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)]
+        wrapped = [
+            RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)
+        ]
         if isinstance(self.memory_projection, AlignedProjection):
-            wrapped = [AlignedBlock(blocks[i], gate=gates[i]) if i in gates else block for i, block in enumerate(wrapped)]
+            wrapped = [
+                AlignedBlock(blocks[i], gate=gates[i]) if i in gates else block for i, block in enumerate(wrapped)
+            ]
         self.blocks: Any = nn.ModuleList(wrapped)
-        self.train_schedule: Schedule | Mixture = train_schedule or (baseline() if recurrence is None else interleaved(2))
+        self.train_schedule: Schedule | Mixture = train_schedule or (
+            baseline() if recurrence is None else interleaved(2)
+        )
 
-    eval_schedule: Schedule = sequential()  # of calls in evaluation mode that name none: exact, one token after the other
+    # of calls in evaluation mode that name none: exact, one token after the other
+    eval_schedule: Schedule = sequential()
 
     # -------------------------------------------------------------- the call
 
@@ -118,8 +148,9 @@ class LatentRecurrentModel(nn.Module):
             schedule: None = ``self.train_schedule`` in training mode, ``self.eval_schedule`` in evaluation mode.
             document_ids: (B, T); where it changes a document begins, and memory and attention stay inside it.
             attention_mask: (B, T), 0 marks padding on the left or on the right.
-            position_ids: (B, T) for RoPE; None counts from the row's first real token. Where a position does not follow the one
-                before it, a document begins, as in the packed rows of transformers.
+            position_ids: (B, T) for RoPE; None counts from the row's first real token.
+                Where a position does not follow the one before it, a document begins, as in the packed rows of
+                transformers.
             return_logits: None = only without targets.
             valid_targets: number of valid targets that normalises the loss; None counts them here. A trainer
                 passes the count over all ranks and accumulation steps.
@@ -135,9 +166,16 @@ class LatentRecurrentModel(nn.Module):
         targets, labels = (None if given is None else as_ids(given) for given in (targets, labels))
         if attention_mask is not None:
             _check_mask(attention_mask, input_ids)
-            labels = None if labels is None or labels.shape != input_ids.shape else labels.masked_fill(~attention_mask.bool(), IGNORE)
+            labels = (
+                None
+                if labels is None or labels.shape != input_ids.shape
+                else labels.masked_fill(~attention_mask.bool(), IGNORE)
+            )
         targets = self._check(input_ids, targets, labels)
-        document_ids, position_ids = _as_rows("document_ids", document_ids, input_ids), _as_rows("position_ids", position_ids, input_ids)
+        document_ids, position_ids = (
+            _as_rows("document_ids", document_ids, input_ids),
+            _as_rows("position_ids", position_ids, input_ids),
+        )
         length = input_ids.shape[1]
         back = real = None
         if attention_mask is not None:
@@ -148,7 +186,10 @@ class LatentRecurrentModel(nn.Module):
             position_ids = None if position_ids is None else position_ids.gather(1, forth)
         chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
-            raise ValueError(f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), sequential() or a mixture")
+            raise ValueError(
+                f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), "
+                "sequential() or a mixture"
+            )
         more: dict[str, Any] = {"generator": generator, "keep_inputs": output_hidden_states}
         results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, real=real, **more)
         weights = chosen.group_weights(length)
@@ -165,7 +206,10 @@ class LatentRecurrentModel(nn.Module):
         losses: tuple[Tensor, ...] = ()
         if targets is not None:
             count = (targets != IGNORE).sum() if valid_targets is None else valid_targets
-            sums = [self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(()) for (h, p), w in zip(groups, weights)]
+            sums = [
+                self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(())
+                for (h, p), w in zip(groups, weights)
+            ]
             means = group_losses(sums, count)
             loss = weighted_loss(means, weights)
             losses = tuple(mean.detach() for mean in means)
@@ -188,16 +232,25 @@ class LatentRecurrentModel(nn.Module):
     ) -> list[PassResult]:
         """Embed rows (B, T) without padding on the left and run every pass of ``schedule`` over them."""
         if self.recurrence is None and schedule.token_compute > 1:
-            raise ValueError(f"schedule {schedule} needs memory, but this model has no recurrence: use baseline(), or lrt.adapt(model)")
+            raise ValueError(
+                f"schedule {schedule} needs memory, but this model has no recurrence: "
+                "use baseline(), or lrt.adapt(model)"
+            )
         if self.recurrence is None:
             schedule = baseline()
         row = self.row(input_ids, document_ids=document_ids, position_ids=position_ids, real=real)
         return run_schedule(self, row, schedule, generator=generator, keep_inputs=keep_inputs)
 
     def row(
-        self, input_ids: Tensor, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None, real: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Row:
-        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents; ``real`` is false where there is padding."""
+        """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents;
+        ``real`` is false where there is padding."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(self.backbone, "attention_reset", None)
         changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
@@ -209,10 +262,19 @@ class LatentRecurrentModel(nn.Module):
         if by_length is None or position_ids is None and input_ids.shape[1] <= by_length.border:
             hidden, contexts = self.backbone.embed(input_ids, positions)
         else:
-            hidden, contexts = self.backbone.embed(input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real))
+            hidden, contexts = self.backbone.embed(
+                input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real)
+            )
         return Row(hidden, contexts, starts, documents)
 
-    def score(self, input_ids: Tensor, targets: Tensor, schedule: Schedule | Mixture, *, generator: torch.Generator | None = None) -> Tensor:
+    def score(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        schedule: Schedule | Mixture,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Nats of every target under every loss group.
 
         Args:
@@ -227,7 +289,9 @@ class LatentRecurrentModel(nn.Module):
         schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
-        groups = by_group(self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1])))
+        groups = by_group(
+            self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1]))
+        )
         return torch.stack([in_order(self.backbone.loss(h, targets[:, p])[1], p) for h, p in groups])
 
     def default_schedule(self) -> Schedule | Mixture:
@@ -269,7 +333,9 @@ class LatentRecurrentModel(nn.Module):
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the recurrence added, by name."""
-        return {f"{name}.{key}": p for name, module in self.memory_modules().items() for key, p in module.named_parameters()}
+        return {
+            f"{name}.{key}": p for name, module in self.memory_modules().items() for key, p in module.named_parameters()
+        }
 
     def memory_modules(self) -> dict[str, nn.Module]:
         """The modules that the recurrence added, by name."""
@@ -298,18 +364,28 @@ class LatentRecurrentModel(nn.Module):
     def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
         _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
         if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token")
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token"
+            )
         if input_ids.dtype != torch.int64:
             raise ValueError(f"input_ids has dtype {input_ids.dtype}: expected token ids, int64 or int32")
         _check_range("token id", input_ids, self.vocab_size)
         if targets is not None and labels is not None:
-            raise ValueError("both targets and labels were given: pass targets (already shifted) or labels (shifted inside), not both")
+            raise ValueError(
+                "both targets and labels were given: pass targets (already shifted) or labels (shifted "
+                "inside), not both"
+            )
         if labels is not None:
             targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
         if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
+            )
         if targets is not None and targets.dtype != torch.int64:
-            raise ValueError(f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, -100 where nothing is scored")
+            raise ValueError(
+                f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, "
+                "-100 where nothing is scored"
+            )
         if targets is not None:
             _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)
         return targets
@@ -330,8 +406,12 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
         ValueError: settings that do not fit together.
     """
     if recipe.run.backbone != "native":
-        raise ValueError(f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe')
-    model = build_model(recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk)
+        raise ValueError(
+            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe'
+        )
+    model = build_model(
+        recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk
+    )
     model.train_schedule = from_config(recipe.schedule) if recipe.recurrence is not None else baseline()
     if torch.device(device or "cpu").type != "meta":
         model.init_weights(generator=torch.Generator(device=device or "cpu").manual_seed(recipe.run.seed))
@@ -339,7 +419,12 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
 
 
 def build_model(
-    config: ModelConfig, recurrence: RecurrenceConfig | None, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
+    config: ModelConfig,
+    recurrence: RecurrenceConfig | None,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    loss_chunk: int = 8192,
 ) -> LatentRecurrentModel:
     """The native decoder with its recurrence, parameters not initialized."""
     decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
@@ -355,7 +440,9 @@ def _place(block: Any) -> dict[str, Any]:
 def _check_tensors(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])")
+            raise ValueError(
+                f"{name} is a {type(value).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])"
+            )
 
 
 def _check_range(name: str, ids: Tensor, size: int) -> None:
@@ -365,7 +452,8 @@ def _check_range(name: str, ids: Tensor, size: int) -> None:
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise ValueError(
-                f"{name} {wrong}, but the vocabulary has {size} entries (0..{size - 1}): check the tokenizer, or set model.vocab_size"
+                f"{name} {wrong}, but the vocabulary has {size} entries (0..{size - 1}): "
+                "check the tokenizer, or set model.vocab_size"
             )
 
 
@@ -378,7 +466,9 @@ def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
         raise ValueError(f"attention_mask has shape {shapes}: give (batch, tokens), 0 where a token is padding")
     real = attention_mask.bool()
     if real.device.type == "cpu" and bool(((real[:, 1:] != real[:, :-1]).sum(1) > 1 + ~real[:, 0]).any()):
-        raise ValueError("attention_mask has zeros between ones: padding may stand on the left or on the right of a row only")
+        raise ValueError(
+            "attention_mask has zeros between ones: padding may stand on the left or on the right of a row only"
+        )
 
 
 def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | None:
@@ -387,7 +477,9 @@ def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | No
         return None
     length = input_ids.shape[-1]
     if values.shape not in (input_ids.shape, (1, length), (length,)):
-        raise ValueError(f"{name} has shape {tuple(values.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
+        )
     return values.expand(input_ids.shape)
 
 

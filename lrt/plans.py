@@ -17,8 +17,8 @@ def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
         groups: loss groups of the schedule.
 
     Raises:
-        ValueError: it is no full pass followed by full ones or by whole sweeps over residues, and no chunks from left to
-            right, or a loss group has no pass.
+        ValueError: it is no full pass followed by full ones or by whole sweeps over residues,
+            and no chunks from left to right, or a loss group has no pass.
     """
     wrong = _misshapen(plan, length)
     missing = [group for group in range(groups) if all(step.group != group for step in plan)]
@@ -28,9 +28,10 @@ def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
         wrong = f"a pass belongs to loss group {max(step.group for step in plan)}, but group_weights has {groups}"
     if wrong is not None:
         raise ValueError(
-            f"the schedule's plan for {length} positions cannot be run: {wrong}. Possible are a pass over all positions alone, "
-            f"followed by others over all, or by sweeps over the residues 0..S-1 of one step S, and contiguous chunks from left to "
-            f"right; the first receives no memory"
+            f"the schedule's plan for {length} positions cannot be run: {wrong}. "
+            "Possible are a pass over all positions alone, "
+            "followed by others over all, or by sweeps over the residues 0..S-1 of one step S, "
+            f"and contiguous chunks from left to right; the first receives no memory"
         )
 
 
@@ -49,10 +50,18 @@ def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
     if not first.covers(length):
         borders = [0, *(step.stop for step in plan)]
         right = all((step.start, step.step) == (begin, 1) for step, begin in zip(plan, borders))
-        return None if right and borders[-1] == length else "its first pass leaves positions out, and the passes are no chunks from 0 to the end"
+        return (
+            None
+            if right and borders[-1] == length
+            else "its first pass leaves positions out, and the passes are no chunks from 0 to the end"
+        )
     if all(step.covers(length) for step in rest):
         return None
     stride = rest[0].step
     sweeps = [sorted(step.start for step in rest[i : i + stride]) for i in range(0, len(rest), stride)]
     whole = all(step.step == stride and step.stop >= length for step in rest)
-    return None if whole and all(sweep == list(range(stride)) for sweep in sweeps) else "after the first pass it has no whole sweeps"
+    return (
+        None
+        if whole and all(sweep == list(range(stride)) for sweep in sweeps)
+        else "after the first pass it has no whole sweeps"
+    )

@@ -37,7 +37,8 @@ class Gate(nn.Module):
         heads = self.weight.shape[0]
         weight: Tensor = self.weight
         if normed.is_cuda and normed.shape[1] > 1:
-            weight = F.pad(weight, (0, 0, 0, -heads % 8))  # rows of 16 bytes: otherwise cuBLAS falls back to kernels of another age
+            # rows of 16 bytes: otherwise cuBLAS falls back to kernels of another age
+            weight = F.pad(weight, (0, 0, 0, -heads % 8))
         return (2 * torch.sigmoid(F.linear(normed[..., : self.channels], weight)[..., :heads]))[..., None]
 
     @torch.no_grad()
@@ -55,7 +56,9 @@ class KVProjection(nn.Module):
         device, dtype: of the weights.
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, width: int, heads: int, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.key = nn.Linear(width, heads * head_dim, bias=False, device=device, dtype=dtype)
@@ -94,7 +97,8 @@ class AlignedProjection(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, *, init: Literal["paper", "identity"], generator: torch.Generator | None = None) -> None:
-        """Uniform of standard deviation 1/sqrt(D), so that A m is as large as a normed input ("paper"), or zero ("identity")."""
+        """Uniform of standard deviation 1/sqrt(D), so that A m is as large as a normed input ("paper"),
+        or zero ("identity")."""
         if init == "identity":
             nn.init.zeros_(self.map.weight)
         else:
@@ -132,7 +136,8 @@ class Injected(NamedTuple):
 
 
 class ProjectedInjection(ResidualInjection):
-    """g and P: x <- x + g_l rms(x) RMSNorm(P m[t-1]), as large as g_l says whatever the size of the stream; rms(x) is detached.
+    """g and P: x <- x + g_l rms(x) RMSNorm(P m[t-1]), as large as g_l says whatever the size of the stream; rms(x)
+    is detached.
 
     Args:
         blocks: number of blocks that receive memory.
@@ -176,7 +181,8 @@ class RecurrentBlock(nn.Module):
         missing = [name for name in HALVES if not callable(getattr(block, name, None))]
         if missing:
             raise ValueError(
-                f"{type(block).__name__} has no {', '.join(missing)}: a block that receives memory needs {', '.join(HALVES)}, "
+                f"{type(block).__name__} has no {', '.join(missing)}: "
+                f"a block that receives memory needs {', '.join(HALVES)}, "
                 "as lrt.types.Block says (docs/extend.md shows one); of a whole decoder lrt.adapt makes them"
             )
         self.block: Any = block
@@ -205,7 +211,8 @@ class RecurrentBlock(nn.Module):
             kv: the store to attend to; None = plain causal attention over these positions.
 
         Returns:
-            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``; None where the store is ``Transient``.
+            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``;
+            None where the store is ``Transient``.
         """
         if isinstance(memory, Tensor):
             given = tuple(memory.shape)
@@ -213,7 +220,9 @@ class RecurrentBlock(nn.Module):
         if isinstance(kv, Transient):
             hidden, projection = self._mix(hidden, memory, context)
             return self.block.attend(hidden, projection, context, kv.store)[0], None, None
-        hidden, projection = self._mix(hidden, memory, context, hand_on=gradient_spacing(kv) if torch.is_grad_enabled() else 0)
+        hidden, projection = self._mix(
+            hidden, memory, context, hand_on=gradient_spacing(kv) if torch.is_grad_enabled() else 0
+        )
         return self.block.attend(hidden, projection, context, kv)
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
@@ -231,7 +240,9 @@ class RecurrentBlock(nn.Module):
         hidden = _injected(self.block.enter(hidden, context), memory)
         memory_key = memory_value = None
         if self.gate is not None and memory is not None:
-            memory_key, memory_value = self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
+            memory_key, memory_value = (
+                self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
+            )
         if self._mixes and self.block.can_mix(hidden):
             more = {"gate": self.gate, "memory_key": memory_key, "memory_value": memory_value, "hand_on": hand_on}
             return hidden, self.block.project_mixed(hidden, context, **more)
@@ -271,7 +282,9 @@ class AlignedBlock(RecurrentBlock):
     def read_twice(self) -> nn.Module | None:
         return getattr(self.block, "fused", None)
 
-    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0) -> tuple[Tensor, Projection]:
+    def _mix(
+        self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0
+    ) -> tuple[Tensor, Projection]:
         hidden = _injected(self.block.enter(hidden, context), memory)
         if memory is None:
             projection = self.block.project(hidden, context)
@@ -280,7 +293,9 @@ class AlignedBlock(RecurrentBlock):
         assert self.gate is not None
         local = self.gate(projection.normed)
         key_bias, value_bias = self.block.kv_bias()
-        return hidden, projection._replace(key=gated(projection.key, local, key_bias), value=gated(projection.value, local, value_bias))
+        return hidden, projection._replace(
+            key=gated(projection.key, local, key_bias), value=gated(projection.value, local, value_bias)
+        )
 
 
 def gated(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
@@ -296,11 +311,14 @@ def _injected(hidden: Tensor, memory: MemoryInput | None) -> Tensor:
 def into_residual(hidden: Tensor, memory: MemoryInput) -> Tensor:
     """What a memory with a gain adds to the block's input ``hidden`` (B, P, D)."""
     assert memory.gain is not None
-    return memory.gain.to(hidden.dtype) * (memory.state if memory.direction is None else matched(memory.direction, hidden))
+    return memory.gain.to(hidden.dtype) * (
+        memory.state if memory.direction is None else matched(memory.direction, hidden)
+    )
 
 
 def matched(direction: Tensor, stream: Tensor) -> Tensor:
-    """A direction of size 1 (B, P, D), as large at every position as the stream there, of whose size no gradient comes back."""
+    """A direction of size 1 (B, P, D), as large at every position as the stream there, of whose size no gradient comes
+    back."""
     size = at_least_float32(stream.detach()).square().mean(-1, keepdim=True).sqrt()
     return size.to(stream.dtype) * direction
 
@@ -311,7 +329,9 @@ def matched(direction: Tensor, stream: Tensor) -> Tensor:
 def rms_memory(hidden: Tensor) -> Tensor:
     """m[t] = RMSNorm(h[t]) without parameters, computed in float32 at least, in the dtype of ``hidden``."""
     # rms_norm computes in float32 inside; only its eps would follow the dtype.
-    return F.rms_norm(hidden, (hidden.shape[-1],), eps=torch.finfo(torch.promote_types(hidden.dtype, torch.float32)).eps)
+    return F.rms_norm(
+        hidden, (hidden.shape[-1],), eps=torch.finfo(torch.promote_types(hidden.dtype, torch.float32)).eps
+    )
 
 
 def shift_right(memory: Tensor) -> Tensor:

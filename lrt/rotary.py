@@ -40,7 +40,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @contextmanager
 def kept_frequencies(*modules: nn.Module | None) -> Iterator[None]:
-    """Keep the frequencies of RoPE in float32 while modules are cast, as they are where transformers loads in half precision.
+    """Keep the frequencies of RoPE in float32 while modules are cast, as they are where transformers loads in half
+    precision.
 
     Rounded to bfloat16 a frequency is off by up to 0.4 %, which after a few hundred tokens is another angle.
 

@@ -59,7 +59,8 @@ class Interleaved:
         subsets = min(self.subsets, length)
         if self.kv_refresh and subsets == length:
             raise ValueError(
-                f"schedule.kv_refresh has no effect with {self.subsets} subsets of a row of {length} tokens: use fewer subsets, or switch it off"
+                f"schedule.kv_refresh has no effect with {self.subsets} subsets of a row of {length} tokens: "
+                "use fewer subsets, or switch it off"
             )
         alone = bool(self.cut_gradient) and self.group_weights(length)[0] == 0
         passes = [Pass(0, length, 1, 0, "zero", graded=not alone)]
@@ -202,15 +203,16 @@ def interleaved(
     if order not in ("ascending", "rotated", "random"):
         raise ValueError(f"schedule.order = {order!r}: use ascending, rotated or random")
     if kv_refresh and (S == 1 or sweeps > 1):
-        raise ValueError(f"schedule.kv_refresh has no effect with subsets = {S}, sweeps = {sweeps}: use subsets > 1 and one sweep, or switch it off")
+        raise ValueError(
+            f"schedule.kv_refresh has no effect with subsets = {S}, sweeps = {sweeps}: "
+            "use subsets > 1 and one sweep, or switch it off"
+        )
     if S == 1 and order != "ascending":
         raise ValueError(f"schedule.order = {order!r} has no effect with one subset: use subsets > 1, or ascending")
     return Interleaved(S, sweeps, order, kv_refresh, _check_weights(weights, 1 + sweeps), _check_cut(cut_gradient))
 
 
-def refine(
-    K: int, weights: str | Sequence[float] = "paper", cut_gradient: Cut = False, settle: int = 0
-) -> Schedule:
+def refine(K: int, weights: str | Sequence[float] = "paper", cut_gradient: Cut = False, settle: int = 0) -> Schedule:
     """Initialization, then K passes over all positions, each fed by the pass before (multi-refinement).
 
     Args:
@@ -274,7 +276,10 @@ def mixture(members: Sequence[tuple[float, Schedule]]) -> Mixture:
         raise ValueError(f"schedule.mix has shares that sum to {sum(shares):.6g}: they must sum to 1")
     for _, schedule in pairs:
         if not hasattr(schedule, "plan"):
-            raise ValueError(f"schedule.mix holds {schedule!r}: use lrt.baseline(), interleaved(S), refine(K), chunked(C) or sequential()")
+            raise ValueError(
+                f"schedule.mix holds {schedule!r}: use lrt.baseline(), interleaved(S), refine(K), "
+                "chunked(C) or sequential()"
+            )
     return Mixture(pairs)
 
 
@@ -301,9 +306,15 @@ def needs_memory(schedule: Schedule | Mixture) -> bool:
 def describe(schedule: Schedule) -> str:
     """A schedule in a word, such as refine(2), for a log."""
     if isinstance(schedule, Interleaved):
-        return f"interleaved({schedule.subsets})" if schedule.sweeps == 1 else f"interleaved({schedule.subsets}, sweeps={schedule.sweeps})"
+        return (
+            f"interleaved({schedule.subsets})"
+            if schedule.sweeps == 1
+            else f"interleaved({schedule.subsets}, sweeps={schedule.sweeps})"
+        )
     if isinstance(schedule, Refine):
-        return f"refine({schedule.passes}, settle={schedule.settle})" if schedule.settle else f"refine({schedule.passes})"
+        return (
+            f"refine({schedule.passes}, settle={schedule.settle})" if schedule.settle else f"refine({schedule.passes})"
+        )
     if isinstance(schedule, Chunked):
         return "sequential" if schedule.chunk == 1 else f"chunked({schedule.chunk})"
     return "baseline"
@@ -324,7 +335,8 @@ def phases_of(config: ScheduleConfig) -> tuple[Phase, ...]:
 
 
 def from_config(config: ScheduleConfig) -> Schedule:
-    """The schedule for which a recipe's [schedule] section trains: that of its last phase, of a mixture the member with most passes.
+    """The schedule for which a recipe's [schedule] section trains: that of its last phase,
+    of a mixture the member with most passes.
 
     Raises:
         ValueError: as the constructors above.
@@ -335,7 +347,9 @@ def from_config(config: ScheduleConfig) -> Schedule:
 def _from_keys(config: Any, where: str) -> Schedule | Mixture:
     """A section, a phase or a member of a mixture; ``where`` it stands is named in errors."""
     if config.kind == "mixture":
-        return mixture([(member.share, _single_from_keys(member, f"{where}.mix[{i}]")) for i, member in enumerate(config.mix)])
+        return mixture(
+            [(member.share, _single_from_keys(member, f"{where}.mix[{i}]")) for i, member in enumerate(config.mix)]
+        )
     return _single_from_keys(config, where)
 
 
@@ -357,7 +371,9 @@ def _construct(config: Any) -> Schedule:
         return chunked(config.chunks)
     if config.kind == "sequential":
         return sequential()
-    return interleaved(config.subsets, config.sweeps, config.order, config.kv_refresh, config.weights, config.cut_gradient)
+    return interleaved(
+        config.subsets, config.sweeps, config.order, config.kv_refresh, config.weights, config.cut_gradient
+    )
 
 
 def _at_least_one(key: str, value: int) -> None:
@@ -381,7 +397,10 @@ def _check_weights(weights: str | Sequence[float], length: int) -> Weights:
     except (TypeError, ValueError):
         raise ValueError(f'schedule.weights = {weights!r}: use "paper" or a list of {length} numbers') from None
     if len(values) != length:
-        raise ValueError(f"schedule.weights has {len(values)} values, but there are {length} groups: the initialization and {length - 1} more")
+        raise ValueError(
+            f"schedule.weights has {len(values)} values, but there are {length} groups: "
+            f"the initialization and {length - 1} more"
+        )
     if any(not 0 <= w < float("inf") for w in values):
         raise ValueError(f"schedule.weights = {list(values)}: use finite weights of 0 or more")
     if not any(values):

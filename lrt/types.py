@@ -88,9 +88,18 @@ class KVStore(Protocol):
     """
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Attention of fresh queries (B, P, H, K) over stored keys with the fresh ones in place; sinks are scores (H,) without a value."""
+        """Attention of fresh queries (B, P, H, K) over stored keys with the fresh ones in place; sinks are scores (H,)
+        without a value."""
         ...
 
 
@@ -109,7 +118,9 @@ class Block(Protocol):
 
     def project(self, hidden: Tensor, context: Any) -> Projection: ...
 
-    def attend(self, hidden: Tensor, projection: Projection, context: Any, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, hidden: Tensor, projection: Projection, context: Any, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (hidden, key, value): the block's output and what the buffer or cache keeps."""
         ...
 
@@ -122,7 +133,8 @@ class AlignableBlock(Block, Protocol):
     """A decoder block whose own key and value matrices can read memory beside its normed input."""
 
     def project_aligned(self, hidden: Tensor, context: Any, aligned: Tensor) -> Projection:
-        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's own weight."""
+        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D),
+        w the norm's own weight."""
         ...
 
     def align(self) -> None:
@@ -227,9 +239,11 @@ class Output:
         logits: (B, T, V), each position from the last pass that computed it; None unless asked for.
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
-        last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits, where neither loss nor logits
-            are asked for, or hidden states are: of it a head outside the model makes logits.
-        hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm; empty unless asked for.
+        last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits,
+            where neither loss nor logits are asked for, or hidden states are:
+            of it a head outside the model makes logits.
+        hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm;
+            empty unless asked for.
     """
 
     loss: Tensor | None = None
@@ -240,7 +254,8 @@ class Output:
     hidden_states: tuple[Tensor, ...] = ()
 
     def __getitem__(self, index: int | slice | str) -> Any:
-        """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place; what is None has no place."""
+        """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place;
+        what is None has no place."""
         named = {"loss": self.loss, "logits": self.logits}
         return named[index] if isinstance(index, str) else tuple(x for x in named.values() if x is not None)[index]
 

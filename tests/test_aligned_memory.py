@@ -1,4 +1,5 @@
-"""Memory that the blocks' own projections read, in native models: settings, counts, optimizer, folders, decoding, reports."""
+"""Memory that the blocks' own projections read, in native models: settings, counts, optimizer, folders, decoding,
+reports."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from lrt.model import build_model
 from lrt.serialization import native_config
 from lrt.train.optim.groups import group_of, is_memory
 
-CONFIG = ModelConfig(n_layers=3, width=32, n_heads=2, n_kv_heads=1, vocab_size=64, sequence_length=16, window_pattern="SL")
+CONFIG = ModelConfig(
+    n_layers=3, width=32, n_heads=2, n_kv_heads=1, vocab_size=64, sequence_length=16, window_pattern="SL"
+)
 ALIGNED = RecurrenceConfig(projection="aligned", separator=1, gate_channels=8)
 TOKENS = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
 
@@ -32,8 +35,14 @@ def native(recurrence=ALIGNED, **changes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sharing": "layerwise"}, r'recurrence.projection = "aligned" is one map that all blocks share, so sharing = "layerwise" does not fit'),
-        ({"kv_projection": False}, r'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false'),
+        (
+            {"sharing": "layerwise"},
+            r'recurrence.projection = "aligned" is one map that all blocks share, so sharing = "layerwise" does not fit',
+        ),
+        (
+            {"kv_projection": False},
+            r'recurrence.projection = "aligned" has no effect with recurrence.kv_projection = false',
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
@@ -72,7 +81,11 @@ def test_its_parameters_are_counted_trained_and_known_as_memory():
 
 
 def test_the_official_layout_refuses_it_by_name():
-    config = native_config(build_model(ModelConfig(n_layers=2, width=256), RecurrenceConfig(projection="aligned", source_layer=2), device="meta"))
+    config = native_config(
+        build_model(
+            ModelConfig(n_layers=2, width=256), RecurrenceConfig(projection="aligned", source_layer=2), device="meta"
+        )
+    )
     with pytest.raises(ValueError, match=r"recurrence.projection = 'aligned' \(it has 'separate'\)"):
         official.official_from_native(config)
 
@@ -102,8 +115,12 @@ def test_decoding_is_true_recurrence():
 def test_what_is_said_of_it():
     model = native()
     numbers = recurrence_statistics(model)
-    assert numbers["map_rms"] == pytest.approx([float(model.memory_projection.map.weight.detach().square().mean().sqrt())])
-    assert len(numbers["gate_rms"]) == 3 and "key_projection_rms" not in numbers and len(numbers["residual_scales"]) == 3
+    assert numbers["map_rms"] == pytest.approx(
+        [float(model.memory_projection.map.weight.detach().square().mean().sqrt())]
+    )
+    assert (
+        len(numbers["gate_rms"]) == 3 and "key_projection_rms" not in numbers and len(numbers["residual_scales"]) == 3
+    )
     found = activation_statistics(model, TOKENS, schedule=lrt.refine(1))
     assert {"local_gate", "key_ratio", "value_ratio", "injection_ratio"} <= found.keys() and "memory_gate" not in found
     assert min(found["key_ratio"]["min"]) > 0

@@ -43,7 +43,9 @@ class Case:
         official = in_memory({k: v.float() for k, v in weights.items() if k not in self.numbers["dropped"]})
         config = native_from_official(DEFAULTS | self.numbers["config"], official, where=name)
         self.model = model_from_config(config)
-        self.model.load_state_dict({k: t.read().clone() for k, t in native_tensors(config, official, where=name).items()})
+        self.model.load_state_dict(
+            {k: t.read().clone() for k, t in native_tensors(config, official, where=name).items()}
+        )
         self.tokens = self.data["tokens"]
         self.targets = self.data["targets"].masked_fill(self.data["targets"] == -1, IGNORE)
 
@@ -93,7 +95,9 @@ def gradient_difference(ours, theirs):
 
 @every(RECURRENT)
 def test_zero_memory_logits(case):
-    assert largest_difference(case.model(case.tokens, schedule=lrt.baseline()).logits, case.data["zero_logits"]) < LOGITS
+    assert (
+        largest_difference(case.model(case.tokens, schedule=lrt.baseline()).logits, case.data["zero_logits"]) < LOGITS
+    )
 
 
 @every(RECURRENT)
@@ -117,7 +121,8 @@ def test_states_and_loss_of_every_pass(case, name):
 @every(RECURRENT)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_our_loss_is_the_official_one_by_groups(case, name):
-    """Official weights count passes, ours count groups (docs/method.md, section 2); for refinement both are the same."""
+    """Official weights count passes, ours count groups (docs/method.md, section 2);
+    for refinement both are the same."""
     expected, loss = case.numbers[name], case.model(case.tokens, case.targets, schedule=SCHEDULES[name]).loss
     grouped = ("group_loss", "group_gradients") if "group_loss" in expected else ("loss", "gradients")
     assert abs(loss.item() - expected[grouped[0]]) < LOSSES
@@ -149,7 +154,11 @@ def test_bits_per_byte(case):
 @every(("lrt_gqa",))
 def test_exact_tables_are_another_model(case):
     """The official rotary tables are bfloat16: with exact ones the logits differ, so the option is not idle."""
-    config = json.loads(json.dumps({"model": case.model.backbone.config.__dict__, "recurrence": case.model.recurrence.__dict__, "schedule": {}}))
+    config = json.loads(
+        json.dumps(
+            {"model": case.model.backbone.config.__dict__, "recurrence": case.model.recurrence.__dict__, "schedule": {}}
+        )
+    )
     config["model"]["rope_dtype"] = "float32"
     exact = model_from_config(config)
     exact.load_state_dict(case.model.state_dict())

@@ -65,27 +65,46 @@ def assert_against_oracle(model, tokens, targets, schedule, expected, weights):
 
 
 @settings(max_examples=15)
-@given(model=models(), row=rows(length=st.integers(1, 7)), subsets=st.integers(1, 4), sweeps=st.integers(1, 2), data=st.data())
+@given(
+    model=models(),
+    row=rows(length=st.integers(1, 7)),
+    subsets=st.integers(1, 4),
+    sweeps=st.integers(1, 2),
+    data=st.data(),
+)
 def test_interleaved_is_the_oracle(model, row, subsets, sweeps, data):
     tokens, targets = row
-    weights = data.draw(st.one_of(st.just("paper"), st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=1 + sweeps, max_size=1 + sweeps).filter(any)))
+    weights = data.draw(
+        st.one_of(
+            st.just("paper"),
+            st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=1 + sweeps, max_size=1 + sweeps).filter(any),
+        )
+    )
     numbers = [1.0] + [float(min(subsets, tokens.shape[1]))] * sweeps if weights == "paper" else weights
     expected = oracles(model, tokens, "interleaved", subsets, sweeps)
-    assert_against_oracle(model, tokens, targets, lrt.interleaved(subsets, sweeps=sweeps, weights=weights), expected, numbers)
+    assert_against_oracle(
+        model, tokens, targets, lrt.interleaved(subsets, sweeps=sweeps, weights=weights), expected, numbers
+    )
 
 
 @settings(max_examples=10)
 @given(model=models(), row=rows(length=st.integers(1, 6)), passes=st.integers(1, 3), data=st.data())
 def test_refine_is_the_oracle(model, row, passes, data):
     tokens, targets = row
-    weights = data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.6]), min_size=1 + passes, max_size=1 + passes).filter(any))
+    weights = data.draw(
+        st.lists(st.sampled_from([0.0, 0.1, 0.6]), min_size=1 + passes, max_size=1 + passes).filter(any)
+    )
     expected = oracles(model, tokens, "refine", passes)
     assert_against_oracle(model, tokens, targets, lrt.refine(passes, weights=weights), expected, weights)
 
 
 @settings(max_examples=10)
 @given(
-    model=models(), row=rows(length=st.integers(1, 6)), passes=st.integers(1, 2), settle=st.integers(1, 3), data=st.data()
+    model=models(),
+    row=rows(length=st.integers(1, 6)),
+    passes=st.integers(1, 2),
+    settle=st.integers(1, 3),
+    data=st.data(),
 )
 def test_settled_memory_is_the_oracle(model, row, passes, settle, data):
     """Passes without gradient come between the initialization and those that are graded; every gradient is compared."""
@@ -99,7 +118,10 @@ def test_settled_memory_is_the_oracle(model, row, passes, settle, data):
 @pytest.mark.parametrize("first", [0.0, 0.4])
 def test_one_graded_pass_on_settled_memory_is_the_last_of_many_with_cut_gradients(first):
     model, tokens = small_model(3), torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
-    schedules = lrt.refine(1, weights=(first, 0.6), settle=3), lrt.refine(4, weights=(first, 0, 0, 0, 0.6), cut_gradient=True)
+    schedules = (
+        lrt.refine(1, weights=(first, 0.6), settle=3),
+        lrt.refine(4, weights=(first, 0, 0, 0, 0.6), cut_gradient=True),
+    )
     ours, theirs = (model(tokens, targets=tokens, schedule=schedule, return_logits=True) for schedule in schedules)
     torch.testing.assert_close(ours.logits, theirs.logits, **SAME)
     torch.testing.assert_close(ours.loss, theirs.loss, **SAME)
@@ -120,7 +142,9 @@ def test_chunked_is_the_oracle(model, row, chunk):
 def test_kv_refresh_is_the_oracle(model, row, subsets):
     tokens, targets = row
     expected = oracles(model, tokens, "interleaved", subsets, kv_refresh=True)
-    assert_against_oracle(model, tokens, targets, lrt.interleaved(subsets, kv_refresh=True), expected, [1.0, float(subsets)])
+    assert_against_oracle(
+        model, tokens, targets, lrt.interleaved(subsets, kv_refresh=True), expected, [1.0, float(subsets)]
+    )
 
 
 def test_kv_refresh_changes_what_it_should():
@@ -179,14 +203,21 @@ def test_any_order_is_exact_on_the_first_n_plus_1(model, row, subsets, sweeps, o
 def test_refine_is_exact_on_positions_0_to_K(model, row, passes):
     tokens, _ = row
     exact = logits_of(model, tokens, lrt.sequential())
-    torch.testing.assert_close(logits_of(model, tokens, lrt.refine(passes))[:, : passes + 1], exact[:, : passes + 1], **SAME)
+    torch.testing.assert_close(
+        logits_of(model, tokens, lrt.refine(passes))[:, : passes + 1], exact[:, : passes + 1], **SAME
+    )
 
 
 def test_the_next_position_is_in_general_not_exact():
     model = small_model(2)
     tokens = torch.arange(10)[None] + 1
     exact = logits_of(model, tokens, lrt.sequential())
-    for schedule, known in [(lrt.interleaved(3), 3), (lrt.interleaved(3, sweeps=2), 6), (lrt.refine(2), 3), (lrt.baseline(), 1)]:
+    for schedule, known in [
+        (lrt.interleaved(3), 3),
+        (lrt.interleaved(3, sweeps=2), 6),
+        (lrt.refine(2), 3),
+        (lrt.baseline(), 1),
+    ]:
         error = (logits_of(model, tokens, schedule) - exact).abs().amax((0, 2))
         assert error[:known].max() < 1e-9 < 1e-6 < error[known], schedule
 
@@ -194,13 +225,18 @@ def test_the_next_position_is_in_general_not_exact():
 @given(model=models(), row=rows(), passes=st.integers(1, 3))
 def test_refine_is_interleaved_with_one_subset(model, row, passes):
     tokens, _ = row
-    assert torch.equal(logits_of(model, tokens, lrt.refine(passes)), logits_of(model, tokens, lrt.interleaved(1, sweeps=passes)))
+    assert torch.equal(
+        logits_of(model, tokens, lrt.refine(passes)), logits_of(model, tokens, lrt.interleaved(1, sweeps=passes))
+    )
 
 
 @given(model=models(), row=rows())
 def test_chunked_of_the_whole_row_is_baseline(model, row):
     tokens, targets = row
-    one, two = (model(tokens, targets=targets, schedule=s, return_logits=True) for s in (lrt.chunked(tokens.shape[1]), lrt.baseline()))
+    one, two = (
+        model(tokens, targets=targets, schedule=s, return_logits=True)
+        for s in (lrt.chunked(tokens.shape[1]), lrt.baseline())
+    )
     torch.testing.assert_close(one.logits, two.logits, **SAME)
     torch.testing.assert_close(one.loss, two.loss, **SAME)
 
@@ -212,7 +248,14 @@ def test_causality(model, row, data):
     place = data.draw(st.integers(0, length - 1))
     changed = tokens.clone()
     changed[:, place] = (changed[:, place] + 1 + data.draw(st.integers(0, VOCABULARY - 3))) % VOCABULARY
-    schedules = [lrt.baseline(), lrt.interleaved(2), lrt.interleaved(3, sweeps=2), lrt.refine(2), lrt.chunked(3), lrt.sequential()]
+    schedules = [
+        lrt.baseline(),
+        lrt.interleaved(2),
+        lrt.interleaved(3, sweeps=2),
+        lrt.refine(2),
+        lrt.chunked(3),
+        lrt.sequential(),
+    ]
     if length > 2:
         schedules.append(lrt.interleaved(2, kv_refresh=True))
     for schedule in schedules:
@@ -237,16 +280,23 @@ def test_rows_do_not_influence_each_other(model, row):
     left=st.integers(0, 3),
     right=st.integers(0, 3),
 )
-@example(model=small_model(1), row=(torch.tensor([[3]]), torch.tensor([[2]])), schedule=lrt.interleaved(2), left=1, right=0)
+@example(
+    model=small_model(1), row=(torch.tensor([[3]]), torch.tensor([[2]])), schedule=lrt.interleaved(2), left=1, right=0
+)
 def test_padding_on_either_side_changes_nothing(model, row, schedule, left, right):
     tokens, targets = row
-    padded, mask, goals = (torch.nn.functional.pad(x, (left, right), value=v) for x, v in ((tokens, 1), (torch.ones_like(tokens), 0), (targets, 5)))
+    padded, mask, goals = (
+        torch.nn.functional.pad(x, (left, right), value=v)
+        for x, v in ((tokens, 1), (torch.ones_like(tokens), 0), (targets, 5))
+    )
     plain = model(tokens, targets=targets, schedule=schedule, return_logits=True)
     got = model(padded, targets=goals, schedule=schedule, attention_mask=mask, return_logits=True)
     torch.testing.assert_close(got.logits[:, left : left + tokens.shape[1]], plain.logits, **SAME)
     for a, b in zip(got.groups, plain.groups):  # "paper" weights depend on T where S > T, so losses by group
         torch.testing.assert_close(a, b, **SAME)
-    ours, theirs = (model(x, labels=x, schedule=schedule, attention_mask=y) for x, y in ((padded, mask), (tokens, None)))
+    ours, theirs = (
+        model(x, labels=x, schedule=schedule, attention_mask=y) for x, y in ((padded, mask), (tokens, None))
+    )
     for a, b in zip(ours.groups, theirs.groups):  # labels at padding are not scored, though they are token ids
         torch.testing.assert_close(a, b, **SAME)
 
@@ -258,7 +308,10 @@ def test_padding_on_either_side_changes_nothing(model, row, schedule, left, righ
 )
 def test_packed_documents_are_the_documents_apart(model, lengths, seed):
     generator = torch.Generator().manual_seed(seed)
-    documents = [torch.cat([torch.tensor([SEPARATOR]), torch.randint(1, VOCABULARY, (n - 1,), generator=generator)]) for n in lengths]
+    documents = [
+        torch.cat([torch.tensor([SEPARATOR]), torch.randint(1, VOCABULARY, (n - 1,), generator=generator)])
+        for n in lengths
+    ]
     packed = torch.cat(documents)[None]
     numbers = torch.cat([torch.full((len(d),), i) for i, d in enumerate(documents)])[None]
     for schedule in (lrt.baseline(), lrt.refine(2), lrt.sequential(), lrt.interleaved(2), lrt.interleaved(2, sweeps=2)):
@@ -266,7 +319,9 @@ def test_packed_documents_are_the_documents_apart(model, lengths, seed):
         torch.testing.assert_close(logits_of(model, packed, schedule), apart, **SAME)
         torch.testing.assert_close(logits_of(model, packed, schedule, document_ids=numbers), apart, **SAME)
         # Numbers that join all documents leave the separators' borders as they are.
-        torch.testing.assert_close(logits_of(model, packed, schedule, document_ids=torch.zeros_like(numbers)), apart, **SAME)
+        torch.testing.assert_close(
+            logits_of(model, packed, schedule, document_ids=torch.zeros_like(numbers)), apart, **SAME
+        )
 
 
 @given(model=models(), row=rows())
@@ -290,7 +345,10 @@ def test_no_memory_equals_zero_memory(model, row):
 @given(model=models(), row=rows(length=st.integers(4, 8)))
 def test_cut_gradient_keeps_values_and_removes_the_path_through_earlier_passes(model, row):
     tokens, targets = row
-    for make in (lambda cut: lrt.interleaved(2, weights=(0, 1), cut_gradient=cut), lambda cut: lrt.refine(1, weights=(0, 1), cut_gradient=cut)):
+    for make in (
+        lambda cut: lrt.interleaved(2, weights=(0, 1), cut_gradient=cut),
+        lambda cut: lrt.refine(1, weights=(0, 1), cut_gradient=cut),
+    ):
         whole, cut = (model(tokens, targets=targets, schedule=make(flag)) for flag in (False, True))
         torch.testing.assert_close(whole.loss, cut.loss, **SAME)
     cut = model(tokens, targets=targets, schedule=lrt.refine(1, cut_gradient=True, weights=(1, 0)))
@@ -343,7 +401,9 @@ def test_a_cut_at_the_initialization_leaves_the_gradients_between_residues(model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "below_memory", lambda engine, row: (row, ()))  # what is shared is not cut
-        cut = model(tokens, targets=targets, schedule=lrt.interleaved(subsets, weights=(0, 1), cut_gradient="initialization")).loss
+        cut = model(
+            tokens, targets=targets, schedule=lrt.interleaved(subsets, weights=(0, 1), cut_gradient="initialization")
+        ).loss
         patch.setattr(passes.Engine, "run", constant_first)
         expected = model(tokens, targets=targets, schedule=lrt.interleaved(subsets, weights=(0, 1))).loss
     torch.testing.assert_close(cut, expected, **SAME)
@@ -357,9 +417,10 @@ def test_a_cut_gradient_reaches_no_refreshed_key(monkeypatch):
     from lrt.engine import Engine
 
     model, outputs, run = small_model(3), [], Engine.run
-    monkeypatch.setattr(Engine, "run", lambda self, *args, **options: outputs.append(run(self, *args, **options)) or outputs[-1])
+    monkeypatch.setattr(
+        Engine, "run", lambda self, *args, **options: outputs.append(run(self, *args, **options)) or outputs[-1]
+    )
     tokens = torch.randint(0, VOCABULARY, (1, 9))
-
 
     def reached(**options):
         outputs.clear()

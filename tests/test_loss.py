@@ -14,7 +14,11 @@ from lrt.loss import chunked_cross_entropy
 
 
 @given(
-    batch=st.integers(1, 3), length=st.integers(1, 9), chunk=st.integers(0, 12), softcap=st.sampled_from([None, 2.0, 15.0]), seed=st.integers(0, 999)
+    batch=st.integers(1, 3),
+    length=st.integers(1, 9),
+    chunk=st.integers(0, 12),
+    softcap=st.sampled_from([None, 2.0, 15.0]),
+    seed=st.integers(0, 999),
 )
 def test_chunked_is_whole(batch, length, chunk, softcap, seed):
     torch.manual_seed(seed)
@@ -30,17 +34,24 @@ def test_chunked_is_whole(batch, length, chunk, softcap, seed):
     total, each = chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk=chunk)
     torch.testing.assert_close(each.flatten(), expected.detach())
     torch.testing.assert_close(total, expected.sum())
-    for got, want in zip(torch.autograd.grad(3 * total, (hidden, weight)), torch.autograd.grad(3 * expected.sum(), (hidden, weight))):
+    for got, want in zip(
+        torch.autograd.grad(3 * total, (hidden, weight)), torch.autograd.grad(3 * expected.sum(), (hidden, weight))
+    ):
         torch.testing.assert_close(got, want)
     with torch.no_grad():
-        torch.testing.assert_close(chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk=chunk), (total.detach(), each))
+        torch.testing.assert_close(
+            chunked_cross_entropy(hidden, weight, targets, softcap=softcap, chunk=chunk), (total.detach(), each)
+        )
 
 
 def test_half_precision_stays_near_float32():
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 16, 32), torch.randn(64, 32) * 0.2
     targets = torch.randint(0, 64, (2, 16))
-    exact, half = (chunked_cross_entropy(hidden.to(d), weight.to(d), targets, softcap=15.0)[0] for d in (torch.float32, torch.bfloat16))
+    exact, half = (
+        chunked_cross_entropy(hidden.to(d), weight.to(d), targets, softcap=15.0)[0]
+        for d in (torch.float32, torch.bfloat16)
+    )
     assert half.dtype == torch.float32
     assert abs(half - exact) / exact < 0.01
 
@@ -80,13 +91,17 @@ def test_accumulation_is_the_large_batch(model, row, schedule):
     tokens, targets = row
     whole = model(tokens, targets=targets, schedule=schedule)
     valid = (targets != -100).sum()
-    parts = [model(t, targets=g, schedule=schedule, valid_targets=valid).loss for t, g in zip(tokens.split(1), targets.split(1))]
+    parts = [
+        model(t, targets=g, schedule=schedule, valid_targets=valid).loss
+        for t, g in zip(tokens.split(1), targets.split(1))
+    ]
     torch.testing.assert_close(sum(parts), whole.loss)
     if not valid:
         return
     parameters = list(model.parameters())
     for got, want in zip(
-        torch.autograd.grad(sum(parts), parameters, allow_unused=True), torch.autograd.grad(whole.loss, parameters, allow_unused=True)
+        torch.autograd.grad(sum(parts), parameters, allow_unused=True),
+        torch.autograd.grad(whole.loss, parameters, allow_unused=True),
     ):
         torch.testing.assert_close(got, want)
 

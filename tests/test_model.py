@@ -40,7 +40,10 @@ def tiny(**recurrence):
 def test_shared_memory_adds_at_most_three_per_mille(layers):
     config = ModelConfig(n_layers=layers, gate_channels=32)
     twin = count_parameters(build_model(config, None, device="meta"))
-    parts = {s: count_parameters(build_model(config, RecurrenceConfig(sharing=s, gate_channels=32), device="meta")) for s in ("shared", "layerwise")}
+    parts = {
+        s: count_parameters(build_model(config, RecurrenceConfig(sharing=s, gate_channels=32), device="meta"))
+        for s in ("shared", "layerwise")
+    }
     assert twin.memory == 0 and twin.total == parts["shared"].total - parts["shared"].memory
     assert 0 < parts["shared"].memory <= 0.003 * twin.total
     assert 0.03 * twin.total < parts["layerwise"].memory < 0.06 * twin.total
@@ -56,15 +59,21 @@ def test_parts_sum_to_the_model(model):
 
 
 def test_flops_count_every_pass():
-    model, plain = build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta"), build_model(ModelConfig(), None, device="meta")
+    model, plain = (
+        build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta"),
+        build_model(ModelConfig(), None, device="meta"),
+    )
     base = training_flops(plain, lrt.baseline(), 2048)
     ratio = {
         name: training_flops(model, s, 2048) / base
         for name, s in {"r1": lrt.refine(1), "i2": lrt.interleaved(2), "i4x2": lrt.interleaved(4, sweeps=2)}.items()
     }
     assert 2.0 < ratio["r1"] < 2.03 and ratio["i2"] == pytest.approx(ratio["r1"]) and 3.0 < ratio["i4x2"] < 3.05
-    assert 1.5 < training_flops(model, lrt.refine(1, weights=(0, 1)), 2048) / base < 1.6  # stopped at block 8 of 12, no head
-    refreshed = training_flops(model, lrt.interleaved(3, kv_refresh=True), 2048) - training_flops(model, lrt.interleaved(3), 2048)
+    # stopped at block 8 of 12, no head
+    assert 1.5 < training_flops(model, lrt.refine(1, weights=(0, 1)), 2048) / base < 1.6
+    refreshed = training_flops(model, lrt.interleaved(3, kv_refresh=True), 2048) - training_flops(
+        model, lrt.interleaved(3), 2048
+    )
     again = 2 * (12 * (3 * 768 * 768 + 12 * 32) + 2 * 768 * 768)  # queries, keys, values, gates; the shared projection
     assert refreshed == pytest.approx(3 * again)  # two of three subsets, then one: one row in all
     flops = forward_flops(plain, 2048)
@@ -110,17 +119,28 @@ def test_output_fields():
 
 
 def test_initialization_is_the_table_of_the_method():
-    model = build_model(ModelConfig(n_layers=2, width=256, n_heads=2, vocab_size=4000), RecurrenceConfig(sharing="layerwise"))
+    model = build_model(
+        ModelConfig(n_layers=2, width=256, n_heads=2, vocab_size=4000), RecurrenceConfig(sharing="layerwise")
+    )
     model.init_weights(generator=torch.Generator().manual_seed(0))
     model.requires_grad_(False)
     bound = (3 / 256) ** 0.5
     block = model.blocks[0]
-    for weight in (block.block.query.weight, block.block.mlp_in.weight, block.projection.key.weight, model.backbone.value_embeddings["0"].weight):
+    for weight in (
+        block.block.query.weight,
+        block.block.mlp_in.weight,
+        block.projection.key.weight,
+        model.backbone.value_embeddings["0"].weight,
+    ):
         assert weight.abs().max() <= bound and weight.std() == pytest.approx(256**-0.5, rel=0.05)
     assert not block.block.output.weight.any() and not block.block.mlp_out.weight.any() and not block.gate.weight.any()
     assert model.backbone.embedding.weight.std() == pytest.approx(1, rel=0.02)
     assert model.backbone.head.weight.std() == pytest.approx(0.001, rel=0.02)
-    assert (model.backbone.residual_scales == 1).all() and (model.backbone.embedding_scales == 0.1).all() and (model.injection.gains == 0.1).all()
+    assert (
+        (model.backbone.residual_scales == 1).all()
+        and (model.backbone.embedding_scales == 0.1).all()
+        and (model.injection.gains == 0.1).all()
+    )
 
 
 def test_meta_device_then_init_equals_direct_build():
@@ -164,7 +184,8 @@ def test_parts_wrap_a_single_block():
     plain, _, _ = recurrent(tokens, None, (), None)
     memory = MemoryInput(torch.randn(2, 5, 8), gain=injection()[0])
     fed, key, value = recurrent(tokens, memory, (), None)
-    assert torch.equal(plain, block.attend(tokens, block.project(tokens, ()), (), None)[0])  # gates are exactly 1 at the start
+    # gates are exactly 1 at the start
+    assert torch.equal(plain, block.attend(tokens, block.project(tokens, ()), (), None)[0])
     assert (fed - plain).abs().max() > 1e-3 and key.shape == value.shape == (2, 5, 1, 8)
 
 
@@ -182,20 +203,32 @@ def test_bits_per_byte_by_hand(model, row):
     tokens, targets = row
     sizes = torch.tensor([0, *range(1, VOCABULARY)])
     report = evaluate_bpb(
-        model, [Rows(tokens[:1], targets[:1]), Rows(tokens[1:], targets[1:])], token_bytes=sizes, schedule=lrt.interleaved(2), buckets=2
+        model,
+        [Rows(tokens[:1], targets[:1]), Rows(tokens[1:], targets[1:])],
+        token_bytes=sizes,
+        schedule=lrt.interleaved(2),
+        buckets=2,
     )
     kept = (targets != -100) & (sizes[targets.clamp_min(0)] > 0)
     for mode, schedule in {"zero": lrt.baseline(), "parallel": lrt.interleaved(2), "decode": lrt.sequential()}.items():
         logits = model(tokens, schedule=schedule, return_logits=True).logits
-        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)[kept].sum()
+        nats = (
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            .view_as(targets)[kept]
+            .sum()
+        )
         size = int(sizes[targets.clamp_min(0)][kept].sum())
         assert report[mode].bytes == size and report[mode].tokens == int(kept.sum())
         if size:
             assert report[mode].value == pytest.approx(float(nats.detach()) / size / 0.6931471805599453, rel=1e-6)
     assert len(report["parallel"].groups) == 2 and len(report["zero"].buckets) == 2
-    given = evaluate_bpb(model, [Rows(tokens, targets)], token_bytes=sizes, decode=lambda tokens, targets: torch.ones(tokens.shape))
+    given = evaluate_bpb(
+        model, [Rows(tokens, targets)], token_bytes=sizes, decode=lambda tokens, targets: torch.ones(tokens.shape)
+    )
     if model.recurrence is not None and given["decode"].bytes:
-        assert given["decode"].value == pytest.approx(given["decode"].tokens / given["decode"].bytes / 0.6931471805599453)
+        assert given["decode"].value == pytest.approx(
+            given["decode"].tokens / given["decode"].bytes / 0.6931471805599453
+        )
         assert given["zero"].value == pytest.approx(report["zero"].value)
     if model.recurrence is None:
         assert given["decode"].value == given["zero"].value or not given["zero"].bytes
@@ -311,7 +344,8 @@ TIERS = [
     ["commands"],
     ["titan", "__main__", "eval.core.__main__"],
 ]
-LAZY = {  # imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named,
+# imports inside functions: Triton where a kernel runs, transformers where it is asked for, the hub where it is named,
+LAZY = {
     # and training, which a list of recipes does without
     ("lrt.commands.train", "lrt.train.dry_run"),
     ("lrt.commands.train", "lrt.train.monitor.faults"),
@@ -377,8 +411,13 @@ def test_a_file_imports_only_from_tiers_above_it_or_beside_it():
 
 def test_no_circle_of_imports():
     root = Path(lrt.__file__).parent
-    modules = {".".join(p.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in root.rglob("*.py")}
-    imports = {own: {name for name, _ in imports_of(path, modules)} - {own} for own, path in modules.items() if own != "lrt"}
+    modules = {
+        ".".join(p.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in root.rglob("*.py")
+    }
+    imports = {
+        own: {name for name, _ in imports_of(path, modules)} - {own} for own, path in modules.items() if own != "lrt"
+    }
     while True:  # take away what imports nothing that is left; a circle stays
         free = [own for own, names in imports.items() if not names & imports.keys()]
         if not free:
@@ -391,7 +430,9 @@ def test_no_circle_of_imports():
 def test_importing_lrt_imports_neither_the_compiler_nor_transformers():
     heavy = "{'torch._dynamo', 'torch._inductor.compile_fx', 'transformers'}"
     code = f"import sys, torch; before = set(sys.modules); import lrt; print({heavy} & (set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(lrt.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(lrt.__file__).parent.parent
+    )
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 

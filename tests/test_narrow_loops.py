@@ -68,7 +68,9 @@ def schedules(draw, cut=(False, True, "initialization"), orders=("ascending", "r
 def numbers(model, tokens, targets, schedule):
     """Outputs, losses, memory and every gradient."""
     model.zero_grad(set_to_none=True)
-    out = model(tokens, targets=targets, schedule=schedule, return_logits=True, generator=torch.Generator().manual_seed(7))
+    out = model(
+        tokens, targets=targets, schedule=schedule, return_logits=True, generator=torch.Generator().manual_seed(7)
+    )
     if out.loss.requires_grad:
         out.loss.backward()
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -97,7 +99,9 @@ def test_the_shortcut_changes_no_number(model, row, schedule):
 
 
 @settings(max_examples=12, deadline=None)
-@given(model=narrow_models(), row=rows(length=st.integers(5, 7)), schedule=schedules(cut=(False,), orders=("ascending",)))
+@given(
+    model=narrow_models(), row=rows(length=st.integers(5, 7)), schedule=schedules(cut=(False,), orders=("ascending",))
+)
 def test_narrow_schedules_are_the_oracle(model, row, schedule):
     tokens, targets = row
     refine = hasattr(schedule, "passes")
@@ -108,7 +112,12 @@ def test_narrow_schedules_are_the_oracle(model, row, schedule):
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         found = [zero if grad is None else grad for zero, grad in zip(found, grads)]
-    expected = [loss, torch.stack([logits[-1] for logits in groups]), *(x * (w > 0) for x, w in zip(losses, schedule.weights)), *found]
+    expected = [
+        loss,
+        torch.stack([logits[-1] for logits in groups]),
+        *(x * (w > 0) for x, w in zip(losses, schedule.weights)),
+        *found,
+    ]
     got = numbers(model, tokens, targets, schedule)
     del got[2]  # the memory
     for ours, theirs in zip(got, expected, strict=True):
@@ -134,9 +143,14 @@ def test_narrow_chunks_are_the_oracle(model, row, chunk):
 
 
 @settings(max_examples=15, deadline=None)
-@given(model=narrow_models(), row=rows(length=st.integers(5, 9)), schedule=st.one_of(schedules(), st.integers(1, 4).map(lrt.chunked)))
+@given(
+    model=narrow_models(),
+    row=rows(length=st.integers(5, 9)),
+    schedule=st.one_of(schedules(), st.integers(1, 4).map(lrt.chunked)),
+)
 def test_engines_and_checkpointing_agree(model, row, schedule):
-    """Branched tensors, transient keys and summed gradients around the blocks; activations computed again inside them."""
+    """Branched tensors, transient keys and summed gradients around the blocks;
+    activations computed again inside them."""
     expected = numbers(model, *row, schedule)
     again = copy.deepcopy(model)
     for index, block in enumerate(again.blocks):
@@ -150,7 +164,9 @@ def test_engines_and_checkpointing_agree(model, row, schedule):
 
 
 @pytest.mark.parametrize("family", ["smollm", "gpt2", "gemma2"])
-@pytest.mark.parametrize("schedule", [lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(3), lrt.interleaved(2, kv_refresh=True)])
+@pytest.mark.parametrize(
+    "schedule", [lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(3), lrt.interleaved(2, kv_refresh=True)]
+)
 def test_adapted_decoders_to_the_rounding_of_their_norms(family, schedule):
     model = stir(lrt.adapt(make(family), RecurrenceConfig(blocks=(2, 3), init="identity")))
     tokens = torch.randint(1, 61, (2, 13), generator=torch.Generator().manual_seed(7))
@@ -180,7 +196,9 @@ def test_a_cut_of_interleaved_passes_leaves_the_shared_blocks_whole():
 
 
 def narrow(layers, blocks, **recurrence):
-    config = ModelConfig(n_layers=layers, width=8, n_heads=2, vocab_size=VOCABULARY, sequence_length=8, window_pattern="SL")
+    config = ModelConfig(
+        n_layers=layers, width=8, n_heads=2, vocab_size=VOCABULARY, sequence_length=8, window_pattern="SL"
+    )
     return randomized(build_model(config, RecurrenceConfig(blocks=blocks, **recurrence), dtype=torch.float64), 0)
 
 
@@ -189,7 +207,9 @@ def narrow(layers, blocks, **recurrence):
 def test_blocks_run_as_often_as_is_counted(model, length, schedule):
     seen = [0] * len(model.blocks)
     for index, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(lambda module, args, index=index: seen.__setitem__(index, seen[index] + args[0].shape[1]))
+        block.register_forward_pre_hook(
+            lambda module, args, index=index: seen.__setitem__(index, seen[index] + args[0].shape[1])
+        )
     model(torch.zeros(1, length, dtype=torch.long), schedule=schedule)
     assert [n / length for n in seen] == pytest.approx(block_forwards(model, schedule, length))
 
@@ -208,7 +228,9 @@ def test_blocks_run_as_often_as_is_counted(model, length, schedule):
 )
 def test_the_cost_in_block_forwards(layers, blocks, source, schedule, cost):
     recurrence = RecurrenceConfig(blocks=None if blocks is None else tuple(blocks), source_layer=source)
-    model = build_model(ModelConfig(n_layers=layers, width=64, n_heads=1, sequence_length=64, vocab_size=64), recurrence, device="meta")
+    model = build_model(
+        ModelConfig(n_layers=layers, width=64, n_heads=1, sequence_length=64, vocab_size=64), recurrence, device="meta"
+    )
     assert sum(block_forwards(model, schedule, 64)) / layers == pytest.approx(cost)
 
 
@@ -217,7 +239,8 @@ def test_the_cost_in_block_forwards(layers, blocks, source, schedule, cost):
     ("way", "residual"), [*((way, True) for way in WAYS), (WAYS[0], "projected"), (WAYS[2], "projected")], ids=str
 )
 @pytest.mark.parametrize(
-    "schedule", [lrt.baseline(), lrt.refine(1, weights=(0, 1)), lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2, sweeps=2)]
+    "schedule",
+    [lrt.baseline(), lrt.refine(1, weights=(0, 1)), lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2, sweeps=2)],
 )
 def test_flops_are_those_that_torch_counts(schedule, way, residual, frozen):
     """Products of matrices; attention is left out, because torch counts hidden keys too."""
@@ -240,7 +263,8 @@ def test_flops_are_those_that_torch_counts(schedule, way, residual, frozen):
 @settings(max_examples=20, deadline=None)
 @given(model=narrow_models(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3))
 def test_true_recurrence_loops_over_no_more_than_it_must(model, lengths):
-    """Exact prefill and sequential(): blocks below the first receiver and above the source run once, over all positions."""
+    """Exact prefill and sequential(): blocks below the first receiver and above the source run once,
+    over all positions."""
     tokens, seen = torch.randint(0, VOCABULARY, (len(lengths), max(lengths))), [[] for _ in model.blocks]
     for index, block in enumerate(model.eval().blocks):
         block.register_forward_pre_hook(lambda module, args, index=index: seen[index].append(args[0].shape[1]))
@@ -248,7 +272,10 @@ def test_true_recurrence_loops_over_no_more_than_it_must(model, lengths):
     state = DecodeState.empty(model, batch=len(lengths), capacity=9)
     runs = [lambda: prefill.run(model, tokens, lengths=torch.tensor(lengths), state=state)]
     if length > 1:
-        runs += [lambda: model(tokens, schedule=lrt.sequential()), lambda: model(tokens, schedule=lrt.sequential()).logits.sum().backward()]
+        runs += [
+            lambda: model(tokens, schedule=lrt.sequential()),
+            lambda: model(tokens, schedule=lrt.sequential()).logits.sum().backward(),
+        ]
     for run in runs:
         for calls in seen:
             calls.clear()
@@ -257,10 +284,17 @@ def test_true_recurrence_loops_over_no_more_than_it_must(model, lengths):
 
 
 @settings(max_examples=20, deadline=None)
-@given(model=narrow_models(), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3), more=st.integers(1, 4), chunk=st.sampled_from([2, 2048]))
+@given(
+    model=narrow_models(),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    more=st.integers(1, 4),
+    chunk=st.sampled_from([2, 2048]),
+)
 def test_exact_prefill_is_the_oracle(model, lengths, more, chunk):
     """Rows of different length that go on afterwards, in one stretch or in several."""
-    tokens = torch.randint(0, VOCABULARY, (len(lengths), max(lengths) + more), generator=torch.Generator().manual_seed(sum(lengths)))
+    tokens = torch.randint(
+        0, VOCABULARY, (len(lengths), max(lengths) + more), generator=torch.Generator().manual_seed(sum(lengths))
+    )
     exact = prefill.Exact(chunk=chunk)
     first = prefill.run(model.eval(), tokens, lengths=torch.tensor(lengths), capacity=20, everywhere=True, method=exact)
     rest = torch.stack([row[n : n + more] for row, n in zip(tokens, lengths)])
@@ -281,5 +315,8 @@ def test_exact_prefill_is_the_oracle(model, lengths, more, chunk):
 def test_the_source_is_never_below_the_first_receiver():
     assert [RecurrenceConfig(blocks=(b, 12)).source_index(12) for b in (1, 8, 9, 12)] == [8, 8, 9, 12]
     for source in (3, 0.25):
-        with pytest.raises(ValueError, match=r"recurrence.source_layer = .*, block 3, lies below the first block that receives memory, 5"):
+        with pytest.raises(
+            ValueError,
+            match=r"recurrence.source_layer = .*, block 3, lies below the first block that receives memory, 5",
+        ):
             build_model(ModelConfig(), RecurrenceConfig(blocks=(5, 6), source_layer=source), device="meta")

@@ -1,4 +1,5 @@
-"""Packed rows: documents that position_ids, document_ids, seq_idx or cu_seq_lens mark are as if each had been run apart."""
+"""Packed rows: documents that position_ids, document_ids, seq_idx or cu_seq_lens mark are as if each had been run
+apart."""
 
 from __future__ import annotations
 
@@ -40,18 +41,28 @@ SCHEDULES = (
 )
 
 
-def packed_equals_apart(model: Any, lengths: list[int], size: int, seed: int, *, kind: int, training: bool, close: dict[str, float]) -> None:
-    if kind >= 3:  # groups and chunks are counted from the row's beginning, so documents begin at multiples of their size
+def packed_equals_apart(
+    model: Any, lengths: list[int], size: int, seed: int, *, kind: int, training: bool, close: dict[str, float]
+) -> None:
+    # groups and chunks are counted from the row's beginning, so documents begin at multiples of their size
+    if kind >= 3:
         lengths = [-(-n // size) * size for n in lengths]
     ids = torch.randint(1, 13, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     model.train(training)
     found, expected = [], []
-    for into, parts, more in ((found, [ids], {"position_ids": restarting(lengths)}), (expected, ids.split(lengths, dim=1), {})):
+    for into, parts, more in (
+        (found, [ids], {"position_ids": restarting(lengths)}),
+        (expected, ids.split(lengths, dim=1), {}),
+    ):
         model.zero_grad()
         outs = [model(part, schedule=SCHEDULES[kind](size), **more) for part in parts]
         logits, memory = torch.cat([o.logits for o in outs], 1), torch.cat([o.memory for o in outs], 1)
         (logits * torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)).sin().sum().backward()
-        into += [logits.detach(), memory.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())]
+        into += [
+            logits.detach(),
+            memory.detach(),
+            *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()),
+        ]
     model.eval()
     for mine, apart in zip(found, expected):
         scale = apart.abs().max().clamp_min(1)  # sums over all logits are large
@@ -61,20 +72,32 @@ def packed_equals_apart(model: Any, lengths: list[int], size: int, seed: int, *,
 KINDS = st.integers(0, len(SCHEDULES) - 1)
 
 
-@given(model=models(layers=st.just(2)), lengths=LENGTHS, size=st.integers(1, 3), seed=st.integers(0, 99), kind=KINDS, training=st.booleans())
-def test_native_documents_are_as_if_run_apart(model: Any, lengths: list[int], size: int, seed: int, kind: int, training: bool) -> None:
+@given(
+    model=models(layers=st.just(2)),
+    lengths=LENGTHS,
+    size=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    kind=KINDS,
+    training=st.booleans(),
+)
+def test_native_documents_are_as_if_run_apart(
+    model: Any, lengths: list[int], size: int, seed: int, kind: int, training: bool
+) -> None:
     packed_equals_apart(model, lengths, size, seed, kind=kind, training=training, close=CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=12)
 @given(lengths=LENGTHS, size=st.integers(1, 3), seed=st.integers(0, 99), kind=KINDS, training=st.booleans())
-def test_adapted_documents_are_as_if_run_apart(family: str, lengths: list[int], size: int, seed: int, kind: int, training: bool) -> None:
+def test_adapted_documents_are_as_if_run_apart(
+    family: str, lengths: list[int], size: int, seed: int, kind: int, training: bool
+) -> None:
     training = training and family != "gpt2"  # which has dropout
     packed_equals_apart(adapted(family), lengths, size, seed, kind=kind, training=training, close=ROUGH)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt_oss"])  # transformers itself lets the documents of gpt-oss leak
+# transformers itself lets the documents of gpt-oss leak
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt_oss"])
 @settings(max_examples=8)
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
 def test_baseline_isolates_documents_as_transformers_does(family: str, lengths: list[int], seed: int) -> None:
@@ -86,7 +109,9 @@ def test_baseline_isolates_documents_as_transformers_does(family: str, lengths: 
     torch.testing.assert_close(ours, theirs, **ROUGH)
 
 
-@given(lengths=LENGTHS, seed=st.integers(0, 99), name=st.sampled_from(["document_ids", "seq_idx", "cu_seq_lens_q", "all"]))
+@given(
+    lengths=LENGTHS, seed=st.integers(0, 99), name=st.sampled_from(["document_ids", "seq_idx", "cu_seq_lens_q", "all"])
+)
 def test_every_mark_of_a_border_means_the_same(lengths: list[int], seed: int, name: str) -> None:
     model = adapted("llama")
     ids = torch.randint(1, 61, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
@@ -95,7 +120,12 @@ def test_every_mark_of_a_border_means_the_same(lengths: list[int], seed: int, na
     marks: dict[str, dict[str, Any]] = {
         "document_ids": {"document_ids": number},
         "seq_idx": {"seq_idx": number.to(torch.int32)},
-        "cu_seq_lens_q": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)},
+        "cu_seq_lens_q": {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        },
     }
     marks["all"] = {k: v for each in marks.values() for k, v in each.items()} | {"position_ids": restarting(lengths)}
     with torch.no_grad():
@@ -112,7 +142,10 @@ def test_rows_of_the_flattening_collator_train_as_their_documents() -> None:
         batch = DataCollatorWithFlattening(return_tensors="pt", **more)([{"input_ids": d} for d in documents])
         model.train()
         packed = model(**batch, schedule=lrt.refine(2)).loss
-        apart = [model(torch.tensor([d]), labels=torch.tensor([d]), schedule=lrt.refine(2)).loss * (len(d) - 1) for d in documents]
+        apart = [
+            model(torch.tensor([d]), labels=torch.tensor([d]), schedule=lrt.refine(2)).loss * (len(d) - 1)
+            for d in documents
+        ]
         model.eval()
         torch.testing.assert_close(packed, torch.stack(apart).sum() / sum(len(d) - 1 for d in documents), **ROUGH)
 

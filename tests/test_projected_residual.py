@@ -63,7 +63,9 @@ def test_a_decoder_is_unchanged_at_step_0_and_recurrence_is_exact(family, projec
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() >= model.memory_parameters().keys()
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_it_adds_as_much_as_its_gain_says_of_streams_of_any_size():
@@ -98,7 +100,9 @@ def test_recipes_and_folders_hold_it(recurrence, tmp_path):
     adapted = stir(lrt.adapt(make("smollm", dtype=torch.float32), recurrence))
     lrt.save(adapted, tmp_path / "memory", adapter_only=True)
     again = lrt.load(tmp_path / "memory", base=make("smollm", dtype=torch.float32))
-    assert torch.equal(again(TOKENS % 60, schedule=lrt.refine(1)).logits, adapted(TOKENS % 60, schedule=lrt.refine(1)).logits)
+    assert torch.equal(
+        again(TOKENS % 60, schedule=lrt.refine(1)).logits, adapted(TOKENS % 60, schedule=lrt.refine(1)).logits
+    )
     config = native_config(build_model(ModelConfig(n_layers=2, width=256), recurrence, device="meta"))
     with pytest.raises(ValueError, match=r"recurrence.residual = 'projected' \(it has True\)"):
         official.official_from_native(config)
@@ -114,11 +118,14 @@ def test_it_starts_as_its_init_says(init, gain):
 def test_its_parameters_and_products_are_counted(recurrence):
     model, scalar = native(recurrence), native(RecurrenceConfig(projection=recurrence.projection, separator=1))
     counts = count_parameters(model)
-    assert counts.injection == 3 + 32 * 32 and counts.memory == sum(p.numel() for p in model.memory_parameters().values())
+    assert counts.injection == 3 + 32 * 32 and counts.memory == sum(
+        p.numel() for p in model.memory_parameters().values()
+    )
     assert {name for name, _ in model.named_parameters() if is_memory(name)} == model.memory_parameters().keys()
     assert group_of("injection.map.weight", model.injection.map.weight).kind == "muon"
     assert shared_flops(model) - shared_flops(scalar) == 2 * 32 * 32
-    for schedule, rows in ((lrt.refine(2), 2), (lrt.interleaved(3, kv_refresh=True), 1), (lrt.baseline(), 0)):  # a refresh adds nothing
+    # a refresh adds nothing
+    for schedule, rows in ((lrt.refine(2), 2), (lrt.interleaved(3, kv_refresh=True), 1), (lrt.baseline(), 0)):
         more = training_flops(model, schedule, 16) - training_flops(scalar, schedule, 16)
         assert more == pytest.approx(rows * 3 * 2 * 32 * 32)
 
@@ -130,7 +137,9 @@ def test_a_dry_run_knows_of_it():
         return float(line.split()[-1])
 
     plain = memory("training.micro_batch=16")
-    assert memory("training.micro_batch=16", "recurrence.residual=projected", "recurrence.projection=aligned") > plain > 0
+    assert (
+        memory("training.micro_batch=16", "recurrence.residual=projected", "recurrence.projection=aligned") > plain > 0
+    )
 
 
 def test_decoding_is_true_recurrence_without_the_fused_kernels(recurrence, monkeypatch):
@@ -139,7 +148,9 @@ def test_decoding_is_true_recurrence_without_the_fused_kernels(recurrence, monke
         for _ in range(5):
             exact = torch.cat([exact, model(exact, schedule=lrt.sequential()).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(lrt.generate(model, TOKENS, max_new_tokens=5, temperature=0.0), exact)
-    assert torch.equal(lrt.generate(accelerate(model, backend="aot_eager"), TOKENS, max_new_tokens=5, temperature=0.0), exact)
+    assert torch.equal(
+        lrt.generate(accelerate(model, backend="aot_eager"), TOKENS, max_new_tokens=5, temperature=0.0), exact
+    )
     monkeypatch.setitem(sys.modules, "triton", object())
     assert not one_token.can_fuse(model)
 
@@ -157,7 +168,8 @@ def test_a_ramp_begins_at_nothing_and_turns_by_no_jump(recurrence):
         out = model(TOKENS, targets=TOKENS, schedule=lrt.refine(2), return_logits=True)
         out.loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        assert torch.equal(model.injection.map.weight, whole_map) and model.injection.gains.grad.all()  # so that training can begin
+        # so that training can begin
+        assert torch.equal(model.injection.map.weight, whole_map) and model.injection.gains.grad.all()
         assert ((out.logits - plain).abs().max() < 1e-12) == (step < 0)
     for parameter, whole in zip(entrance.parameters, entrance.wholes):
         torch.testing.assert_close(parameter, whole)
@@ -165,6 +177,9 @@ def test_a_ramp_begins_at_nothing_and_turns_by_no_jump(recurrence):
 
 def test_what_is_said_of_it(recurrence):
     model = native(recurrence)
-    assert recurrence_statistics(model)["residual_map_rms"] == pytest.approx([float(model.injection.map.weight.detach().square().mean().sqrt())])
+    assert recurrence_statistics(model)["residual_map_rms"] == pytest.approx(
+        [float(model.injection.map.weight.detach().square().mean().sqrt())]
+    )
     found = activation_statistics(model, TOKENS, schedule=lrt.refine(1))
-    assert found["injection_ratio"]["mean"] == pytest.approx(model.injection.gains.abs().tolist(), rel=1e-5)  # told to six digits
+    # told to six digits
+    assert found["injection_ratio"]["mean"] == pytest.approx(model.injection.gains.abs().tolist(), rel=1e-5)

@@ -52,11 +52,17 @@ def test_chunks_tile_the_row_from_left_to_right(chunk, length):
 
 
 def test_orders_are_drawn_from_the_generator():
-    draw = lambda order, seed: [s.start for s in lrt.interleaved(8, order=order).plan(64, generator=torch.Generator().manual_seed(seed))[1:]]  # noqa: E731
+    def draw(order, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [s.start for s in lrt.interleaved(8, order=order).plan(64, generator=generator)[1:]]
+
     for order in ("rotated", "random"):
         assert draw(order, 3) == draw(order, 3)
         assert len({tuple(draw(order, seed)) for seed in range(20)}) > 3
-    assert all(sorted(draw("rotated", s)) == list(range(8)) and (draw("rotated", s)[1] - draw("rotated", s)[0]) % 8 == 1 for s in range(20))
+    assert all(
+        sorted(draw("rotated", s)) == list(range(8)) and (draw("rotated", s)[1] - draw("rotated", s)[0]) % 8 == 1
+        for s in range(20)
+    )
 
 
 def test_paper_weights_and_token_compute():
@@ -64,7 +70,10 @@ def test_paper_weights_and_token_compute():
     assert lrt.interleaved(8).group_weights(4) == (1.0, 4.0)
     assert lrt.refine(2).group_weights(64) == (1.0, 1.0, 1.0)
     assert lrt.refine(2, weights=(0.1, 0.3, 0.6)).group_weights(64) == (0.1, 0.3, 0.6)
-    costs = [s.token_compute for s in (lrt.baseline(), lrt.chunked(3), lrt.sequential(), lrt.refine(3), lrt.interleaved(4, sweeps=2))]
+    costs = [
+        s.token_compute
+        for s in (lrt.baseline(), lrt.chunked(3), lrt.sequential(), lrt.refine(3), lrt.interleaved(4, sweeps=2))
+    ]
     assert costs == [1, 1, 1, 4, 3]
 
 
@@ -79,13 +88,22 @@ def test_paper_weights_and_token_compute():
         (lambda: lrt.interleaved(2, order="up"), r"schedule.order = 'up': use ascending, rotated or random"),
         (lambda: lrt.interleaved(1, order="random"), r"has no effect with one subset"),
         (lambda: lrt.interleaved(1, kv_refresh=True), r"schedule.kv_refresh has no effect with subsets = 1"),
-        (lambda: lrt.interleaved(2, sweeps=2, kv_refresh=True), r"schedule.kv_refresh has no effect with subsets = 2, sweeps = 2"),
-        (lambda: lrt.interleaved(8, kv_refresh=True).plan(8), r"schedule.kv_refresh has no effect with 8 subsets of a row of 8 tokens"),
+        (
+            lambda: lrt.interleaved(2, sweeps=2, kv_refresh=True),
+            r"schedule.kv_refresh has no effect with subsets = 2, sweeps = 2",
+        ),
+        (
+            lambda: lrt.interleaved(8, kv_refresh=True).plan(8),
+            r"schedule.kv_refresh has no effect with 8 subsets of a row of 8 tokens",
+        ),
         (lambda: lrt.refine(2, weights=(1, 1)), r"schedule.weights has 2 values, but there are 3 groups"),
         (lambda: lrt.refine(1, weights=(0, 0)), r"at least one must be above 0"),
         (lambda: lrt.refine(1, weights=(-1, 2)), r"use finite weights of 0 or more"),
         (lambda: lrt.refine(1, weights=3), r'schedule.weights = 3: use "paper" or a list of 2 numbers'),
-        (lambda: lrt.refine(1, weights=["a", 1]), r"schedule.weights = \['a', 1\]: use \"paper\" or a list of 2 numbers"),
+        (
+            lambda: lrt.refine(1, weights=["a", 1]),
+            r"schedule.weights = \['a', 1\]: use \"paper\" or a list of 2 numbers",
+        ),
         (lambda: lrt.refine(1, settle=-1), r"schedule.settle = -1: use a whole number of 0 or more"),
         (lambda: lrt.refine(1, settle=True), r"schedule.settle = True"),
         (lambda: lrt.refine(1, weights="mean"), r'use "paper" or a list of 2 numbers'),
@@ -98,7 +116,9 @@ def test_refused(make, text):
 
 def test_from_config_is_the_constructor():
     assert from_config(ScheduleConfig()) == lrt.interleaved(2)
-    assert from_config(ScheduleConfig(kind="refine", passes=2, weights=(1.0, 2.0, 3.0))) == lrt.refine(2, weights=(1, 2, 3))
+    assert from_config(ScheduleConfig(kind="refine", passes=2, weights=(1.0, 2.0, 3.0))) == lrt.refine(
+        2, weights=(1, 2, 3)
+    )
     assert from_config(ScheduleConfig(kind="baseline")) == lrt.baseline()
     assert from_config(ScheduleConfig(kind="chunked", chunks=7)) == lrt.chunked(7)
     assert from_config(ScheduleConfig(kind="sequential")) == lrt.sequential()
@@ -109,7 +129,8 @@ def test_settling_passes_have_no_group_and_no_gradient():
         return [(step.group, step.graded) for step in schedule.plan(8)]
 
     assert kinds(lrt.refine(2, settle=2)) == [(0, True), (-1, False), (-1, False), (1, True), (2, True)]
-    assert kinds(lrt.refine(1, weights=(0, 1), settle=1)) == [(0, False), (-1, False), (1, True)]  # it would hand on nothing
+    # it would hand on nothing
+    assert kinds(lrt.refine(1, weights=(0, 1), settle=1)) == [(0, False), (-1, False), (1, True)]
     assert kinds(lrt.refine(1, weights=(0, 1))) == [(0, True), (1, True)]
     assert lrt.refine(1, "paper", False, 3) == lrt.refine(1, settle=3) and lrt.refine(1, settle=3).token_compute == 5
 
@@ -175,7 +196,10 @@ def test_a_model_call_draws_from_its_generator(tmp_path):
     lrt.save(model, tmp_path / "model")
     assert lrt.load(tmp_path / "model").train_schedule == lrt.refine(2)
     batch = SimpleNamespace(input_ids=tokens, targets=tokens)
-    scores = [evaluate_bpb(model, [batch], token_bytes=torch.ones(32).long(), modes=["parallel"], schedule=s) for s in (None, lrt.refine(2))]
+    scores = [
+        evaluate_bpb(model, [batch], token_bytes=torch.ones(32).long(), modes=["parallel"], schedule=s)
+        for s in (None, lrt.refine(2))
+    ]
     assert scores[0]["parallel"].groups == scores[1]["parallel"].groups
 
 

@@ -15,12 +15,19 @@ BLUE, ORANGE, GREY, GREEN = "#3b6fb6", "#d9822b", "#8a8f98", "#4c956c"
 
 
 def box(ax, x, y, w, h, text, color, size=9):
-    ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.02,rounding_size=0.08", fc=color + "22", ec=color, lw=1.4))
+    ax.add_patch(
+        FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0.02,rounding_size=0.08", fc=color + "22", ec=color, lw=1.4)
+    )
     ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size)
 
 
 def arrow(ax, start, end, color, style="-|>", width=1.6, curve=0.0):
-    ax.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": style, "color": color, "lw": width, "connectionstyle": f"arc3,rad={curve}"})
+    ax.annotate(
+        "",
+        xy=end,
+        xytext=start,
+        arrowprops={"arrowstyle": style, "color": color, "lw": width, "connectionstyle": f"arc3,rad={curve}"},
+    )
 
 
 def architecture():
@@ -31,7 +38,16 @@ def architecture():
         ax.text(x + 0.75, 0.05, name, ha="center", fontsize=10)
         for level in range(6):
             source = level == 3
-            box(ax, x, 0.6 + 0.8 * level, 1.5, 0.55, "source block" if source else f"block {level + 1}", ORANGE if source else BLUE, 9)
+            box(
+                ax,
+                x,
+                0.6 + 0.8 * level,
+                1.5,
+                0.55,
+                "source block" if source else f"block {level + 1}",
+                ORANGE if source else BLUE,
+                9,
+            )
             if level < 5:
                 arrow(ax, (x + 0.75, 1.15 + 0.8 * level), (x + 0.75, 1.4 + 0.8 * level), GREY, width=1)
         arrow(ax, (x + 0.75, 0.3), (x + 0.75, 0.6), GREY, width=1)

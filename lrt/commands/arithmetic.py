@@ -1,9 +1,11 @@
 """Write word problems of several steps as JSONL for supervised tuning, made from a seed.
 
     python tools/arithmetic.py problems --count 20000 --held-out 300
-    python recipes/run.py --recipe sft_tiny --set tuning.train=problems/train.jsonl --set tuning.validation=problems/validation.jsonl
+    python recipes/run.py --recipe sft_tiny --set tuning.train=problems/train.jsonl --set
+    tuning.validation=problems/validation.jsonl
 
-A line has prompt, completion (equations, then the answer behind "####"), answer and steps. No question stands in both files.
+A line has prompt, completion (equations, then the answer behind "####"), answer and steps.
+No question stands in both files.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="folder, must not exist")
     parser.add_argument("--count", type=at_least(1), default=20000, help="problems to train on (default: 20000)")
     parser.add_argument("--held-out", type=at_least(1), default=300, help="other problems, to score (default: 300)")
-    parser.add_argument("--steps", type=at_least(1), nargs="+", default=[1, 2, 3], help="numbers of steps (default: 1 2 3)")
+    parser.add_argument(
+        "--steps", type=at_least(1), nargs="+", default=[1, 2, 3], help="numbers of steps (default: 1 2 3)"
+    )
     parser.add_argument("--largest", type=at_least(4), default=10, help="of all values (default: 10)")
     parser.add_argument("--direct", action="store_true", help="completions are the answer alone, without the equations")
     parser.add_argument("--seed", type=at_least(0), default=1, help="the same seed writes the same files (default: 1)")

@@ -19,5 +19,7 @@ def template(opened: Opened, tokenizer: Tokenizer, *, name: str | None) -> Chat:
         ValueError: a template that cannot be used.
     """
     places = [name, opened.folder, None if opened.recipe is None else opened.recipe.data.tokenizer]
-    found = next((place for place in places if place is not None and find_template(place) is not None), name or opened.folder)
+    found = next(
+        (place for place in places if place is not None and find_template(place) is not None), name or opened.folder
+    )
     return open_chat(tokenizer, found)

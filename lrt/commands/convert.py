@@ -1,7 +1,7 @@
 """Convert a checkpoint from one kind to another, and prove the result before it appears.
 
-    python tools/convert.py --from official --to hf --input base_checkpoints/d20 --output d20-hf --dtype bf16
-    python tools/convert.py --list
+python tools/convert.py --from official --to hf --input base_checkpoints/d20 --output d20-hf --dtype bf16
+python tools/convert.py --list
 """
 
 from __future__ import annotations
@@ -93,10 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", choices=[name for name, kind in KINDS.items() if kind.write], help="kind of the output")
     parser.add_argument("--input", type=path, help="the checkpoint; of a training run the newest export or checkpoint")
     parser.add_argument("--output", type=path, help="a folder that does not exist yet")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written tensors (default: the narrowest that holds the source exactly)")
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        help="of the written tensors (default: the narrowest that holds the source exactly)",
+    )
     parser.add_argument("--step", type=whole_number, help="which checkpoint of a run (default: the newest)")
     parser.add_argument("--base", type=path, help="with --from adapter: the decoder that it belongs to")
-    parser.add_argument("--tokenizer", type=path, help="a folder or tokenizer.json (default: the one found beside the checkpoint)")
+    parser.add_argument(
+        "--tokenizer", type=path, help="a folder or tokenizer.json (default: the one found beside the checkpoint)"
+    )
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the output with its source (default: yes)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the output with its source (default: yes)",
+    )
     return parser

@@ -3,8 +3,9 @@
     python tools/diagnose.py runs/lrt_tiny --out diagnosis
     python tools/diagnose.py FOLDER --data my_text.txt --out diagnosis --decode-tokens 0
 
-Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains; how the memory settles over
-sweeps; decode minus parallel by position and residue class; the memory's drift over drawn text; gain by position.
+Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains;
+how the memory settles over sweeps; decode minus parallel by position and residue class;
+the memory's drift over drawn text; gain by position.
 Writes OUT/diagnosis.png and OUT/diagnosis.json; the last line of stdout is {"findings": [...], "report": OUT}.
 """
 
@@ -38,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {out}: a file; name a folder")
     device = own_device(args.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    opened = open_model(args.folder, base=args.base, dtype=getattr(torch, args.dtype) if args.dtype else default, device=device)
+    opened = open_model(
+        args.folder, base=args.base, dtype=getattr(torch, args.dtype) if args.dtype else default, device=device
+    )
     check_finite(opened.model, where=opened.folder)
     tokenizer = open_tokenizer(opened, name=args.tokenizer, base=args.base)
     settings = Settings(data=tuple(args.data), sequence_length=args.sequence_length, text_column=args.text_column)
@@ -60,17 +63,50 @@ def run(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
+    add(
+        "folder",
+        help="an export, a training run or one of its checkpoints, a Hugging Face folder, "
+        "or the memory alone (with --base)",
+    )
     add("--out", type=path, required=True, metavar="REPORT", help="folder for diagnosis.png and diagnosis.json")
-    add("--data", nargs="+", type=path, default=[], metavar="DATA", help="as data.train names texts and tokenized folders (default: the run's own)")
-    add("--rows", type=at_least(2, most=MOST_ROWS), default=16, metavar="B", help="rows of text that are looked at (default: 16)")
+    add(
+        "--data",
+        nargs="+",
+        type=path,
+        default=[],
+        metavar="DATA",
+        help="as data.train names texts and tokenized folders (default: the run's own)",
+    )
+    add(
+        "--rows",
+        type=at_least(2, most=MOST_ROWS),
+        default=16,
+        metavar="B",
+        help="rows of text that are looked at (default: 16)",
+    )
     add("--sequence-length", type=at_least(2), metavar="T", help="tokens of a row (default: as trained)")
-    add("--sweeps", type=at_least(2), default=8, metavar="N", help="refinements over which the memory is watched (default: 8)")
-    add("--decode-tokens", type=whole_number, default=5000, metavar="N", help="drawn tokens over which drift is watched; 0 = none (default: 5000)")
+    add(
+        "--sweeps",
+        type=at_least(2),
+        default=8,
+        metavar="N",
+        help="refinements over which the memory is watched (default: 8)",
+    )
+    add(
+        "--decode-tokens",
+        type=whole_number,
+        default=5000,
+        metavar="N",
+        help="drawn tokens over which drift is watched; 0 = none (default: 5000)",
+    )
     add("--seed", type=seed, default=0, help="of the draws (default: 0)")
     add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")
     add("--device", help="such as cpu or cuda:0 (default: a GPU, else the CPU)")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float64"],
+        help="of the model (default: bfloat16 on CUDA, float32 elsewhere)",
+    )
     return parser

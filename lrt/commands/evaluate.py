@@ -4,10 +4,11 @@
     python tools/evaluate.py runs/lrt_tiny/export --data my_text.txt --json scores.json
     python tools/evaluate.py FOLDER --data a.parquet b.parquet --memory decode --documents documents.npz
     torchrun --nproc_per_node=8 tools/evaluate.py FOLDER --data tokenized
-    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match of answers, in place of bits per byte
+    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match of answers,
+    in place of bits per byte
 
-The last line of stdout is one JSON object. decode is exact unless --decode names a faster way, whose error on a sample of
-rows is printed beside the score.
+The last line of stdout is one JSON object. decode is exact unless --decode names a faster way,
+whose error on a sample of rows is printed beside the score.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
 
-OF_BITS = ("data", "decode", "tokens", "sequence_length", "rows", "text_column", "documents")  # nothing that --answers asks
+# nothing that --answers asks
+OF_BITS = ("data", "decode", "tokens", "sequence_length", "rows", "text_column", "documents")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     with joined() as processes:
         bar = Bar(sys.stderr if processes.main else None)
         with bar:
-            found = evaluate_folder(args.folder, settings, device=own_device(args.device), processes=processes, progress=bar)
+            found = evaluate_folder(
+                args.folder, settings, device=own_device(args.device), processes=processes, progress=bar
+            )
         if not processes.main:
             return 0
     line = json.dumps(found.to_json(), allow_nan=False)
@@ -74,7 +78,10 @@ def refuse_idle(args: argparse.Namespace) -> None:
     idle = [name for name in (OF_BITS if asked else ("answer_tokens",)) if getattr(args, name) != getattr(usual, name)]
     if idle:
         option = f"--{idle[0].replace('_', '-')}"
-        raise ValueError(f"{option} has no effect {'with' if asked else 'without'} --answers, which counts right answers alone: leave one out")
+        raise ValueError(
+            f"{option} has no effect {'with' if asked else 'without'} --answers, which counts right answers "
+            "alone: leave one out"
+        )
 
 
 def ask(args: argparse.Namespace, settings: Settings) -> int:
@@ -93,10 +100,15 @@ def ask(args: argparse.Namespace, settings: Settings) -> int:
     began = time.perf_counter()
     found = exact_match(opened.model, examples, chat, tokenizer, modes=modes, max_new_tokens=args.answer_tokens)
     table = {mode: {"value": one.value, "by_steps": one.by_steps} for mode, one in found.items()}
-    line = json.dumps({"exact_match": table, "answers": len(examples), "seconds": round(time.perf_counter() - began, 3)})
+    line = json.dumps(
+        {"exact_match": table, "answers": len(examples), "seconds": round(time.perf_counter() - began, 3)}
+    )
     if args.json is not None:
         Path(args.json).write_text(line + "\n", encoding="utf-8")
-    print(f"{opened.folder}: exact match of {len(examples)} answers, the first of them {next(iter(found.values())).first!r}")
+    print(
+        f"{opened.folder}: exact match of {len(examples)} answers, the first of them "
+        f"{next(iter(found.values())).first!r}"
+    )
     print("\n".join(f"  {mode}: {one.describe()}" for mode, one in found.items()))
     print(line)
     return 0
@@ -117,7 +129,9 @@ class Bar:
         self._stream, self._tenths, self._done, self._of = stream, 0, done, of
         console = Console(file=stream)
         self._shown = stream is not None and console.is_terminal
-        self._progress = Progress(done, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown)
+        self._progress = Progress(
+            done, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown
+        )
         self._task: Any = None
 
     def __enter__(self) -> Bar:
@@ -141,20 +155,55 @@ class Bar:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
-    add("--data", nargs="+", type=path, default=[], metavar="DATA", help="as data.train names texts and tokenized folders (default: the run's own)")
+    add(
+        "folder",
+        help="an export, a training run or one of its checkpoints, a Hugging Face folder, "
+        "or the memory alone (with --base)",
+    )
+    add(
+        "--data",
+        nargs="+",
+        type=path,
+        default=[],
+        metavar="DATA",
+        help="as data.train names texts and tokenized folders (default: the run's own)",
+    )
     add("--memory", choices=["zero", "parallel", "decode", "all"], default="all", help="memory mode (default: all)")
-    add("--decode", default="exact", metavar="WAY", help="exact, fixed_point, fixed_point:GROUPS:TOL or refine:K (default: exact)")
-    add("--tokens", type=at_least(1), metavar="N", help="score the first N tokens of each source (default: all; of a run: evaluation.tokens)")
+    add(
+        "--decode",
+        default="exact",
+        metavar="WAY",
+        help="exact, fixed_point, fixed_point:GROUPS:TOL or refine:K (default: exact)",
+    )
+    add(
+        "--tokens",
+        type=at_least(1),
+        metavar="N",
+        help="score the first N tokens of each source (default: all; of a run: evaluation.tokens)",
+    )
     add("--sequence-length", type=at_least(1), metavar="T", help="tokens of a row (default: as trained)")
     add("--rows", type=at_least(1, most=MOST_ROWS), metavar="B", help="rows of a batch (default: as many as fit)")
     add("--text-column", default="text", help="column of parquet, CSV and JSON lines (default: text)")
     add("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder (default: the model\'s)')
     add("--base", type=path, help="the decoder of a folder that holds the memory alone")
-    add("--answers", type=path, metavar="JSONL", help="conversations whose answers are compared with the model's; nothing else is scored then")
+    add(
+        "--answers",
+        type=path,
+        metavar="JSONL",
+        help="conversations whose answers are compared with the model's; nothing else is scored then",
+    )
     add("--answer-tokens", type=at_least(1), default=96, help="of an answer at most (default: 96)")
     add("--device", help="such as cpu or cuda:0 (default: this process's GPU, else the CPU)")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], help="of the model (default: bfloat16 on CUDA, float32 elsewhere)")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float64"],
+        help="of the model (default: bfloat16 on CUDA, float32 elsewhere)",
+    )
     add("--json", type=path, metavar="OUT", help="write the last line to a file too")
-    add("--documents", type=path, metavar="OUT", help="write what each document cost (.npz), for comparing models in pairs")
+    add(
+        "--documents",
+        type=path,
+        metavar="OUT",
+        help="write what each document cost (.npz), for comparing models in pairs",
+    )
     return parser

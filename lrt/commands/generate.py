@@ -38,26 +38,43 @@ from lrt.decoding.session import stop_at
 def main(arguments: list[str] | None = None) -> int:
     """Continue text; returns the exit code (2: bad input)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="an export, a training run or one of its checkpoints, a Hugging Face folder, or the memory alone (with --base)")
+    parser.add_argument(
+        "model",
+        help="an export, a training run or one of its checkpoints, a Hugging Face folder, "
+        "or the memory alone (with --base)",
+    )
     parser.add_argument("--base", type=path, help="the decoder of a folder that holds the memory alone")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--prompt", help="text; empty = only the separator")
     where.add_argument("--file", type=path, help="a text file with the prompt")
-    parser.add_argument("--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder')
+    parser.add_argument(
+        "--tokenizer", type=path, help='"bytes", a tokenizer.json, or its folder; default: the model\'s folder'
+    )
     parser.add_argument("--max-new-tokens", type=whole_number, default=200, help="tokens at most (default: 200)")
     parser.add_argument("--temperature", type=float, help="0 = greedy (default: 0.8, with --chat 0)")
     parser.add_argument("--top-k", type=whole_number, help="draw among so many most probable tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest tokens whose probabilities sum to this")
-    parser.add_argument("--min-p", type=float, help="draw among tokens of at least this share of the largest probability")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1, tokens seen before become less probable (default: 1)")
+    parser.add_argument(
+        "--min-p", type=float, help="draw among tokens of at least this share of the largest probability"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1, tokens seen before become less probable (default: 1)",
+    )
     parser.add_argument("--stop", action="append", default=[], help="stop string; may be given several times")
     parser.add_argument("--seed", type=seed, default=1, help="of the draws (default: 1)")
-    parser.add_argument("--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL")
+    parser.add_argument(
+        "--prefill", default="fixed_point", help="exact, refine:K, fixed_point or fixed_point:GROUPS:TOL"
+    )
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--compare", choices=["zero"], help="also continue without memory")
     talk = "a conversation in the tokenizer's chat template; an empty line begins anew"
     other.add_argument("--chat", action="store_true", help=talk)
-    parser.add_argument("--single-turn", action="store_true", help="only with --chat: every line is a conversation of its own")
+    parser.add_argument(
+        "--single-turn", action="store_true", help="only with --chat: every line is a conversation of its own"
+    )
     parser.add_argument("--system", help="only with --chat: the system message")
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=here, help=f"such as cpu or cuda:0 (default here: {here})")
@@ -77,7 +94,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
+        raise ValueError(
+            f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); "
+            "use cpu, or cuda where there is a GPU"
+        ) from None
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     opened = open_model(args.model, base=args.base, dtype=dtype, device=args.device)
     model, tokenizer = opened.model, open_tokenizer(opened, name=args.tokenizer, base=args.base)

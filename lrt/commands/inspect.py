@@ -1,6 +1,6 @@
 """Say what a checkpoint is: kind, step, recipe, dtype, parameters by part, config, and whether it is whole.
 
-    python tools/inspect_checkpoint.py runs/lrt
+python tools/inspect_checkpoint.py runs/lrt
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from lrt.decoding import prefill
 def path(text: str) -> str:
     """Type of an option: a path, which an unset variable of a shell is not."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is empty, perhaps an unset variable: give a path (. is the present folder)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is empty, perhaps an unset variable: give a path (. is the present folder)"
+        )
     return text
 
 
@@ -26,7 +28,9 @@ def at_least(least: int, *, most: int = LARGEST) -> Callable[[str], int]:
         digits = text.strip().lstrip("-")
         number = int(text) if digits.isdecimal() and len(digits) < 30 else None
         if number is None and digits.isdecimal() or number is not None and number > most:
-            raise argparse.ArgumentTypeError(f"{text[:30]!r}{'...' * (len(text) > 30)}: use a whole number of {least} or more, at most {most}")
+            raise argparse.ArgumentTypeError(
+                f"{text[:30]!r}{'...' * (len(text) > 30)}: use a whole number of {least} or more, at most {most}"
+            )
         if number is None or number < least:
             raise argparse.ArgumentTypeError(f"{text[:100]!r}: use a whole number of {least} or more")
         return number

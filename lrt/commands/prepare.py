@@ -57,7 +57,9 @@ def _in_options(text: str) -> str:
     """A message with the names of this tool's options in place of the recipe's keys."""
     text = text.replace('set data.on_corrupt = "skip"', "give --on-corrupt skip")
     keys = "|".join(("train", "text_column", "tokenizer", "on_corrupt", "buffer_documents"))
-    return re.sub(rf"(?<![\w./'\"-])data\.({keys})\b(?![./-]\w)(?: =)?", lambda found: f"--{found[1].replace('_', '-')}", text)
+    return re.sub(
+        rf"(?<![\w./'\"-])data\.({keys})\b(?![./-]\w)(?: =)?", lambda found: f"--{found[1].replace('_', '-')}", text
+    )
 
 
 def _train_tokenizer(data: DataConfig, options: argparse.Namespace) -> None:
@@ -67,10 +69,12 @@ def _train_tokenizer(data: DataConfig, options: argparse.Namespace) -> None:
 
 
 def _tokenize(data: DataConfig, options: argparse.Namespace) -> None:
-    manifest = tokenize_corpus(data, output=options.output, processes=options.processes, shard_documents=options.shard_documents)
+    manifest = tokenize_corpus(
+        data, output=options.output, processes=options.processes, shard_documents=options.shard_documents
+    )
     print(
-        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} shards ({manifest['dtype']}), "
-        f"{manifest['skipped']} skipped, written to {options.output}"
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {len(manifest['shards'])} "
+        f"shards ({manifest['dtype']}), {manifest['skipped']} skipped, written to {options.output}"
     )
 
 
@@ -85,7 +89,10 @@ def _inspect(data: DataConfig, options: argparse.Namespace) -> None:
         ("document length", "tokens at 5, 25, 50, 75, 95, 100 %: " + ", ".join(f"{q:,}" for q in report.quantiles)),
         ("full rows", f"{report.rows:,} of {options.sequence_length} + 1 tokens"),
         ("separators", f"{report.separator_share:.2%} of the tokens in rows"),
-        ("cut", f"{report.cut_documents:.1%} of the documents, {report.cut_tokens:.1%} of the tokens stand behind a cut"),
+        (
+            "cut",
+            f"{report.cut_documents:.1%} of the documents, {report.cut_tokens:.1%} of the tokens stand behind a cut",
+        ),
     )
     for name, value in lines:
         print(f"{name:16s} {value}")
@@ -97,18 +104,34 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument(
-        "--train", type=path, required=True, help='"demo", a .parquet, .jsonl, .csv or .txt file, a folder or glob of them, or hf://datasets/OWNER/NAME'
+        "--train",
+        type=path,
+        required=True,
+        help='"demo", a .parquet, .jsonl, .csv or .txt file, a folder or glob of them, or hf://datasets/OWNER/NAME',
     )
-    source.add_argument("--text-column", default="text", help="column of parquet, CSV and JSON lines that holds the text (default: text)")
     source.add_argument(
-        "--on-corrupt", choices=("stop", "skip"), default="stop", help="what to do with files that cannot be read (default: stop)"
+        "--text-column",
+        default="text",
+        help="column of parquet, CSV and JSON lines that holds the text (default: text)",
     )
-    source.add_argument("--hold-out", action="store_true", help='leave out the last file, which data.validation = "auto" uses')
+    source.add_argument(
+        "--on-corrupt",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with files that cannot be read (default: stop)",
+    )
+    source.add_argument(
+        "--hold-out", action="store_true", help='leave out the last file, which data.validation = "auto" uses'
+    )
     tokenizer = '"bytes", tokenizer.json, a folder that holds one, or a .tiktoken file'
 
-    def add(name: str, run: Callable[[DataConfig, argparse.Namespace], None], about: str, *, after_interrupt: str) -> Any:
+    def add(
+        name: str, run: Callable[[DataConfig, argparse.Namespace], None], about: str, *, after_interrupt: str
+    ) -> Any:
         example = next(line for line in (__doc__ or "").splitlines() if f"prepare_data.py {name} " in line)
-        command = commands.add_parser(name, parents=[source], help=about, description=f"{about}\n\nexample: {example}", **shown)
+        command = commands.add_parser(
+            name, parents=[source], help=about, description=f"{about}\n\nexample: {example}", **shown
+        )
         command.set_defaults(run=run, after_interrupt=after_interrupt)
         return command
 
@@ -118,7 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         "train a byte-level BPE tokenizer",
         after_interrupt="nothing was written; the same command begins anew (--limit-mb reads less)",
     )
-    command.add_argument("--vocab-size", type=at_least(1, most=1 << 62), default=32768, help="ids, the separator included (default: 32768)")
+    command.add_argument(
+        "--vocab-size",
+        type=at_least(1, most=1 << 62),
+        default=32768,
+        help="ids, the separator included (default: 32768)",
+    )
     command.add_argument("--output", type=path, required=True, help="folder for tokenizer.json and token_bytes.npy")
     command.add_argument("--limit-mb", type=_amount, default=None, help="read only so many MB of text (default: all)")
 
@@ -130,8 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--tokenizer", type=path, required=True, help=tokenizer)
     command.add_argument("--output", type=path, required=True, help="folder for the shards and manifest.json")
-    command.add_argument("--processes", type=at_least(1), default=os.cpu_count() or 1, help="processes that tokenize (default: all cores)")
-    command.add_argument("--shard-documents", type=at_least(1), default=65536, help="documents of a shard, at least (default: 65536)")
+    command.add_argument(
+        "--processes",
+        type=at_least(1),
+        default=os.cpu_count() or 1,
+        help="processes that tokenize (default: all cores)",
+    )
+    command.add_argument(
+        "--shard-documents", type=at_least(1), default=65536, help="documents of a shard, at least (default: 65536)"
+    )
 
     command = add(
         "inspect",
@@ -141,8 +176,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--tokenizer", type=path, default="bytes", help=f"{tokenizer} (default: bytes)")
     command.add_argument("--sequence-length", type=at_least(1), default=2048, help="T of the rows (default: 2048)")
-    command.add_argument("--buffer-documents", type=at_least(1), default=256, help="documents among which the best fit is sought (default: 256)")
-    command.add_argument("--limit-tokens", type=at_least(1), default=None, help="stop after so many tokens (default: all)")
+    command.add_argument(
+        "--buffer-documents",
+        type=at_least(1),
+        default=256,
+        help="documents among which the best fit is sought (default: 256)",
+    )
+    command.add_argument(
+        "--limit-tokens", type=at_least(1), default=None, help="stop after so many tokens (default: all)"
+    )
     return parser
 
 

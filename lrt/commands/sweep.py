@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--minutes", type=float, help="start nothing new after this time (default: the spec's budget_minutes)"
     )
     parser.add_argument(
-        "--side-by-side", type=whole_number, metavar="N", help="runs at once on one device (default: the spec's side_by_side)"
+        "--side-by-side",
+        type=whole_number,
+        metavar="N",
+        help="runs at once on one device (default: the spec's side_by_side)",
     )
     parser.add_argument("--devices", metavar="0,1", help="GPUs to use (default: all that are visible)")
     parser.add_argument("--show", action="store_true", help="print the table of what is done, and stop")

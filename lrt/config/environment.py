@@ -26,8 +26,8 @@ def place_of_process() -> Place:
     if not numbers or int(told["RANK"]) >= int(told["WORLD_SIZE"]):
         said = ", ".join(f"{name} = {os.environ.get(name)!r}" for name in told)
         raise ValueError(
-            f"the environment describes no process of a group ({said}): start with torchrun, which sets these variables, "
-            f"or unset them"
+            f"the environment describes no process of a group ({said}): "
+            f"start with torchrun, which sets these variables, or unset them"
         )
     return Place(*(int(value) for value in told.values()))
 
@@ -41,6 +41,6 @@ def not_met(error: BaseException) -> ValueError:
     address, port = (os.environ.get(name, f"{name} is unset") for name in ("MASTER_ADDR", "MASTER_PORT"))
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return ValueError(
-        f"the processes do not find each other at {address}:{port} ({first_line}): start them with torchrun, give another "
-        f"--master_port or --rdzv_endpoint, or end what uses that address"
+        f"the processes do not find each other at {address}:{port} ({first_line}): "
+        f"start them with torchrun, give another --master_port or --rdzv_endpoint, or end what uses that address"
     )

@@ -14,7 +14,8 @@ def schedule_errors(c: Any) -> list[str]:
         return _mixture_errors("schedule", c)
     beside = [f.name for f in fields(c) if f.name != "phases" and getattr(c, f.name) != f.default]
     errors = [
-        f"schedule.{name} = {getattr(c, name)!r} has no effect beside schedule.phases: give it to a phase, or leave it out"
+        f"schedule.{name} = {getattr(c, name)!r} has no effect beside schedule.phases: "
+        "give it to a phase, or leave it out"
         for name in beside
     ]
     ends = [phase.until for phase in c.phases]
@@ -80,13 +81,16 @@ def entrance_errors(r: Any) -> list[str]:
             continue
         if not with_memory[index]:
             if c.kind == "mixture":  # of another kind, unused_errors says so
-                errors.append(f"{where}.ramp = {c.ramp} has no effect: every member of {where}.mix is plain; leave it out")
+                errors.append(
+                    f"{where}.ramp = {c.ramp} has no effect: every member of {where}.mix is plain; leave it out"
+                )
         elif any(with_memory[:index]):
             errors.append(
                 f"{where}.ramp = {c.ramp} has no effect: memory came in before; give it to the first phase with memory"
             )
         elif r.training.init_from is not None:
             errors.append(
-                f"{where}.ramp = {c.ramp} would add the values of recurrence.init to those of training.init_from: leave one out"
+                f"{where}.ramp = {c.ramp} would add the values of recurrence.init to those of "
+                "training.init_from: leave one out"
             )
     return errors

@@ -1,4 +1,5 @@
-"""Rules of a recipe that types cannot say, as tables: what each number may be, and which keys a choice leaves unused; no torch."""
+"""Rules of a recipe that types cannot say, as tables: what each number may be, and which keys a choice leaves unused;
+no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +58,15 @@ RANGES: dict[str, dict[str, Range]] = {
         "attention_reset": FROM_0,
     },
     "recurrence": {"source_layer": POSITIVE, "gate_channels": FROM_1, "blocks": FROM_1, "separator": FROM_0},
-    "schedule": {"subsets": FROM_1, "sweeps": FROM_1, "passes": FROM_1, "chunks": FROM_1, "weights": FROM_0, "ramp": FROM_0, "settle": FROM_0},
+    "schedule": {
+        "subsets": FROM_1,
+        "sweeps": FROM_1,
+        "passes": FROM_1,
+        "chunks": FROM_1,
+        "weights": FROM_0,
+        "ramp": FROM_0,
+        "settle": FROM_0,
+    },
     "data": {"workers": FROM_0, "buffer_documents": FROM_1, "shuffle_seed": SEED},
     "optimizer": {  # a rate of 0 freezes
         "matrix_lr": FROM_0,
@@ -112,7 +121,8 @@ RANGES: dict[str, dict[str, Range]] = {
     },
     "tuning": {"problems": FROM_0, "answer_tokens": FROM_1, "lora_rank": FROM_0, "lora_alpha": POSITIVE},
 }
-# Of tables inside a section: phases and members of a mixture, which have the keys of [schedule] too, and sources of data.
+# Of tables inside a section: phases and members of a mixture, which have the keys of [schedule] too,
+# and sources of data.
 ITEM_RANGES = {"until": Range(0, 1, above=True), "share": Range(0, 1, above=True), "weight": Range(0, 1e9, above=True)}
 SHARES_SUM_WITHIN = 1e-6  # of 1
 
@@ -163,7 +173,9 @@ def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str
     for key, hint in get_type_hints(cls).items():
         if item_class(hint) is not None:
             for index, item in enumerate(values.get(key) or ()):
-                errors += range_errors(f"{section}.{key}[{index}]", type(item), vars(item)) if is_dataclass(item) else []
+                errors += (
+                    range_errors(f"{section}.{key}[{index}]", type(item), vars(item)) if is_dataclass(item) else []
+                )
         kinds = number_types(hint)
         if not kinds or key not in values:
             continue
@@ -177,7 +189,10 @@ def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str
             if any(isinstance(item, int) and item > LARGEST for item in (value if several else (value,))):
                 allowed = allowed._replace(most=min(allowed.most, LARGEST))
             none = ', or "none"' if type(None) in options else ""
-            errors.append(f"{section}.{key} = {list(value) if several else value!r}: {allowed.says(whole=float not in kinds)}{none}")
+            errors.append(
+                f"{section}.{key} = {list(value) if several else value!r}: "
+                f"{allowed.says(whole=float not in kinds)}{none}"
+            )
     return errors
 
 
@@ -201,7 +216,11 @@ def _is_number(value: object, kinds: set[type]) -> bool:
 def unused_keys(section: str, choice: str, chosen: object) -> set[str]:
     """Keys of a section that this value of ``choice`` does not use, but another would."""
     uses = USED[root_of(section), choice]
-    return {key for keys in uses.values() for key in keys} - set(uses[chosen]) if isinstance(chosen, str) and chosen in uses else set()
+    return (
+        {key for keys in uses.values() for key in keys} - set(uses[chosen])
+        if isinstance(chosen, str) and chosen in uses
+        else set()
+    )
 
 
 def unused_errors(section: str, values: Any) -> list[str]:
@@ -216,7 +235,10 @@ def unused_errors(section: str, values: Any) -> list[str]:
             value = getattr(values, f.name)
             if f.name in unused and value != f.default:
                 users = " or ".join(kind for kind, keys in uses.items() if f.name in keys)
-                errors.append(f"{section}.{f.name} = {value!r} has no effect with {section}.{choice} = {chosen!r}: leave it out, or use {users}")
+                errors.append(
+                    f"{section}.{f.name} = {value!r} has no effect with {section}.{choice} = {chosen!r}: "
+                    f"leave it out, or use {users}"
+                )
     return errors
 
 
@@ -227,9 +249,14 @@ def entry_errors(c: Any) -> list[str]:
         errors.append(f"recurrence.residual = {c.residual!r}: use true, false or projected")
     aligned = 'recurrence.projection = "aligned"'
     if c.projection == "aligned" and c.sharing == "layerwise":
-        errors.append(f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"')
+        errors.append(
+            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"'
+        )
     if c.projection == "aligned" and not c.kv_projection:
-        errors.append(f"{aligned} has no effect with recurrence.kv_projection = false: it brings memory into keys and values; leave one out")
+        errors.append(
+            f"{aligned} has no effect with recurrence.kv_projection = false: "
+            "it brings memory into keys and values; leave one out"
+        )
     return errors
 
 
@@ -239,7 +266,9 @@ def memory_rate_errors(r: Any) -> list[str]:
     if c is None:
         return []
     missing = {
-        "memory_map_scale": None if c.kv_projection or c.residual == "projected" else "recurrence.kv_projection = false and a scalar residual",
+        "memory_map_scale": None
+        if c.kv_projection or c.residual == "projected"
+        else "recurrence.kv_projection = false and a scalar residual",
         "memory_gate_scale": None if c.kv_projection else "recurrence.kv_projection = false",
         "memory_gain_scale": None if c.residual else "recurrence.residual = false",
     }
@@ -251,7 +280,8 @@ def memory_rate_errors(r: Any) -> list[str]:
 
 
 def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, section: str) -> dict[str, Any]:
-    """What a section inherits: not the horizon where another is given above, nor what belonged to a choice that is made anew."""
+    """What a section inherits: not the horizon where another is given above, nor what belonged to a choice that is made
+    anew."""
     replaced: set[str] = set()
     if section == "training" and any(above.get(key, "none") != "none" for key in HORIZON):
         replaced.update(HORIZON)

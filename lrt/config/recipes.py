@@ -3,9 +3,11 @@
 A recipe file holds only what differs from the defaults. ``base = "other.toml"`` inherits from one other
 recipe, and ``--set a.b=c`` overrides a single value. All mistakes of a recipe are collected and reported together.
 
-Three layers, each over the one before: the base, the file, all overrides. A layer that gives a horizon (``training.steps``,
-``tokens`` or ``tokens_per_parameter``) replaces the horizon below it; one that gives ``schedule.kind`` (``optimizer.kind``,
-``training.lr_schedule``) leaves behind what it inherits and does not use: ``schedule.kind=refine`` over a file with
+Three layers, each over the one before: the base, the file, all overrides. A layer that gives a horizon
+(``training.steps``,
+``tokens`` or ``tokens_per_parameter``) replaces the horizon below it; one that gives ``schedule.kind``
+(``optimizer.kind``, ``training.lr_schedule``) leaves behind what it inherits and does not use:
+``schedule.kind=refine`` over a file with
 ``subsets = 4`` is no mistake. Such a key beside its kind or above it is one, unless it has the default's value.
 """
 
@@ -114,7 +116,9 @@ def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
     if base is None:
         return table
     if chain:
-        raise RecipeError(f"{chain[0].name}: base = {path.name!r} has a base of its own ({base!r}): at most one level is allowed")
+        raise RecipeError(
+            f"{chain[0].name}: base = {path.name!r} has a base of its own ({base!r}): at most one level is allowed"
+        )
     beside = path.parent / str(base)
     below = _read_with_base(beside if _is_file(beside) else find_recipe(base), chain=[path])
     return _merge(below, table)
@@ -160,7 +164,11 @@ def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> 
 
 def _shortened(error: str) -> str:
     """A mistake without the middle of a value that fills pages."""
-    return error if len(error) <= LONGEST_MISTAKE else f"{error[: LONGEST_MISTAKE // 2]} ... {error[-LONGEST_MISTAKE // 2 :]}"
+    return (
+        error
+        if len(error) <= LONGEST_MISTAKE
+        else f"{error[: LONGEST_MISTAKE // 2]} ... {error[-LONGEST_MISTAKE // 2 :]}"
+    )
 
 
 def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) -> Recipe:
@@ -179,7 +187,12 @@ def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) 
             sections[key] = _section_from_table(cls, key, value, errors)
     recipe = None
     if errors:  # those that a whole recipe would have told
-        errors += [error for key, section in sections.items() if section for error in range_errors(key, type(section), vars(section))]
+        errors += [
+            error
+            for key, section in sections.items()
+            if section
+            for error in range_errors(key, type(section), vars(section))
+        ]
     else:
         try:
             recipe = Recipe(**sections)
@@ -221,18 +234,28 @@ def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors
             continue
         items = item_class(hints[key])
         if items is not None and isinstance(raw, list):
-            values[key] = tuple(_item_from_table(items, f"{section}.{key}[{index}]", item, errors) for index, item in enumerate(raw))
+            values[key] = tuple(
+                _item_from_table(items, f"{section}.{key}[{index}]", item, errors) for index, item in enumerate(raw)
+            )
             continue
         try:
             values[key] = _convert(raw, hints[key])
         except TypeError as error:
             errors.append(f"{section}.{key} = {raw!r}: expected {error}")
     if section == "schedule" and values.get("phases") is not None:
-        errors += [f"schedule.{key} = {table[key]!r} has no effect beside schedule.phases: give it to a phase" for key in values if key != "phases"]
+        errors += [
+            f"schedule.{key} = {table[key]!r} has no effect beside schedule.phases: give it to a phase"
+            for key in values
+            if key != "phases"
+        ]
     if len(errors) > before:
         errors += range_errors(section, cls, values)
         return None
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING and f.name not in values]
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
     if missing:
         errors += [f"{section} has no {name}" for name in missing]
         return None
@@ -290,7 +313,9 @@ def _convert(raw: Any, hint: Any) -> Any:
         return raw
     if hint in (bool, str) and isinstance(raw, hint):
         return raw
-    raise TypeError({int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint)))
+    raise TypeError(
+        {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))
+    )
 
 
 def _unknown(kind: str, name: str, known: Sequence[str], *, inside: str = "") -> str:
@@ -322,7 +347,10 @@ def _members(mix: Sequence[ShareConfig]) -> list[dict[str, Any]]:
 
 def _used_keys(c: PassesConfig) -> dict[str, Any]:
     used = [key for key in USED["schedule", "kind"][c.kind] if hasattr(c, key)]
-    return {"kind": c.kind, **{key: _members(c.mix) if isinstance(c, StretchConfig) and key == "mix" else getattr(c, key) for key in used}}
+    return {
+        "kind": c.kind,
+        **{key: _members(c.mix) if isinstance(c, StretchConfig) and key == "mix" else getattr(c, key) for key in used},
+    }
 
 
 def _without_none(value: Any) -> Any:

@@ -15,6 +15,7 @@ from lrt.config.ranges import HORIZON, choice_errors, entry_errors, memory_rate_
 from lrt.config.tuning import TuningConfig, tuning_errors
 
 Weights = Literal["paper"] | tuple[float, ...]
+Kind = Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"]
 
 
 # ------------------------------------------------------------------ the settings of a run
@@ -25,10 +26,13 @@ class RecurrenceConfig:
     """How the previous token's latent state enters the decoder (docs/method.md, section 1)."""
 
     sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
-    projection: Literal["separate", "aligned"] = "separate"  # projections of the memory's own, or one map into the space that each block's own read
-    source_layer: int | float | None = None  # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
+    # projections of the memory's own, or one map into the space that each block's own read
+    projection: Literal["separate", "aligned"] = "separate"
+    # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
+    source_layer: int | float | None = None
     kv_projection: bool = True  # memory enters keys and values
-    residual: bool | Literal["projected"] = True  # memory is added to the block's input, or a map of it as large as that input
+    # memory is added to the block's input, or a map of it as large as that input
+    residual: bool | Literal["projected"] = True
     gate_channels: int | None = None  # channels that the gates read; None = all
     blocks: tuple[int, ...] | None = None  # blocks that receive memory, 1..L; None = all
     memory_norm: Literal["rms", "final"] = "rms"  # parameter-free RMSNorm, or the backbone's own final norm
@@ -37,14 +41,17 @@ class RecurrenceConfig:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks) if isinstance(self.blocks, (list, tuple)) else (self.blocks,))
+            object.__setattr__(
+                self, "blocks", tuple(self.blocks) if isinstance(self.blocks, (list, tuple)) else (self.blocks,)
+            )
         _raise_all(_recurrence_errors(self))
 
     def source_index(self, n_layers: int) -> int:
         """Number of the source block, 1..n_layers.
 
         Raises:
-            ValueError: the block does not exist in a model of ``n_layers`` blocks, or lies below every block that receives memory.
+            ValueError: the block does not exist in a model of ``n_layers`` blocks, or lies below every block that
+                receives memory.
         """
         source, first = self.source_layer, 1 + min(self.block_indices(n_layers))
         if source is None:
@@ -52,13 +59,15 @@ class RecurrenceConfig:
         number = min(n_layers, max(1, round(source * n_layers))) if isinstance(source, float) else source
         if not 1 <= number <= n_layers:
             raise ValueError(
-                f"recurrence.source_layer = {source}, but the model has {n_layers} blocks: use 1..{n_layers}, or a fraction such as 0.67"
+                f"recurrence.source_layer = {source}, but the model has {n_layers} blocks: "
+                f"use 1..{n_layers}, or a fraction such as 0.67"
             )
         if number < first:
             raise ValueError(
-                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives memory, {first} "
-                f"(recurrence.blocks): what it computes would never depend on memory, which is no recurrence. Use a source of "
-                f"{first}..{n_layers}, leave it out, or let memory enter a lower block"
+                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives "
+                f"memory, {first} "
+                "(recurrence.blocks): what it computes would never depend on memory, which is no recurrence. "
+                f"Use a source of {first}..{n_layers}, leave it out, or let memory enter a lower block"
             )
         return number
 
@@ -73,7 +82,8 @@ class RecurrenceConfig:
         bad = [b for b in self.blocks if not 1 <= b <= n_layers]
         if bad:
             raise ValueError(
-                f"recurrence.blocks = {list(self.blocks)}: {bad} not in the model, which has {n_layers} blocks: use numbers 1..{n_layers}"
+                f"recurrence.blocks = {list(self.blocks)}: {bad} not in the model, which has {n_layers} "
+                f"blocks: use numbers 1..{n_layers}"
             )
         return tuple(sorted({b - 1 for b in self.blocks}))
 
@@ -149,7 +159,8 @@ class PassesConfig:
     passes: int = 1  # K of refine
     chunks: int = 1  # C of chunked: tokens a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
-    cut_gradient: bool | Literal["initialization"] = False  # no gradient from one pass into the passes before, or into the initialization
+    # no gradient from one pass into the passes before, or into the initialization
+    cut_gradient: bool | Literal["initialization"] = False
     settle: int = 0  # passes of refine without gradient, before the graded ones
 
 
@@ -164,9 +175,12 @@ class ShareConfig(PassesConfig):
 class StretchConfig(PassesConfig):
     """Passes, or a mixture of them, for a part of the steps or for all."""
 
-    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mixture"] = "interleaved"  # type: ignore[assignment]  # which passes
+    # which passes
+    kind: Kind = "interleaved"  # type: ignore[assignment]
     mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
-    ramp: int = 0  # steps in which the memory comes in: its values grow from zero to what recurrence.init gives, its rates to their own
+    # steps in which the memory comes in: its values grow from zero to what recurrence.init gives,
+    # its rates to their own
+    ramp: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +254,13 @@ class ParallelConfig:
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
     timeout_minutes: float = 10.0  # a collective that takes longer stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
-    host_threads: int | None = None  # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
+    # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
+    host_threads: int | None = None
 
     @property
     def reduces_once(self) -> bool:
-        """Whether gradients of several ranks are summed once a step; not where micro-batches would be added up in bfloat16."""
+        """Whether gradients of several ranks are summed once a step; not where micro-batches would be added up in
+        bfloat16."""
         return self.reshard == "after_step" and "float32" in (self.param_dtype, self.reduce_dtype)
 
 
@@ -283,7 +299,8 @@ class EvaluationConfig:
     sample_tokens: int = 120  # 0 = no such text
     core: tuple[str, ...] = ()  # tasks of CORE, asked in memory mode decode
     core_items: int = 200  # first items of each, after nanochat's shuffle
-    core_bundle: str | None = None  # eval_bundle.zip or its folder; None = the downloaded one, or the packages that hold data
+    # eval_bundle.zip or its folder; None = the downloaded one, or the packages that hold data
+    core_bundle: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,14 +344,21 @@ def _recurrence_errors(c: RecurrenceConfig) -> list[str]:
     errors = choice_errors("recurrence", c)
     source = c.source_layer
     if isinstance(source, bool) or not isinstance(source, (int, float, type(None))):
-        errors.append(f"recurrence.source_layer = {source!r}: use a block number 1..L, a fraction such as 0.67, or leave it out")
+        errors.append(
+            f"recurrence.source_layer = {source!r}: use a block number 1..L, a fraction such as 0.67, or leave it out"
+        )
     elif isinstance(source, float) and not 0 < source < 1:
-        errors.append(f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; a block number is a whole number 1..L")
+        errors.append(
+            f"recurrence.source_layer = {source}: a fraction lies between 0 and 1; "
+            "a block number is a whole number 1..L"
+        )
     elif isinstance(source, int) and source < 1:
         errors.append(f"recurrence.source_layer = {source}: blocks are numbered from 1")
     errors += entry_errors(c)
     if not c.kv_projection and not c.residual:
-        errors.append("recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on")
+        errors.append(
+            "recurrence.kv_projection and recurrence.residual are both false, so memory could not enter: switch one on"
+        )
     if c.blocks is not None and len(c.blocks) == 0:
         errors.append("recurrence.blocks = []: name at least one block by its number 1..L, or leave it out for all")
     others = {key: value for key, value in vars(c).items() if key != "source_layer"}
@@ -346,7 +370,9 @@ def _model_errors(c: ModelConfig) -> list[str]:
     if errors:
         return errors
     if c.d_model % c.heads:
-        errors.append(f"model.width = {c.d_model} is not a multiple of n_heads = {c.heads}: choose n_heads that divides the width")
+        errors.append(
+            f"model.width = {c.d_model} is not a multiple of n_heads = {c.heads}: choose n_heads that divides the width"
+        )
     elif c.head_dim % 2:
         errors.append(f"model.width / n_heads = {c.head_dim} is odd, but RoPE rotates pairs: choose an even head width")
     if c.heads % c.kv_heads:
@@ -354,7 +380,9 @@ def _model_errors(c: ModelConfig) -> list[str]:
     if not c.window_pattern or set(c.window_pattern) - set("SL"):
         errors.append(f"model.window_pattern = {c.window_pattern!r}: use letters S (short) and L (long), such as SSSL")
     if c.gate_channels is not None and c.gate_channels > c.d_model:
-        errors.append(f"model.gate_channels = {c.gate_channels} is more than the width {c.d_model}: use at most {c.d_model}")
+        errors.append(
+            f"model.gate_channels = {c.gate_channels} is more than the width {c.d_model}: use at most {c.d_model}"
+        )
     return errors
 
 
@@ -363,24 +391,48 @@ def _recipe_errors(r: Recipe) -> list[str]:
     for f in fields(r):
         section = getattr(r, f.name)
         if f.name not in ("model", "recurrence") and section is not None:
-            errors += choice_errors(f.name, section) + range_errors(f.name, type(section), vars(section)) + unused_errors(f.name, section)
+            errors += (
+                choice_errors(f.name, section)
+                + range_errors(f.name, type(section), vars(section))
+                + unused_errors(f.name, section)
+            )
     t, m = r.training, r.model
     given = [key for key in HORIZON if getattr(t, key) is not None]
     if len(given) > 1:
         unset = f"--set training.{given[-1]}=none"
-        errors.append(f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, and take back another with {unset}")
+        errors.append(
+            f"training has {' and '.join(given)}: give exactly one of {', '.join(HORIZON)}, "
+            f"and take back another with {unset}"
+        )
     if isinstance(t.batch_tokens, int) and (t.batch_tokens < m.sequence_length or t.batch_tokens % m.sequence_length):
-        errors.append(f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = {m.sequence_length}: choose a multiple")
+        errors.append(
+            f"training.batch_tokens = {t.batch_tokens} is not a multiple of model.sequence_length = "
+            f"{m.sequence_length}: choose a multiple"
+        )
     if r.metrics.project != MetricsConfig().project and not (r.metrics.wandb or r.metrics.trackio):
-        errors.append(f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: leave it out")
-    if not r.evaluation.core and (r.evaluation.core_items, r.evaluation.core_bundle) != (EvaluationConfig().core_items, None):
-        errors.append("evaluation.core_items and evaluation.core_bundle have no effect without evaluation.core: name tasks, or leave them out")
+        errors.append(
+            f"metrics.project = {r.metrics.project!r} has no effect without metrics.wandb or metrics.trackio: "
+            "leave it out"
+        )
+    if not r.evaluation.core and (r.evaluation.core_items, r.evaluation.core_bundle) != (
+        EvaluationConfig().core_items,
+        None,
+    ):
+        errors.append(
+            "evaluation.core_items and evaluation.core_bundle have no effect without evaluation.core: "
+            "name tasks, or leave them out"
+        )
     bad = [mode for mode in r.evaluation.modes if mode not in ("zero", "parallel", "decode")]
     if bad:
         errors.append(f"evaluation.modes = {list(r.evaluation.modes)}: {bad} unknown; use zero, parallel, decode")
     if t.init_from is not None and t.branch_from is not None:
-        errors.append("training.init_from and training.branch_from are both given: a branch has its weights from the other run, so give one")
-    errors += data_errors(r.data) + path_errors(r) + schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
+        errors.append(
+            "training.init_from and training.branch_from are both given: "
+            "a branch has its weights from the other run, so give one"
+        )
+    errors += (
+        data_errors(r.data) + path_errors(r) + schedule_errors(r.schedule) + entrance_errors(r) + memory_rate_errors(r)
+    )
     errors += tuning_errors(r)
     if r.recurrence is not None and r.run.backbone == "native":
         for check in (r.recurrence.source_index, r.recurrence.block_indices):
@@ -390,5 +442,7 @@ def _recipe_errors(r: Recipe) -> list[str]:
                 errors.append(str(error))
         channels = r.recurrence.gate_channels
         if channels is not None and channels > m.d_model:
-            errors.append(f"recurrence.gate_channels = {channels} is more than the width {m.d_model}: use at most {m.d_model}")
+            errors.append(
+                f"recurrence.gate_channels = {channels} is more than the width {m.d_model}: use at most {m.d_model}"
+            )
     return errors

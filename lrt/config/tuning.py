@@ -25,7 +25,8 @@ def tuning_errors(r: Any) -> list[str]:
     if t is None:
         return []
     errors = [
-        f"data.{f.name} = {getattr(r.data, f.name)!r} has no effect with [tuning], which has data of its own: leave it out"
+        f"data.{f.name} = {getattr(r.data, f.name)!r} has no effect with [tuning], which has data of its own: "
+        "leave it out"
         for f in fields(r.data)
         if f.name not in ("tokenizer", "shuffle_seed") and getattr(r.data, f.name) != f.default
     ]
@@ -49,7 +50,9 @@ def tuning_errors(r: Any) -> list[str]:
     elif r.run.backbone == "native":
         errors.append('tuning.lora_rank adapts a decoder from a folder, but run.backbone = "native": leave it out')
     elif r.training.stage == "memory":
-        errors.append('tuning.lora_rank has no effect with training.stage = "memory", which trains the memory alone: leave one out')
+        errors.append(
+            'tuning.lora_rank has no effect with training.stage = "memory", which trains the memory alone: leave one out'
+        )
     if t.problems == 0 and t.answer_tokens != defaults["answer_tokens"]:
         errors.append(f"tuning.answer_tokens = {t.answer_tokens} has no effect with tuning.problems = 0: leave it out")
     return errors

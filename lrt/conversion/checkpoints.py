@@ -61,7 +61,6 @@ class Checkpoint:
     about: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-
     @property
     def context(self) -> int:
         """Tokens of a training row."""
@@ -75,9 +74,15 @@ def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> 
     def reading(precision: Precision) -> Logits:
         if "adapted" not in config:
             return partial(native_logits, filled_model(model_from_config(config, device="meta"), tensors, precision))
-        rounded = {n: t._replace(read=lambda t=t: precision(t.read()), dtype=precision.compute) for n, t in tensors.items()}  # type: ignore[misc]
+        rounded = {
+            n: t._replace(read=lambda t=t: precision(t.read()), dtype=precision.compute)  # type: ignore[misc]
+            for n, t in tensors.items()
+        }
         schedule = from_config(ScheduleConfig(**config["schedule"]))
-        return partial(native_logits, load_whole("", config, rounded, train_schedule=schedule, dtype=precision.compute, device=None))
+        return partial(
+            native_logits,
+            load_whole("", config, rounded, train_schedule=schedule, dtype=precision.compute, device=None),
+        )
 
     return reading
 
@@ -105,13 +110,18 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     shapes = expected_shapes(config)
     check_shapes(str(path), tensors, shapes)
     tensors = {name: tensors[name] for name in shapes}
-    return Checkpoint("lrt", path, config, tensors, model_reading(config, tensors), read_files(path), config.get("step"))
+    return Checkpoint(
+        "lrt", path, config, tensors, model_reading(config, tensors), read_files(path), config.get("step")
+    )
 
 
 def no_step(step: int | None, kind: str) -> None:
     """Raises ValueError where a step is asked of a folder that holds one model."""
     if step is not None:
-        raise ValueError(f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one model: leave it out")
+        raise ValueError(
+            f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one "
+            "model: leave it out"
+        )
 
 
 # ------------------------------------------------------------------ dcp
@@ -131,7 +141,10 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
         places = (path / f"step_{step:08d}", path / "checkpoints" / f"step_{step:08d}", path)
         folders = [place for place in places if step_of(place) == step and place.is_dir()]
         if not folders:
-            raise ValueError(f"{path} holds no checkpoint of step {step}: leave --step out for the newest, or look at the folder names")
+            raise ValueError(
+                f"{path} holds no checkpoint of step {step}: leave --step out for the newest, "
+                "or look at the folder names"
+            )
         path = folders[0]
     folder = find_checkpoint(path)
     recipe = parse_recipe((folder / "recipe.toml").read_text(encoding="utf-8"))
@@ -141,16 +154,21 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     shapes = expected_shapes(config)
     check_shapes(str(folder), tensors, shapes)
     spec = recipe.data.tokenizer
-    files, notes = tokenizer_files(spec, note=f"data.tokenizer = {spec!r} of the recipe was not found from here; {TOKENIZER_HELP}")
+    files, notes = tokenizer_files(
+        spec, note=f"data.tokenizer = {spec!r} of the recipe was not found from here; {TOKENIZER_HELP}"
+    )
     about = {"recipe": recipe.run.name, "ranks that wrote it": meta.get("world_size"), "meta": meta}
     tensors = {name: tensors[name] for name in shapes}
-    return Checkpoint("dcp", folder, config, tensors, model_reading(config, tensors), files, meta.get("step"), about, notes)
+    return Checkpoint(
+        "dcp", folder, config, tensors, model_reading(config, tensors), files, meta.get("step"), about, notes
+    )
 
 
 def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
     if recipe.run.backbone == "native":
         return native_config(build(recipe, device="meta"))
-    folder = local_path(recipe.run.backbone, key="run.backbone")  # a name that the run gave: read as data, or not at all
+    # a name that the run gave: read as data, or not at all
+    folder = local_path(recipe.run.backbone, key="run.backbone")
     with torch.device("meta"):
         decoder = decoder_of_shapes(folder, where=f'run.backbone = "{folder}" of the run')
         return config_of(adapt(decoder, recipe.recurrence, train_schedule=from_config(recipe.schedule)))
@@ -166,7 +184,9 @@ def _sharded(folder: Path) -> dict[str, LazyTensor]:
         entry = metadata.state_dict_metadata[name]
         whole = None
         for chunk in entry.chunks:  # type: ignore[union-attr]
-            with safe_open(metadata.storage_data[MetadataIndex(name, chunk.offsets)].relative_path, framework="pt") as file:
+            with safe_open(
+                metadata.storage_data[MetadataIndex(name, chunk.offsets)].relative_path, framework="pt"
+            ) as file:
                 part = file.get_tensor(name)
             if part.shape == entry.size:  # type: ignore[union-attr]
                 return part
@@ -176,7 +196,7 @@ def _sharded(folder: Path) -> dict[str, LazyTensor]:
         return whole
 
     return {
-        name: LazyTensor(tuple(entry.size), entry.properties.dtype, lambda name=name: read(name))  # type: ignore[union-attr,misc]
+        name: LazyTensor(tuple(entry.size), entry.properties.dtype, partial(read, name))  # type: ignore[union-attr]
         for name, entry in metadata.state_dict_metadata.items()
     }
 
@@ -211,7 +231,9 @@ def read_official(path: Path, *, step: int | None = None, kind: str = "official"
     file, number = _official_file(path, step)
     meta_file = file.with_name(f"meta_{number:06d}.json")
     if not meta_file.is_file():
-        raise ValueError(f"{file}: {meta_file.name} is missing beside it, and without its config the model cannot be read")
+        raise ValueError(
+            f"{file}: {meta_file.name} is missing beside it, and without its config the model cannot be read"
+        )
     try:
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
         model_config = dict(meta["model_config"])
@@ -238,12 +260,16 @@ def _official_file(path: Path, step: int | None) -> tuple[Path, int]:
     if tags and not any(path.glob("model_*.pt")):
         parents = sorted({p.parent for p in tags})
         if len(parents) > 1:
-            raise ValueError(f"{path} holds {len(parents)} checkpoints: give one of {', '.join(str(p) for p in parents)}")
+            raise ValueError(
+                f"{path} holds {len(parents)} checkpoints: give one of {', '.join(str(p) for p in parents)}"
+            )
         path = parents[0]
     files = sorted(path.glob("model_*.pt")) if path.is_dir() else [path]
     numbered = {int(m[1]): f for f in files if f.is_file() and (m := re.fullmatch(r"model_(\d+)\.pt", f.name))}
     if not numbered:
-        raise ValueError(f"{path}: no model_NNNNNN.pt here: give the folder of a checkpoint of nanochat or of the LRT code")
+        raise ValueError(
+            f"{path}: no model_NNNNNN.pt here: give the folder of a checkpoint of nanochat or of the LRT code"
+        )
     if step is not None and step not in numbered:
         raise ValueError(f"{path} holds no step {step}; it has {', '.join(map(str, sorted(numbered)))}")
     number = max(numbered) if step is None else step
@@ -260,10 +286,13 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file}: refused, not a whole file of tensors alone ({reason}). Where you trust it, load it with the code that wrote it and save "
+            f"{file}: refused, not a whole file of tensors alone ({reason}). "
+            "Where you trust it, load it with the code that wrote it and save "
             "{name: tensor} with torch.save"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
         raise ValueError(f"{file}: not a state dict (names to tensors): save model.state_dict() alone")
     return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
@@ -304,16 +333,26 @@ def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Ch
     config, memory = alone.config, alone.tensors
     for key in ("model", "adapted"):
         theirs, ours = base.config.get(key), config.get(key)
-        different = theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
+        different = (
+            theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
+        )
         if different:
-            raise ValueError(f"{path} was made for another decoder than {base.where}: name the one that it was trained on with --base")
+            raise ValueError(
+                f"{path} was made for another decoder than {base.where}: "
+                "name the one that it was trained on with --base"
+            )
     if not same_weights(config.pop("base_fingerprint", None), fingerprint(decoder_weights(base.tensors))):
-        raise ValueError(f"{path} was trained on other weights than those of {base.where}: name the decoder that it was trained on with --base")
+        raise ValueError(
+            f"{path} was trained on other weights than those of {base.where}: "
+            "name the decoder that it was trained on with --base"
+        )
     tensors = {name: t for name, t in base.tensors.items() if not is_memory(name)} | memory
     shapes = expected_shapes(config)
     check_shapes(f"{path} on {base.where}", tensors, shapes)
     tensors = {name: tensors[name] for name in shapes}
-    return replace(alone, tensors=tensors, reading=model_reading(config, tensors), tokenizer=alone.tokenizer or base.tokenizer)
+    return replace(
+        alone, tensors=tensors, reading=model_reading(config, tensors), tokenizer=alone.tokenizer or base.tokenizer
+    )
 
 
 def read_memory(path: Path) -> Checkpoint:
@@ -327,7 +366,9 @@ def read_memory(path: Path) -> Checkpoint:
         raise ValueError(f"{path} holds a whole model: use --from lrt or hf")
     refuse_peft(config, path)
     check_shapes(str(path), memory, {name: shape for name, shape in expected_shapes(config).items() if is_memory(name)})
-    return Checkpoint("adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step"))
+    return Checkpoint(
+        "adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step")
+    )
 
 
 def read_decoder(path: Path) -> Checkpoint:
@@ -346,10 +387,15 @@ def decoder_weights(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, to
 def refuse_peft(config: Mapping[str, Any], where: str | Path) -> None:
     """Raises ValueError where a PEFT adapter lies beside the memory, which the target or the base knows nothing of."""
     if config.get("adapter"):
-        raise ValueError(f"{where} holds a LoRA adapter beside the memory: lrt.load it, merge it (merge_and_unload), and lrt.save the whole model")
+        raise ValueError(
+            f"{where} holds a LoRA adapter beside the memory: lrt.load it, merge it (merge_and_unload), "
+            "and lrt.save the whole model"
+        )
 
 
 def is_memory(name: str) -> bool:
     """Whether a parameter belongs to the recurrence rather than to the decoder."""
     parts = name.split(".")
-    return parts[0] in ("memory_projection", "injection") or (parts[0] == "blocks" and parts[2] in ("gate", "projection"))
+    return parts[0] in ("memory_projection", "injection") or (
+        parts[0] == "blocks" and parts[2] in ("gate", "projection")
+    )

@@ -72,14 +72,22 @@ def describe(found: Inspection, path: str | Path) -> list[str]:
     lines.append(f"  step        {checkpoint.step if checkpoint.step is not None else 'not recorded'}")
     if "recipe" in checkpoint.about:
         about = checkpoint.about
-        lines.append(f"  recipe      {about['recipe']} (recipe.toml in the checkpoint), written by {about['ranks that wrote it']} ranks")
+        lines.append(
+            f"  recipe      {about['recipe']} (recipe.toml in the checkpoint), written by "
+            f"{about['ranks that wrote it']} ranks"
+        )
     lines.append(f"  dtype       {', '.join(f'{name} ({count:,})' for name, count in found.dtypes.items())}")
     lines.append(f"  parameters  {sum(found.parts.values()):,}")
     lines += [f"    {part:17s} {count:,}" for part, count in sorted(found.parts.items())]
     if "adapted" in checkpoint.config:
-        lines.append(f"  adapts      {checkpoint.config['adapted']['architecture']} {checkpoint.config['adapted'].get('name') or ''}")
+        lines.append(
+            f"  adapts      {checkpoint.config['adapted']['architecture']} "
+            f"{checkpoint.config['adapted'].get('name') or ''}"
+        )
     for section in ("model", "recurrence", "schedule"):
-        lines.append(f"  {section:11s} {_plain(checkpoint.config[section]) if checkpoint.config.get(section) else 'none'}")
+        lines.append(
+            f"  {section:11s} {_plain(checkpoint.config[section]) if checkpoint.config.get(section) else 'none'}"
+        )
     if checkpoint.tokenizer:
         lines.append(f"  tokenizer   {', '.join(sorted(n for n in checkpoint.tokenizer if n != MARKER))}")
     return lines + [f"  note        {note}" for note in checkpoint.notes]

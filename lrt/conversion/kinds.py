@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lrt.conversion.checkpoints import Checkpoint, read_adapter, read_dcp, read_decoder, read_hf, read_lrt, read_official
+from lrt.conversion.checkpoints import (
+    Checkpoint,
+    read_adapter,
+    read_dcp,
+    read_decoder,
+    read_hf,
+    read_lrt,
+    read_official,
+)
 from lrt.conversion.nanochat import MODEL_TYPE, read_any
 from lrt.conversion.titan import is_titan, read_titan
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
@@ -27,18 +35,22 @@ class Kind(NamedTuple):
 
 KINDS = {
     "lrt": Kind(read_lrt, write_lrt, "our folder: safetensors, config.json, tokenizer", "everything"),
-    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and config, not the optimizer"),
-    "titan": Kind(read_titan, None, "a checkpoint of lrt.titan, written by torchtitan's trainer", "read only; weights and config, not the optimizer"),
+    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and "
+        "config, not the optimizer"),
+    "titan": Kind(read_titan, None, "a checkpoint of lrt.titan, written by torchtitan's trainer", "read only; weights "
+        "and config, not the optimizer"),
     "official": Kind(
         read_official, write_official, "base folder or checkpoint of the official LRT code, plain models included",
         "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
     ),
     "nanochat": Kind(
-        read_any, partial(write_official, nanochat=True), "base folder or checkpoint of nanochat, or NanoChatForCausalLM of transformers (read only)",
+        read_any, partial(write_official, nanochat=True), "base folder or checkpoint of nanochat, or "
+            "NanoChatForCausalLM of transformers (read only)",
         "plain models with alternating value embeddings and gates from 32 channels; others are refused",
     ),
     "adapter": Kind(
-        read_adapter, write_adapter, "the memory parameters alone; --base names the decoder they belong to", "the memory of any recurrent model"
+        read_adapter, write_adapter, "the memory parameters alone; --base names the decoder they belong to", "the "
+            "memory of any recurrent model"
     ),
     "hf": Kind(read_hf, write_hf, "Hugging Face folder for AutoModelForCausalLM (after import lrt)", "everything"),
 }  # fmt: skip
@@ -54,9 +66,14 @@ def kind_of(path: Path) -> str:
         if is_plain(path) and read_json(config_file(path), where=str(path)).get("model_type") == MODEL_TYPE:
             return "nanochat"
         if is_plain(path):
-            raise ValueError(f"{path}: a Hugging Face model that lrt did not write: lrt.adapt makes it recurrent, --base takes it as it is")
+            raise ValueError(
+                f"{path}: a Hugging Face model that lrt did not write: "
+                "lrt.adapt makes it recurrent, --base takes it as it is"
+            )
         config = read_config(path)
-        return "adapter" if config.get("adapter_only") else "hf" if (path / "generation_config.json").is_file() else "lrt"
+        return (
+            "adapter" if config.get("adapter_only") else "hf" if (path / "generation_config.json").is_file() else "lrt"
+        )
     if any((path / name).exists() for name in ("complete.json", "checkpoints")) or any(path.glob("step_*")):
         return "dcp"
     if is_titan(path):
@@ -64,7 +81,9 @@ def kind_of(path: Path) -> str:
     if path.suffix == ".pt" or any(path.glob("model_*.pt")) or any(path.glob("base_checkpoints/*/model_*.pt")):
         return "official"
     known = ", ".join(KINDS)
-    raise ValueError(f"{path}: no checkpoint of a known kind ({known}): give a folder with config.json, a run, or a nanochat folder")
+    raise ValueError(
+        f"{path}: no checkpoint of a known kind ({known}): give a folder with config.json, a run, or a nanochat folder"
+    )
 
 
 def read_base(path: Path) -> Checkpoint:

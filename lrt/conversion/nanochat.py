@@ -32,7 +32,9 @@ def read_any(path: Path, *, step: int | None = None) -> Checkpoint:
     Raises:
         ValueError: neither, or one that a native model cannot express.
     """
-    return read_folder(path, step=step) if config_file(path).is_file() else read_official(path, step=step, kind="nanochat")
+    return (
+        read_folder(path, step=step) if config_file(path).is_file() else read_official(path, step=step, kind="nanochat")
+    )
 
 
 def read_folder(path: Path, *, step: int | None = None) -> Checkpoint:
@@ -46,18 +48,31 @@ def read_folder(path: Path, *, step: int | None = None) -> Checkpoint:
     config = config_of(_native(theirs, path), None, ScheduleConfig(kind="baseline"))
     names = dict(OUTSIDE)
     for index in range(theirs.num_hidden_layers):
-        names |= {f"blocks.{index}.block.{ours}.weight": f"model.layers.{index}.{name}.weight" for ours, name in INSIDE.items()}
+        names |= {
+            f"blocks.{index}.block.{ours}.weight": f"model.layers.{index}.{name}.weight"
+            for ours, name in INSIDE.items()
+        }
     shapes, found = expected_shapes(config), open_folder(path)
     check_shapes(str(path), found, {names[name]: shape for name, shape in shapes.items()})
     files = without_hub_files(read_files(path))
     notes = (NORM.format(theirs.rms_norm_eps), *(() if files else (TOKENIZER_HELP,)))
-    return Checkpoint("nanochat", path, config, {name: found[names[name]] for name in shapes}, partial(_reading, path), files, notes=notes)
+    return Checkpoint(
+        "nanochat",
+        path,
+        config,
+        {name: found[names[name]] for name in shapes},
+        partial(_reading, path),
+        files,
+        notes=notes,
+    )
 
 
 def _native(theirs: Any, path: Path) -> ModelConfig:
     """The settings of a native model that computes the same."""
     if theirs.model_type != MODEL_TYPE:
-        raise ValueError(f'{path} is a "{theirs.model_type}" of transformers, not a "{MODEL_TYPE}": lrt.adapt makes it recurrent as it is')
+        raise ValueError(
+            f'{path} is a "{theirs.model_type}" of transformers, not a "{MODEL_TYPE}": lrt.adapt makes it recurrent as it is'
+        )
     rope = dict(theirs.rope_parameters or {})
     only = {
         "hidden_act": (theirs.hidden_act, "relu2"),
@@ -68,7 +83,10 @@ def _native(theirs: Any, path: Path) -> ModelConfig:
     }
     for name, (found, possible) in only.items():
         if found != possible:
-            raise ValueError(f"{path}: {name} = {found!r}, but a native model has {possible!r} alone: lrt.adapt makes this one recurrent as it is")
+            raise ValueError(
+                f"{path}: {name} = {found!r}, but a native model has {possible!r} alone: "
+                "lrt.adapt makes this one recurrent as it is"
+            )
     return ModelConfig(
         n_layers=theirs.num_hidden_layers,
         width=theirs.hidden_size,

@@ -53,7 +53,9 @@ def name_table(config: ModelConfig, *, recurrent: bool) -> dict[str, tuple[str, 
     return table
 
 
-def native_tensors(config: Mapping[str, Any], official: Mapping[str, LazyTensor], *, where: str) -> dict[str, LazyTensor]:
+def native_tensors(
+    config: Mapping[str, Any], official: Mapping[str, LazyTensor], *, where: str
+) -> dict[str, LazyTensor]:
     """Our tensors from official ones.
 
     Args:
@@ -110,8 +112,15 @@ def native_from_official(meta: Mapping[str, Any], official: Mapping[str, LazyTen
     """
     missing = [key for key in NANOCHAT_KEYS if key not in meta and key != "window_pattern"]
     if missing:
-        raise ValueError(f"{where}: model_config lacks {', '.join(missing)}: this is not the meta file of a nanochat or LRT checkpoint")
-    gates = {n: t.shape[1] for n, t in official.items() if n.endswith((".triple_gate.weight", ".ve_gate.weight")) and len(t.shape) == 2}
+        raise ValueError(
+            f"{where}: model_config lacks {', '.join(missing)}: this is not the meta file of a nanochat or LRT "
+            "checkpoint"
+        )
+    gates = {
+        n: t.shape[1]
+        for n, t in official.items()
+        if n.endswith((".triple_gate.weight", ".ve_gate.weight")) and len(t.shape) == 2
+    }
     recurrent = any(".triple_gate." in n for n in official)
     channels = next(iter(gates.values()), meta.get("ve_gate_channels", 32) or meta["n_embd"])
     width, layers = meta["n_embd"], meta["n_layer"]
@@ -126,7 +135,11 @@ def native_from_official(meta: Mapping[str, Any], official: Mapping[str, LazyTen
         vocab_multiple=64,
         sequence_length=meta["sequence_len"],
         window_pattern=meta.get("window_pattern", "L"),
-        value_embeddings="all" if recurrent or with_embedding == layers else "alternating" if with_embedding else "none",
+        value_embeddings="all"
+        if recurrent or with_embedding == layers
+        else "alternating"
+        if with_embedding
+        else "none",
         residual_scales="resid_lambdas" in official,
         embedding_residual="x0_lambdas" in official,
         gate_channels=gate_channels,
@@ -157,7 +170,9 @@ def schedule_from_official(meta: Mapping[str, Any]) -> ScheduleConfig:
             cut_gradient=bool(meta.get("multi_refine_detach", False)),
         )
     subsets = meta.get("interleaved_num_passes", 2)
-    return ScheduleConfig(kind="interleaved", subsets=subsets, kv_refresh=bool(meta.get("interleaved_kv_refresh", False)) and subsets > 1)
+    return ScheduleConfig(
+        kind="interleaved", subsets=subsets, kv_refresh=bool(meta.get("interleaved_kv_refresh", False)) and subsets > 1
+    )
 
 
 # ------------------------------------------------------------------ config, to official
@@ -177,23 +192,46 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
         ValueError: the official code cannot express this model; every reason is named.
     """
     if "model" not in config:
-        raise ValueError(f"this model adapts a {config['adapted']['architecture']}, which the official layout cannot express: use hf or adapter")
+        raise ValueError(
+            f"this model adapts a {config['adapted']['architecture']}, which the official layout cannot "
+            "express: use hf or adapter"
+        )
     model, recurrence = ModelConfig(**config["model"]), config["recurrence"]
     kind = "nanochat" if nanochat else "official"
-    reasons = [f"model.{k} = {config['model'][k]!r} (it has {v!r})" for k, v in FIXED.items() if config["model"][k] != v]
+    reasons = [
+        f"model.{k} = {config['model'][k]!r} (it has {v!r})" for k, v in FIXED.items() if config["model"][k] != v
+    ]
     if model.padded_vocab != -(-model.vocab_size // 64) * 64:
         reasons.append(f"model.vocab_multiple = {model.vocab_multiple} (it pads to 64)")
     reasons += _recurrence_reasons(model, recurrence, nanochat=nanochat)
     if nanochat and recurrence is None:
-        theirs = replace(model, value_embeddings="alternating", gate_channels=min(32, model.d_model), residual_scales=True, embedding_residual=True)
-        same = {"value_embeddings": _embedded(theirs) == _embedded(model), "gate_channels": _channels(theirs) == _channels(model)}
+        theirs = replace(
+            model,
+            value_embeddings="alternating",
+            gate_channels=min(32, model.d_model),
+            residual_scales=True,
+            embedding_residual=True,
+        )
+        same = {
+            "value_embeddings": _embedded(theirs) == _embedded(model),
+            "gate_channels": _channels(theirs) == _channels(model),
+        }
         same |= {key: getattr(model, key) for key in ("residual_scales", "embedding_residual")}
-        reasons += [f"model.{k} = {getattr(model, k)!r} (it has {getattr(theirs, k)!r})" for k, equal in same.items() if not equal]
+        reasons += [
+            f"model.{k} = {getattr(model, k)!r} (it has {getattr(theirs, k)!r})"
+            for k, equal in same.items()
+            if not equal
+        ]
     if reasons:
-        raise ValueError(f"the {kind} layout cannot express this model: {'; '.join(reasons)}. Convert to lrt or hf instead")
+        raise ValueError(
+            f"the {kind} layout cannot express this model: {'; '.join(reasons)}. Convert to lrt or hf instead"
+        )
     notes = []
     if model.rope_dtype != "bfloat16":
-        notes.append("the official code rounds its rotary tables to bfloat16, this model does not (model.rope_dtype): logits move by about 1e-2")
+        notes.append(
+            "the official code rounds its rotary tables to bfloat16, this model does not (model.rope_dtype): "
+            "logits move by about 1e-2"
+        )
     out: dict[str, Any] = {
         "sequence_len": model.sequence_length, "vocab_size": model.vocab_size, "n_layer": model.n_layers, "n_head": model.heads,
         "n_kv_head": model.kv_heads, "n_embd": model.d_model, "window_pattern": model.window_pattern,
@@ -221,14 +259,26 @@ def _recurrence_reasons(model: ModelConfig, recurrence: Mapping[str, Any] | None
     if nanochat:
         return ["it has recurrence (nanochat has none)"]
     parsed = RecurrenceConfig(**recurrence)
-    wanted: dict[str, Any] = {"sharing": "layerwise", "projection": "separate", "kv_projection": True, "residual": True, "separator": None}
-    reasons = [f"recurrence.{k} = {getattr(parsed, k)!r} (it has {v!r})" for k, v in wanted.items() if getattr(parsed, k) != v]
+    wanted: dict[str, Any] = {
+        "sharing": "layerwise",
+        "projection": "separate",
+        "kv_projection": True,
+        "residual": True,
+        "separator": None,
+    }
+    reasons = [
+        f"recurrence.{k} = {getattr(parsed, k)!r} (it has {v!r})" for k, v in wanted.items() if getattr(parsed, k) != v
+    ]
     if parsed.source_index(model.n_layers) != model.n_layers:
-        reasons.append(f"recurrence.source_layer = {parsed.source_layer!r} (its source is the last block, {model.n_layers})")
+        reasons.append(
+            f"recurrence.source_layer = {parsed.source_layer!r} (its source is the last block, {model.n_layers})"
+        )
     if parsed.block_indices(model.n_layers) != tuple(range(model.n_layers)):
         reasons.append(f"recurrence.blocks = {recurrence['blocks']} (all its blocks receive memory)")
     if model.value_embeddings != "all":
-        reasons.append(f"model.value_embeddings = {model.value_embeddings!r} (its recurrent models have them at every block)")
+        reasons.append(
+            f"model.value_embeddings = {model.value_embeddings!r} (its recurrent models have them at every block)"
+        )
     if (parsed.gate_channels or model.d_model) != _channels(model):
         both = f"recurrence.gate_channels = {parsed.gate_channels}, model.gate_channels = {model.gate_channels}"
         reasons.append(f"{both} (its three gates read the same channels)")

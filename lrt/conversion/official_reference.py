@@ -92,7 +92,9 @@ class OfficialReading:
         state = _norm(x)
         return 15 * torch.tanh(F.linear(state, self._matrix("lm_head.weight"))[..., : self.vocab_size] / 15), state
 
-    def _attention(self, i: int, attn: str, n: Tensor, tokens: Tensor, start: int, memory: Tensor | None, cache: Cache) -> Tensor:
+    def _attention(
+        self, i: int, attn: str, n: Tensor, tokens: Tensor, start: int, memory: Tensor | None, cache: Cache
+    ) -> Tensor:
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (-1, self.width // self.heads))
 

@@ -1,4 +1,5 @@
-"""Any folder with a model, opened to be run: an export, a training run or checkpoint, a Hugging Face folder, the memory alone.
+"""Any folder with a model, opened to be run: an export, a training run or checkpoint, a Hugging Face folder,
+the memory alone.
 
 ``find_model`` is the one rule for which model a folder means; ``tools/generate.py``, ``tools/convert.py`` and
 ``tools/evaluate.py`` share it.
@@ -58,19 +59,26 @@ def find_model(path: str | Path) -> Path:
     place = local_path(path, key="the folder of the model")
     if not place.exists():
         raise ValueError(f"{path}: there is nothing; name a folder with a model, or a training run")
-    if not place.is_dir() or (place / "config.json").is_file() or step_of(place) >= 0 or (place / "complete.json").is_file():
+    if (
+        not place.is_dir()
+        or (place / "config.json").is_file()
+        or step_of(place) >= 0
+        or (place / "complete.json").is_file()
+    ):
         return place
     checkpoint = latest(place) or latest(place / "checkpoints")
     export = place / "export" if (place / "export" / "config.json").is_file() else None
-    if export is not None and (checkpoint is None or _step(export) is None or _step(export) >= step_of(checkpoint)):  # type: ignore[operator]
-        return export
+    if export is not None:
+        reached = _step(export)
+        if checkpoint is None or reached is None or reached >= step_of(checkpoint):
+            return export
     if checkpoint is not None:
         return checkpoint
     if is_titan(place) or any(place.glob("model_*.pt")) or any(place.glob("base_checkpoints/*/model_*.pt")):
         return place
     raise ValueError(
-        f"{path} holds no model: name a folder with config.json (lrt.save, an export, Hugging Face), a training run that has "
-        "written a checkpoint or an export, or one of its checkpoints"
+        f"{path} holds no model: name a folder with config.json (lrt.save, an export, Hugging Face), "
+        "a training run that has written a checkpoint or an export, or one of its checkpoints"
     )
 
 
@@ -103,14 +111,18 @@ def open_model(
         model = load(folder, dtype=dtype, device=device)
     elif kind == "plain":
         model = in_one_line(
-            str(folder), {}, lambda: without_memory(adapt(_decoder(folder), RecurrenceConfig(init="identity", kv_projection=False)))
+            str(folder),
+            {},
+            lambda: without_memory(adapt(_decoder(folder), RecurrenceConfig(init="identity", kv_projection=False))),
         )
     elif kind == "dcp":
         model = _from_checkpoint(folder)
     else:
         found = KINDS[kind].read(folder)
         if "adapted" in found.config:
-            model = load_whole(folder, found.config, found.tensors, train_schedule=schedule_of(found.config), dtype=None, device=None)
+            model = load_whole(
+                folder, found.config, found.tensors, train_schedule=schedule_of(found.config), dtype=None, device=None
+            )
         else:
             model = model_from_config(found.config, device="meta")
             model.load_state_dict({name: tensor.read() for name, tensor in found.tensors.items()}, assign=True)
@@ -136,19 +148,26 @@ def open_tokenizer(opened: Opened, *, name: str | None = None, base: str | Path 
     Raises:
         ValueError: none is found, or it has more ids than the model.
     """
-    places = [opened.folder, opened.folder / "tokenizer", opened.folder.parent / "tokenizer", *([] if base is None else [Path(base)])]
+    places = [
+        opened.folder,
+        opened.folder / "tokenizer",
+        opened.folder.parent / "tokenizer",
+        *([] if base is None else [Path(base)]),
+    ]
     found = name or next((str(place) for place in places if (place / "tokenizer.json").is_file()), None)
     found = found or (None if opened.recipe is None else opened.recipe.data.tokenizer)
     found = found or (str(description_of(opened.folder)["tokenizer"]) if opened.kind == "titan" else None)
     if found is None:
-        raise ValueError(f'{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe\'s data.tokenizer; "bytes" for bytes)')
+        raise ValueError(
+            f'{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe\'s data.tokenizer; "bytes" for bytes)'
+        )
     tokenizer = load_tokenizer(found)
     try:
         check_vocabulary(tokenizer, opened.model.vocab_size)
     except ValueError:
         raise ValueError(
-            f"the tokenizer {found} has {tokenizer.vocab_size} ids, but the model in {opened.folder} knows {opened.model.vocab_size}: "
-            "name the tokenizer that the model was trained with, --tokenizer"
+            f"the tokenizer {found} has {tokenizer.vocab_size} ids, but the model in {opened.folder} knows "
+            f"{opened.model.vocab_size}: name the tokenizer that the model was trained with, --tokenizer"
         ) from None
     return tokenizer
 
@@ -162,7 +181,8 @@ def check_finite(model: LatentRecurrentModel, *, where: str | Path) -> None:
     damaged = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
     if damaged:
         raise ValueError(
-            f"{where}: {damaged[0]} holds NaN or infinite weights ({len(damaged)} of {sum(1 for _ in model.parameters())} tensors do), so "
+            f"{where}: {damaged[0]} holds NaN or infinite weights ({len(damaged)} of "
+            f"{sum(1 for _ in model.parameters())} tensors do), so "
             "no score would mean anything: use an earlier checkpoint"
         )
 

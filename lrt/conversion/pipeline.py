@@ -51,12 +51,14 @@ def convert(
     Args:
         path: the checkpoint.
         output: a folder that does not exist yet.
-        source: one of ``KINDS``; None = the kind that lies there. Of a training run the newest export or checkpoint is meant.
+        source: one of ``KINDS``; None = the kind that lies there. Of a training run the newest export or checkpoint is
+            meant.
         target: one of ``KINDS``.
         dtype: of the written tensors; None = the narrowest that holds the source exactly.
         step: which checkpoint of a run; None = the newest.
         tokenizer: folder (or tokenizer.json) whose tokenizer travels; None = the one found beside the checkpoint.
-        base: for source "adapter": the decoder that it belongs to, a folder of any kind or a plain Hugging Face decoder.
+        base: for source "adapter": the decoder that it belongs to, a folder of any kind or a plain Hugging Face
+            decoder.
         compare: proves the output against the source; None writes without proof.
         shard_size: bytes of the largest safetensors file.
         report: receives lines for the user.
@@ -71,7 +73,10 @@ def convert(
             raise ValueError(f"{role} {name}: unknown kind; use one of {', '.join(KINDS)}")
     write = KINDS[target].write
     if write is None:
-        raise ValueError(f"--to {target}: {KINDS[target].holds} is only read; use one of {', '.join(k for k, v in KINDS.items() if v.write)}")
+        raise ValueError(
+            f"--to {target}: {KINDS[target].holds} is only read; use one of "
+            f"{', '.join(k for k, v in KINDS.items() if v.write)}"
+        )
     if not Path(path).exists():
         raise ValueError(f"--input {path}: there is nothing")
     newest = step is None and source in (None, "lrt", "hf")
@@ -84,7 +89,9 @@ def convert(
     if tokenizer is not None:
         opened = dataclasses.replace(opened, tokenizer=_given_tokenizer(Path(tokenizer)), notes=())
     kept = dtype or common_dtype(opened.tensors)
-    rounded = dataclasses.replace(opened, tensors={n: cast(t, kept) if t.dtype != kept else t for n, t in opened.tensors.items()})
+    rounded = dataclasses.replace(
+        opened, tensors={n: cast(t, kept) if t.dtype != kept else t for n, t in opened.tensors.items()}
+    )
     total = sum(t.nbytes for t in rounded.tensors.values())
     _check_space(Path(output), total)
     done = 0
@@ -124,7 +131,9 @@ def _check_space(output: Path, needed: int) -> None:
     parent = next(p for p in [output.absolute().parent, *output.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise ValueError(f"--output {output}: {_size(needed)} are needed, {_size(free)} are free there: choose another place")
+        raise ValueError(
+            f"--output {output}: {_size(needed)} are needed, {_size(free)} are free there: choose another place"
+        )
 
 
 def _size(count: int) -> str:

@@ -16,7 +16,9 @@ from lrt.serialization.tensors import LazyTensor
 SMALL = 1 << 22  # elements up to which a tensor is simply loaded
 
 
-def filled_model(model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor], precision: Precision) -> LatentRecurrentModel:
+def filled_model(
+    model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor], precision: Precision
+) -> LatentRecurrentModel:
     """Give a model on the meta device the tensors of a checkpoint.
 
     Args:
@@ -29,8 +31,14 @@ def filled_model(model: LatentRecurrentModel, tensors: Mapping[str, LazyTensor],
         return precision(tensors[name].read())
 
     for path, module in model.named_modules():
-        names = {key: f"{path}.{key}" if path else key for key in module._parameters if module._parameters[key] is not None}
-        large = {key: name for key, name in names.items() if not precision.keep and tensors[name].nbytes > SMALL * tensors[name].dtype.itemsize}
+        names = {
+            key: f"{path}.{key}" if path else key for key in module._parameters if module._parameters[key] is not None
+        }
+        large = {
+            key: name
+            for key, name in names.items()
+            if not precision.keep and tensors[name].nbytes > SMALL * tensors[name].dtype.itemsize
+        }
         for key in names.keys() - large.keys():
             module._parameters[key] = nn.Parameter(read(names[key]), requires_grad=False)
         if large and isinstance(module, nn.Embedding):
@@ -72,4 +80,6 @@ class _Drop:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         for key in self.keys:
-            module._parameters[key] = nn.Parameter(module._parameters[key].to("meta"), requires_grad=False)  # type: ignore[union-attr]
+            gone = module._parameters[key]
+            assert gone is not None
+            module._parameters[key] = nn.Parameter(gone.to("meta"), requires_grad=False)

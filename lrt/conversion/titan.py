@@ -64,8 +64,8 @@ def description_of(path: Path) -> dict[str, Any]:
     if place is None:
         raise ValueError(
             f"{path} is a checkpoint of torchtitan, but no {DESCRIPTION} lies there or up to two folders above: "
-            "lrt.titan writes it into job.dump_folder; copy it beside the checkpoint. Checkpoints of torchtitan's own models are "
-            "read by torchtitan alone"
+            "lrt.titan writes it into job.dump_folder; copy it beside the checkpoint. "
+            "Checkpoints of torchtitan's own models are read by torchtitan alone"
         )
     try:
         about = json.loads(place.read_text(encoding="utf-8"))

@@ -51,13 +51,21 @@ def read_nanochat(folder: Path) -> dict[str, bytes]:
     state = read_encoding(pickled)
     ranks, special = state["mergeable_ranks"], state["special_tokens"]
     names = sorted(special, key=special.__getitem__)
-    if sorted(ranks.values()) != list(range(len(ranks))) or [special[n] for n in names] != list(range(len(ranks), len(ranks) + len(names))):
-        raise ValueError(f"{pickled}: its ids are not the ranks followed by the special tokens, as nanochat numbers them: {HELP}")
+    if sorted(ranks.values()) != list(range(len(ranks))) or [special[n] for n in names] != list(
+        range(len(ranks), len(ranks) + len(names))
+    ):
+        raise ValueError(
+            f"{pickled}: its ids are not the ranks followed by the special tokens, as nanochat numbers them: {HELP}"
+        )
     if BOS not in special:
         raise ValueError(f"{pickled}: no special token {BOS}, which nanochat puts before every document: {HELP}")
     text = tokenizer_json(ranks, pattern=state["pat_str"], special=names)
     marker = {"kind": "file", "bos": BOS, "eos": None}
-    files = {"tokenizer.json": text.encode(), MARKER: (json.dumps(marker) + "\n").encode(), HUB_CONFIG: _hub_config(marker)}
+    files = {
+        "tokenizer.json": text.encode(),
+        MARKER: (json.dumps(marker) + "\n").encode(),
+        HUB_CONFIG: _hub_config(marker),
+    }
     table = folder / "token_bytes.pt"
     if table.is_file():
         files["token_bytes.json"] = json.dumps(_read_table(table)).encode()
@@ -79,7 +87,10 @@ def write_nanochat(folder: Path, files: Files, *, vocab_size: int) -> list[str]:
     state = _encoding_state(_object(files, "tokenizer.json"))
     if state is None:
         write_files(folder, {name: content for name, content in files.items() if name != "generation_config.json"})
-        return ["the tokenizer is no byte-level BPE with a split pattern, so nanochat's tokenizer.pkl cannot say it: tokenizer.json was copied"]
+        return [
+            "the tokenizer is no byte-level BPE with a split pattern, so nanochat's tokenizer.pkl cannot say "
+            "it: tokenizer.json was copied"
+        ]
     (folder / "tokenizer.pkl").write_bytes(_pickle_encoding(state))
     if "token_bytes.json" in files:
         table = json.loads(files["token_bytes.json"])
@@ -90,7 +101,11 @@ def write_nanochat(folder: Path, files: Files, *, vocab_size: int) -> list[str]:
             (folder / name).unlink(missing_ok=True)
     torch.save(torch.tensor(table, dtype=torch.int32), folder / "token_bytes.pt")
     count = len(state["mergeable_ranks"]) + len(state["special_tokens"])
-    return [] if count == vocab_size else [f"the tokenizer has {count} ids and the model {vocab_size}: nanochat wants them equal"]
+    return (
+        []
+        if count == vocab_size
+        else [f"the tokenizer has {count} ids and the model {vocab_size}: nanochat wants them equal"]
+    )
 
 
 class _State:
@@ -175,7 +190,12 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
         first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
         pair = [first, text, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
         special = {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
-        table["post_processor"] = {"type": "TemplateProcessing", "single": [first, text], "pair": pair, "special_tokens": special}
+        table["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": pair,
+            "special_tokens": special,
+        }
         marker["template"] = "added"
     return {
         **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode(),
@@ -202,7 +222,11 @@ def without_hub_files(files: Files) -> dict[str, bytes]:
     table = _object(files, "tokenizer.json")
     table["post_processor"] = None
     plain = {**files, HUB_CONFIG: _hub_config(marker)}
-    return {**plain, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode()}
+    return {
+        **plain,
+        "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(),
+        MARKER: (json.dumps(marker) + "\n").encode(),
+    }
 
 
 def _hub_config(marker: dict[str, Any], **more: Any) -> bytes:

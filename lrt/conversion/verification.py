@@ -53,8 +53,10 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
         report: receives one line a comparison.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, misshapen, not finite or not equal, or the logits differ by more than
-            the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32 fails.
+        ValueError: a tensor is missing, unexpected, misshapen, not finite or not equal, or the logits differ by more
+            than
+            the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32
+            fails.
     """
     compare_tensors(source, target)
     report(f"tensors: {len(source.tensors)} read back, all equal")
@@ -62,17 +64,28 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
     rounded = dtype if any(torch.promote_types(t.dtype, dtype) != dtype for t in source.tensors.values()) else None
     count = sum(torch.Size(t.shape).numel() for t in source.tensors.values())
     keep = 4 * count <= KEEP_BYTES
-    lengths: dict[Mode, int] = {"zero": int(min(source.context, max(32, WORK / count))), "decode": min(source.context, 24 if keep else 12)}
-    tokens = torch.randint(0, source.config["vocab_size"], (1, lengths["zero"]), generator=torch.Generator().manual_seed(0))
+    lengths: dict[Mode, int] = {
+        "zero": int(min(source.context, max(32, WORK / count))),
+        "decode": min(source.context, 24 if keep else 12),
+    }
+    tokens = torch.randint(
+        0, source.config["vocab_size"], (1, lengths["zero"]), generator=torch.Generator().manual_seed(0)
+    )
     comparisons, rounding = [], []
     for mode, length in lengths.items():
         row = tokens[:, :length]
         for compute, tolerance in TOLERANCE.items():
-            wanted, found = (_answer(side, row, mode, Precision(compute, r, keep)) for side, r in ((source, rounded), (target, None)))
+            wanted, found = (
+                _answer(side, row, mode, Precision(compute, r, keep)) for side, r in ((source, rounded), (target, None))
+            )
             if not bool(torch.isfinite(wanted).all()):
-                raise ValueError(f"{source.where}: its own {mode} logits are not finite, so this checkpoint cannot be used")
+                raise ValueError(
+                    f"{source.where}: its own {mode} logits are not finite, so this checkpoint cannot be used"
+                )
             found_difference = (wanted - found).abs().max().item()
-            comparison = Comparison(mode, compute, length, found_difference, tolerance * max(1.0, wanted.abs().max().item()))
+            comparison = Comparison(
+                mode, compute, length, found_difference, tolerance * max(1.0, wanted.abs().max().item())
+            )
             report(str(comparison))
             comparisons.append(comparison)
             if comparison.agrees:
@@ -82,7 +95,10 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
         if rounded is not None:
             exact = _answer(source, row, mode, Precision(compute, None, keep))
             rounding.append(Comparison(mode, compute, length, (exact - found).abs().max().item(), float("inf")))
-            report(f"{mode}: rounding to {str(dtype).removeprefix('torch.')} moves logits by up to {rounding[-1].difference:.2e}")
+            report(
+                f"{mode}: rounding to {str(dtype).removeprefix('torch.')} moves logits by up to "
+                f"{rounding[-1].difference:.2e}"
+            )
     return Verification(len(source.tensors), tuple(comparisons), tuple(rounding))
 
 
@@ -101,7 +117,14 @@ def compare_tensors(source: Checkpoint, target: Checkpoint) -> None:
     for name, tensor in target.tensors.items():
         written, wanted = tensor.read(), source.tensors[name].read()
         if not bool(torch.isfinite(written).all()):
-            where = "has values that are NaN or infinite" if not bool(torch.isfinite(wanted).all()) else f"does not fit into {tensor.dtype}"
+            where = (
+                "has values that are NaN or infinite"
+                if not bool(torch.isfinite(wanted).all())
+                else f"does not fit into {tensor.dtype}"
+            )
             raise ValueError(f"{name} {where}: nothing was written")
         if not torch.equal(written, wanted.to(written.dtype)):
-            raise ValueError(f"{name} differs from its source after writing: the disk or the converter is at fault; nothing was written")
+            raise ValueError(
+                f"{name} differs from its source after writing: the disk or the converter is at fault; "
+                "nothing was written"
+            )

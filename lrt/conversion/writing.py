@@ -54,13 +54,18 @@ def write_hf(folder: Path, source: Checkpoint, *, shard_size: int | None, progre
     if "tokenizer.json" in source.tokenizer:
         tokenizer = load_tokenizer(folder)
         # Documents have no end token in pretraining: the next document's separator ends one.
-        generation |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id}
+        generation |= {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id,
+        }
         generation |= {"pad_token_id": generation["eos_token_id"]}
     _write_json(folder / "generation_config.json", generation)
     return []
 
 
-def write_official(folder: Path, source: Checkpoint, *, shard_size: int | None, progress: Progress, nanochat: bool = False) -> list[str]:
+def write_official(
+    folder: Path, source: Checkpoint, *, shard_size: int | None, progress: Progress, nanochat: bool = False
+) -> list[str]:
     """A base folder of the official code: base_checkpoints/dL/model_NNNNNN.pt, its meta file, and the tokenizer.
 
     Raises:
@@ -78,7 +83,8 @@ def write_official(folder: Path, source: Checkpoint, *, shard_size: int | None, 
 
 
 def _write_pt(path: Path, tensors: Mapping[str, LazyTensor], progress: Progress) -> None:
-    """torch.save of a state dict that is never in memory: the file is laid out first, then filled through a map of it."""
+    """torch.save of a state dict that is never in memory: the file is laid out first, then filled through a map of
+    it."""
     try:
         with torch.serialization.skip_data():
             torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items()}, path)

@@ -5,4 +5,13 @@ from lrt.data.documents import CorruptShard
 from lrt.data.loader import TrainLoader, ValidationLoader, build_loader
 from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
-__all__ = ["Batch", "CorruptShard", "Tokenizer", "TrainLoader", "ValidationLoader", "build_loader", "check_vocabulary", "load_tokenizer"]
+__all__ = [
+    "Batch",
+    "CorruptShard",
+    "Tokenizer",
+    "TrainLoader",
+    "ValidationLoader",
+    "build_loader",
+    "check_vocabulary",
+    "load_tokenizer",
+]

@@ -1,4 +1,5 @@
-"""Word problems of several steps whose answers can be checked, made from a seed; in the manner of GSM8K with equations as steps.
+"""Word problems of several steps whose answers can be checked, made from a seed;
+in the manner of GSM8K with equations as steps.
 
     question   Ann has 7 apples. Ann gets 5 more. Then Ann has 2 times as many. How many apples does Ann have?
     completion <<7+5=12>> <<12*2=24>> #### 24
@@ -13,7 +14,24 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MARK = "####"  # before the answer
-NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo", "Mia", "Ned", "Ola", "Pia")
+NAMES = (
+    "Ann",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Ned",
+    "Ola",
+    "Pia",
+)
 THINGS = ("apples", "books", "cards", "coins", "eggs", "figs", "keys", "pens", "rings", "shells", "stamps", "toys")
 SAYS = {
     "+": "{name} gets {number} more.",
@@ -107,7 +125,10 @@ def problems(*, count: int, seed: int = 1, steps: Sequence[int] = (1, 2, 3), lar
             if one.question not in known:
                 break
         else:
-            raise ValueError(f"only {len(found)} different problems of {size} steps up to {largest}: ask for fewer, more steps or larger values")
+            raise ValueError(
+                f"only {len(found)} different problems of {size} steps up to {largest}: "
+                "ask for fewer, more steps or larger values"
+            )
         known.add(one.question)
         found.append(one)
     return found

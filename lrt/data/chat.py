@@ -65,7 +65,10 @@ class PlainChat:
         self._tokenizer = tokenizer
         end = [tokenizer.eos_id] if tokenizer.eos_id is not None else tokenizer.encode(END)
         if len(end) != 1:
-            raise ValueError("data.tokenizer has no eos token and no token for the character 4, so nothing could end an answer: add an eos token")
+            raise ValueError(
+                "data.tokenizer has no eos token and no token for the character 4, "
+                "so nothing could end an answer: add an eos token"
+            )
         self._end: list[int] = end
         self.stop_ids: tuple[int, ...] = (end[0], tokenizer.bos_id)
 
@@ -99,15 +102,23 @@ class TemplateChat:
         try:
             from transformers import PreTrainedTokenizerFast
         except ImportError:
-            raise ValueError('a chat template needs transformers: pip install -e ".[hf]" in a checkout of lrt') from None
+            raise ValueError(
+                'a chat template needs transformers: pip install -e ".[hf]" in a checkout of lrt'
+            ) from None
         if not hasattr(tokenizer, "added_ids"):
-            raise ValueError(f"{folder} holds a chat template beside a tokenizer of bytes, which has no such tokens: remove one of them")
+            raise ValueError(
+                f"{folder} holds a chat template beside a tokenizer of bytes, which has no such tokens: "
+                "remove one of them"
+            )
         self._tokenizer, self.source = tokenizer, source
-        self._face = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=source, **names)
+        self._face = PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json"), chat_template=source, **names
+        )
         usual = [*([] if tokenizer.eos_id is None else [tokenizer.eos_id]), tokenizer.bos_id]
         self._closing = tokenizer.added_ids | set(usual)
         ids = self._special(self._around((Message("user", "a"), Message("assistant", "b")), ask=False)[-1])
-        # What ends a turn need not be the tokenizer's eos: a decoder without tuning often has one for texts and one for turns.
+        # What ends a turn need not be the tokenizer's eos: a decoder without tuning often has one for texts and one for
+        # turns.
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*ids[: self._end(ids)][-1:], *usual]))
 
     def encode(self, messages: Sequence[Message]) -> Conversation:
@@ -120,7 +131,10 @@ class TemplateChat:
             end = self._end(ids) if answer else 0
             parts += [(ids[:end], True), (ids[end:], False)]
         if messages[-1].role == "assistant" and not end:
-            raise ValueError("the tokenizer's chat template ends an answer with no token of its own, so a model could not learn to end: add one")
+            raise ValueError(
+                "the tokenizer's chat template ends an answer with no token of its own, "
+                "so a model could not learn to end: add one"
+            )
         return _joined(parts)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -145,9 +159,13 @@ class TemplateChat:
             text: Any = self._face.apply_chat_template(table, tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             roles = ", ".join(one.role for one in messages)
-            raise ValueError(f"the tokenizer's chat template refuses a conversation of {roles}: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"the tokenizer's chat template refuses a conversation of {roles}: {' '.join(str(error).split())}"
+            ) from None
         if [int(number) for number in PLACE.findall(text)] != list(range(len(messages))):
-            raise ValueError("the tokenizer's chat template leaves out a message, or changes its text: it cannot be used for tuning")
+            raise ValueError(
+                "the tokenizer's chat template leaves out a message, or changes its text: it cannot be used for tuning"
+            )
         return PLACE.split(text)[::2]
 
 

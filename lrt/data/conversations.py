@@ -1,7 +1,7 @@
 """Conversations to tune on: read from JSONL or made from a seed, packed whole into rows, and dealt to ranks.
 
-A line of JSONL has ``messages`` (a list of objects with ``role`` and ``content``) or ``prompt`` and ``completion``. It may
-have ``answer``, which a model's answer is compared with, and ``steps``, by which the scores are told apart.
+A line of JSONL has ``messages`` (a list of objects with ``role`` and ``content``) or ``prompt`` and ``completion``.
+It may have ``answer``, which a model's answer is compared with, and ``steps``, by which the scores are told apart.
 
 All conversations are tokenized at the start. An epoch is a permutation of them, packed by best fit; a row never holds a
 part of a conversation, so it may end with nothing. What is longer than a row is left out and counted.
@@ -63,7 +63,9 @@ def open_examples(tuning: TuningConfig, *, split: str) -> list[Example]:
     if tuning.validation != "auto":
         return every
     if len(every) < 2:
-        raise ValueError(f'tuning.validation = "auto" holds a part of tuning.train out, but {tuning.train!r} has one conversation: give a file')
+        raise ValueError(
+            f'tuning.validation = "auto" holds a part of tuning.train out, but {tuning.train!r} has one conversation: give a file'
+        )
     held = max(1, min(MOST, len(every) // PART))
     apart = set(np.linspace(0, len(every) - 1, held).astype(int).tolist())
     return [one for i, one in enumerate(every) if (i in apart) == (split == "validation")]
@@ -80,7 +82,13 @@ def read_examples(spec: str, *, key: str) -> list[Example]:
         ValueError: as ``open_examples``.
     """
     place = Path(spec).expanduser()
-    files = sorted(place.rglob("*.jsonl")) if place.is_dir() else [place] if place.is_file() else sorted(map(Path, glob.glob(str(place))))
+    files = (
+        sorted(place.rglob("*.jsonl"))
+        if place.is_dir()
+        else [place]
+        if place.is_file()
+        else sorted(map(Path, glob.glob(str(place))))
+    )
     found = []
     for file in files:
         for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
@@ -88,7 +96,9 @@ def read_examples(spec: str, *, key: str) -> list[Example]:
                 found.append(_read_line(line, f"{file}, line {number}"))
     if not found:
         what = "holds no conversation" if files else "is no .jsonl file, and no folder or glob of them"
-        raise ValueError(f'{key} = "{spec}" {what}: use "arithmetic", or lines with messages, or with prompt and completion')
+        raise ValueError(
+            f'{key} = "{spec}" {what}: use "arithmetic", or lines with messages, or with prompt and completion'
+        )
     return found
 
 
@@ -109,7 +119,10 @@ def _example(table: Any, where: str) -> Example:
     # What a table of several kinds of lines lacks in one of them is often written as null.
     table = {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
     if isinstance(table, dict) and "messages" not in table and {"prompt", "completion"} <= table.keys():
-        listed: Any = [{"role": "user", "content": table["prompt"]}, {"role": "assistant", "content": table["completion"]}]
+        listed: Any = [
+            {"role": "user", "content": table["prompt"]},
+            {"role": "assistant", "content": table["completion"]},
+        ]
     else:
         listed = table.get("messages") if isinstance(table, dict) else None
     if not isinstance(listed, list) or not listed:
@@ -123,9 +136,14 @@ def _example(table: Any, where: str) -> Example:
             raise ValueError(f"{where} has a message with {what}: use text, of {', '.join(ROLES)}")
         messages.append(Message(role, content))
     if messages[-1].role != "assistant":
-        raise ValueError(f"{where} ends with a message of {messages[-1].role}: the last one is the assistant's, which is learned")
+        raise ValueError(
+            f"{where} ends with a message of {messages[-1].role}: the last one is the assistant's, which is learned"
+        )
     if len(messages) == 1:
-        raise ValueError(f"{where} is an answer with nothing before it: put a message of the user or the system there, or train on text (data.train)")
+        raise ValueError(
+            f"{where} is an answer with nothing before it: put a message of the user or the system there, "
+            "or train on text (data.train)"
+        )
     steps = table.get("steps")
     answer = table.get("answer", answer_of(messages[-1].content))
     return Example(tuple(messages), str(answer), steps if isinstance(steps, int) else None)
@@ -188,7 +206,14 @@ def row_of(conversations: Sequence[Conversation], *, length: int, fill: int) -> 
 
 
 def open_rows(
-    recipe: Recipe, tokenizer: Tokenizer, *, rows: int, rank: int = 0, world_size: int = 1, split: str = "train", limit_tokens: int | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    rank: int = 0,
+    world_size: int = 1,
+    split: str = "train",
+    limit_tokens: int | None = None,
 ) -> TuningLoader | HeldOutConversations:
     """Batches of conversations of one process.
 
@@ -212,7 +237,9 @@ def open_rows(
         seed = recipe.run.seed if recipe.data.shuffle_seed is None else recipe.data.shuffle_seed
         return TuningLoader(packed, rows=rows, rank=rank, world_size=world_size, seed=seed)
     limit = len(packed.kept) if limit_tokens is None else -(-limit_tokens // length)
-    return HeldOutConversations(packed, tokenizer, ends=chat.stop_ids, rows=rows, rank=rank, world_size=world_size, limit=limit)
+    return HeldOutConversations(
+        packed, tokenizer, ends=chat.stop_ids, rows=rows, rank=rank, world_size=world_size, limit=limit
+    )
 
 
 class Packed:
@@ -235,7 +262,10 @@ class Packed:
         self.left_out, self.length, self.fill = len(every) - len(self.kept), length, tokenizer.bos_id
         if not self.kept:
             shortest = min(len(one.tokens) for one in every)
-            raise ValueError(f"model.sequence_length = {length - 1}, but every conversation of {key} is longer: use {shortest - 1} or more")
+            raise ValueError(
+                f"model.sequence_length = {length - 1}, but every conversation of {key} is longer: "
+                f"use {shortest - 1} or more"
+            )
         self.sizes = [len(one.tokens) for one in self.kept]
         content = hashlib.sha256()
         for one in self.kept:
@@ -314,7 +344,10 @@ class TuningLoader:
         """
         one = state if isinstance(state, dict) else state[0]
         if one.get("conversations") != self.fingerprint:
-            raise ValueError("tuning.train is not what the checkpoint was trained on: resume with the same conversations, or start a new run")
+            raise ValueError(
+                "tuning.train is not what the checkpoint was trained on: "
+                "resume with the same conversations, or start a new run"
+            )
         self._epoch, self._row, self._seed = one["epoch"], one["row"], one["seed"]
 
 
@@ -331,7 +364,15 @@ class HeldOutConversations:
     """
 
     def __init__(
-        self, packed: Packed, tokenizer: Tokenizer, *, ends: Sequence[int], rows: int, rank: int, world_size: int, limit: int
+        self,
+        packed: Packed,
+        tokenizer: Tokenizer,
+        *,
+        ends: Sequence[int],
+        rows: int,
+        rank: int,
+        world_size: int,
+        limit: int,
     ) -> None:
         self._packed, self._rows, self._rank, self._world_size = packed, rows, rank, world_size
         self._bytes = tokenizer.token_bytes().copy()
@@ -366,4 +407,6 @@ class HeldOutConversations:
                 begin += self._packed.sizes[number]
         sizes = self._bytes[np.stack([row.tokens for row in rows])] * np.stack([row.learned for row in rows])
         documents = np.where(np.stack([row.learned for row in rows]), documents, NOT_SCORED)
-        return HeldOut(*batch, documents=torch.from_numpy(documents[:, 1:].copy()), sizes=torch.from_numpy(sizes[:, 1:].copy()))
+        return HeldOut(
+            *batch, documents=torch.from_numpy(documents[:, 1:].copy()), sizes=torch.from_numpy(sizes[:, 1:].copy())
+        )

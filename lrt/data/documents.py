@@ -90,7 +90,9 @@ class Reader(Generic[Found]):
         on_corrupt: "stop" or "skip".
     """
 
-    def __init__(self, read: Callable[[int, Sequence[int]], Sequence[Found | CorruptShard]], *, on_corrupt: str) -> None:
+    def __init__(
+        self, read: Callable[[int, Sequence[int]], Sequence[Found | CorruptShard]], *, on_corrupt: str
+    ) -> None:
         self._read, self._stop, self._left_out = read, on_corrupt == "stop", LeftOut()
 
     def __call__(self, group: int, documents: Sequence[int]) -> list[Found | None]:
@@ -113,5 +115,8 @@ class Reader(Generic[Found]):
 
 
 def fingerprint_files(files: Sequence[tuple[str, Sequence[int], str]]) -> str:
-    """sha256 of names, group sizes and contents of files, in the order they are read: the same data, wherever they lie."""
-    return hashlib.sha256(repr([(name, list(map(int, sizes)), content) for name, sizes, content in files]).encode()).hexdigest()
+    """sha256 of names, group sizes and contents of files, in the order they are read:
+    the same data, wherever they lie."""
+    return hashlib.sha256(
+        repr([(name, list(map(int, sizes)), content) for name, sizes, content in files]).encode()
+    ).hexdigest()

@@ -49,9 +49,24 @@ class ValidationLoader:
     """
 
     def __init__(
-        self, documents: Documents, *, data: DataConfig, bos_id: int, length: int, rows: int, rank: int, world_size: int, limit: int | None
+        self,
+        documents: Documents,
+        *,
+        data: DataConfig,
+        bos_id: int,
+        length: int,
+        rows: int,
+        rank: int,
+        world_size: int,
+        limit: int | None,
     ) -> None:
-        self._documents, self._rows, self._rank, self._world_size, self._limit = documents, rows, rank, world_size, limit
+        self._documents, self._rows, self._rank, self._world_size, self._limit = (
+            documents,
+            rows,
+            rank,
+            world_size,
+            limit,
+        )
         self.fingerprint = documents.fingerprint
         self.first_of_group = np.cumsum([0, *documents.sizes.tolist()])
         measured = read_in_order(documents.measure, documents.sizes, on_corrupt=data.on_corrupt)

@@ -24,7 +24,8 @@ class _Listing(NamedTuple):
 def download(spec: str, *, key: str) -> str:
     """Fetch the parquet files of a dataset, with a progress bar; a broken download goes on where it stopped.
 
-    Before it begins, rank 0 says how much will be fetched; of the processes that share a cache one fetches, the others wait.
+    Before it begins, rank 0 says how much will be fetched; of the processes that share a cache one fetches,
+    the others wait.
 
     Args:
         spec: ``hf://datasets/OWNER/NAME``, optionally ``@REVISION`` and a folder or glob inside it, such as
@@ -50,8 +51,14 @@ def download(spec: str, *, key: str) -> str:
     listing = _list(repository, revision=revision or None, patterns=patterns)
     if listing is not None and not listing.wanted:
         folders = sorted({str(PurePosixPath(file).parent) for file in listing.all})
-        where = f"they lie in {', '.join(folders[:6])}{', ...' if len(folders) > 6 else ''}" if folders else "nor anywhere else in it"
-        raise ValueError(f"{key} = {spec!r}: no parquet files there, {where}; name {LESS} (a glob of files ends in .parquet)")
+        where = (
+            f"they lie in {', '.join(folders[:6])}{', ...' if len(folders) > 6 else ''}"
+            if folders
+            else "nor anywhere else in it"
+        )
+        raise ValueError(
+            f"{key} = {spec!r}: no parquet files there, {where}; name {LESS} (a glob of files ends in .parquet)"
+        )
     if listing is not None and listing.missing:
         _announce(spec, listing)
     try:
@@ -62,13 +69,15 @@ def download(spec: str, *, key: str) -> str:
     except _failures() as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{key} = {spec!r} could not be fetched ({first_line}): check the name and the connection, or give local files"
+            f"{key} = {spec!r} could not be fetched ({first_line}): "
+            "check the name and the connection, or give local files"
         ) from None
     return f"{folder}/{inside}" if inside else str(folder)
 
 
 def _list(repository: str, *, revision: str | None, patterns: list[str]) -> _Listing | None:
-    """Ask the hub; None when it does not answer, and then the cache may hold everything, or ``snapshot_download`` says what is wrong."""
+    """Ask the hub; None when it does not answer, and then the cache may hold everything, or ``snapshot_download`` says
+    what is wrong."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects
 
@@ -78,12 +87,17 @@ def _list(repository: str, *, revision: str | None, patterns: list[str]) -> _Lis
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if file.rfilename.endswith(".parquet")}
     wanted = list(filter_repo_objects(sizes, allow_patterns=patterns))
-    cached = {file for file in wanted if isinstance(try_to_load_from_cache(repository, file, revision=info.sha, repo_type="dataset"), str)}
+    cached = {
+        file
+        for file in wanted
+        if isinstance(try_to_load_from_cache(repository, file, revision=info.sha, repo_type="dataset"), str)
+    }
     return _Listing(list(sizes), wanted, [sizes[file] for file in wanted if file not in cached])
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    """Errors of the file system, the hub, and (the base of the hub's own) the library that it connects with, which differs by version."""
+    """Errors of the file system, the hub, and (the base of the hub's own) the library that it connects with,
+    which differs by version."""
     from huggingface_hub.utils import HfHubHTTPError
 
     return (OSError, ValueError, *HfHubHTTPError.__bases__)
@@ -96,8 +110,10 @@ def _announce(spec: str, listing: _Listing) -> None:
     cache = _cache()
     present = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     print(
-        f"{spec}: fetching {len(listing.missing)} of {len(listing.wanted)} files, {sum(listing.missing) / 2**30:.2f} GiB, before anything is "
-        f"read, into {cache} ({shutil.disk_usage(present).free / 2**30:.0f} GiB free; HF_HOME moves it); to need less, name {LESS}",
+        f"{spec}: fetching {len(listing.missing)} of {len(listing.wanted)} files, "
+        f"{sum(listing.missing) / 2**30:.2f} GiB, before anything is "
+        f"read, into {cache} ({shutil.disk_usage(present).free / 2**30:.0f} GiB free; HF_HOME moves it); "
+        f"to need less, name {LESS}",
         file=sys.stderr,
         flush=True,
     )

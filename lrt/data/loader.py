@@ -66,7 +66,8 @@ def build_loader(
             raise ValueError(f"data.{name} = {value}: use {least} or more")
     documents = open_documents(data, tokenizer=tokenizer, split=split)
     key = ("data.sources" if data.sources else "data.train") if split == "train" else "data.validation"
-    # Held-out documents are measured from the start: a tokenizer whose bytes cannot be told is refused now, not at the first evaluation.
+    # Held-out documents are measured from the start: a tokenizer whose bytes cannot be told is refused now,
+    # not at the first evaluation.
     skip = {"on_corrupt": data.on_corrupt}
     if split == "train":
         lengths = (len(piece.tokens) for piece in in_order(documents, **skip))
@@ -106,8 +107,8 @@ def _check_length(lengths: Iterable[int], sequence_length: int, *, key: str) -> 
         if total > sequence_length:
             return
     raise ValueError(
-        f"model.sequence_length = {sequence_length}, but {key} has only {total} tokens: sequence longer than the corpus; "
-        f"use model.sequence_length = {max(1, total - 1)} or less, or more text"
+        f"model.sequence_length = {sequence_length}, but {key} has only {total} tokens: "
+        f"sequence longer than the corpus; use model.sequence_length = {max(1, total - 1)} or less, or more text"
     )
 
 
@@ -154,8 +155,8 @@ class TrainLoader:
         for (key, _), of_source in zip(self._sources, sizes):
             if of_source.sum() < streams:
                 raise ValueError(
-                    f"{key} has {of_source.sum()} documents for {streams} streams ({world_size} ranks x {self._streams_here} workers): "
-                    f"use data.workers = 0, fewer ranks, or more documents"
+                    f"{key} has {of_source.sum()} documents for {streams} streams ({world_size} ranks x "
+                    f"{self._streams_here} workers): use data.workers = 0, fewer ranks, or more documents"
                 )
         plans = tuple(Plan(seed=seed, streams=streams, sizes=tuple(of_source.tolist())) for of_source in sizes)
         self._set(Deal(plans, tuple(weight / sum(weights) for weight in weights)), states=None, turn=0)
@@ -195,13 +196,20 @@ class TrainLoader:
         order = [(first + worker) % count for worker in range(count)]  # worker 0 gives the first batch
         streams = [(self._rank * count + number, self._states[number]) for number in order]
         dataset = _Batches(
-            self._documents, deal=self._deal, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos, data=self._data
+            self._documents,
+            deal=self._deal,
+            streams=streams,
+            rows=self._rows,
+            length=self._length,
+            bos_id=self._bos,
+            data=self._data,
         )
         workers = self.workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
         options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata 0.11 calls what torch 2.13 has deprecated
+            # torchdata 0.11 calls what torch 2.13 has deprecated
+            warnings.filterwarnings("ignore", message=".*set_vital")
             self._engine = StatefulDataLoader(
                 dataset,
                 batch_size=None,
@@ -238,11 +246,14 @@ class TrainLoader:
     @property
     def skipped(self) -> int:
         """Unreadable files and documents left out so far (data.on_corrupt = "skip")."""
-        return self._documents.skipped + sum(place["skipped"] for state in self._current_states() for place in places(state))
+        return self._documents.skipped + sum(
+            place["skipped"] for state in self._current_states() for place in places(state)
+        )
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of every source of ``data.sources`` in this rank's rows so far; on all ranks within a few rows of its weight."""
+        """Share of every source of ``data.sources`` in this rank's rows so far;
+        on all ranks within a few rows of its weight."""
         given = [sum(rows) for rows in zip(*(rows for rows in self._given if rows is not None))]
         return {source.train: rows / max(1, sum(given)) for (_, source), rows in zip(self._sources, given)}
 
@@ -271,7 +282,10 @@ class TrainLoader:
         sources = "data.sources" if len(self._sources) > 1 else "data.train"
         for name, key in (("documents", sources), ("tokenizer", "data.tokenizer")):
             if any(s[name] != self._identity[name] for s in states):
-                raise ValueError(f"{key} is not what the checkpoint was trained on: resume with the same {same[name]}, or start a new run")
+                raise ValueError(
+                    f"{key} is not what the checkpoint was trained on: "
+                    f"resume with the same {same[name]}, or start a new run"
+                )
         world, count = states[0]["world_size"], len(states[0]["streams"])
         deal = self._deal.saved(states[0]["plan"], streams=world * count)
         mine = next((s for s in states if s["rank"] == self._rank), None)
@@ -281,7 +295,8 @@ class TrainLoader:
         present = [s["rank"] for s in states]
         if present != list(range(world)):
             raise ValueError(
-                f"the checkpoint's loader ran on {world} ranks x {count} streams, this run has {self._world_size} x {self._streams_here}: "
+                f"the checkpoint's loader ran on {world} ranks x {count} streams, this run has "
+                f"{self._world_size} x {self._streams_here}: "
                 f"to deal the data again the states of all ranks are needed, got ranks {present}"
             )
         everything = [one for s in states for one in s["streams"]]
@@ -315,7 +330,12 @@ class _Batches(IterableDataset):
         return iterator
 
     def _stream(self, number: int, state: dict[str, Any]) -> Stream | MixedStream:
-        settings = {"length": self._length, "bos_id": self._bos, "buffer": self._data.buffer_documents, "on_corrupt": self._data.on_corrupt}
+        settings = {
+            "length": self._length,
+            "bos_id": self._bos,
+            "buffer": self._data.buffer_documents,
+            "on_corrupt": self._data.on_corrupt,
+        }
         return self._deal.open(self._documents, number=number, state=state, **settings)
 
 
@@ -325,7 +345,9 @@ class _BatchIterator:
     Bad data are handed over as a value, since torch would wrap an exception of a worker in its traceback.
     """
 
-    def __init__(self, open_stream: Callable[[dict[str, Any]], Stream | MixedStream], documents: Documents, rows: int) -> None:
+    def __init__(
+        self, open_stream: Callable[[dict[str, Any]], Stream | MixedStream], documents: Documents, rows: int
+    ) -> None:
         self._open_stream, self._documents, self._rows = open_stream, documents, rows
         self._error: ValueError | None = None
 
@@ -371,5 +393,6 @@ def _set_up_worker(_: int) -> None:
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # SIGTERM is also how a loader ends workers that do not answer: they live on for a minute only
+    # SIGTERM is also how a loader ends workers that do not answer: they live on for a minute only
+    if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))

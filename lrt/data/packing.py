@@ -49,7 +49,13 @@ class Packer:
     """
 
     def __init__(
-        self, next_piece: Callable[[], Piece | None], *, length: int, bos_id: int, buffer: int, pieces: list[Piece] | None = None
+        self,
+        next_piece: Callable[[], Piece | None],
+        *,
+        length: int,
+        bos_id: int,
+        buffer: int,
+        pieces: list[Piece] | None = None,
     ) -> None:
         self._next_piece, self._length, self._bos, self._buffer = next_piece, length, bos_id, buffer
         self._pieces: dict[int, Piece] = {}  # by age: the first is the oldest

@@ -80,7 +80,8 @@ def _word(kind: Any) -> str:
 
 
 def _content(path: Path, column: str) -> str:
-    """The text column, the file's bytes, and a hash of its footer (sizes and extreme values of every part of a column)."""
+    """The text column, the file's bytes, and a hash of its footer (sizes and extreme values of every part of a
+    column)."""
     with open(path, "rb") as file:
         size = file.seek(-8, os.SEEK_END) + 8
         file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)

@@ -45,7 +45,9 @@ class CorpusReport(NamedTuple):
     cut_tokens: float  # share of document tokens that stand behind a cut, without the document's beginning
 
 
-def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, limit_bytes: int | None = None) -> Tokenizer:
+def train_tokenizer(
+    data: DataConfig, *, vocab_size: int, output: str | Path, limit_bytes: int | None = None
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer on ``data.train`` and write it.
 
     Args:
@@ -55,10 +57,15 @@ def train_tokenizer(data: DataConfig, *, vocab_size: int, output: str | Path, li
         limit_bytes: stop reading after so many bytes of text; None = all.
 
     Raises:
-        ValueError: the vocabulary is too small or too large, the data are bad, or the folder cannot be made or is in use.
+        ValueError: the vocabulary is too small or too large, the data are bad, or the folder cannot be made or is in
+            use.
     """
     if not 257 <= vocab_size <= LARGEST:
-        size = "small: 256 bytes and the separator need 257 or more" if vocab_size < 257 else f"large: use at most {LARGEST}"
+        size = (
+            "small: 256 bytes and the separator need 257 or more"
+            if vocab_size < 257
+            else f"large: use at most {LARGEST}"
+        )
         raise ValueError(f"--vocab-size {vocab_size} is too {size}")
     with _output_folder(output) as folder:
         return _train_tokenizer(data, vocab_size=vocab_size, folder=folder, limit_bytes=limit_bytes)
@@ -71,10 +78,16 @@ def _train_tokenizer(data: DataConfig, *, vocab_size: int, folder: Path, limit_b
     documents = _text_documents(data)
     tokenizer = HFTokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(_texts(documents, limit_bytes=limit_bytes, on_corrupt=data.on_corrupt), trainer=trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(
+        _texts(documents, limit_bytes=limit_bytes, on_corrupt=data.on_corrupt), trainer=trainer
+    )
     trained = FileTokenizer(tokenizer.to_str(), bos=BOS)
     trained.save(folder)
     table = io.BytesIO()
@@ -83,7 +96,9 @@ def _train_tokenizer(data: DataConfig, *, vocab_size: int, folder: Path, limit_b
     return trained
 
 
-def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, shard_documents: int = 65536) -> dict[str, Any]:
+def tokenize_corpus(
+    data: DataConfig, *, output: str | Path, processes: int, shard_documents: int = 65536
+) -> dict[str, Any]:
     """Write ``data.train`` as a tokenized folder; run again after an interruption, it goes on where it stopped.
 
     Args:
@@ -108,15 +123,28 @@ def _tokenize_corpus(data: DataConfig, *, folder: Path, processes: int, shard_do
     tokenizer = load_tokenizer(data.tokenizer)
     documents = _text_documents(data)
     shards = _shard_groups(documents, shard_documents)
-    job = {"documents": documents.fingerprint, "tokenizer": tokenizer.fingerprint, "shards": [len(groups) for _, groups in shards]}
+    job = {
+        "documents": documents.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "shards": [len(groups) for _, groups in shards],
+    }
     finished = _finished(folder, job)
     if finished is not None:
         return finished
     _write_json(folder / UNFINISHED, job)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    entries = {name: json.loads(path.read_text(encoding="utf-8")) for name, _ in shards if (path := folder / f"{name}.json").is_file()}
+    entries = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, _ in shards
+        if (path := folder / f"{name}.json").is_file()
+    }
     todo = [(name, groups) for name, groups in shards if name not in entries]
-    columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("shards  {task.fields[tokens]:.0f} M tokens"))
+    columns = (
+        TextColumn("tokenizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards  {task.fields[tokens]:.0f} M tokens"),
+    )
     work = closing(_in_processes(data, folder=folder, dtype=dtype, todo=todo, processes=processes))
     with Progress(*columns, TimeRemainingColumn()) as progress, work as written:
         tokens = sum(entry["tokens"] for entry in entries.values())
@@ -163,7 +191,9 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
     def pieces() -> Iterator[Piece]:
         nonlocal total_bytes
         tokens = 0
-        for group, document, (ids, sizes) in read_in_order(documents.measure, documents.sizes, on_corrupt=data.on_corrupt):
+        for group, document, (ids, sizes) in read_in_order(
+            documents.measure, documents.sizes, on_corrupt=data.on_corrupt
+        ):
             if limit_tokens is not None and tokens >= limit_tokens:
                 return
             if len(ids):
@@ -173,7 +203,9 @@ def inspect_corpus(data: DataConfig, *, sequence_length: int, limit_tokens: int 
                 yield Piece(group, document, 0, ids)
 
     source = pieces()
-    packer = Packer(lambda: next(source, None), length=sequence_length + 1, bos_id=tokenizer.bos_id, buffer=data.buffer_documents)
+    packer = Packer(
+        lambda: next(source, None), length=sequence_length + 1, bos_id=tokenizer.bos_id, buffer=data.buffer_documents
+    )
     rows, cut, separators, behind = 0, set(), 0, 0
     while (row := packer.row()) is not None:
         rows += row.filled == len(row.tokens)
@@ -258,10 +290,16 @@ def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
             content = content if isinstance(content, dict) else {}
             held = content.get("job", {}) if name == MANIFEST else content
             held = held if isinstance(held, dict) else {}
-            words = {"documents": "text (files, their contents or the text column)", "tokenizer": "tokenizer", "shards": "shard size"}
+            words = {
+                "documents": "text (files, their contents or the text column)",
+                "tokenizer": "tokenizer",
+                "shards": "shard size",
+            }
             for key, word in words.items():
                 if held.get(key) != job[key]:
-                    raise ValueError(f"--output {folder} was begun with another {word}: choose an empty folder, or delete this one")
+                    raise ValueError(
+                        f"--output {folder} was begun with another {word}: choose an empty folder, or delete this one"
+                    )
             return content if name == MANIFEST else None
     return None
 
@@ -288,7 +326,8 @@ def _in_processes(
             yield future.result()
     except BrokenProcessPool:
         raise ValueError(
-            f"--processes {processes}: one of them did not start, ran out of memory or was ended from outside; give fewer, the same command goes on"
+            f"--processes {processes}: one of them did not start, ran out of memory or was ended from outside; "
+            "give fewer, the same command goes on"
         ) from None
     finally:
         stop.set()
@@ -312,7 +351,10 @@ _opened: dict[str, Any] = {}  # of this worker process
 
 def _open_in_process(data: DataConfig, stop: Any = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _opened["documents"], _opened["stop"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train"), stop
+    _opened["documents"], _opened["stop"] = (
+        open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train"),
+        stop,
+    )
 
 
 def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:

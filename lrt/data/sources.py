@@ -20,7 +20,15 @@ from lrt.data.documents import CorruptShard, Documents, LeftOut
 from lrt.data.mixture import SeveralDocuments
 from lrt.data.texts import KINDS as TEXT_KINDS
 from lrt.data.texts import TextDocuments, kind_of, open_shard
-from lrt.data.tokenized import MANIFEST, UNFINISHED, TokenizedDocuments, check_shard, check_tokenizer, read_manifest, shard_paths
+from lrt.data.tokenized import (
+    MANIFEST,
+    UNFINISHED,
+    TokenizedDocuments,
+    check_shard,
+    check_tokenizer,
+    read_manifest,
+    shard_paths,
+)
 from lrt.data.tokenizer import Tokenizer
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -48,7 +56,8 @@ def open_documents(data: DataConfig, *, tokenizer: Tokenizer, split: str) -> Doc
 
 
 def each_source(data: DataConfig) -> list[tuple[str, DataConfig]]:
-    """Every source of ``data.sources`` as if it were ``data.train``, with its recipe key; of ``data.train`` itself where there are none."""
+    """Every source of ``data.sources`` as if it were ``data.train``, with its recipe key;
+    of ``data.train`` itself where there are none."""
     if not data.sources:
         return [("data.train", data)]
     return [
@@ -92,7 +101,9 @@ def _open(data: DataConfig, *, tokenizer: Tokenizer, split: str, key: str) -> Do
                 f"take it away, or give data.validation ({KINDS})"
             )
         spec = data.validation if key == "data.validation" else data.train
-        raise ValueError(f"{key} = {spec!r} is an empty corpus ({len(files)} files, no documents): give files with text")
+        raise ValueError(
+            f"{key} = {spec!r} is an empty corpus ({len(files)} files, no documents): give files with text"
+        )
     return documents
 
 
@@ -132,7 +143,8 @@ def _split(data: DataConfig, *, split: str, key: str) -> list[Path]:
 def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
     """Files that a source names, sorted, all of one of ``TEXT_KINDS``, or the .bin shards of a tokenized folder.
 
-    Links are followed. Files and folders whose names begin with a dot are left out, unless the source names them itself.
+    Links are followed. Files and folders whose names begin with a dot are left out, unless the source names them
+    itself.
 
     Raises:
         ValueError: there are none.
@@ -149,8 +161,8 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
             return shard_paths(path)
         if (path / UNFINISHED).is_file():
             raise ValueError(
-                f"{key} = {spec!r}: tokenizing into this folder was not finished; run the same tools/prepare_data.py tokenize command "
-                f"again, it goes on where it stopped"
+                f"{key} = {spec!r}: tokenizing into this folder was not finished; "
+                f"run the same tools/prepare_data.py tokenize command again, it goes on where it stopped"
             )
         found = _of_one_kind(list(_walk(path, inside=frozenset())), folder=path)
     elif path.is_file():
@@ -161,7 +173,11 @@ def find_files(spec: str, *, key: str, demo: str = "train") -> list[Path]:
     if not found or wrong:
         *kinds, last = TEXT_KINDS
         names = f"{', '.join(kinds)} {{}} {last}"
-        what = f"{wrong[0]} is neither {names.format('nor')}" if wrong else f"no such file, or no {names.format('or')} file in it"
+        what = (
+            f"{wrong[0]} is neither {names.format('nor')}"
+            if wrong
+            else f"no such file, or no {names.format('or')} file in it"
+        )
         raise ValueError(f"{key} = {spec!r}: {what}; use {KINDS}")
     return found
 
@@ -187,5 +203,9 @@ def _of_one_kind(files: list[Path], *, folder: Path) -> list[Path]:
     others = [f"{len(found)} {kind}" for kind, found in kinds.items() if found and kind != first]
     if others and os.environ.get("RANK", "0") == "0":
         glob_of_all = folder / "**" / f"*{others[0].split()[1]}"
-        print(f"{folder}: its {first} files are read, and {' and '.join(others)} files left out; {glob_of_all} would name those", file=sys.stderr)
+        print(
+            f"{folder}: its {first} files are read, and {' and '.join(others)} files left out; "
+            f"{glob_of_all} would name those",
+            file=sys.stderr,
+        )
     return kinds[first] if first is not None else []

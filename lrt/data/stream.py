@@ -160,7 +160,8 @@ class Stream:
             idle = 0 if found else idle + 1
             if idle > 2:
                 raise ValueError(
-                    f"data.train: the {len(spans)} parts of stream {self._number} hold no text: use fewer data.workers, or more text"
+                    f"data.train: the {len(spans)} parts of stream {self._number} hold no text: "
+                    "use fewer data.workers, or more text"
                 )
             first_turn, epoch = 0, epoch + 1
 

@@ -42,7 +42,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         right = False
     if not right:
         raise ValueError(
-            f"{folder / MANIFEST} is not a manifest of version {VERSION}: write the folder again with tools/prepare_data.py tokenize"
+            f"{folder / MANIFEST} is not a manifest of version {VERSION}: "
+            "write the folder again with tools/prepare_data.py tokenize"
         )
     return manifest
 
@@ -133,14 +134,21 @@ def check_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: Tokeni
 class TokenizedDocuments:
     """Memory-mapped documents; a group's checksum is verified when it is first read."""
 
-    def __init__(self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, tokenizer: Tokenizer, skipped: int = 0) -> None:
+    def __init__(
+        self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, tokenizer: Tokenizer, skipped: int = 0
+    ) -> None:
         self._shards, self._tokenizer, self.skipped = shards, tokenizer, skipped
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        per_shard = [[min(GROUP, e["documents"] - first) for first in range(0, e["documents"], GROUP)] for _, e in self._shards]
+        per_shard = [
+            [min(GROUP, e["documents"] - first) for first in range(0, e["documents"], GROUP)] for _, e in self._shards
+        ]
         self._groups = [(number, group) for number, sizes in enumerate(per_shard) for group in range(len(sizes))]
         self.sizes = np.array([size for sizes in per_shard for size in sizes], dtype=np.int64)
         self.fingerprint = fingerprint_files(
-            [(path.name, sizes, f"{entry['tokens']} {entry['checksums']}") for (path, entry), sizes in zip(self._shards, per_shard)]
+            [
+                (path.name, sizes, f"{entry['tokens']} {entry['checksums']}")
+                for (path, entry), sizes in zip(self._shards, per_shard)
+            ]
         )
         self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._verified: set[int] = set()
@@ -160,7 +168,8 @@ class TokenizedDocuments:
             borders = offsets[first : first + GROUP + 1]
             if _checksum(tokens[borders[0] : borders[-1]], borders) != entry["checksums"][part]:
                 raise CorruptShard(
-                    f"{path} does not have the checksum of its manifest in documents {first}..: copy or tokenize it again, "
+                    f"{path} does not have the checksum of its manifest in documents {first}..: "
+                    "copy or tokenize it again, "
                     f'or set data.on_corrupt = "skip"'
                 )
             self._verified.add(group)

@@ -35,7 +35,8 @@ _O200K = (
 )
 
 
-# Texts on which a table of bytes per token is verified: spaces, lines, case, accents, compatibility forms, other scripts.
+# Texts on which a table of bytes per token is verified: spaces, lines, case, accents, compatibility forms,
+# other scripts.
 _SAMPLES = (
     "The quick brown fox; isn't it 12345?",
     " Two  spaces,\n\na line and\ta tab.\n",
@@ -112,7 +113,10 @@ class ByteTokenizer:
 
         # The same ids as a tokenizer.json, for programs that know only those.
         twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in byte_characters().items()}, merges=[]))
-        twin.pre_tokenizer, twin.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+        twin.pre_tokenizer, twin.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            decoders.ByteLevel(),
+        )
         twin.add_special_tokens([BOS])
         _write(Path(folder), twin.to_str(), {"kind": "bytes"})
 
@@ -120,14 +124,17 @@ class ByteTokenizer:
 class FileTokenizer:
     """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library."""
 
-    def __init__(self, text: str, *, bos: str | None = None, eos: str | None = None, origin: str = "tokenizer.json") -> None:
+    def __init__(
+        self, text: str, *, bos: str | None = None, eos: str | None = None, origin: str = "tokenizer.json"
+    ) -> None:
         from tokenizers import Tokenizer as HFTokenizer
 
         try:
             self._tokenizer = HFTokenizer.from_str(text)
         except Exception as error:
             raise ValueError(
-                f"data.tokenizer: {origin} is not a tokenizer.json of the tokenizers library ({error}): give another file"
+                f"data.tokenizer: {origin} is not a tokenizer.json of the tokenizers library ({error}): "
+                "give another file"
             ) from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -136,7 +143,9 @@ class FileTokenizer:
         self.eos_id = self._special(eos, _EOS_NAMES, origin, required=False)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._text = text
-        self.fingerprint = hashlib.sha256(f"{json.dumps(json.loads(text), sort_keys=True)}|{self.bos_id}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            f"{json.dumps(json.loads(text), sort_keys=True)}|{self.bos_id}".encode()
+        ).hexdigest()
 
     def _special(self, name: str | None, usual: Sequence[str], origin: str, *, required: bool = True) -> Any:
         for candidate in (name,) if name is not None else usual:
@@ -145,7 +154,10 @@ class FileTokenizer:
                 return found
         if required:
             wanted = repr(name) if name is not None else ", ".join(usual)
-            raise ValueError(f"data.tokenizer: {origin} has no separator token (looked for {wanted}): add {BOS} to its special tokens")
+            raise ValueError(
+                f"data.tokenizer: {origin} has no separator token (looked for {wanted}): "
+                f"add {BOS} to its special tokens"
+            )
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +202,9 @@ class FileTokenizer:
 
     def _by_offsets(self, text: str) -> np.ndarray:
         """Bytes of ``text`` from the end of one token to the end of the next; the last token takes what is left."""
-        ends = np.array([end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets], dtype=np.int64)
+        ends = np.array(
+            [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets], dtype=np.int64
+        )
         if len(ends):
             ends = np.maximum.accumulate(ends)
             ends[-1] = len(text)
@@ -202,8 +216,10 @@ class FileTokenizer:
             counted, size = int(self._table[self.encode(sample)].sum()), len(sample.encode())
             if counted != size:
                 raise ValueError(
-                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be counted for the {size} of "
-                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: evaluate text or parquet files, whose bytes are counted"
+                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be "
+                    f"counted for the {size} of "
+                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: "
+                    "evaluate text or parquet files, whose bytes are counted"
                 )
         return self._table.copy()
 
@@ -212,7 +228,9 @@ class FileTokenizer:
         """Bytes of each id as far as its spelling tells, not verified."""
         # Byte-level vocabularies write one character a byte; others write a space as U+2581 and raw bytes as <0x41>.
         parts = json.loads(self._text)
-        byte_level = any("ByteLevel" in json.dumps(parts.get(part)) for part in ("decoder", "pre_tokenizer", "normalizer"))
+        byte_level = any(
+            "ByteLevel" in json.dumps(parts.get(part)) for part in ("decoder", "pre_tokenizer", "normalizer")
+        )
         added = self._tokenizer.get_added_tokens_decoder()
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
@@ -228,7 +246,9 @@ class FileTokenizer:
         return counts
 
     def save(self, folder: str | Path) -> None:
-        _write(Path(folder), self._text, {"kind": "file", "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)})
+        _write(
+            Path(folder), self._text, {"kind": "file", "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)}
+        )
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -336,8 +356,12 @@ def _from_ranks(path: Path) -> str:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error):
-                raise ValueError(f'data.tokenizer = "{path}": line {number} is not "base64 rank": give a tiktoken rank file') from None
-    pattern = _O200K if "o200k" in path.name else _WORDS if any(n in path.name for n in ("r50k", "p50k", "gpt2")) else SPLIT
+                raise ValueError(
+                    f'data.tokenizer = "{path}": line {number} is not "base64 rank": give a tiktoken rank file'
+                ) from None
+    pattern = (
+        _O200K if "o200k" in path.name else _WORDS if any(n in path.name for n in ("r50k", "p50k", "gpt2")) else SPLIT
+    )
     return tokenizer_json(ranks, pattern=pattern, special=(BOS,))
 
 

@@ -8,4 +8,14 @@ from lrt.decoding.scoring import score, score_continuations
 from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
 
-__all__ = ["DecodeState", "PrefixCache", "Sampling", "Session", "accelerate", "generate", "score", "score_continuations", "start"]
+__all__ = [
+    "DecodeState",
+    "PrefixCache",
+    "Sampling",
+    "Session",
+    "accelerate",
+    "generate",
+    "score",
+    "score_continuations",
+    "start",
+]

@@ -118,14 +118,18 @@ def start(
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: use a whole number of 0 or more")
     if prefill is not None and not hasattr(prefill, "settle"):
-        raise ValueError(f"prefill = {prefill!r}: use lrt.prefill.exact(), .refine(k), .fixed_point(groups), or leave it out")
+        raise ValueError(
+            f"prefill = {prefill!r}: use lrt.prefill.exact(), .refine(k), .fixed_point(groups), or leave it out"
+        )
     device = next(model.parameters()).device
     settings.get("sampling", Sampling()).check(model.backbone.vocab_size)  # before the prefill is paid for
     check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
     tokens, lengths = align(*on_device(prompt_ids, attention_mask, device))
     counts = check_prompt(model, tokens, lengths)
     if state is None:
-        state, report = before_last(model, tokens, counts, tokens.shape[1] + max_new_tokens, keep_at, prefill, prefix_cache, runner)
+        state, report = before_last(
+            model, tokens, counts, tokens.shape[1] + max_new_tokens, keep_at, prefill, prefix_cache, runner
+        )
     else:
         if prefix_cache is not None or keep_at:
             raise ValueError("state goes on with its own keep_at and without prefix_cache: leave both out")
@@ -133,7 +137,9 @@ def start(
     pending = tokens.gather(1, counts[:, None] - 1)[:, 0]
     seeds = row_seeds(len(tokens), generator, device)
     told = [row[:count] for row, count in zip(tokens, counts.tolist())]
-    return Session(model, state, pending, max_new_tokens=max_new_tokens, history=told, seeds=seeds, runner=runner, **settings), report
+    return Session(
+        model, state, pending, max_new_tokens=max_new_tokens, history=told, seeds=seeds, runner=runner, **settings
+    ), report
 
 
 def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Generated:

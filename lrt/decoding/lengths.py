@@ -1,4 +1,5 @@
-"""Rows whose RoPE depends on how long they are: what a state must know before it rotates, and when its keys are made anew."""
+"""Rows whose RoPE depends on how long they are: what a state must know before it rotates,
+and when its keys are made anew."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def lengthen(model: Any, state: DecodeState, after: Tensor) -> None:
     rotary = model.backbone.by_length
     if rotary.crosses(torch.where(state.reach > rotary.border, 0, state.lengths), after):
         raise ValueError(
-            f"a row gets longer than {rotary.border} tokens, where this decoder's RoPE changes and every key is made anew: begin with a fresh "
-            "state (cache.reset()) and pass all tokens again, as generate does"
+            f"a row gets longer than {rotary.border} tokens, where this decoder's RoPE changes and every key "
+            "is made anew: begin with a fresh state (cache.reset()) and pass all tokens again, as generate does"
         )
     state.reach.copy_(torch.where(state.lengths == 0, after, state.reach))
 
@@ -38,9 +39,16 @@ def rotated_alike(model: Any, a: DecodeState, b: DecodeState) -> bool:
 
 
 def up_to_the_border(
-    model: Any, state: DecodeState, prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], live: Sequence[bool], *, steps: int
+    model: Any,
+    state: DecodeState,
+    prompts: Sequence[Sequence[int]],
+    new: Sequence[Sequence[int]],
+    live: Sequence[bool],
+    *,
+    steps: int,
 ) -> int:
-    """How many of ``steps`` come before a row gets so long that RoPE changes; a row that is so far is read again, in place.
+    """How many of ``steps`` come before a row gets so long that RoPE changes;
+    a row that is so far is read again, in place.
 
     Args:
         model, state: whose rows are decoded.
@@ -63,7 +71,8 @@ def up_to_the_border(
         told = [*prompts[row], *new[row]]
         if len(told) < length:
             raise ValueError(
-                f"row {row} gets longer than {rotary.border} tokens, where this decoder's RoPE changes and every key is made anew, but its "
+                f"row {row} gets longer than {rotary.border} tokens, where this decoder's RoPE changes and "
+                "every key is made anew, but its "
                 "earlier tokens are not known: generate from all of its tokens in place of a state"
             )
         fresh = DecodeState.empty(model, batch=1, capacity=state.capacity, keep_at=state.kept_at)

@@ -24,9 +24,12 @@ from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.padding import check_prompt
 
-# Residual at which a fixed point counts as reached, by dtype. Measured with tools/bench/prefill_tolerance.py on 4 blocks of 192 (T 512)
-# and on lrt_tiny, trained, in float32 and bfloat16 (docs/generate.md, "The default tol and groups"): 0.1 leaves at most 1.5e-4 bits
-# per byte to exact prefill with one group, 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near 2e-2.
+# Residual at which a fixed point counts as reached, by dtype. Measured with tools/bench/prefill_tolerance.py on 4
+# blocks of 192 (T 512)
+# and on lrt_tiny, trained, in float32 and bfloat16 (docs/generate.md, "The default tol and groups"):
+# 0.1 leaves at most 1.5e-4 bits
+# per byte to exact prefill with one group, 3.5e-4 with any number; 0.3 leaves more than 0.001.
+# bfloat16 itself ends near 2e-2.
 # float16 is not measured; float64 is for checks.
 DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 DEFAULT_GROUPS = 1  # more groups need fewer sweeps, but a GPU runs a sweep of one group in a third of the time of four
@@ -92,7 +95,14 @@ class Prefill(Protocol):
         ...
 
     def settle(
-        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+        self,
+        model: Any,
+        state: DecodeState,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        everywhere: bool,
+        runner: decoding.Runner,
     ) -> Settled:
         """Let the rows of ``state`` consume ``counts`` (B,) tokens each of ``tokens`` (B, P), in place."""
         ...
@@ -111,13 +121,22 @@ class Exact:
         return "exact"
 
     def settle(
-        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+        self,
+        model: Any,
+        state: DecodeState,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        everywhere: bool,
+        runner: decoding.Runner,
     ) -> Settled:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
         span, real = Span(model, state, tokens, counts), counts.tolist()
         recur(span, state, runner=runner)
-        done = _finish(span, state, tokens, real, [0] * len(real), [0.0] * len(real), real, [True] * len(real), everywhere)
+        done = _finish(
+            span, state, tokens, real, [0] * len(real), [0.0] * len(real), real, [True] * len(real), everywhere
+        )
         return done._replace(work=[Work(float(sum(real)), 0, len(model.blocks), received=True, scored=False)])
 
 
@@ -132,7 +151,14 @@ class Refine:
         return f"refine({self.passes})"
 
     def settle(
-        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+        self,
+        model: Any,
+        state: DecodeState,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        everywhere: bool,
+        runner: decoding.Runner,
     ) -> Settled:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
@@ -159,7 +185,14 @@ class FixedPoint:
         return f"fixed_point(groups={self.groups}, tol={'default' if self.tol is None else self.tol})"
 
     def settle(
-        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: decoding.Runner
+        self,
+        model: Any,
+        state: DecodeState,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        everywhere: bool,
+        runner: decoding.Runner,
     ) -> Settled:
         if state.memory is None:
             return _plain(model, state, tokens, counts, everywhere)
@@ -199,7 +232,9 @@ def refine(k: int, *, chunk: int | None = None) -> Prefill:
     return Refine(k, _check_chunk(chunk))
 
 
-def fixed_point(groups: int = DEFAULT_GROUPS, tol: float | None = None, max_sweeps: int | None = None, *, chunk: int | None = None) -> Prefill:
+def fixed_point(
+    groups: int = DEFAULT_GROUPS, tol: float | None = None, max_sweeps: int | None = None, *, chunk: int | None = None
+) -> Prefill:
     """A parallel forward, then sweeps over ``groups`` interleaved subsets until the memory settles.
 
     After n sweeps groups * n + 1 positions are exact; they and the rows that have settled are not swept again
@@ -216,10 +251,15 @@ def fixed_point(groups: int = DEFAULT_GROUPS, tol: float | None = None, max_swee
         ValueError: groups or max_sweeps below 1, or tol not above 0.
     """
     for name, value in (("groups", groups), ("max_sweeps", max_sweeps)):
-        if (name == "groups" or value is not None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if (name == "groups" or value is not None) and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise ValueError(f"prefill.fixed_point({name}={value!r}): use a whole number of 1 or more")
     if tol is not None and not 0 < tol < float("inf"):
-        raise ValueError(f"prefill.fixed_point(tol={tol}): use a number above 0, leave it out for the measured default, or use prefill.exact()")
+        raise ValueError(
+            f"prefill.fixed_point(tol={tol}): use a number above 0, leave it out for the measured default, "
+            "or use prefill.exact()"
+        )
     return FixedPoint(groups, tol, max_sweeps, _check_chunk(chunk))
 
 
@@ -257,13 +297,17 @@ def run(
     """
     counts = check_prompt(model, tokens, lengths)
     if state is None:
-        state = DecodeState.empty(model, batch=len(tokens), capacity=tokens.shape[1] if capacity is None else capacity, keep_at=keep_at)
+        state = DecodeState.empty(
+            model, batch=len(tokens), capacity=tokens.shape[1] if capacity is None else capacity, keep_at=keep_at
+        )
     else:
         state.check_model(model)
         state = state.fork()
     if state.batch != len(tokens):
         raise ValueError(f"{len(tokens)} prompts for a state of {state.batch} rows: give one prompt a row")
-    return consume(model, state, tokens, counts, method=exact() if method is None else method, everywhere=everywhere, runner=runner)
+    return consume(
+        model, state, tokens, counts, method=exact() if method is None else method, everywhere=everywhere, runner=runner
+    )
 
 
 @torch.no_grad()
@@ -295,7 +339,8 @@ def _check_fit(state: DecodeState, counts: Tensor) -> None:
     most = int((state.lengths + counts).max())
     if most > state.capacity:
         raise ValueError(
-            f"the prompt needs room for {most} tokens, but the state's capacity is {state.capacity}: make it with capacity = {most} or more"
+            f"the prompt needs room for {most} tokens, but the state's capacity is {state.capacity}: "
+            f"make it with capacity = {most} or more"
         )
 
 

@@ -95,7 +95,11 @@ class Span:
         self.source_hidden: Tensor | None = None  # (B, P, D) output of the source block
         masked = not self.straight or self.document_starts is not None
         head_dim = self.model.backbone.head_dim
-        self.kernels = not masked and not self.compiled and usable(device=tokens.device, dtype=self.hidden.dtype, head_dim=head_dim)
+        self.kernels = (
+            not masked
+            and not self.compiled
+            and usable(device=tokens.device, dtype=self.hidden.dtype, head_dim=head_dim)
+        )
 
     @property
     def length(self) -> int:
@@ -137,7 +141,11 @@ class Span:
         contexts = [take(context, where) for context in self.contexts[entry:source]]
         hidden, received = self.hidden[:, where], self.received(where)
         if self.compiled:  # the same strides as in a pass over all positions
-            contexts, hidden, received = [_contiguous(context) for context in contexts], hidden.contiguous(), received.contiguous()
+            contexts, hidden, received = (
+                [_contiguous(context) for context in contexts],
+                hidden.contiguous(),
+                received.contiguous(),
+            )
         contexts = [*self.contexts[:entry], *contexts]
         out = run_blocks(self.model, hidden, contexts, received, stores=stores, start=entry, stop=source)
         assert out.memory is not None
@@ -208,7 +216,9 @@ class Span:
     def _finish(self) -> Tensor:
         self._put_back()
         assert self.source_hidden is not None
-        return self._pass(self.source_hidden, self.received(slice(None)), self.model.source, len(self.model.blocks)).hidden
+        return self._pass(
+            self.source_hidden, self.received(slice(None)), self.model.source, len(self.model.blocks)
+        ).hidden
 
     def _settle(self, received: Tensor | None) -> None:
         """The blocks from where memory enters up to the source; their memory is the newest from now on."""
@@ -222,7 +232,9 @@ class Span:
         stores: list[KVStore | None] | None = None
         if self.past and self.kernels:
             self._open(range(start, stop))
-            stores = [None] * start + [self._store(layer, slice(0, self.length, 1), None) for layer in range(start, stop)]
+            stores = [None] * start + [
+                self._store(layer, slice(0, self.length, 1), None) for layer in range(start, stop)
+            ]
         elif self.past or self.document_starts is not None:
             stores = [None] * start + [self._buffer(layer) for layer in range(start, stop)]
         out = run_blocks(self.model, hidden, self.contexts, received, stores=stores, start=start, stop=stop)
@@ -234,7 +246,11 @@ class Span:
     def _buffer(self, layer: int) -> Buffer:
         """What a pass over all positions attends to under a mask: the past, and its own keys."""
         mask = self.mask(slice(0, self.length, 1), layer)
-        return Buffer((self.past[layer].key,), (self.past[layer].value,), 1, mask) if self.past else Buffer((), (), 0, mask)
+        return (
+            Buffer((self.past[layer].key,), (self.past[layer].value,), 1, mask)
+            if self.past
+            else Buffer((), (), 0, mask)
+        )
 
     def _open(self, layers: range) -> None:
         """Put earlier and own keys into one tensor a block, which passes write in place."""
@@ -265,7 +281,9 @@ class Span:
             return self._masks[name]
         queries = self.places[where]
         if self.straight and self.document_starts is None:
-            mask = causal_mask(earlier + queries, torch.arange(earlier + self.length, device=queries.device), window=window)
+            mask = causal_mask(
+                earlier + queries, torch.arange(earlier + self.length, device=queries.device), window=window
+            )
         else:
             mask = self._ragged_mask(queries, where, earlier, window)
         if len(self._masks) >= MASKS:
@@ -339,7 +357,12 @@ class Span:
     def put(self, rows: Sequence[int], part: Span) -> None:
         """Write what ``part``, the same rows selected, has worked out."""
         index = torch.tensor(rows, device=self.counts.device)
-        assert self.memory is not None and part.memory is not None and self.source_hidden is not None and part.source_hidden is not None
+        assert (
+            self.memory is not None
+            and part.memory is not None
+            and self.source_hidden is not None
+            and part.source_hidden is not None
+        )
         self.memory[index], self.source_hidden[index] = part.memory, part.source_hidden
         for layer, fresh in part.work.items():
             self.work[layer].key[index], self.work[layer].value[index] = fresh
@@ -389,9 +412,15 @@ class Span:
                 assert state.kept is not None
                 offset = at - before
                 inside = ((offset >= 1) & (offset <= counts))[:, None]
-                state.kept[:, i] = torch.where(inside, self.memory[rows, offset.clamp(0, self.length)], state.kept[:, i])
+                state.kept[:, i] = torch.where(
+                    inside, self.memory[rows, offset.clamp(0, self.length)], state.kept[:, i]
+                )
         certain = before + torch.tensor(list(exact), device=counts.device)
-        state.approximate_from.copy_(torch.where(certain < before + counts, torch.minimum(state.approximate_from, certain), state.approximate_from))
+        state.approximate_from.copy_(
+            torch.where(
+                certain < before + counts, torch.minimum(state.approximate_from, certain), state.approximate_from
+            )
+        )
         state.lengths.copy_(before + counts)
 
 

@@ -41,7 +41,10 @@ class PrefixCache:
         """
         if state.batch != 1 or int(state.lengths[0]) != len(tokens):
             lengths = state.lengths.tolist()
-            raise ValueError(f"a state of {state.batch} rows and lengths {lengths} for {len(tokens)} tokens: give one row that consumed them")
+            raise ValueError(
+                f"a state of {state.batch} rows and lengths {lengths} for {len(tokens)} tokens: "
+                "give one row that consumed them"
+            )
         label = "exact" if bool(state.exact[0]) else repr(method)
         key = (tuple(tokens), label)
         self._states[key] = state.shrink(max(1, len(tokens)))
@@ -49,7 +52,9 @@ class PrefixCache:
         while self.nbytes > self.max_bytes and len(self._states) > 1:
             self._states.popitem(last=False)
 
-    def find(self, tokens: Sequence[int], *, model: Any, method: Prefill, keep_at: Sequence[int] = ()) -> DecodeState | None:
+    def find(
+        self, tokens: Sequence[int], *, model: Any, method: Prefill, keep_at: Sequence[int] = ()
+    ) -> DecodeState | None:
         """The state of the longest known beginning of ``tokens``, or None; do not write in it.
 
         Args:

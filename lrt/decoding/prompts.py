@@ -19,21 +19,33 @@ from lrt.decoding.state import DecodeState
 
 
 def after(
-    model: Any, before: DecodeState, tokens: Tensor, counts: Tensor, *, room: int, method: Prefill | None, runner: decoding.Runner
+    model: Any,
+    before: DecodeState,
+    tokens: Tensor,
+    counts: Tensor,
+    *,
+    room: int,
+    method: Prefill | None,
+    runner: decoding.Runner,
 ) -> tuple[DecodeState, Report | None]:
     """A state that has consumed what ``before`` has and every prompt but its last token."""
     before.check_model(model)
     if before.batch != len(tokens):
         raise ValueError(
-            f"the state has {before.batch} rows, but the prompt {len(tokens)}: give a row for each, or state.fork(n) and state.select(rows)"
+            f"the state has {before.batch} rows, but the prompt {len(tokens)}: "
+            "give a row for each, or state.fork(n) and state.select(rows)"
         )
     capacity = int(before.lengths.max()) + tokens.shape[1] + room
-    state = DecodeState.empty(model, batch=before.batch, capacity=max(capacity, *before.kept_at, 1), keep_at=before.kept_at)
+    state = DecodeState.empty(
+        model, batch=before.batch, capacity=max(capacity, *before.kept_at, 1), keep_at=before.kept_at
+    )
     state.put(range(before.batch), before)
     lengthen(model, state, state.lengths + counts)
     if tokens.shape[1] == 1 or int(counts.max()) == 1:
         return state, None
-    done = prefills.consume(model, state, tokens[:, :-1], counts - 1, method=prefills.exact() if method is None else method, runner=runner)
+    done = prefills.consume(
+        model, state, tokens[:, :-1], counts - 1, method=prefills.exact() if method is None else method, runner=runner
+    )
     return done.state, done.report
 
 

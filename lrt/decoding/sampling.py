@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 # (logits (B, V), history (B, N) token ids, lengths (B,) of the history) -> logits (B, V)
-COLDEST, HOTTEST = 1e-8, 1e30  # temperatures: below, float32 cannot tell a draw from the best token; above, from an even draw
+# temperatures: below, float32 cannot tell a draw from the best token; above, from an even draw
+COLDEST, HOTTEST = 1e-8, 1e30
 LogitProcessor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -26,7 +27,8 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 is greedy, and so is what is too small for two different logits to differ less than it (below 1e-8).
+        temperature: 0 is greedy, and so is what is too small for two different logits to differ less than it (below
+            1e-8).
         top_k: keep the k most probable tokens.
         top_p: keep the fewest tokens whose probability is at least p.
         min_p: keep tokens at least this fraction as probable as the best one.
@@ -94,8 +96,8 @@ def choose(
         scores = processor(scores, history, lengths)
         if scores.shape != logits.shape:
             raise ValueError(
-                f"a processor of sampling.processors gave logits of shape {tuple(scores.shape)}, but took {tuple(logits.shape)}: "
-                f"it must change numbers alone"
+                f"a processor of sampling.processors gave logits of shape {tuple(scores.shape)}, "
+                f"but took {tuple(logits.shape)}: it must change numbers alone"
             )
     if seen is not None:
         penalty = sampling.repetition_penalty
@@ -154,12 +156,19 @@ def _mix(x: Tensor) -> Tensor:
 
 def check_stops(stop_ids: Sequence[int], pad_id: int, vocab_size: int) -> tuple[int, ...]:
     """Raises ValueError for stop or pad tokens that are no token ids, or outside the vocabulary."""
-    if not isinstance(stop_ids, Iterable) or isinstance(stop_ids, str) or not all(_is_id(t) for t in (*stop_ids, pad_id)):
-        raise ValueError(f"stop_ids = {stop_ids!r}, pad_id = {pad_id!r}: use a list of token ids such as [2], and one token id")
+    if (
+        not isinstance(stop_ids, Iterable)
+        or isinstance(stop_ids, str)
+        or not all(_is_id(t) for t in (*stop_ids, pad_id))
+    ):
+        raise ValueError(
+            f"stop_ids = {stop_ids!r}, pad_id = {pad_id!r}: use a list of token ids such as [2], and one token id"
+        )
     wrong = [t for t in (*stop_ids, pad_id) if not 0 <= int(t) < vocab_size]
     if wrong:
         raise ValueError(
-            f"stop_ids = {list(stop_ids)}, pad_id = {pad_id}: {wrong} not in the vocabulary of {vocab_size} tokens (0..{vocab_size - 1})"
+            f"stop_ids = {list(stop_ids)}, pad_id = {pad_id}: {wrong} not in the vocabulary of {vocab_size} "
+            f"tokens (0..{vocab_size - 1})"
         )
     return tuple(int(t) for t in stop_ids)
 

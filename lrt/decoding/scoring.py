@@ -36,7 +36,9 @@ def score(
         Nats (B, T), 0 where nothing is scored, and the report.
     """
     if targets.shape != input_ids.shape:
-        raise ValueError(f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match")
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
+        )
     tokens, lengths = align(input_ids, attention_mask)
     done = prefills.run(model, tokens, lengths=lengths, method=prefill, everywhere=True, runner=runner)
     if attention_mask is None:
@@ -61,13 +63,21 @@ def score_continuations(
         ValueError: not one continuation a prompt, or an empty prompt.
     """
     if len(prompts) != len(continuations) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one continuation a prompt, and at least one")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(continuations)} continuations: "
+            "give one continuation a prompt, and at least one"
+        )
     if not all(prompts):
-        raise ValueError("the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in every row")
+        raise ValueError(
+            "the prompt is empty: begin it with the tokenizer's separator (BOS), or give at least one token in "
+            "every row"
+        )
     rows = [[*p, *c] for p, c in zip(prompts, continuations)]
     width = max(2, max(map(len, rows)))
     device = next(model.parameters()).device
     whole = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     nats, _ = score(model, whole[:, :-1], whole[:, 1:], mask[:, :-1], prefill=prefill, runner=runner)
-    return [(-nats[i, len(p) - 1 : len(p) - 1 + len(c)]).tolist() for i, (p, c) in enumerate(zip(prompts, continuations))]
+    return [
+        (-nats[i, len(p) - 1 : len(p) - 1 + len(c)]).tolist() for i, (p, c) in enumerate(zip(prompts, continuations))
+    ]

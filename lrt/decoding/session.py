@@ -76,14 +76,29 @@ class Session:
         if every < 1:
             raise ValueError(f"every = {every}: the host looks at the rows every 1 or more steps")
         device, batch = state.lengths.device, state.batch
-        self.model, self.state, self.sampling, self.stop_when, self.pad_id, self.every = model, state, sampling, stop_when, pad_id, every
+        self.model, self.state, self.sampling, self.stop_when, self.pad_id, self.every = (
+            model,
+            state,
+            sampling,
+            stop_when,
+            pad_id,
+            every,
+        )
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
         self.pending = pending.to(device=device, dtype=torch.int64).clone()
         self.seeds = (row_seeds(batch, None, device) if seeds is None else seeds.to(device)).clone()
         self.remaining = torch.full((batch,), max_new_tokens, dtype=torch.int64, device=device)
         self.active = self.remaining > 0
-        self.history = torch.full((batch, state.capacity + 2), pad_id, dtype=torch.int64, device=device) if sampling.processors else None
-        self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device) if sampling.repetition_penalty != 1 else None
+        self.history = (
+            torch.full((batch, state.capacity + 2), pad_id, dtype=torch.int64, device=device)
+            if sampling.processors
+            else None
+        )
+        self.seen = (
+            torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
+            if sampling.repetition_penalty != 1
+            else None
+        )
         self.new_tokens = torch.zeros(batch, every, dtype=torch.int64, device=device)
         self.new_logprobs = torch.zeros(batch, every, dtype=torch.float32, device=device)
         self.emitted = torch.zeros(batch, every, dtype=torch.bool, device=device)
@@ -105,7 +120,9 @@ class Session:
         self._emit(logits, self.state.lengths)
 
     def _choose(self, logits: Tensor, lengths: Tensor) -> None:
-        token, logprob = choose(logits, self.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen)
+        token, logprob = choose(
+            logits, self.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen
+        )
         self.lost.logical_or_(self.active & (token < 0))
         self.active.logical_and_(token >= 0)
         token = torch.where(self.active, token, self.pad_id)
@@ -125,7 +142,8 @@ class Session:
 
     @torch.no_grad()
     def advance(self, steps: int | None = None) -> Burst:
-        """Run ``steps`` (at most ``every``; None = that many, fewer where a row's room ends) and look at what the rows emitted.
+        """Run ``steps`` (at most ``every``; None = that many, fewer where a row's room ends)
+        and look at what the rows emitted.
 
         Raises:
             ValueError: a row goes on and has no room left in the state, or no token could be chosen for a row.
@@ -142,9 +160,14 @@ class Session:
         if bool(self.lost.any()):
             rows = self.lost.nonzero()[:, 0].tolist()
             raise ValueError(
-                f"no token can be chosen for rows {rows}: their logits are NaN or all -inf; look at the model's weights and at sampling.processors"
+                f"no token can be chosen for rows {rows}: their logits are NaN or all -inf; "
+                "look at the model's weights and at sampling.processors"
             )
-        emitted, tokens, logprobs = self.emitted[:, :steps].tolist(), self.new_tokens[:, :steps].tolist(), self.new_logprobs[:, :steps].tolist()
+        emitted, tokens, logprobs = (
+            self.emitted[:, :steps].tolist(),
+            self.new_tokens[:, :steps].tolist(),
+            self.new_logprobs[:, :steps].tolist(),
+        )
         burst = Burst(
             [[t for t, e in zip(row, on) if e] for row, on in zip(tokens, emitted)],
             [[p for p, e in zip(row, on) if e] for row, on in zip(logprobs, emitted)],
@@ -168,7 +191,8 @@ class Session:
             room = self.state.capacity - lengths[row]
             if on and room < 1:
                 raise ValueError(
-                    f"row {row} has {lengths[row]} tokens, and {left[row]} more do not fit a state of capacity {self.state.capacity}: "
+                    f"row {row} has {lengths[row]} tokens, and {left[row]} more do not fit a state of capacity "
+                    f"{self.state.capacity}: "
                     f"end it with retire({row}), and the others go on, or make the state with a larger capacity"
                 )
             if on and left[row] > room:
@@ -215,10 +239,12 @@ class Session:
         counts = check_prompt(self.model, tokens, None)
         if len(prompt) - 1 + max_new_tokens > self.state.capacity:
             raise ValueError(
-                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the session's capacity {self.state.capacity}: "
-                "make the session's state with a larger capacity"
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit the session's "
+                f"capacity {self.state.capacity}: make the session's state with a larger capacity"
             )
-        state, report = before_last(self.model, tokens, counts, self.state.capacity, self.state.kept_at, prefill, prefix_cache, decoding.eager)
+        state, report = before_last(
+            self.model, tokens, counts, self.state.capacity, self.state.kept_at, prefill, prefix_cache, decoding.eager
+        )
         self.state.put([row], state)
         self.pending[row] = tokens[0, -1]
         self.seeds[row] = row_seeds(1, None, self.seeds.device)[0] if seed is None else seed

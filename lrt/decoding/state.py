@@ -47,7 +47,8 @@ class DecodeState:
         kept_at: lengths at which the memory is kept, so that ``truncate`` can go back there.
         kept: (B, len(kept_at), D), or None.
         capacity: tokens a row can hold.
-        reach: (B,) int64 tokens by which RoPE that depends on the length of a row rotates its keys; None where it does not.
+        reach: (B,) int64 tokens by which RoPE that depends on the length of a row rotates its keys;
+            None where it does not.
         fingerprint: of the model, see ``fingerprint``.
     """
 
@@ -105,7 +106,9 @@ class DecodeState:
             kept=None if memory is None or not kept_at else memory.new_zeros(batch, len(kept_at), memory.shape[-1]),
             capacity=capacity,
             fingerprint=fingerprint(model),
-            reach=None if getattr(model.backbone, "by_length", None) is None else torch.full((batch,), capacity, dtype=torch.int64, device=device),
+            reach=None
+            if getattr(model.backbone, "by_length", None) is None
+            else torch.full((batch,), capacity, dtype=torch.int64, device=device),
         )
 
     # -------------------------------------------------------------- what it says
@@ -122,7 +125,9 @@ class DecodeState:
     @property
     def nbytes(self) -> int:
         """Bytes of keys, values and memory."""
-        return sum(x.nbytes for x in (*self.keys, *self.values, *(m for m in (self.memory, self.kept) if m is not None)))
+        return sum(
+            x.nbytes for x in (*self.keys, *self.values, *(m for m in (self.memory, self.kept) if m is not None))
+        )
 
     def check_model(self, model: Any) -> None:
         """Raises ValueError when this state was made by another model (or the same one before an update)."""
@@ -166,7 +171,9 @@ class DecodeState:
             ValueError: a row has consumed more.
         """
         if capacity < max(1, int(self.lengths.max())):
-            raise ValueError(f"shrink({capacity}): a row has consumed {int(self.lengths.max())} tokens; use that or more")
+            raise ValueError(
+                f"shrink({capacity}): a row has consumed {int(self.lengths.max())} tokens; use that or more"
+            )
 
         def fit(x: Tensor, window: int | None) -> Tensor:
             return _reslot(x, self.lengths, capacity + 1 if window is None else min(window + 1, capacity + 1)).clone()
@@ -182,11 +189,14 @@ class DecodeState:
             ValueError: the states are of different models or settings, or a row does not fit.
         """
         if other.fingerprint != self.fingerprint or other.kept_at != self.kept_at:
-            raise ValueError("the states are of different models or keep the memory at different lengths: make both with the same settings")
+            raise ValueError(
+                "the states are of different models or keep the memory at different lengths: "
+                "make both with the same settings"
+            )
         if len(rows) != other.batch or int(other.lengths.max()) > self.capacity:
             raise ValueError(
-                f"{other.batch} rows of up to {int(other.lengths.max())} tokens do not fit {len(rows)} rows of capacity {self.capacity}: "
-                "give one row for each, and a larger capacity"
+                f"{other.batch} rows of up to {int(other.lengths.max())} tokens do not fit {len(rows)} rows of "
+                f"capacity {self.capacity}: give one row for each, and a larger capacity"
             )
         index = torch.as_tensor(rows, device=self.lengths.device)
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
@@ -214,13 +224,15 @@ class DecodeState:
             rings = [x.shape[1] for x, w in zip(self.keys, self.windows) if w is not None]
             if n and any(have >= ring for ring in rings):
                 raise ValueError(
-                    f"truncate({n}): row {row} has consumed {have} tokens, and a sliding window of {min(rings) - 1} tokens "
+                    f"truncate({n}): row {row} has consumed {have} tokens, and a sliding window of "
+                    f"{min(rings) - 1} tokens "
                     "has overwritten older keys: fork the state before decoding on, or prefill again"
                 )
             if memory is not None and n:
                 if n not in self.kept_at:
                     raise ValueError(
-                        f"truncate({n}): the memory is kept at lengths {list(self.kept_at)} only: declare {n} in keep_at when the state is made"
+                        f"truncate({n}): the memory is kept at lengths {list(self.kept_at)} only: "
+                        f"declare {n} in keep_at when the state is made"
                     )
                 assert self.kept is not None
                 memory[row] = self.kept[row, self.kept_at.index(n)]
@@ -232,7 +244,9 @@ class DecodeState:
         crossed = (copy.document_starts >= lengths) & (copy.document_starts > 0) & (lengths > 0)
         if bool(crossed.any()):
             raise ValueError(f"truncate: attention was cut at a separator after {wanted} tokens: prefill again")
-        return dataclasses.replace(copy, lengths=lengths, memory=memory, document_starts=torch.where(lengths > 0, copy.document_starts, 0))
+        return dataclasses.replace(
+            copy, lengths=lengths, memory=memory, document_starts=torch.where(lengths > 0, copy.document_starts, 0)
+        )
 
     # -------------------------------------------------------------- files
 
@@ -241,10 +255,20 @@ class DecodeState:
         tensors = {name: x for name in _SMALL if (x := getattr(self, name)) is not None}
         for i, (key, value) in enumerate(zip(self.keys, self.values)):
             tensors |= {f"key.{i}": key, f"value.{i}": value}
-        about = {"format": FORMAT, "fingerprint": self.fingerprint, "capacity": self.capacity, "windows": self.windows, "kept_at": self.kept_at}
+        about = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "capacity": self.capacity,
+            "windows": self.windows,
+            "kept_at": self.kept_at,
+        }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, path, metadata={"lrt_state": json.dumps(about)})
+        save_file(
+            {n: t.detach().contiguous().cpu() for n, t in tensors.items()},
+            path,
+            metadata={"lrt_state": json.dumps(about)},
+        )
         return path
 
     @classmethod
@@ -252,7 +276,8 @@ class DecodeState:
         """Read a state for ``model``, onto its device.
 
         Raises:
-            ValueError: no such file, not a state, a state of another model, or one whose tensors or numbers do not fit together.
+            ValueError: no such file, not a state, a state of another model, or one whose tensors or numbers do not fit
+                together.
         """
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; give one that DecodeState.save wrote")
@@ -263,7 +288,9 @@ class DecodeState:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
         if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a decoding state of this version of lrt: give a file that DecodeState.save wrote")
+            raise ValueError(
+                f"{path}: not a decoding state of this version of lrt: give a file that DecodeState.save wrote"
+            )
         _check_fingerprint(str(about.get("fingerprint")), model)
         wrong = _misfit(about, tensors, model)
         if wrong is not None:
@@ -286,7 +313,9 @@ class DecodeState:
 
     def _map(self, change: Any) -> DecodeState:
         changes = {name: change(x) for name in _SMALL if (x := getattr(self, name)) is not None}
-        return dataclasses.replace(self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)), **changes)
+        return dataclasses.replace(
+            self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)), **changes
+        )
 
 
 def _check_fingerprint(made_by: str, model: Any) -> None:
@@ -325,9 +354,13 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name in sorted(one.keys() | found.keys()):
         if found.get(name) != one.get(name):
-            return f"its tensor {name} is {found.get(name, 'missing')}, but {one.get(name, 'no such tensor')} is expected"
+            return (
+                f"its tensor {name} is {found.get(name, 'missing')}, but {one.get(name, 'no such tensor')} is expected"
+            )
     starts, known = tensors["document_starts"], tensors["lengths"]
-    if rows < 1 or bool(((known < 0) | (known > capacity) | (starts < 0) | (starts > known) | (tensors["approximate_from"] < 0)).any()):
+    if rows < 1 or bool(
+        ((known < 0) | (known > capacity) | (starts < 0) | (starts > known) | (tensors["approximate_from"] < 0)).any()
+    ):
         return f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, with a capacity of {capacity}"
     return None
 
@@ -348,7 +381,9 @@ def _reslot(cache: Tensor, lengths: Tensor, slots: int) -> Tensor:
     positions = slot_positions(lengths - 1, slots)
     kept = (positions >= 0) & (positions > (lengths - 1 - cache.shape[1])[:, None])
     index = positions.clamp_min(0).remainder(cache.shape[1])
-    return cache.gather(1, index[:, :, None, None].expand(-1, -1, *cache.shape[2:])) * kept[:, :, None, None].to(cache.dtype)
+    return cache.gather(1, index[:, :, None, None].expand(-1, -1, *cache.shape[2:])) * kept[:, :, None, None].to(
+        cache.dtype
+    )
 
 
 # ------------------------------------------------------------------ which model
@@ -375,8 +410,8 @@ _known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 def fingerprint(model: Any) -> str:
     """A digest of the model's settings and of every weight; equal on every device, recomputed after an update.
 
-    An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen: the digest of
-    before stays, so states made before such an update must be made again.
+    An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen:
+    the digest of before stays, so states made before such an update must be made again.
     """
     whole_tensors = ((n, p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters())
     parameters = [part for whole in whole_tensors for part in parts(*whole)]
@@ -384,7 +419,8 @@ def fingerprint(model: Any) -> str:
     if model in _known and _known[model][0] == version:
         return _known[model][1]
     config = getattr(model.backbone, "config", None)
-    settings = config if dataclasses.is_dataclass(config) else None  # of a native model: RoPE base, softcap and the like
+    # of a native model: RoPE base, softcap and the like
+    settings = config if dataclasses.is_dataclass(config) else None
     digest = hashlib.sha256(repr((model.recurrence, settings, [block.window for block in model.blocks])).encode())
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = []

@@ -45,7 +45,8 @@ def absorb(
         state: its rows; must have room for one token.
         tokens: (B,) token ids.
         active: (B,) bool; other rows stay as they are.
-        row: what block ``row.start`` receives at these tokens, with contexts; None = the tokens embedded, for the first block.
+        row: what block ``row.start`` receives at these tokens, with contexts;
+            None = the tokens embedded, for the first block.
         stop: the first block that does not run, above the source; None = all run.
 
     Returns:
@@ -82,7 +83,9 @@ def consume(
         separator = separator_of(model)
         received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
     stores = masked_caches(state) if stores is None else stores
-    out = run_blocks(model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs)
+    out = run_blocks(
+        model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs
+    )
     state.lengths.add_(active)
     if state.memory is not None and out.memory is not None:
         torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
@@ -111,7 +114,10 @@ def masked_caches(state: DecodeState) -> list[Cache]:
         slots = key.shape[1]
         if slots not in shared:
             held = slot_positions(state.lengths, slots)
-            shared[slots] = state.lengths.remainder(slots)[:, None], (held >= state.document_starts[:, None])[:, None, None]
+            shared[slots] = (
+                state.lengths.remainder(slots)[:, None],
+                (held >= state.document_starts[:, None])[:, None, None],
+            )
     return [Cache(key, value, *shared[key.shape[1]]) for key, value in zip(state.keys, state.values)]
 
 

@@ -25,7 +25,9 @@ Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, 
 
 
 @torch.no_grad()
-def activation_statistics(model: Any, input_ids: Tensor, targets: Tensor | None = None, schedule: Schedule | None = None) -> Statistics:
+def activation_statistics(
+    model: Any, input_ids: Tensor, targets: Tensor | None = None, schedule: Schedule | None = None
+) -> Statistics:
     """Statistics of memory, gates and what memory adds, over the positions of a batch that receive memory.
 
     Args:
@@ -36,10 +38,12 @@ def activation_statistics(model: Any, input_ids: Tensor, targets: Tensor | None 
         schedule: its last loss group is looked at; None = ``model.train_schedule``.
 
     Returns:
-        By name, mean, std, min and max: ``source_norm`` and ``memory_norm`` (L2, before and after the memory's norm, one
-        number), and one number a receiving block: ``local_gate``, ``memory_gate``, ``injection_ratio`` (norm of g m over
-        that of the residual stream it is added to), ``key_ratio`` and ``value_ratio`` (norm of the gated memory part over
-        that of the gated local part, a head). Empty for a model without recurrence.
+        By name, mean, std, min and max: ``source_norm`` and ``memory_norm`` (L2, before and after the memory's norm,
+        one
+        number), and one number a receiving block: ``local_gate``, ``memory_gate``, ``injection_ratio`` (norm of g m
+        over
+        that of the residual stream it is added to), ``key_ratio`` and ``value_ratio`` (norm of the gated memory part
+        over that of the gated local part, a head). Empty for a model without recurrence.
     """
     if model.recurrence is None:
         return {}
@@ -56,7 +60,8 @@ def _observe(model: Any, input_ids: Tensor, targets: Tensor | None, schedule: Sc
         schedule = replace(schedule, weights="paper")  # a pass of weight 0 would stop at the source block
     counted = torch.ones_like(input_ids, dtype=torch.bool) if targets is None else targets != IGNORE
     watched = _Watched(model)
-    # Unbound, so that the pass runs over the watched blocks; a generator of its own, so that no other draws differently.
+    # Unbound, so that the pass runs over the watched blocks; a generator of its own, so that no other draws
+    # differently.
     results = type(model).run(watched, input_ids, schedule, generator=torch.Generator().manual_seed(0))
     last = max(result.plan.group for result in results)
     final = [result for result in results if result.plan.group == last]
@@ -72,7 +77,9 @@ def _observe(model: Any, input_ids: Tensor, targets: Tensor | None, schedule: Sc
             for name, values in seen.items():
                 if name != "received":
                     tallies[name][place].add(values[mine & seen["received"]])
-    return {name: summaries(parts) for name, parts in {"source_norm": [source], "memory_norm": [memory], **tallies}.items()}
+    return {
+        name: summaries(parts) for name, parts in {"source_norm": [source], "memory_norm": [memory], **tallies}.items()
+    }
 
 
 # ------------------------------------------------------------------ looking
@@ -104,7 +111,8 @@ def _final_calls(block: _WatchedBlock, here: Tensor) -> Iterator[tuple[dict[str,
 
 
 class _WatchedBlock:
-    """A RecurrentBlock that runs as always; its arguments are looked at afterwards, when FSDP has gathered its parameters.
+    """A RecurrentBlock that runs as always; its arguments are looked at afterwards, when FSDP has gathered its
+    parameters.
 
     Attributes:
         calls: of each call, numbers (B, P, ...) by name, and the norm (B, P) of what it returned.

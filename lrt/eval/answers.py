@@ -51,7 +51,9 @@ class ExactMatch:
 
     def describe(self) -> str:
         """The score in words."""
-        parts = ", ".join(f"{steps} {'step' if steps == 1 else 'steps'} {100 * share:.1f} %" for steps, share in self.by_steps.items())
+        parts = ", ".join(
+            f"{steps} {'step' if steps == 1 else 'steps'} {100 * share:.1f} %" for steps, share in self.by_steps.items()
+        )
         return f"{100 * self.value:.1f} %" + (f" ({parts})" if parts else "")
 
 
@@ -93,7 +95,9 @@ def exact_match(
     return dict.fromkeys(modes, found[modes[0]]) if plain else found
 
 
-def _answers(model: Any, examples: Sequence[Example], chat: Chat, tokenizer: Tokenizer, *, max_new_tokens: int) -> list[str]:
+def _answers(
+    model: Any, examples: Sequence[Example], chat: Chat, tokenizer: Tokenizer, *, max_new_tokens: int
+) -> list[str]:
     prompts = [chat.prompt(one.messages[:-1]) for one in examples]
     ids, mask = _padded(prompts, device=next(model.parameters()).device)
     done = complete(

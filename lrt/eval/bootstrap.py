@@ -1,7 +1,8 @@
 """Confidence intervals of bits per byte by resampling documents, for one model and for the difference of two.
 
-Documents are the units that are drawn: tokens of one document depend on each other, documents do not. Two models that scored
-the same documents are compared in pairs, so that what makes a document hard for both does not widen the interval.
+Documents are the units that are drawn: tokens of one document depend on each other, documents do not.
+Two models that scored the same documents are compared in pairs, so that what makes a document hard for both does not
+widen the interval.
 
 Legend: N documents, C columns of numbers per document.
 """
@@ -49,15 +50,17 @@ class DocumentScores:
     def of(cls, scores: Mapping[str, Any], *, data: str) -> DocumentScores:
         """Those of ``evaluate_bpb``'s results, which are of the same rows in every mode."""
         first = next(iter(scores.values()))
-        return cls(data, first.documents, first.document_bytes, {mode: score.document_nats for mode, score in scores.items()})
+        return cls(
+            data, first.documents, first.document_bytes, {mode: score.document_nats for mode, score in scores.items()}
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write one ``.npz`` file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f"nats.{mode}": nats for mode, nats in self.nats.items()}
+        arrays: dict[str, Any] = {f"nats.{mode}": nats for mode, nats in self.nats.items()}
         with open(target, "wb") as file:
-            np.savez_compressed(file, data=np.array(self.data), index=self.index, bytes=self.bytes, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(file, data=np.array(self.data), index=self.index, bytes=self.bytes, **arrays)
         return target
 
     @classmethod
@@ -73,10 +76,14 @@ class DocumentScores:
                 return cls(str(file["data"]), file["index"], file["bytes"], nats)
         except Exception as error:  # noqa: BLE001 - numpy, zipfile and zlib each fail in their own way
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{path} holds no scores of documents ({reason}): write them with tools/evaluate.py --documents") from None
+            raise ValueError(
+                f"{path} holds no scores of documents ({reason}): write them with tools/evaluate.py --documents"
+            ) from None
 
 
-def interval(nats: np.ndarray, sizes: np.ndarray, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0) -> Interval:
+def interval(
+    nats: np.ndarray, sizes: np.ndarray, *, level: float = LEVEL, draws: int = DRAWS, seed: int = 0
+) -> Interval:
     """Bits per byte over documents, with a percentile bootstrap interval.
 
     Args:
@@ -104,8 +111,11 @@ def paired_interval(
     return _interval(columns, level=level, draws=draws, seed=seed)
 
 
-def compare_scores(first: DocumentScores, second: DocumentScores, *, mode: str, level: float = LEVEL, draws: int = DRAWS) -> Interval:
-    """Bits per byte of ``second`` minus those of ``first`` in one memory mode, over the documents that both scored whole.
+def compare_scores(
+    first: DocumentScores, second: DocumentScores, *, mode: str, level: float = LEVEL, draws: int = DRAWS
+) -> Interval:
+    """Bits per byte of ``second`` minus those of ``first`` in one memory mode, over the documents that both scored
+    whole.
 
     Args:
         first, second: scores of two models on the same data.
@@ -116,16 +126,27 @@ def compare_scores(first: DocumentScores, second: DocumentScores, *, mode: str, 
         ValueError: other data, a mode that one of them lacks, or no document that both scored alike.
     """
     if first.data != second.data:
-        raise ValueError(f"the scores are of different data ({first.data[:12]} and {second.data[:12]}): evaluate both models on the same --data")
+        raise ValueError(
+            f"the scores are of different data ({first.data[:12]} and {second.data[:12]}): "
+            "evaluate both models on the same --data"
+        )
     for scores in (first, second):
         if mode not in scores.nats:
-            raise ValueError(f"memory mode {mode} was not scored in both: there are {', '.join(scores.nats)}; evaluate with --memory all")
+            raise ValueError(
+                f"memory mode {mode} was not scored in both: there are {', '.join(scores.nats)}; "
+                "evaluate with --memory all"
+            )
     _, here, there = np.intersect1d(first.index, second.index, assume_unique=True, return_indices=True)
-    same = first.bytes[here] == second.bytes[there]  # the last document of a limited evaluation may be cut in one of them
+    # the last document of a limited evaluation may be cut in one of them
+    same = first.bytes[here] == second.bytes[there]
     here, there = here[same], there[same]
     if not len(here):
-        raise ValueError("the two models scored no document alike: evaluate both with the same --tokens and --sequence-length")
-    return paired_interval(first.nats[mode][here], second.nats[mode][there], first.bytes[here], level=level, draws=draws)
+        raise ValueError(
+            "the two models scored no document alike: evaluate both with the same --tokens and --sequence-length"
+        )
+    return paired_interval(
+        first.nats[mode][here], second.nats[mode][there], first.bytes[here], level=level, draws=draws
+    )
 
 
 # ------------------------------------------------------------------ resampling

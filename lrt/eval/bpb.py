@@ -123,8 +123,12 @@ def evaluate_bpb(
     finally:
         model.train(was_training)
     reached = getattr(batches, "documents_reached", None)
-    reports = {mode: table.report(mode, documents=reached, reduce=reduce) for mode, table in tables.items() if table.used}
-    return {mode: dataclasses.replace(reports[modes[0]], mode=mode) for mode in modes} if one_mode and reports else reports
+    reports = {
+        mode: table.report(mode, documents=reached, reduce=reduce) for mode, table in tables.items() if table.used
+    }
+    return (
+        {mode: dataclasses.replace(reports[modes[0]], mode=mode) for mode in modes} if one_mode and reports else reports
+    )
 
 
 def _schedule(model: LatentRecurrentModel, mode: str, schedule: Schedule | None) -> Schedule:
@@ -150,7 +154,10 @@ def _counted(batch: Any, token_bytes: Tensor | None) -> _Counted:
     if documents is not None:
         return _Counted(documents >= 0, batch.sizes, documents)
     if token_bytes is None:
-        raise ValueError("the batches do not say the bytes of their targets: give token_bytes, or rows of lrt.data.build_loader(split='validation')")
+        raise ValueError(
+            "the batches do not say the bytes of their targets: give token_bytes, "
+            "or rows of lrt.data.build_loader(split='validation')"
+        )
     targets = batch.targets.cpu()
     sizes = torch.where(targets == IGNORE, 0, token_bytes.cpu()[targets.clamp_min(0)])
     return _Counted(sizes > 0, sizes, None)

@@ -1,4 +1,5 @@
-"""Log-probabilities of continuations, for tasks that compare them: a common context is decoded once, its state forked per option.
+"""Log-probabilities of continuations, for tasks that compare them: a common context is decoded once,
+its state forked per option.
 
 Legend: B batch, T tokens, D width, V vocabulary.
 """
@@ -38,11 +39,15 @@ class ChoiceScorer:
         ValueError: another mode, or one that the model lacks.
     """
 
-    def __init__(self, model: Any, *, memory: str = "decode", max_length: int, rows: int = 16, runner: Runner = graphed) -> None:
+    def __init__(
+        self, model: Any, *, memory: str = "decode", max_length: int, rows: int = 16, runner: Runner = graphed
+    ) -> None:
         if memory not in ("decode", "zero", "parallel"):
             raise ValueError(f"memory = {memory!r}: use decode, zero or parallel")
         if memory == "parallel" and model.recurrence is None:
-            raise ValueError("memory = 'parallel', but the model has no memory: use zero, or decode, which is the same for it")
+            raise ValueError(
+                "memory = 'parallel', but the model has no memory: use zero, or decode, which is the same for it"
+            )
         self._model, self._memory, self._max_length, self._rows, self._runner = model, memory, max_length, rows, runner
         self._decoder = WithoutMemory(model) if memory == "zero" else model
 
@@ -76,14 +81,21 @@ class ChoiceScorer:
 
     def _cut(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if not context or not continuation:
-            raise ValueError("an empty context or continuation: begin a context with the separator (BOS), and give a token to score")
+            raise ValueError(
+                "an empty context or continuation: begin a context with the separator (BOS), and give a token to score"
+            )
         room = self._max_length + 1 - len(continuation)
         if room < 1:
-            raise ValueError(f"a continuation of {len(continuation)} tokens is longer than the model reads ({self._max_length}): cut it")
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens is longer than the model reads "
+                f"({self._max_length}): cut it"
+            )
         return context[-room:], continuation
 
     @torch.no_grad()
-    def _by_decoding(self, contexts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]) -> list[list[Scored]]:
+    def _by_decoding(
+        self, contexts: Sequence[Sequence[int]], options: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Scored]]:
         """Decode every context once, and every option from a fork of its state."""
         longest = max(len(option) for some in options for option in some)
         tokens, lengths = self._padded(contexts)
@@ -99,7 +111,14 @@ class ChoiceScorer:
             if max(map(len, given)):
                 # A row with nothing to read reads one token, and what it says is not looked at.
                 more, counts = self._padded([option or (0,) for option in given])
-                after = prefills.run(self._decoder, more, lengths=counts, state=done.state.select(owners), everywhere=True, runner=self._runner)
+                after = prefills.run(
+                    self._decoder,
+                    more,
+                    lengths=counts,
+                    state=done.state.select(owners),
+                    everywhere=True,
+                    runner=self._runner,
+                )
                 hidden = torch.cat([hidden, after.hidden], dim=1)
             scored += self._read(hidden, [option for _, option in part])
         results = iter(scored)
@@ -110,7 +129,8 @@ class ChoiceScorer:
         tokens, _ = self._padded([(*context, *continuation[:-1]) for context, continuation in pairs])
         schedule = single(self._model.train_schedule)
         if isinstance(schedule, (Interleaved, Refine)):
-            schedule = type(schedule)(**{**vars(schedule), "weights": "paper"})  # a group of weight 0 would not be computed to the end
+            # a group of weight 0 would not be computed to the end
+            schedule = type(schedule)(**{**vars(schedule), "weights": "paper"})
         groups = by_group(self._model.run(tokens, schedule), len(schedule.group_weights(tokens.shape[1])))
         whole = in_order(*groups[-1])
         width = max(len(continuation) for _, continuation in pairs)

@@ -128,7 +128,8 @@ class Comparison:
         return self.curves[0]
 
     def difference(self, curve: Curve, point: Point, *, axis: str) -> Difference | None:
-        """``point`` against the reference at the same amount of ``axis``; None where either's is not known, or the reference does not reach."""
+        """``point`` against the reference at the same amount of ``axis``; None where either's is not known,
+        or the reference does not reach."""
         if axis not in point.amounts or curve is self.reference:
             return None
         there = interpolate(self.reference, point.amounts[axis], axis=axis)

@@ -48,7 +48,8 @@ def diagnose(
 
     Args:
         model: a recurrent model in evaluation mode.
-        batch: held-out rows (``lrt.data.held_out.HeldOut``), two or more, because memory is also taken from another row.
+        batch: held-out rows (``lrt.data.held_out.HeldOut``), two or more, because memory is also taken from another
+            row.
         separator: token with which decoding starts.
         sweeps: refinements over whose course the memory is watched.
         decode_tokens: drawn tokens over which the memory's drift is watched; 0 = none.
@@ -57,8 +58,8 @@ def diagnose(
         progress: called with the name of each part before it runs.
 
     Returns:
-        Plain values: ``loss`` of changed memories, ``parameters``, ``activations``, ``sweeps``, ``positions``, ``residues``,
-        ``drift``, and ``findings`` in words.
+        Plain values: ``loss`` of changed memories, ``parameters``, ``activations``, ``sweeps``, ``positions``,
+        ``residues``, ``drift``, and ``findings`` in words.
 
     Raises:
         ValueError: the model has no memory, or there is only one row.
@@ -66,7 +67,9 @@ def diagnose(
     if model.recurrence is None:
         raise ValueError("the model has no memory, so there is nothing to diagnose: give a model with recurrence")
     if len(batch.input_ids) < 2:
-        raise ValueError("one row of text: memory is also taken from another row; give text for two rows or more, or shorter rows")
+        raise ValueError(
+            "one row of text: memory is also taken from another row; give text for two rows or more, or shorter rows"
+        )
     device = next(model.parameters()).device
     tokens, targets = batch.input_ids.to(device), batch.targets.to(device)
     sizes = torch.where(batch.documents.to(device) >= 0, batch.sizes.to(device), 0)
@@ -96,8 +99,8 @@ def diagnose(
 def changed_memories(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, size: int, memory: Tensor) -> Report:
     """Bits per byte that are lost when one block's memory is changed, all else being as in decoding.
 
-    Every position is fed the true memory of the position before, so one parallel forward is decoding; then the memory that
-    one block receives, in one of its parts, is another one.
+    Every position is fed the true memory of the position before, so one parallel forward is decoding;
+    then the memory that one block receives, in one of its parts, is another one.
 
     Args:
         memory: (B, T, D) of true recurrence.
@@ -118,7 +121,12 @@ def changed_memories(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor
         everywhere = {index: dict.fromkeys(PARTS, other) for index in model.receivers}
         report[name] = {"all": bits(everywhere) - report["intact"]}
         for part in PARTS:
-            if part == "residual" and model.injection is None or part != "residual" and not model.recurrence.kv_projection:
+            if (
+                part == "residual"
+                and model.injection is None
+                or part != "residual"
+                and not model.recurrence.kv_projection
+            ):
                 continue
             report[name][part] = [bits({index: {part: other}}) - report["intact"] for index in model.receivers]
     return report
@@ -141,7 +149,9 @@ class _Changed:
 
     def __init__(self, model: Any, changed: Mapping[int, Mapping[str, Tensor]]) -> None:
         self._model = model
-        self.blocks = [_ChangedBlock(model, i, changed[i]) if i in changed else block for i, block in enumerate(model.blocks)]
+        self.blocks = [
+            _ChangedBlock(model, i, changed[i]) if i in changed else block for i, block in enumerate(model.blocks)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)
@@ -166,7 +176,9 @@ class _ChangedBlock:
         if block.projection is not None:  # of its own: it would read the state that the residual gets
             block = copy.copy(block)
             block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
-        return block(hidden, residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned), context, kv)
+        return block(
+            hidden, residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned), context, kv
+        )
 
 
 class _Given(nn.Module):
@@ -191,9 +203,10 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
         count: refinements.
 
     Returns:
-        One number a refinement: ``change`` to the pass before and ``change_over_two`` to the one before that (the mean over
-        positions; a memory that jumps between two states changes much in one sweep and little in two), the largest change,
-        the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
+        One number a refinement: ``change`` to the pass before and ``change_over_two`` to the one before that (the mean
+        over
+        positions; a memory that jumps between two states changes much in one sweep and little in two),
+        the largest change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
     """
     results = model.run(tokens, Refine(count))
     passes = [at_least_float32(result.memory) for result in results]
@@ -204,7 +217,9 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
         error = _relative(passes[number], truth)
         report["change"].append(float(change.mean()))
         report["largest_change"].append(float(change.max()))
-        report["change_over_two"].append(float(_relative(passes[number], passes[number - 2]).mean()) if number > 1 else None)
+        report["change_over_two"].append(
+            float(_relative(passes[number], passes[number - 2]).mean()) if number > 1 else None
+        )
         report["error"].append(float(error.mean()))
         report["exact_prefix"].append(int((error <= EXACT).long().cumprod(1).sum(1).min()))
     return report
@@ -272,7 +287,8 @@ class _Source:
 
 
 def watch_drift(model: Any, *, separator: int, tokens: int, rows: int, seed: int) -> Report:
-    """RMS of the source block's output, and the angle of the memory to those one and two tokens before, while tokens are drawn.
+    """RMS of the source block's output, and the angle of the memory to those one and two tokens before,
+    while tokens are drawn.
 
     Returns:
         One number a token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
@@ -310,19 +326,32 @@ def findings(report: Report) -> list[str]:
     """What the numbers say, most important first."""
     loss, sweeps = report["loss"], report["sweeps"]
     worth = loss["zeroed"]["all"]
-    found = [f"zeroing the memory costs {worth:+.4f} bits per byte, taking another row's {loss['of another row']['all']:+.4f}"]
+    found = [
+        f"zeroing the memory costs {worth:+.4f} bits per byte, taking another row's "
+        f"{loss['of another row']['all']:+.4f}"
+    ]
     change, over_two = sweeps["change"][-1], sweeps["change_over_two"][-1]
     if two_states(report):
         found.append(
-            f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by {change:.2f} in one sweep but by "
+            f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by "
+            f"{change:.2f} in one sweep but by "
             f"{over_two:.2f} in two; train on settled memory (recipes/settle_memory.toml), or weight the initialization"
         )
     elif sweeps["largest_change"][-1] > UNSETTLED:
         largest = sweeps["largest_change"][-1]
         swept = len(sweeps["change"])
-        found.append(f"the memory has not settled after {swept} sweeps: its largest change is {largest:.2f} (recipes/settle_memory.toml)")
-    gaps = [d - p for p, d in zip(report["residues"]["parallel"], report["residues"]["decode"]) if p is not None and d is not None]
-    found.append("decode minus parallel by residue class: " + " ".join(f"{gap:+.4f}" for gap in gaps) + " bits per byte")
+        found.append(
+            f"the memory has not settled after {swept} sweeps: its largest change is {largest:.2f} "
+            "(recipes/settle_memory.toml)"
+        )
+    gaps = [
+        d - p
+        for p, d in zip(report["residues"]["parallel"], report["residues"]["decode"])
+        if p is not None and d is not None
+    ]
+    found.append(
+        "decode minus parallel by residue class: " + " ".join(f"{gap:+.4f}" for gap in gaps) + " bits per byte"
+    )
     return found
 
 

@@ -34,7 +34,9 @@ def _losses(panel: Any, loss: Report) -> None:
     for (name, parts), colour in zip(((n, p) for n, p in loss.items() if isinstance(p, dict)), COLOURS):
         for part, style in zip(PARTS, ("-", "--")):
             if part in parts:
-                panel.plot(loss["blocks"], parts[part], style, color=colour, marker="o", markersize=3, label=f"{name}, {part}")
+                panel.plot(
+                    loss["blocks"], parts[part], style, color=colour, marker="o", markersize=3, label=f"{name}, {part}"
+                )
     panel.set(title="Loss when one block's memory is changed", xlabel="block", ylabel="bits per byte above intact")
     panel.legend(fontsize=7, handlelength=4)
 
@@ -43,7 +45,9 @@ def _gates(panel: Any, report: Report) -> None:
     blocks = report["loss"]["blocks"]
     for name in ("memory_gate", "local_gate", "key_ratio", "value_ratio", "injection_ratio"):
         if name in report["activations"]:
-            panel.plot(blocks, report["activations"][name]["mean"], marker="o", markersize=3, label=name.replace("_", " "))
+            panel.plot(
+                blocks, report["activations"][name]["mean"], marker="o", markersize=3, label=name.replace("_", " ")
+            )
     if "gains" in report["parameters"]:
         panel.plot(blocks, report["parameters"]["gains"], marker="s", markersize=3, color="black", label="gain g")
     panel.axhline(0, color="#606060", linewidth=0.8)
@@ -53,10 +57,18 @@ def _gates(panel: Any, report: Report) -> None:
 
 def _sweeps(panel: Any, sweeps: Report) -> None:
     numbers = range(1, len(sweeps["change"]) + 1)
-    for name, label in (("change", "change to one sweep before"), ("change_over_two", "to two before"), ("error", "error to decode")):
+    for name, label in (
+        ("change", "change to one sweep before"),
+        ("change_over_two", "to two before"),
+        ("error", "error to decode"),
+    ):
         shown = [(n, max(value, 1e-9)) for n, value in zip(numbers, sweeps[name]) if value is not None]
-        panel.plot([n for n, _ in shown], [value for _, value in shown], marker="o", markersize=3, label=f"{label} (mean)")
-    panel.set(title="How the memory settles", xlabel="sweep (full refinement)", ylabel="relative change of m", yscale="log")
+        panel.plot(
+            [n for n, _ in shown], [value for _, value in shown], marker="o", markersize=3, label=f"{label} (mean)"
+        )
+    panel.set(
+        title="How the memory settles", xlabel="sweep (full refinement)", ylabel="relative change of m", yscale="log"
+    )
     beside = panel.twinx()
     beside.plot(numbers, sweeps["exact_prefix"], ":", color="black", label="exact prefix")
     beside.set(ylabel="exact positions of the worst row")
@@ -66,7 +78,13 @@ def _sweeps(panel: Any, sweeps: Report) -> None:
 def _gaps(panel: Any, report: Report) -> None:
     positions, residues = report["positions"], report["residues"]
     places = range(1, len(positions["decode"]) + 1)
-    _line(panel, places, _differences(positions["decode"], positions["parallel"]), color=MODE_COLOURS["decode"], label="all positions")
+    _line(
+        panel,
+        places,
+        _differences(positions["decode"], positions["parallel"]),
+        color=MODE_COLOURS["decode"],
+        label="all positions",
+    )
     gaps = _differences(residues["decode"], residues["parallel"])
     for number, gap in enumerate(gaps):
         if gap is not None:
@@ -95,7 +113,11 @@ def _gains(panel: Any, positions: Report) -> None:
     for mode in ("parallel", "decode"):
         _line(panel, places, _differences(positions["zero"], positions[mode]), color=MODE_COLOURS[mode], label=mode)
     panel.axhline(0, color="#606060", linewidth=0.8)
-    panel.set(title="What memory gains, by position", xlabel=f"part of the row (of {len(places)})", ylabel="bits per byte below zero memory")
+    panel.set(
+        title="What memory gains, by position",
+        xlabel=f"part of the row (of {len(places)})",
+        ylabel="bits per byte below zero memory",
+    )
     panel.legend(fontsize=7)
 
 

@@ -31,7 +31,8 @@ def exact_steps(decoder: Any, *, runner: decoding.Runner = decoding.graphed) -> 
     """
 
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
-        with torch.compiler.set_stance("force_eager"):  # what still runs as modules is one position, too little to compile
+        # what still runs as modules is one position, too little to compile
+        with torch.compiler.set_stance("force_eager"):
             return score(decoder, tokens, targets, runner=runner)[0]
 
     return nats
@@ -40,7 +41,8 @@ def exact_steps(decoder: Any, *, runner: decoding.Runner = decoding.graphed) -> 
 def fastest_exact(model: Any) -> Decode | None:
     """The fastest exact scores of a model on its device; None = its own sequential schedule.
 
-    On a GPU a native model steps in fused kernels, where triton is installed, and any other as it is; both as CUDA graphs.
+    On a GPU a native model steps in fused kernels, where triton is installed, and any other as it is;
+    both as CUDA graphs.
     """
     if next(model.parameters()).device.type != "cuda":
         return None

@@ -85,7 +85,8 @@ def label_amounts(axis: Any, values: Sequence[float], *, log: bool, form: Callab
         axis.set_minor_locator(NullLocator())
     else:
         ticks = list(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(*limits(values, share=0.1)))
-        if len({form(tick) for tick in ticks}) < len(ticks):  # too close together to be told apart: the amounts themselves
+        # too close together to be told apart: the amounts themselves
+        if len({form(tick) for tick in ticks}) < len(ticks):
             ticks = list({form(value): value for value in values}.values())
         axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))

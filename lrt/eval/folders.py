@@ -89,7 +89,9 @@ class Evaluation:
     def documents(self) -> DocumentScores:
         """What each document cost, for comparing two models in pairs."""
         first = next(iter(self.scores.values()))
-        return DocumentScores(self.data, first.documents, first.document_bytes, {m: s.document_nats for m, s in self.scores.items()})
+        return DocumentScores(
+            self.data, first.documents, first.document_bytes, {m: s.document_nats for m, s in self.scores.items()}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a number that there is none of is None."""
@@ -126,11 +128,16 @@ class Evaluation:
         lines += _aligned(rows)
         if len(self.sources) > 1:
             rows = [("source", *self.scores)]
-            rows += [(name, *(f"{score.part(*span):.4f}" for score in self.scores.values())) for name, span in self.sources.items()]
+            rows += [
+                (name, *(f"{score.part(*span):.4f}" for score in self.scores.values()))
+                for name, span in self.sources.items()
+            ]
             lines += ["", *_aligned(rows)]
         first = next(iter(self.scores.values()))
         lines += ["", *(f"{mode}: {how}" for mode, how in self.how.items())]
-        lines += [f"{first.tokens:,} tokens, {first.bytes:,} bytes, {len(first.documents):,} documents, {self.seconds:.1f} s"]
+        lines += [
+            f"{first.tokens:,} tokens, {first.bytes:,} bytes, {len(first.documents):,} documents, {self.seconds:.1f} s"
+        ]
         return "\n".join(lines)
 
 
@@ -159,8 +166,8 @@ def evaluate_folder(
     """
     if settings.memory in ("zero", "parallel") and not isinstance(settings.decode, Exact):
         raise ValueError(
-            f"--decode {settings.decode} has no effect with --memory {settings.memory}, because nothing is scored in mode decode: "
-            f"leave one out, or use --memory decode or all"
+            f"--decode {settings.decode} has no effect with --memory {settings.memory}, "
+            f"because nothing is scored in mode decode: leave one out, or use --memory decode or all"
         )
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     opened = open_model(path, base=settings.base, dtype=settings.dtype or default, device=device)
@@ -173,7 +180,10 @@ def evaluate_folder(
     sources = held_out_rows(opened, settings, tokenizer, length=length, rows=rows, processes=processes)
     exact = fastest_exact(model) if "decode" in modes and model.recurrence is not None else None
     way: Decode | None = exact
-    how = {"zero": "the initialization forward alone, without memory", "parallel": f"the schedule of training, {model.train_schedule}"}
+    how = {
+        "zero": "the initialization forward alone, without memory",
+        "parallel": f"the schedule of training, {model.train_schedule}",
+    }
     if model.recurrence is None:
         how = {mode: "the model has no memory: one score in every mode" for mode in MODES}
     elif "decode" in modes and not isinstance(settings.decode, Exact):
@@ -190,21 +200,31 @@ def evaluate_folder(
     seconds = time.perf_counter() - began
     for mode, score in scores.items():
         if not math.isfinite(score.value):
-            raise ValueError(f"{path}: memory mode {mode} gave nats that are not finite numbers: no score is printed; try --dtype float32")
+            raise ValueError(
+                f"{path}: memory mode {mode} gave nats that are not finite numbers: no score is printed; "
+                "try --dtype float32"
+            )
     how.setdefault("decode", "true recurrence, exact")
     if isinstance(way, ByPrefill):
         named = way.describe(total=processes.total)  # before the sample, whose rows are scored a second time
         effect = sampled_effect(model, sources, exact=exact, approximate=way)
         how["decode"] = f"decode ({named}); {effect:+.5f} bits per byte against exact decode on {SAMPLED_ROWS} rows"
-        say(f"decode by {settings.decode}: {effect:+.5f} bits per byte against exact decode on a sample of {SAMPLED_ROWS} rows")
-    return Evaluation(opened.folder, scores, {mode: how[mode] for mode in scores}, sources.named(), sources.fingerprint, seconds)
+        say(
+            f"decode by {settings.decode}: {effect:+.5f} bits per byte against exact decode on a sample of "
+            f"{SAMPLED_ROWS} rows"
+        )
+    return Evaluation(
+        opened.folder, scores, {mode: how[mode] for mode in scores}, sources.named(), sources.fingerprint, seconds
+    )
 
 
 def sampled_effect(model: Any, batches: Any, *, exact: Decode | None, approximate: Decode) -> float:
     """Bits per byte that approximate decoding adds to exact decoding, on the first rows."""
     batch = next(iter(batches))
     sample = [HeldOut(*(part[:SAMPLED_ROWS] for part in batch))]
-    scores = [evaluate_bpb(model, sample, modes=("decode",), decode=way)["decode"].value for way in (approximate, exact)]
+    scores = [
+        evaluate_bpb(model, sample, modes=("decode",), decode=way)["decode"].value for way in (approximate, exact)
+    ]
     return scores[0] - scores[1]
 
 
@@ -244,7 +264,10 @@ def memory_modes(model: Any, memory: str, path: str | Path) -> tuple[str, ...]:
     if memory not in MODES:
         raise ValueError(f"--memory {memory}: unknown; use {', '.join(MODES)} or all")
     if model.recurrence is None and memory != "zero":
-        raise ValueError(f"--memory {memory}: the model in {path} has no memory; use --memory zero, or all, which says that they are the same")
+        raise ValueError(
+            f"--memory {memory}: the model in {path} has no memory; "
+            "use --memory zero, or all, which says that they are the same"
+        )
     return (memory,)
 
 
@@ -263,7 +286,9 @@ class Sources:
     def __iter__(self) -> Iterator[HeldOut]:
         for first, loader in zip(self._first, self.loaders):
             for batch in loader:
-                yield batch._replace(documents=torch.where(batch.documents < 0, batch.documents, batch.documents + first))
+                yield batch._replace(
+                    documents=torch.where(batch.documents < 0, batch.documents, batch.documents + first)
+                )
 
     @property
     def documents_reached(self) -> int:
@@ -278,7 +303,15 @@ class Sources:
         return {name: (first, stop) for name, first, stop in zip(self._by_name, self._first, self._first[1:])}
 
 
-def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, length: int, rows: int, processes: Processes = Processes()) -> Sources:
+def held_out_rows(
+    opened: Opened,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    rows: int,
+    processes: Processes = Processes(),
+) -> Sources:
     """Held-out rows of the data that the settings name, or of the model's own run.
 
     Args:
@@ -289,20 +322,30 @@ def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, l
     Raises:
         ValueError: no such data, or data that do not fit.
     """
-    share: dict[str, Any] = {"sequence_length": length, "rows": rows, "rank": processes.rank, "world_size": processes.size}
+    share: dict[str, Any] = {
+        "sequence_length": length,
+        "rows": rows,
+        "rank": processes.rank,
+        "world_size": processes.size,
+    }
     if settings.data:
         datas = {spec: DataConfig(validation=spec, text_column=settings.text_column) for spec in settings.data}
         tokens = settings.tokens
     elif opened.recipe is None:
-        raise ValueError(f"{opened.folder} lies in no training run, so it has no validation rows of its own: name text with --data")
+        raise ValueError(
+            f"{opened.folder} lies in no training run, so it has no validation rows of its own: name text with --data"
+        )
     elif opened.recipe.tuning is not None:
-        return _conversations(opened.model, opened.recipe, settings, tokenizer, length=length, rows=rows, processes=processes)
+        return _conversations(
+            opened.model, opened.recipe, settings, tokenizer, length=length, rows=rows, processes=processes
+        )
     else:
         datas = {"validation": dataclasses.replace(opened.recipe.data, workers=0)}
         tokens = settings.tokens or opened.recipe.evaluation.tokens
     try:
         loaders = {
-            name: build_loader(data, tokenizer=tokenizer, split="validation", limit_tokens=tokens, **share) for name, data in datas.items()
+            name: build_loader(data, tokenizer=tokenizer, split="validation", limit_tokens=tokens, **share)
+            for name, data in datas.items()
         }
     except ValueError as error:
         raise ValueError(_in_options(str(error)) if settings.data else str(error)) from None
@@ -310,14 +353,24 @@ def held_out_rows(opened: Opened, settings: Settings, tokenizer: Tokenizer, *, l
 
 
 def _conversations(
-    model: Any, recipe: Recipe, settings: Settings, tokenizer: Tokenizer, *, length: int, rows: int, processes: Processes
+    model: Any,
+    recipe: Recipe,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    rows: int,
+    processes: Processes,
 ) -> Sources:
-    """The conversations that a tuning run held out; an adapted model cuts attention between them as it did in that run."""
+    """The conversations that a tuning run held out; an adapted model cuts attention between them as it did in that
+    run."""
     if isinstance(model.backbone, FamilyDecoder):
         model.backbone.attention_reset = recipe.model.attention_reset
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, sequence_length=length))
     share: dict[str, Any] = {"rows": rows, "rank": processes.rank, "world_size": processes.size}
-    held_out = open_rows(recipe, tokenizer, split="validation", limit_tokens=settings.tokens or recipe.evaluation.tokens, **share)
+    held_out = open_rows(
+        recipe, tokenizer, split="validation", limit_tokens=settings.tokens or recipe.evaluation.tokens, **share
+    )
     return Sources({"conversations": held_out})  # type: ignore[dict-item]
 
 

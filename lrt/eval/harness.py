@@ -2,8 +2,9 @@
 
     python -m lrt.eval.harness --model lrt --model_args pretrained=FOLDER,memory=decode --tasks arc_easy,hellaswag
 
-lm-evaluation-harness finds no models of other packages by itself: ``lm_eval --model lrt`` knows this one only after this module
-was imported. ``lm_eval.simple_evaluate(model="lrt", model_args=...)`` works after ``import lrt.eval.harness``.
+lm-evaluation-harness finds no models of other packages by itself: ``lm_eval --model lrt`` knows this one only after
+this module was imported. ``lm_eval.simple_evaluate(model="lrt", model_args=...)`` works after ``import
+lrt.eval.harness``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A model of ours as lm-evaluation-harness wants it; the memory mode stands in the results file (see ``lrt.eval.harness``)."""
+"""A model of ours as lm-evaluation-harness wants it; the memory mode stands in the results file (see
+``lrt.eval.harness``)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError(f'lm-evaluation-harness is missing or too old ({error}): pip install -e ".[eval]" in a checkout') from None
+    raise ImportError(
+        f'lm-evaluation-harness is missing or too old ({error}): pip install -e ".[eval]" in a checkout'
+    ) from None
 
 NEW_TOKENS = 256
 
@@ -93,7 +96,9 @@ class LatentRecurrentLM(TemplateLM):
             "model_folder": str(self._opened.folder),
         }
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
         scored = self._score([(self._begun(context), continuation) for _, context, continuation in requests])
         answers = [(sum(one.logprobs), one.greedy) for one in scored]
         for (key, _, _), answer in zip(requests, answers):
@@ -106,7 +111,9 @@ class LatentRecurrentLM(TemplateLM):
         borders = [0]
         for request in requests:
             tokens = self.tok_encode(request.args[0])
-            cut = get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self._max_length, context_len=1)
+            cut = get_rolling_token_windows(
+                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self._max_length, context_len=1
+            )
             windows += [(None, *make_disjoint_window(window)) for window in cut]
             borders.append(len(windows))
         scored = self._score([(context, continuation) for _, context, continuation in windows])
@@ -114,7 +121,9 @@ class LatentRecurrentLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         if self._memory == "parallel":
-            raise ValueError("memory = 'parallel' scores text that is there already: generate with memory=decode or memory=zero")
+            raise ValueError(
+                "memory = 'parallel' scores text that is there already: generate with memory=decode or memory=zero"
+            )
         return [self._continued(*request.args) for request in requests]
 
     # -------------------------------------------------------------- parts

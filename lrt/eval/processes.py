@@ -15,7 +15,8 @@ from lrt.config.environment import not_met, place_of_process
 
 
 class Sharing(Protocol):
-    """Processes that share work: number of this one, and of all; and a sum over all of them, of a tensor on the CPU, in place."""
+    """Processes that share work: number of this one, and of all; and a sum over all of them, of a tensor on the CPU,
+    in place."""
 
     @property
     def rank(self) -> int: ...
@@ -90,7 +91,9 @@ def own_device(name: str | None) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU") from None
+        raise ValueError(
+            f"--device {device}: not usable here ({str(error).splitlines()[0]}); use cpu, or cuda where there is a GPU"
+        ) from None
     return device
 
 

@@ -65,7 +65,8 @@ class RunFolder:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it begins from another run's step, whose tokens and FLOPs it counts and whose seconds it does not know."""
+        """Whether it begins from another run's step, whose tokens and FLOPs it counts and whose seconds it does not
+        know."""
         return bool(self.train) and self.train[0]["step"] > 1
 
     def seconds(self) -> list[float]:

@@ -1,13 +1,15 @@
 """State tracking: what the recurrence can do that a transformer of fixed depth cannot.
 
-An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row, so it
-must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric group S5.
+An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row,
+so it
+must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric
+group S5.
 
     python -m lrt.eval.tracking --recipe tracking_parity --out tracking          # minutes on a CPU
     python -m lrt.eval.tracking --recipe tracking_parity --out tracking --train-length 256 --variants sequential plain
 
-Every variant of the recipe and every seed is trained and then tested at a length that training never saw. The folder gets
-results.jsonl (what stands there is not run again) and tracking.png.
+Every variant of the recipe and every seed is trained and then tested at a length that training never saw.
+The folder gets results.jsonl (what stands there is not run again) and tracking.png.
 
 Legend: B batch, T inputs of a row, S states, I inputs of the automaton.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -79,7 +82,8 @@ def parity() -> Task:
 
 
 def symmetric_group(points: int = 5) -> Task:
-    """The product of transpositions so far, one of ``points`` factorial permutations; for 5 points no fixed depth suffices."""
+    """The product of transpositions so far, one of ``points`` factorial permutations;
+    for 5 points no fixed depth suffices."""
     elements = list(itertools.permutations(range(points)))
     number = {element: index for index, element in enumerate(elements)}
     swaps = list(itertools.combinations(range(points), 2))
@@ -116,7 +120,9 @@ def variant_of(recipe: Recipe, name: str) -> Recipe:
     raise ValueError(f"--variants {name}: use sequential, plain, or refine:K")
 
 
-def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[str], None] = lambda line: None) -> LatentRecurrentModel:
+def fit(
+    recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[str], None] = lambda line: None
+) -> LatentRecurrentModel:
     """Train a recipe's model on a task.
 
     Args:
@@ -129,7 +135,9 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
     settings = recipe.training
     assert settings.steps is not None
     model_config = dataclasses.replace(recipe.model, vocab_size=task.vocabulary)
-    model = build(dataclasses.replace(recipe, model=model_config, run=dataclasses.replace(recipe.run, seed=seed))).train()
+    model = build(
+        dataclasses.replace(recipe, model=model_config, run=dataclasses.replace(recipe.run, seed=seed))
+    ).train()
     generator = torch.Generator().manual_seed(seed)
     rate = recipe.optimizer.adamw_lr
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=recipe.optimizer.betas, weight_decay=0.0)
@@ -137,7 +145,9 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
     for step in range(settings.steps):
         now = length if 2 * step >= settings.steps else now
         for group in optimizer.param_groups:
-            group["lr"] = rate * rates_at(step, total=settings.steps, training=settings, optimizer=recipe.optimizer).lr_scale
+            group["lr"] = (
+                rate * rates_at(step, total=settings.steps, training=settings, optimizer=recipe.optimizer).lr_scale
+            )
         inputs, states = task.draw(settings.micro_batch, now, generator=generator)
         loss = model(inputs, targets=states).loss
         optimizer.zero_grad()
@@ -156,8 +166,11 @@ def fit(recipe: Recipe, task: Task, *, length: int, seed: int, say: Callable[[st
 
 
 @torch.no_grad()
-def accuracy(model: LatentRecurrentModel, task: Task, *, length: int, rows: int = TEST_ROWS, seed: int = 10**6) -> list[float]:
-    """Share of rows whose state is right, by position (T,), in mode ``decode``; a model without memory runs in parallel.
+def accuracy(
+    model: LatentRecurrentModel, task: Task, *, length: int, rows: int = TEST_ROWS, seed: int = 10**6
+) -> list[float]:
+    """Share of rows whose state is right, by position (T,), in mode ``decode``;
+    a model without memory runs in parallel.
 
     Args:
         length: inputs of a test row.
@@ -184,11 +197,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _say(title: str, line: str) -> None:
+    print(f"{title}: {line}", file=sys.stderr, flush=True)
+
+
 def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, overrides=args.set)
     name = recipe.data.train.removeprefix("task:")
     if name not in TASKS or recipe.training.steps is None:
-        raise ValueError(f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: use "task:" and one of {", ".join(TASKS)}')
+        raise ValueError(
+            f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: use "task:" and one of {", ".join(TASKS)}'
+        )
     length = args.train_length or recipe.training.batch_tokens // recipe.training.micro_batch
     recipes = {variant: variant_of(recipe, variant) for variant in args.variants}
     task, out = TASKS[name](), Path(args.out)
@@ -202,9 +221,15 @@ def run(args: argparse.Namespace) -> None:
             continue
         began = time.perf_counter()
         title = f"{name}, {variant}, seed {seed}"
-        model = fit(chosen, task, length=length, seed=seed, say=lambda line, title=title: print(f"{title}: {line}", file=sys.stderr, flush=True))  # type: ignore[misc]
+        model = fit(chosen, task, length=length, seed=seed, say=functools.partial(_say, title))
         found = accuracy(model, task, length=args.test_length)
-        record = {**about, "accuracy": found, "mean": sum(found) / len(found), "last": found[-1], "seconds": time.perf_counter() - began}
+        record = {
+            **about,
+            "accuracy": found,
+            "mean": sum(found) / len(found),
+            "last": found[-1],
+            "seconds": time.perf_counter() - began,
+        }
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     records = [
@@ -218,8 +243,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Accuracy of every variant and training length: mean over all positions and at the last one, the worst seed beside."""
-    lines = [f"{'variant':<14} {'trained on':>10} {'seeds':>5} {'all positions (worst seed)':>28} {'last position (worst seed)':>28} {'s a run':>8}"]
+    """Accuracy of every variant and training length: mean over all positions and at the last one,
+    the worst seed beside."""
+    lines = [
+        f"{'variant':<14} {'trained on':>10} {'seeds':>5} {'all positions (worst seed)':>28} "
+        f"{'last position (worst seed)':>28} {'s a run':>8}"
+    ]
     for (variant, length), group in _grouped(records).items():
         means, lasts = [r["mean"] for r in group], [r["last"] for r in group]
         cells = (f"{100 * sum(v) / len(v):.1f} % ({100 * min(v):.1f} %)" for v in (means, lasts))
@@ -242,7 +271,9 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> Path:
             places = range(1, len(columns) + 1)
             label = f"{variant}, trained on up to {length} ({len(group)} seeds)"
             panel.plot(places, [sum(c) / len(c) for c in columns], color=colour, label=label)
-            panel.fill_between(places, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
+            panel.fill_between(
+                places, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0
+            )
         for length in sorted({r["train_length"] for r in records} - {first["test_length"]}):
             panel.axvline(length, color="#606060", linestyle=":", linewidth=1)
         panel.set(xlabel="inputs read (dotted: longest row of training)", ylabel="share of rows", ylim=(-0.02, 1.02))
@@ -258,14 +289,27 @@ def _grouped(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[di
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lrt.eval.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m lrt.eval.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--recipe", default="tracking_parity", help="name in recipes/, or a path (default: tracking_parity)")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the recipe; may be repeated")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the recipe; may be repeated",
+    )
     add("--out", required=True, metavar="FOLDER", help="for results.jsonl and tracking.png")
     add("--variants", nargs="+", default=list(VARIANTS), help="sequential, plain, refine:K (default: %(default)s)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
-    add("--train-length", type=int, metavar="T", help="longest row of training (default: training.batch_tokens / training.micro_batch)")
+    add(
+        "--train-length",
+        type=int,
+        metavar="T",
+        help="longest row of training (default: training.batch_tokens / training.micro_batch)",
+    )
     add("--test-length", type=int, default=256, metavar="T", help="inputs of a test row (default: 256)")
     return parser
 

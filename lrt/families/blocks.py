@@ -27,7 +27,8 @@ class Context(NamedTuple):
 
     cos: Tensor | None  # (1 or B, P, R)
     sin: Tensor | None
-    mask: Any  # (1 or B, 1, T, T), a BlockMask, or None: what the decoder's own attention wants in a pass over all positions
+    # (1 or B, 1, T, T), a BlockMask, or None: what the decoder's own attention wants in a pass over all positions
+    mask: Any
 
 
 class FamilyBlock(nn.Module):
@@ -61,7 +62,9 @@ class FamilyBlock(nn.Module):
         norms = {path: part(layer, path) for path in (family.query_norm, family.key_norm) if path is not None}
         weights = {path: getattr(norm, "weight", None) for path, norm in norms.items()}
         self.weight_offset: float | None = None
-        self.norm_whole = {path: weight is not None and weight.shape[-1] != geometry.head_dim for path, weight in weights.items()}
+        self.norm_whole = {
+            path: weight is not None and weight.shape[-1] != geometry.head_dim for path, weight in weights.items()
+        }
 
     @property
     def norm(self) -> Any:
@@ -86,11 +89,14 @@ class FamilyBlock(nn.Module):
         normed = self._through(self.family.attention_in, hidden)
         if self.fused is not None:
             return Projection(normed, *self._split(self.fused(normed)))
-        query, key, value = (self._heads(name, normed) for name in (self.family.query, self.family.key, self.family.value))
+        query, key, value = (
+            self._heads(name, normed) for name in (self.family.query, self.family.key, self.family.value)
+        )
         return Projection(normed, query, key, value)
 
     def project_aligned(self, hidden: Tensor, context: Context, aligned: Tensor) -> Projection:
-        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D), w the norm's weight."""
+        """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D),
+        w the norm's weight."""
         normed = self._through(self.family.attention_in, hidden)
         moved = normed + self._weighted(aligned).to(normed.dtype)
         if self.fused is None:
@@ -137,7 +143,9 @@ class FamilyBlock(nn.Module):
         key = self._ready(projection.query, projection.key, context)[1]
         return KV(key.transpose(1, 2), self._clipped(projection.value))
 
-    def attend(self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, hidden: Tensor, projection: Projection, context: Context, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         attention = part(self.layer, self.family.attention)
         query, key = self._ready(projection.query, projection.key, context)
         query = query * self.scale if self.family.scaled_query else query
@@ -166,7 +174,9 @@ class FamilyBlock(nn.Module):
         """The decoder's own attention over all positions of the pass."""
         if self.own_attention is None:
             rows = (x.transpose(1, 2) for x in (query, key, value))
-            return causal_attention(*rows, window=self.window, scale=self.score_scale, softcap=self.softcap, sinks=sinks)
+            return causal_attention(
+                *rows, window=self.window, scale=self.score_scale, softcap=self.softcap, sinks=sinks
+            )
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attention = part(self.layer, self.family.attention)
@@ -191,8 +201,12 @@ class FamilyBlock(nn.Module):
             query, key = self._rotate(query.transpose(1, 2), key.transpose(1, 2), context)
             return self._norm(norms[0], query), self._norm(norms[1], key)
         if self.family.norm_heads_first:
-            return self._rotate(self._norm(norms[0], query.transpose(1, 2)), self._norm(norms[1], key.transpose(1, 2)), context)
-        return self._rotate(self._norm(norms[0], query).transpose(1, 2), self._norm(norms[1], key).transpose(1, 2), context)
+            return self._rotate(
+                self._norm(norms[0], query.transpose(1, 2)), self._norm(norms[1], key.transpose(1, 2)), context
+            )
+        return self._rotate(
+            self._norm(norms[0], query).transpose(1, 2), self._norm(norms[1], key).transpose(1, 2), context
+        )
 
     def _rotate(self, query: Tensor, key: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, heads, P, K) after RoPE."""
@@ -201,7 +215,9 @@ class FamilyBlock(nn.Module):
         if self.rotated is None:
             return self.rotate(query, key, context.cos, context.sin)
         turned = self.rotate(query[..., : self.rotated], key[..., : self.rotated], context.cos, context.sin)
-        return torch.cat((turned[0], query[..., self.rotated :]), dim=-1), torch.cat((turned[1], key[..., self.rotated :]), dim=-1)
+        return torch.cat((turned[0], query[..., self.rotated :]), dim=-1), torch.cat(
+            (turned[1], key[..., self.rotated :]), dim=-1
+        )
 
     def _softcap(self) -> float | None:
         """The cap on scores, which transformers leaves out under sdpa."""

@@ -1,4 +1,5 @@
-"""Cohere and Cohere 2: one norm before attention and MLP side by side; Cohere 2 rotates the blocks with a window alone."""
+"""Cohere and Cohere 2: one norm before attention and MLP side by side; Cohere 2 rotates the blocks with a window
+alone."""
 
 from dataclasses import replace
 from typing import Any

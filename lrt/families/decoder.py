@@ -44,7 +44,8 @@ class FamilyDecoder(nn.Module):
         self.by_length = length_rotary(self.rotary)
         self.norm = _optional(decoder, family.final_norm)
         self.head = part(decoder, family.head)
-        self.beside = nn.ModuleList([part(decoder, path) for path in family.beside])  # kept, so that it is saved and loaded with the rest
+        # kept, so that it is saved and loaded with the rest
+        self.beside = nn.ModuleList([part(decoder, path) for path in family.beside])
         self.width = self.embedding.weight.shape[1]
         self.vocab_size = self.embedding.weight.shape[0]
         self.value_embeddings = nn.ModuleDict()  # none; the native decoder has some, and plans ask for them
@@ -55,7 +56,8 @@ class FamilyDecoder(nn.Module):
         self._unmasked: set[tuple[Any, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
         self.attention_reset: int | None = None  # token of packed rows at which attention is cut; None = never
-        self.scorer: Scorer | None = None  # a trainer's compiled parts of the loss; None = as the decoder itself computes it
+        # a trainer's compiled parts of the loss; None = as the decoder itself computes it
+        self.scorer: Scorer | None = None
 
     @property
     def is_linear(self) -> bool:
@@ -67,13 +69,16 @@ class FamilyDecoder(nn.Module):
         with kept_frequencies(self.rotary, self.local_rotary):
             return super()._apply(fn, recurse)
 
-    def embed(self, tokens: Tensor, positions: Tensor, reach: Tensor | None = None) -> tuple[Tensor, tuple[Context, ...]]:
+    def embed(
+        self, tokens: Tensor, positions: Tensor, reach: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Context, ...]]:
         """Hidden state (B, P, D) and one context a block.
 
         Args:
             tokens: (B, P) ids.
             positions: (P,) or (B, P).
-            reach: (B, 1 or P) tokens of the row or document in the end, for a rotation that depends on them; None = few.
+            reach: (B, 1 or P) tokens of the row or document in the end, for a rotation that depends on them;
+                None = few.
         """
         device = self.embedding.weight.device
         tokens, positions = tokens.to(device), (positions[None] if positions.ndim == 1 else positions).to(device)
@@ -118,7 +123,10 @@ class FamilyDecoder(nn.Module):
         if size >= len(goals):
             total, each = self._nats(flat, goals)
         else:
-            parts = [checkpoint(self._nats, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in zip(flat.split(size), goals.split(size))]
+            parts = [
+                checkpoint(self._nats, h, t, use_reentrant=False, preserve_rng_state=False)
+                for h, t in zip(flat.split(size), goals.split(size))
+            ]
             total, each = torch.stack([p[0] for p in parts]).sum(), torch.cat([p[1] for p in parts])
         return total, each.detach().view(targets.shape)
 
@@ -130,7 +138,9 @@ class FamilyDecoder(nn.Module):
         """What the decoder's config says under ``key``."""
         return None if key is None else getattr(self.config, key)
 
-    def _tables(self, hidden: Tensor, positions: Tensor, window: int | None, reach: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _tables(
+        self, hidden: Tensor, positions: Tensor, window: int | None, reach: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         if self.rotary is None:
             return None, None
         if self.by_length is not None:
@@ -154,7 +164,8 @@ class FamilyDecoder(nn.Module):
         given |= {"cache": None, "past_key_values": None}  # its name since transformers 5.24, and before
         accepted = inspect.signature(create).parameters
         mask = create(attention_mask=None, **{k: v for k, v in given.items() if k in accepted})
-        if mask is None:  # remembered: while a CUDA graph is captured, transformers makes the mask that it otherwise leaves out
+        # remembered: while a CUDA graph is captured, transformers makes the mask that it otherwise leaves out
+        if mask is None:
             self._unmasked.add((implementation, hidden.shape[1], window))
         return mask
 
@@ -162,8 +173,15 @@ class FamilyDecoder(nn.Module):
 def _check_positions(positions: Tensor, learned: Any, offset: int) -> None:
     """Learned positions end somewhere; read on the CPU only, where that waits for nothing."""
     known = learned.weight.shape[0] - offset
-    if positions.shape[1] > known or positions.device.type == "cpu" and positions.numel() and int(positions.max()) >= known:
-        raise ValueError(f"position {int(positions.max())}, but this decoder's learned positions end at {known}: use shorter rows")
+    if (
+        positions.shape[1] > known
+        or positions.device.type == "cpu"
+        and positions.numel()
+        and int(positions.max()) >= known
+    ):
+        raise ValueError(
+            f"position {int(positions.max())}, but this decoder's learned positions end at {known}: use shorter rows"
+        )
 
 
 def _optional(decoder: nn.Module, path: str | None) -> Any:

@@ -53,7 +53,8 @@ class Family:
 
     Attributes:
         name: what errors and saved folders call it.
-        embedding, layers, final_norm, head: of the decoder: token embedding, list of blocks, norm before the head, head.
+        embedding, layers, final_norm, head: of the decoder: token embedding, list of blocks, norm before the head,
+            head.
         beside: of the decoder: modules that text does not pass through, such as a vision tower.
         position_embedding: learned absolute positions, added to the tokens'.
         position_offset: row of that table for position 0.
@@ -151,7 +152,17 @@ class Family:
 
     def decoder_parts(self) -> dict[str, str]:
         """Paths that the decoder must have, and the field that names each."""
-        names = ("embedding", "layers", "final_norm", "head", "position_embedding", "rotary", "local_rotary", "embedding_out", "beside")
+        names = (
+            "embedding",
+            "layers",
+            "final_norm",
+            "head",
+            "position_embedding",
+            "rotary",
+            "local_rotary",
+            "embedding_out",
+            "beside",
+        )
         return self._paths(names)
 
     def block_parts(self) -> dict[str, str]:
@@ -179,12 +190,15 @@ class Family:
         heads = self.heads or getattr(config, "num_attention_heads", None)
         if heads is None:
             raise ValueError(
-                f"family {self.name!r} does not say how many heads, and {type(decoder).__name__} has no config: pass heads= to lrt.Family"
+                f"family {self.name!r} does not say how many heads, and {type(decoder).__name__} has no "
+                "config: pass heads= to lrt.Family"
             )
         attention = part(part(decoder, self.layers)[0], self.attention)
         width = part(decoder, self.embedding).weight.shape[1]
         kv_heads = self.kv_heads or getattr(config, "num_key_value_heads", None) or heads
-        head_dim = self.head_dim or getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // heads
+        head_dim = (
+            self.head_dim or getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or width // heads
+        )
         return Geometry(heads, kv_heads, head_dim)
 
 
@@ -209,11 +223,16 @@ def missing_parts(family: Family, decoder: nn.Module) -> list[str]:
         return [*wrong, f"{family.layers} is no list of blocks (layers)"]
     for index, layer in enumerate(layers):
         here = f"{family.layers}.{index}"
-        found = [f"{here}: no {path} ({field})" for path, field in family.block_parts().items() if part(layer, path) is None]
+        found = [
+            f"{here}: no {path} ({field})" for path, field in family.block_parts().items() if part(layer, path) is None
+        ]
         attention = part(layer, family.attention)
         extra = _unnamed(layer, family.block_parts(), prefix="")
         if attention is not None:
-            mentioned = {**family.block_parts(), **({} if family.sinks is None else {f"{family.attention}.{family.sinks}": "sinks"})}
+            mentioned = {
+                **family.block_parts(),
+                **({} if family.sinks is None else {f"{family.attention}.{family.sinks}": "sinks"}),
+            }
             extra += _unnamed(attention, mentioned, prefix=f"{family.attention}.")
         found += [f"{here}.{name} is not part of this family ({_field_for(name)})" for name in extra]
         if found:
@@ -232,7 +251,10 @@ def _unnamed(module: nn.Module, mentioned: dict[str, str], *, prefix: str) -> li
 def _field_for(name: str) -> str:
     """Which field would take in a module of this name."""
     for words, field in (
-        (("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"), "query_norm, key_norm"),
+        (
+            ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"),
+            "query_norm, key_norm",
+        ),
         (("sinks",), "sinks"),
         (("norm", "ln_"), "attention_in, attention_out, mlp_in or mlp_out"),
         (("fc", "up", "down", "gate"), "mlp"),

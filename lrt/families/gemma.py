@@ -40,9 +40,4 @@ _TEXT = {
 }
 GEMMA3_VISION: Any = replace(GEMMA3, name="gemma3_vision", **_TEXT)  # type: ignore[arg-type]
 GEMMA3_VISION_TWO_TABLES: Any = replace(GEMMA3_VISION, local_rotary="model.language_model.rotary_emb_local")
-GLM4 = replace(
-    LLAMA,
-    name="glm4",
-    attention_out=("post_self_attn_layernorm",),
-    mlp_out=("post_mlp_layernorm",),
-)
+GLM4 = replace(LLAMA, name="glm4", attention_out=("post_self_attn_layernorm",), mlp_out=("post_mlp_layernorm",))

@@ -1,4 +1,5 @@
-"""OLMo 2 and EXAONE 4: norms after attention and MLP only; queries and keys normed over the whole projection, or by head."""
+"""OLMo 2 and EXAONE 4: norms after attention and MLP only; queries and keys normed over the whole projection,
+or by head."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,5 +24,10 @@ def slides_or_all_see_all(attention: Any) -> bool:
 
 EXAONE4 = replace(OLMO2, name="exaone4", rotates=slides_or_all_see_all)
 EXAONE_MOE = replace(
-    EXAONE4, name="exaone_moe", attention_in=("input_layernorm",), attention_out=(), mlp_in=("post_attention_layernorm",), mlp_out=()
+    EXAONE4,
+    name="exaone_moe",
+    attention_in=("input_layernorm",),
+    attention_out=(),
+    mlp_in=("post_attention_layernorm",),
+    mlp_out=(),
 )

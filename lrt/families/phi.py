@@ -29,7 +29,9 @@ PHI = replace(
 )
 PHI_NORMED = replace(PHI, name="phi_normed", **_NORMS)
 STABLELM = replace(LLAMA, name="stablelm", mlp_out=("dropout",), rotated=rotated_channels)
-STABLELM_PARALLEL = replace(STABLELM, name="stablelm_parallel", mlp_in=("input_layernorm",), parallel=always, residual_first=True)
+STABLELM_PARALLEL = replace(
+    STABLELM, name="stablelm_parallel", mlp_in=("input_layernorm",), parallel=always, residual_first=True
+)
 STABLELM_NORMED, STABLELM_PARALLEL_NORMED = (
     replace(family, name=f"{family.name}_normed", **_NORMS) for family in (STABLELM, STABLELM_PARALLEL)
 )

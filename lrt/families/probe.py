@@ -1,4 +1,5 @@
-"""Whether a described decoder computes what the decoder itself computes: on a few tokens, in evaluation and in training.
+"""Whether a described decoder computes what the decoder itself computes: on a few tokens,
+in evaluation and in training.
 
 The tokens go past every sliding window, because windows are narrowed for the time of the probe. Both models share
 their modules, so a hook on a module sees what either gives it, and the first module that gets something else
@@ -29,7 +30,8 @@ ROUGH = {torch.bfloat16: 0.2, torch.float16: 0.05}  # of attention by another ke
 
 ATTENTION = "query_norm, key_norm, norm_after_rotation, rotates, rotated, rotate, scale, scaled_query, softcap, sinks, window, clip, fused and split"
 BEFORE = {  # what lies between a module and the one before it
-    "block": "embedding_scale, embedding_factor, embedding_out, embedding_dropout, position_embedding, position_offset, attention_in",
+    "block": "embedding_scale, embedding_factor, embedding_out, embedding_dropout, position_embedding, "
+    "position_offset, attention_in",
     "output": ATTENTION,
     "mlp": "attention_out, output_dropout, residual_factor, parallel, residual_first, mlp_in",
     "next": "mlp, mlp_out, mlp_dropout, residual_factor, residual_first, attention_in",
@@ -55,7 +57,9 @@ def departure(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         decoder: what they were made of.
     """
     modes = {module: module.training for module in (*decoder.modules(), *backbone.modules(), *blocks)}
-    devices = sorted({p.device.index for p in decoder.parameters() if p.device.type == "cuda" and p.device.index is not None})
+    devices = sorted(
+        {p.device.index for p in decoder.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
     with ExitStack() as stack:
         stack.callback(_restore, modes)
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -70,7 +74,9 @@ def departure(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
             try:
                 found = check(backbone, blocks, decoder, tokens)
             except (AttributeError, TypeError, RuntimeError, LookupError, AssertionError) as error:
-                return Departure(float("inf"), f"it cannot be run as described: {type(error).__name__}: {error}", passed)
+                return Departure(
+                    float("inf"), f"it cannot be run as described: {type(error).__name__}: {error}", passed
+                )
             if found.words is not None:
                 return found._replace(passed=passed)
             worst = max(worst, found.error)
@@ -91,7 +97,11 @@ def _length(blocks: list[FamilyBlock]) -> int:
 def narrow_windows(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Module) -> Iterator[None]:
     """For a while every sliding window of both models sees ``WINDOW`` keys."""
     holders = [getattr(decoder, "config", None), text_config(decoder), *decoder.modules()]
-    before = [(holder, keys) for holder in holders if isinstance(keys := getattr(holder, "sliding_window", None), int) and keys > 0]
+    before = [
+        (holder, keys)
+        for holder in holders
+        if isinstance(keys := getattr(holder, "sliding_window", None), int) and keys > 0
+    ]
     try:
         for holder, _ in before:
             holder.sliding_window = WINDOW
@@ -118,14 +128,20 @@ def _evaluation(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.
     theirs, seen = _watched(backbone, blocks, lambda: _logits_of(_call(decoder, tokens)))
     ours, mine = _watched(backbone, blocks, lambda: backbone.logits(_hidden(backbone, blocks, tokens)[-1]))
     if theirs.shape != ours.shape:
-        return Departure(float("inf"), f"its logits have shape {tuple(theirs.shape)}, those of the description {tuple(ours.shape)}: head, embedding")
+        return Departure(
+            float("inf"),
+            f"its logits have shape {tuple(theirs.shape)}, those of the description {tuple(ours.shape)}: "
+            "head, embedding",
+        )
     error, limit = _error(theirs, ours), _limit(theirs.dtype)
     if error <= limit:
         return Departure(error, None)
     return Departure(error, _where(seen, mine, limit) + f" (logits differ by {error:.1e} of their size)")
 
 
-def _partial_passes(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Module, tokens: Tensor) -> Departure:
+def _partial_passes(
+    backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Module, tokens: Tensor
+) -> Departure:
     """Passes over some positions attend through our own kernels: the same, up to rounding?"""
     states = _hidden(backbone, blocks, tokens)
     contexts = backbone.embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))[1]
@@ -155,8 +171,10 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
     if error > _limit(theirs.dtype):
         return Departure(
             error,
-            f"in training mode it computes something else (logits differ by {error:.1e} of their size), so it has a dropout or another noise that "
-            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; or set its rate to 0 in the config",
+            f"in training mode it computes something else (logits differ by {error:.1e} of their size), "
+            "so it has a dropout or another noise that "
+            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; "
+            "or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:
@@ -166,8 +184,10 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
     if _error(loss, mine.to(loss.device)) > max(_limit(loss.dtype), _limit(theirs.dtype)):
         return Departure(
             float("inf"),
-            f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: it adds a loss of its own, which would "
-            "be left out here. A mixture of experts adds its router's balance loss: set config.output_router_logits = False",
+            f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: "
+            "it adds a loss of its own, which would "
+            "be left out here. A mixture of experts adds its router's balance loss: "
+            "set config.output_router_logits = False",
         )
     return Departure(error, None)
 
@@ -195,7 +215,9 @@ def _call(decoder: nn.Module, tokens: Tensor, **more: Any) -> Any:
     try:
         return decoder(tokens, **{name: value for name, value in more.items() if name in accepted})
     except Exception as error:
-        raise ValueError(f"this {type(decoder).__name__} itself fails on {tokens.shape[1]} tokens: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"this {type(decoder).__name__} itself fails on {tokens.shape[1]} tokens: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _logits_of(output: Any) -> Tensor:
@@ -233,18 +255,26 @@ def _stations(backbone: FamilyDecoder, blocks: list[FamilyBlock]) -> list[tuple[
     first = family.query if family.fused is None else family.fused
     stations = []
     for index, block in enumerate(blocks):
-        for kind, path in (("next" if index else "block", first), ("output", family.output), ("mlp", family.mlp_parts[0])):
+        for kind, path in (
+            ("next" if index else "block", first),
+            ("output", family.output),
+            ("mlp", family.mlp_parts[0]),
+        ):
             stations.append((kind, f"{family.layers}.{index}.{path}", part(block.layer, path)))
     return [*stations, ("head", family.head, backbone.head)]
 
 
-def _watched(backbone: FamilyDecoder, blocks: list[FamilyBlock], run: Callable[[], Tensor]) -> tuple[Tensor, dict[str, tuple[str, Tensor]]]:
+def _watched(
+    backbone: FamilyDecoder, blocks: list[FamilyBlock], run: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, tuple[str, Tensor]]]:
     """What ``run`` returns, and what every station was given meanwhile."""
     seen: dict[str, tuple[str, Tensor]] = {}
     with ExitStack() as stack:
         for kind, name, module in _stations(backbone, blocks):
 
-            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str = kind, name: str = name) -> None:
+            def note(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str = kind, name: str = name
+            ) -> None:
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
                 if given is not None:
                     seen[name] = (kind, given.detach().clone())

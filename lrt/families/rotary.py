@@ -19,13 +19,16 @@ class LengthRotary:
 
     Attributes:
         border: longest row that the first factors are for.
-        beyond: whether there are factors for longer rows; "dynamic" has others for every length, so no cache can hold its keys.
+        beyond: whether there are factors for longer rows; "dynamic" has others for every length,
+            so no cache can hold its keys.
     """
 
     def __init__(self, border: int, *, beyond: bool) -> None:
         self.border, self.beyond = border, beyond
 
-    def __call__(self, rotary: nn.Module, hidden: Tensor, positions: Tensor, reach: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, rotary: nn.Module, hidden: Tensor, positions: Tensor, reach: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (1 or B, P, R).
 
         Args:
@@ -52,12 +55,14 @@ class LengthRotary:
         """Raises ValueError when rows of ``length`` tokens are longer than the rotation can be exact for."""
         if length > self.border and not self.beyond:
             raise ValueError(
-                f"rows of {length} tokens, but past {self.border} this decoder's RoPE (rope_type 'dynamic') rotates every earlier key anew with "
+                f"rows of {length} tokens, but past {self.border} this decoder's RoPE (rope_type 'dynamic') "
+                "rotates every earlier key anew with "
                 "every token: use shorter rows, or a decoder whose config has rope_type 'yarn', 'linear' or 'llama3'"
             )
 
     def crosses(self, before: Tensor, after: Tensor) -> bool:
-        """Whether a row of ``before`` (B,) tokens gets longer than ``border`` with ``after`` (B,); waits for the device."""
+        """Whether a row of ``before`` (B,) tokens gets longer than ``border`` with ``after`` (B,);
+        waits for the device."""
         self.check(int(after.max()))
         return bool(((before > 0) & (before <= self.border) & (after > self.border)).any())
 
@@ -66,7 +71,9 @@ class LengthRotary:
         """The module's own arithmetic, without the code around it that picks factors."""
         module: Any = rotary
         plain = inspect.unwrap(type(rotary).forward)
-        stand_in = SimpleNamespace(inv_freq=factors.to(hidden.device), attention_scaling=module.attention_scaling, config=module.config)
+        stand_in = SimpleNamespace(
+            inv_freq=factors.to(hidden.device), attention_scaling=module.attention_scaling, config=module.config
+        )
         with torch.no_grad():
             return plain(stand_in, hidden, positions)
 
@@ -78,9 +85,14 @@ def length_rotary(rotary: Any) -> LengthRotary | None:
     if not kinds & {"longrope", "dynamic"}:
         return None
     if isinstance(kind, dict):
-        raise ValueError(f"this decoder's RoPE depends on the length in some kinds of blocks only ({kind}): lrt.adapt does not know how it is cached")
+        raise ValueError(
+            f"this decoder's RoPE depends on the length in some kinds of blocks only ({kind}): "
+            "lrt.adapt does not know how it is cached"
+        )
     config = rotary.config
     settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    border = settings.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    border = settings.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
     beyond = kind == "longrope"
     return LengthRotary(int(border) if beyond and border else int(rotary.original_max_seq_len), beyond=beyond)

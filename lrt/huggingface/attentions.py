@@ -24,12 +24,14 @@ def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Any
     """
 
     class Watched(Cache):
-        def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:  # type: ignore[override]
+        def attend(self, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **how: Any) -> Tensor:
             out = super().attend(query, key, value, window=window, **how)
             weights = attention_weights(query, self.key, self.mask, **how).to(query.dtype)
             positions = slot_positions(state.lengths, self.key.shape[1]).to(weights.device)
             blank = weights.new_zeros(*weights.shape[:-1], columns)
-            seen.append(blank.scatter_add_(-1, positions.clamp(0, columns - 1)[:, None, None].expand_as(weights), weights))
+            seen.append(
+                blank.scatter_add_(-1, positions.clamp(0, columns - 1)[:, None, None].expand_as(weights), weights)
+            )
             return out
 
     return [Watched(*store) for store in masked_caches(state)]

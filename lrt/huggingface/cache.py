@@ -31,7 +31,10 @@ class RecurrentCache(Cache):
     def room(self, model: LatentRecurrentModel, batch: int, tokens: int) -> DecodeState:
         """The state with room for ``tokens`` more, which it then counts as seen."""
         if self.state is not None and self.state.batch != batch:
-            raise ValueError(f"this cache holds {self.state.batch} rows, but {batch} came: start with a fresh cache, or select rows of this one")
+            raise ValueError(
+                f"this cache holds {self.state.batch} rows, but {batch} came: "
+                "start with a fresh cache, or select rows of this one"
+            )
         self.columns += tokens
         if self.state is None:
             self.state = DecodeState.empty(model, batch=batch, capacity=max(SMALLEST_CAPACITY, self.columns))
@@ -57,7 +60,8 @@ class RecurrentCache(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "this cache cannot be cut back: the memory of an earlier token is gone once a later one is decoded, so assisted and "
+            "this cache cannot be cut back: the memory of an earlier token is gone once a later one is "
+            "decoded, so assisted and "
             "prompt-lookup decoding are not possible; use greedy, sampling or beams, or lrt.DecodeState with keep_at"
         )
 
@@ -85,4 +89,7 @@ def check_positions(position_ids: Tensor | None, seen: Tensor, real: Tensor) -> 
     if position_ids is None or position_ids.device.type != "cpu":
         return
     if bool(((position_ids != seen[:, None].cpu() + real.to(torch.int64).cumsum(1) - 1) & real).any()):
-        raise ValueError("position_ids do not count on from what the cache holds: leave them out, it counts the real tokens of every row")
+        raise ValueError(
+            "position_ids do not count on from what the cache holds: "
+            "leave them out, it counts the real tokens of every row"
+        )

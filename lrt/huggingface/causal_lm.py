@@ -87,7 +87,13 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
 
     @classmethod
     def around(
-        cls, decoder: Any, backbone: Any, blocks: Sequence[Any], recurrence: RecurrenceConfig, *, train_schedule: Schedule | None
+        cls,
+        decoder: Any,
+        backbone: Any,
+        blocks: Sequence[Any],
+        recurrence: RecurrenceConfig,
+        *,
+        train_schedule: Schedule | None,
     ) -> LRTForCausalLM:
         """The model that adapts ``decoder``, memory parameters not initialized."""
         return cls._bare(LatentRecurrentModel(backbone, blocks, recurrence, train_schedule=train_schedule), decoder)
@@ -169,23 +175,34 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             logits_to_keep: logits of so many last columns, or of the columns that a tensor names; 0 = all.
             return_dict: False returns a tuple; None = as the config says, which holds for the next two as well.
             output_hidden_states: also return the input of every block and the normalized output of the last one.
-            output_attentions: also return the attention weights of decoding, in evaluation mode; the call then uses a cache.
+            output_attentions: also return the attention weights of decoding, in evaluation mode;
+                the call then uses a cache.
             inputs_embeds, token_type_ids: refused.
             cache_position: ignored; the cache counts for itself.
-            seq_idx, cu_seq_lens_q, cu_seq_lens_k: documents of packed rows, as DataCollatorWithFlattening gives them beside
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k: documents of packed rows, as DataCollatorWithFlattening gives them
+                beside
                 position_ids: number of the document of each token, and where documents begin and end.
             max_length_q, max_length_k: ignored; the longest document follows from the others.
-            renamed: ``shift_labels``, the name of ``targets`` in transformers, which takes them in place of ``labels``. It is no argument
-                with a name, because Trainer would ask for it in every row: it reads off the signature what labels are.
+            renamed: ``shift_labels``, the name of ``targets`` in transformers, which takes them in place of ``labels``.
+                It is no argument with a name, because Trainer would ask for it in every row:
+                it reads off the signature what labels are.
 
         Raises:
             ValueError: as ``LatentRecurrentModel.forward``; a cache that would drop the memory.
         """
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("pass input_ids: value embeddings and separators are found by token id, so inputs_embeds is not supported")
+            raise ValueError(
+                "pass input_ids: value embeddings and separators are found by token id, "
+                "so inputs_embeds is not supported"
+            )
         if token_type_ids is not None:
-            raise ValueError("token_type_ids have no meaning for this decoder: leave them out (return_token_type_ids=False at the tokenizer)")
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            raise ValueError(
+                "token_type_ids have no meaning for this decoder: leave them out (return_token_type_ids=False "
+                "at the tokenizer)"
+            )
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         asked: dict[str, Any] = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
@@ -202,17 +219,30 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
                 return_logits = True if return_logits is None and not self.training else return_logits
             more: dict[str, Any] = {"valid_targets": valid_targets, "generator": generator, **asked}
             out = LatentRecurrentModel.forward(
-                self, input_ids, targets, labels, schedule, document_ids, attention_mask, position_ids, return_logits, **more
+                self,
+                input_ids,
+                targets,
+                labels,
+                schedule,
+                document_ids,
+                attention_mask,
+                position_ids,
+                return_logits,
+                **more,
             )
             result = face_of(out)
         elif scored or schedule is not None or document_ids is not None or output_attentions and self.training:
             raise ValueError(
-                "with a cache, and where attention weights are asked for, tokens are decoded one after the other: evaluation mode only, and "
-                "labels, targets, schedule and document_ids do not apply, nor do seq_idx and cu_seq_lens_q; pass use_cache=False"
+                "with a cache, and where attention weights are asked for, tokens are decoded one after the "
+                "other: evaluation mode only, and "
+                "labels, targets, schedule and document_ids do not apply, nor do seq_idx and cu_seq_lens_q; "
+                "pass use_cache=False"
             )
         else:
             held = RecurrentCache() if held is None else held
-            result = self._decode(as_ids(input_ids), attention_mask, position_ids, held, attentions=bool(output_attentions), **asked)
+            result = self._decode(
+                as_ids(input_ids), attention_mask, position_ids, held, attentions=bool(output_attentions), **asked
+            )
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     @torch.no_grad()
@@ -224,7 +254,9 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         batch, new = input_ids.shape
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         if real.ndim != 2:
-            raise ValueError(f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding")
+            raise ValueError(
+                f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding"
+            )
         forth, inside, back = alignment(real)
         state = cache.room(self, batch, new)
         lengthen(self, state, state.lengths + real.sum(1))
@@ -240,8 +272,14 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
                 steps.append((absorb(self, state, tokens[:, t], inside[:, t])[:, None],))
         # Columns of padding repeat the row's last token, so that logits[:, -1] are the next token's on either side.
         places = torch.minimum(back.expand(batch, -1), inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True))
-        *inputs, hidden = (x.gather(1, places[..., None].expand_as(x)) for x in (torch.cat(parts, dim=1) for parts in zip(*steps)))
-        layers = [torch.cat(weights[index :: len(self.blocks)], dim=2) for index in range(len(self.blocks))] if attentions else []
+        *inputs, hidden = (
+            x.gather(1, places[..., None].expand_as(x)) for x in (torch.cat(parts, dim=1) for parts in zip(*steps))
+        )
+        layers = (
+            [torch.cat(weights[index :: len(self.blocks)], dim=2) for index in range(len(self.blocks))]
+            if attentions
+            else []
+        )
         return LRTOutput(
             logits=self.backbone.logits(columns(hidden, logits_to_keep)),
             memory=None if state.memory is None else state.memory[:, None].clone(),
@@ -257,13 +295,18 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         """Read a folder that ``save_pretrained`` or ``lrt.save`` wrote, or such a repository of the hub.
 
         Args:
-            pretrained_model_name_or_path: folder, or name of a repository; None with ``config`` and ``state_dict``, from which it is built.
-            config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...) are kept.
-            kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation, subfolder,
-                generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only, force_download.
+            pretrained_model_name_or_path: folder, or name of a repository;
+                None with ``config`` and ``state_dict``, from which it is built.
+            config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...)
+                are kept.
+            kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation,
+                subfolder,
+                generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only,
+                force_download.
 
         Returns:
-            The model; with ``output_loading_info`` also what was missing and unexpected, which is nothing: a folder fits or is refused.
+            The model; with ``output_loading_info`` also what was missing and unexpected, which is nothing:
+            a folder fits or is refused.
 
         Raises:
             ValueError: another argument, several devices, no such dtype, or a folder that is not whole.
@@ -278,12 +321,16 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         refuse_unknown(kwargs, args)
         if state is not None and config is not None:
             folder, about = None, of_tensors(config, state)
-            loaded = serialization.filled(about, serialization.in_memory(state), where="state_dict", dtype=dtype, device=device_of(device_map))
+            loaded = serialization.filled(
+                about, serialization.in_memory(state), where="state_dict", dtype=dtype, device=device_of(device_map)
+            )
         else:
             folder = local_folder(pretrained_model_name_or_path, subfolder=subfolder or "", hub=hub)
             if config is not None:
                 check_config(config, folder)
-            loaded = serialization.load(folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory))
+            loaded = serialization.load(
+                folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory)
+            )
         model = cls.of(loaded)
         if config is not None:
             carry_over(config, model.config)
@@ -294,13 +341,24 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             model.generation_config = settings
         elif folder is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        fits: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        fits: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, fits) if informed else model
 
     def save_pretrained(
-        self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, push_to_hub: bool = False, **kwargs: Any
+        self,
+        save_directory: Any,
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:  # type: ignore[override]
-        """Write the model as a folder for ``lrt.load`` and ``from_pretrained``, in place of a model that lies there; other files stay.
+        """Write the model as a folder for ``lrt.load`` and ``from_pretrained``, in place of a model that lies there;
+        other files stay.
 
         Args:
             save_directory: the folder.
@@ -324,7 +382,9 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
 
     def init_weights(self, *, generator: torch.Generator | None = None) -> None:
         """Initialize the memory parameters, and the backbone too where it is native."""
-        self.init_memory(generator=generator) if not hasattr(self.backbone, "init_weights") else super().init_weights(generator=generator)
+        self.init_memory(generator=generator) if not hasattr(self.backbone, "init_weights") else super().init_weights(
+            generator=generator
+        )
 
 
 class LRTModel(LRTForCausalLM):
@@ -335,7 +395,12 @@ class LRTModel(LRTForCausalLM):
         return False
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor | None = None, *, return_dict: bool | None = None, output_hidden_states: bool | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As ``LRTForCausalLM.forward``; the last hidden state in place of loss and logits."""
         kwargs = {"return_logits": False, "logits_to_keep": 1} | kwargs
@@ -351,8 +416,8 @@ class WithoutHead(LRTModel):
 
     def __init__(self, config: LRTConfig) -> None:
         raise ValueError(
-            "an lrt model has a language head alone: put a classifier on last_hidden_state of AutoModel.from_pretrained, or lrt.release(model) and "
-            "load the decoder's own weights with its classifier"
+            "an lrt model has a language head alone: put a classifier on last_hidden_state of "
+            "AutoModel.from_pretrained, or lrt.release(model) and load the decoder's own weights with its classifier"
         )
 
     @classmethod

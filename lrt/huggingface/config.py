@@ -17,9 +17,11 @@ SHARED = (
     "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
-LAYER_TYPE = "recurrent_memory"  # of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
+# of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
+LAYER_TYPE = "recurrent_memory"
 NO_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-LATER = ("rope_parameters", "use_cache", "layer_types")  # set after the rest, because newer versions would rewrite or refuse them
+# set after the rest, because newer versions would rewrite or refuse them
+LATER = ("rope_parameters", "use_cache", "layer_types")
 
 
 class LRTConfig(PretrainedConfig):
@@ -66,7 +68,9 @@ def dtype_of(given: Any) -> torch.dtype | None:
         return None
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved')
+        raise ValueError(
+            f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved'
+        )
     return found
 
 
@@ -83,7 +87,8 @@ def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
         value = getattr(config, name, None)
         if name in stored and value != stored[name]:
             raise ValueError(
-                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or config.adapted says ({stored[name]!r}): "
+                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or "
+                f"config.adapted says ({stored[name]!r}): "
                 "build a model of another ModelConfig, or change the decoder and lrt.adapt it"
             )
 
@@ -112,5 +117,9 @@ def attributes(table: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
     if "rope_parameters" not in values and getattr(decoder, "rope_theta", None) is not None:  # before transformers 5
-        values["rope_parameters"] = {"rope_type": "default"} | (getattr(decoder, "rope_scaling", None) or {}) | {"rope_theta": decoder.rope_theta}
+        values["rope_parameters"] = (
+            {"rope_type": "default"}
+            | (getattr(decoder, "rope_scaling", None) or {})
+            | {"rope_theta": decoder.rope_theta}
+        )
     return values

@@ -18,10 +18,15 @@ class Generation:
 
     backbone: Any
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         wanted = generation_config.cache_implementation
         if wanted is not None:
-            raise ValueError(f"cache_implementation = {wanted!r} would drop the recurrent memory: leave it out, lrt brings its own cache")
+            raise ValueError(
+                f"cache_implementation = {wanted!r} would drop the recurrent memory: "
+                "leave it out, lrt brings its own cache"
+            )
         given = one_cache(model_kwargs.pop("cache", None), model_kwargs.pop(OLD_NAME, None))
         if given is not None or generation_config.use_cache is not False:
             model_kwargs[CACHE] = RecurrentCache() if given is None else given
@@ -30,18 +35,29 @@ class Generation:
         super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
         places, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if places is not None and model_kwargs.get("cache") is None and model_kwargs.get(OLD_NAME) is None:
-            check_positions(places, places.new_zeros(len(places)), (torch.ones_like(places) if mask is None else mask).bool())
+            check_positions(
+                places, places.new_zeros(len(places)), (torch.ones_like(places) if mask is None else mask).bool()
+            )
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        step = super()._update_model_kwargs_for_generation  # type: ignore[misc]
+        found: dict[str, Any] = step(outputs, model_kwargs, *args, **kwargs)
         if found.get("use_cache") is False:
             found.pop(CACHE, None)  # it belonged to this step alone
         return found
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        cache: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        held = None if kwargs.get("use_cache") is False else one_cache(cache, past_key_values)  # without: every row is decoded anew
+        # without: every row is decoded anew
+        held = None if kwargs.get("use_cache") is False else one_cache(cache, past_key_values)
         rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()
         if held is not None and rotary is not None and 0 < seen < input_ids.shape[1]:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -51,11 +67,15 @@ class Generation:
         if "next_sequence_length" in kwargs:  # newer versions say how many tokens are new
             new = kwargs.pop("next_sequence_length") or input_ids.shape[1]
         else:
-            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)  # not more than the cache has seen: a chunk of a prompt
+            # not more than the cache has seen: a chunk of a prompt
+            new = input_ids.shape[1] - (seen if input_ids.shape[1] > seen else 0)
         inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
         return {"logits_to_keep": 1} | {name: value for name, value in kwargs.items() if name not in COUNTED} | inputs
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("continuous batching keeps keys and values in pages, which would drop the recurrent memory: use model.generate")
+        raise ValueError(
+            "continuous batching keeps keys and values in pages, which would drop the recurrent memory: "
+            "use model.generate"
+        )
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch

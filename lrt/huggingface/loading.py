@@ -19,36 +19,48 @@ WITHOUT_MEANING = frozenset(
 )  # fmt: skip
 # Of save_pretrained: whoever saves writes whole safetensors alone, and what push_to_hub takes goes there.
 UPLOAD = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
-SAVING = frozenset({"is_main_process", "max_shard_size", "safe_serialization", "save_function", "save_peft_format", *UPLOAD})
+SAVING = frozenset(
+    {"is_main_process", "max_shard_size", "safe_serialization", "save_function", "save_peft_format", *UPLOAD}
+)
 ONE_MODEL = 'a folder holds one model with one config.json, so another dtype goes into a folder of its own, read with subfolder="..."'
-CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")  # settings of calls, which a config may change
+# settings of calls, which a config may change
+CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 STRUCTURE = ("model", "adapted", "recurrence", "schedule")
 SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
     """Raises ValueError for an argument that would have no effect; None and False ask for nothing."""
-    unknown = [name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False]
+    unknown = [
+        name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False
+    ]
     if more.get("use_safetensors") is False:
         unknown.append("use_safetensors=False")
     if unknown or positional:
         instead = ONE_MODEL if unknown == ["variant"] else "lrt.load, then change the model"
-        raise ValueError(f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}")
+        raise ValueError(
+            f"from_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}"
+        )
 
 
 def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
-    """Raises ValueError for an argument of ``save_pretrained`` that would have no effect; None and False ask for nothing."""
+    """Raises ValueError for an argument of ``save_pretrained`` that would have no effect;
+    None and False ask for nothing."""
     unknown = [name for name, value in more.items() if name not in SAVING and value is not None and value is not False]
     if more.get("safe_serialization") is False:
         unknown.append("safe_serialization=False")
     if unknown or positional:
         instead = ONE_MODEL if unknown == ["variant"] else "a folder always holds safetensors under our names"
-        raise ValueError(f"save_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}")
+        raise ValueError(
+            f"save_pretrained of an lrt model takes no {', '.join(unknown) or 'positional arguments'}: {instead}"
+        )
 
 
 def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The config.json of a model whose tensors are given."""
-    return config.to_dict() | {"torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")}
+    return config.to_dict() | {
+        "torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")
+    }
 
 
 def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
@@ -58,18 +70,24 @@ def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
         ValueError: there is no name.
     """
     if name is None:
-        raise ValueError("from_pretrained reads a folder, or from_pretrained(None, config=config, state_dict=tensors) builds a model of both")
+        raise ValueError(
+            "from_pretrained reads a folder, or from_pretrained(None, config=config, "
+            "state_dict=tensors) builds a model of both"
+        )
     folder = Path(str(name))
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        given = {key: value for key, value in hub.items() if value is not None and not (key == "token" and value is False)}
+        given = {
+            key: value for key, value in hub.items() if value is not None and not (key == "token" and value is False)
+        }
         folder = Path(snapshot_download(str(name), **given))
     return folder / subfolder
 
 
 def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mapping[Any, Any] | None = None) -> Any:
-    """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator, where the model fits it.
+    """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator,
+    where the model fits it.
 
     Without a ``device_map`` it is the one of a surrounding ``with torch.device(...)``.
 
@@ -81,8 +99,8 @@ def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mappin
         around = torch.get_default_device()
         if around.type == "meta":
             raise RuntimeError(
-                "You are using `from_pretrained` with a meta device context manager, where no weight could be loaded: leave it out, or use "
-                "from_config, which builds an empty model there"
+                "You are using `from_pretrained` with a meta device context manager, "
+                "where no weight could be loaded: leave it out, or use from_config, which builds an empty model there"
             )
         return around
     advice = "for several, load the decoder with it and lrt.load(folder, base=decoder)"
@@ -100,7 +118,9 @@ def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mappin
     free = torch.get_device_module(accelerator).mem_get_info(0)[0]
     limit = (max_memory or {}).get(0, free)
     if isinstance(limit, int) and needed > limit:
-        raise ValueError(f'device_map = "{device_map}": {needed / 1e9:.1f} GB of weights do not fit the {limit / 1e9:.1f} GB of one device; {advice}')
+        raise ValueError(
+            f'device_map = "{device_map}": {needed / 1e9:.1f} GB of weights do not fit the {limit / 1e9:.1f} GB of one device; {advice}'
+        )
     return torch.device(accelerator.type, 0)
 
 
@@ -109,7 +129,10 @@ def check_config(config: Any, folder: Path) -> None:
     stored = read_config(folder)
     for name in STRUCTURE:
         if getattr(config, name, stored.get(name)) != stored.get(name):
-            raise ValueError(f"config.{name} is not what {folder} holds: load it as it is, then change the model (model.train_schedule, lrt.adapt)")
+            raise ValueError(
+                f"config.{name} is not what {folder} holds: load it as it is, then change the model "
+                "(model.train_schedule, lrt.adapt)"
+            )
     refuse_changed(config, vars(type(config)(**stored)))
 
 

@@ -12,8 +12,10 @@ from transformers.utils import ModelOutput
 from lrt.huggingface.cache import RecurrentCache
 from lrt.types import Output
 
-OLD_NAME = "past_key_values"  # of the cache, before transformers 5.24 called it "cache"; both names work with every version
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else OLD_NAME  # the name that this version's generate uses
+# of the cache, before transformers 5.24 called it "cache"; both names work with every version
+OLD_NAME = "past_key_values"
+# the name that this version's generate uses
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else OLD_NAME
 
 
 class _TwoNames(ModelOutput):
@@ -44,8 +46,10 @@ class LRTOutput(_TwoNames):
         logits: (B, T, V); None unless asked for.
         memory: (B, T, D) m[t], or (B, 1, D) of the last token when a cache is used.
         groups: detached loss of each group, initialization first; None without targets.
-        cache: the RecurrentCache, when one is used; ``past_key_values``, its name before transformers 5.24, reads it too.
-        hidden_states: (B, T, D) input of the first block, output of every block, the last one normalized; None unless asked for.
+        cache: the RecurrentCache, when one is used; ``past_key_values``, its name before transformers 5.24,
+            reads it too.
+        hidden_states: (B, T, D) input of the first block, output of every block, the last one normalized;
+            None unless asked for.
         attentions: (B, H, T, S) weights of every block over the S tokens seen so far; None unless asked for.
     """
 
@@ -86,7 +90,9 @@ def one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
     """
     given = past_key_values if cache is None else cache
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two caches: pass one of them, past_key_values is the old name of cache")
+        raise ValueError(
+            "cache and past_key_values are two caches: pass one of them, past_key_values is the old name of cache"
+        )
     if given is not None and not isinstance(given, RecurrentCache):
         name = OLD_NAME if cache is None else "cache"
         what = f"{name} is a {type(given).__name__}, which would drop the recurrent memory"
@@ -95,4 +101,10 @@ def one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
 
 
 def face_of(out: Output) -> LRTOutput:
-    return LRTOutput(loss=out.loss, logits=out.logits, memory=out.memory, groups=out.groups or None, hidden_states=out.hidden_states or None)
+    return LRTOutput(
+        loss=out.loss,
+        logits=out.logits,
+        memory=out.memory,
+        groups=out.groups or None,
+        hidden_states=out.hidden_states or None,
+    )

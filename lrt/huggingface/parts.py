@@ -54,7 +54,9 @@ class Parts:
             decoder_of(self).set_output_embeddings(value)  # type: ignore[arg-type]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("resize the decoder's embeddings before lrt.adapt: lrt.release(model), resize, and adapt again")
+        raise ValueError(
+            "resize the decoder's embeddings before lrt.adapt: lrt.release(model), resize, and adapt again"
+        )
 
     # -------------------------------------------------------------- attention
 
@@ -68,12 +70,17 @@ class Parts:
             decoder_of(self).set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[arg-type]
             self.config._attn_implementation = decoder_of(self).config._attn_implementation  # type: ignore[arg-type]
         elif attn_implementation != "sdpa":
-            raise ValueError("this native model chooses its attention itself: attn_implementation applies to adapted decoders")
+            raise ValueError(
+                "this native model chooses its attention itself: attn_implementation applies to adapted decoders"
+            )
 
     # -------------------------------------------------------------- checkpointed blocks
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Compute the activations of blocks again in the backward pass, memory included.
 
@@ -87,9 +94,12 @@ class Parts:
         """
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant") or offload:
-            raise ValueError('blocks are checkpointed with use_reentrant=False and without offloading: leave both out, or {"use_reentrant": False}')
+            raise ValueError(
+                'blocks are checkpointed with use_reentrant=False and without offloading: leave both out, or {"use_reentrant": False}'
+            )
         self.gradient_checkpointing_disable()
-        for block in list(self.blocks)[::every_n_layers]:  # their forward alone, not a module around each: PEFT reads names of modules
+        # their forward alone, not a module around each: PEFT reads names of modules
+        for block in list(self.blocks)[::every_n_layers]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
     def gradient_checkpointing_disable(self) -> None:
@@ -101,7 +111,9 @@ class Parts:
     def is_gradient_checkpointing(self) -> bool:
         return any(map(_is_checkpointed, self.blocks))
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """``gradient_checkpointing_enable`` by its name of newer versions of transformers."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
@@ -117,6 +129,7 @@ def _check_same_kind(what: str, before: Any, after: Any) -> None:
     if type(after) is not type(before) or after.weight.shape != before.weight.shape:
         found = f"{type(after).__name__} of {tuple(after.weight.shape)}"
         raise ValueError(
-            f"the new {what} are a {found}, but this model has a {type(before).__name__} of {tuple(before.weight.shape)}: they must be alike; to "
+            f"the new {what} are a {found}, but this model has a {type(before).__name__} of "
+            f"{tuple(before.weight.shape)}: they must be alike; to "
             "change the vocabulary, lrt.release(model), resize the decoder's embeddings, and adapt again"
         )

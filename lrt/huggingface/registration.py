@@ -46,7 +46,8 @@ def hugging_face_model() -> Any:
 
 
 def _register() -> None:
-    importlib.import_module("lrt.huggingface.causal_lm")  # not by name: it may be what is imported, and what imported the Auto classes
+    # not by name: it may be what is imported, and what imported the Auto classes
+    importlib.import_module("lrt.huggingface.causal_lm")
 
 
 def register_lazily() -> None:

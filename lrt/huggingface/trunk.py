@@ -42,25 +42,31 @@ class Trunk:
     ) -> BaseModelOutput:
         """Run a schedule over rows of tokens; see ``LRTForCausalLM.forward``.
 
-        Where none is named it is ``train_schedule``, in evaluation mode too: a loss compares what it trains with a reference model, or
-        with itself before a step, and both have to be computed alike.
+        Where none is named it is ``train_schedule``, in evaluation mode too:
+        a loss compares what it trains with a reference model, or with itself before a step,
+        and both have to be computed alike.
 
         Args:
             input_ids, attention_mask, position_ids, schedule, document_ids: as in ``LatentRecurrentModel.forward``.
-            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed rows, as in ``LRTForCausalLM.forward``.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k:
+                packed rows, as in ``LRTForCausalLM.forward``.
             use_cache, return_dict: only as they are.
 
         Raises:
-            ValueError: a cache, a tuple, or a head of more rows than the vocabulary, whose scores the caller would count in.
+            ValueError: a cache, a tuple, or a head of more rows than the vocabulary, whose scores the caller would
+                count in.
         """
         if use_cache or not return_dict:
-            raise ValueError("base_model computes whole rows and returns a ModelOutput: pass use_cache=False and leave return_dict out")
+            raise ValueError(
+                "base_model computes whole rows and returns a ModelOutput: "
+                "pass use_cache=False and leave return_dict out"
+            )
         model = self._model
         rows = model.backbone.head.weight.shape[0]
         if rows != model.vocab_size:
             raise ValueError(
-                f"the head has {rows} rows for a vocabulary of {model.vocab_size}, and a loss of the caller's own would score the rows "
-                "between: build the model with model.vocab_size rounded up to a multiple of 64"
+                f"the head has {rows} rows for a vocabulary of {model.vocab_size}, and a loss of the caller's "
+                "own would score the rows between: build the model with model.vocab_size rounded up to a multiple of 64"
             )
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         documents = packed_documents(input_ids, document_ids=document_ids, **lengths)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # FlexAttention brings the compiler along, a second of every 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # FlexAttention skips blocks of this many queries and keys
-# Of FlexAttention's forward on Hopper, heads of 128: 9 % less time than its own choice (docs/log.md, 16). Its backward has no better.
+# Of FlexAttention's forward on Hopper, heads of 128: 9 % less time than its own choice (docs/log.md, 16).
+# Its backward has no better.
 TILES: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 
 
@@ -89,7 +90,15 @@ class CuDNN:
     def forward(query: Tensor, key: Tensor, value: Tensor, seen: Reach, scale: float) -> tuple[Tensor, Tensor]:
         shift = seen.shift
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            query[:, shift:].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, True, 0.0, True, False, scale=scale
+            query[:, shift:].transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None,
+            True,
+            0.0,
+            True,
+            False,
+            scale=scale,
         )
         out, lse = out.transpose(1, 2), lse.reshape(lse.shape[:3])
         if shift:  # the first query saw nothing
@@ -147,14 +156,22 @@ def _generation(index: int) -> int:
     return torch.cuda.get_device_capability(index)[0]
 
 
-_generation._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
+# torch.compiler.assume_constant_result, without importing the compiler
+_generation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------ groups, merged
 
 
 def merged_attention(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *, residue: int, window: int | None, scale: float, kernel: Any = None
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    residue: int,
+    window: int | None,
+    scale: float,
+    kernel: Any = None,
 ) -> Tensor:
     """Attention of the positions t = residue (mod S) over all positions up to t, keys grouped by t mod S.
 
@@ -171,7 +188,8 @@ def merged_attention(
         (B, n_residue, H, K), differentiable in query and in every key and value.
     """
     if kernel is None:
-        kernel = _kernel(query, window) if residue < len(keys) else Flash  # which aligns at the end, wherever queries begin
+        # which aligns at the end, wherever queries begin
+        kernel = _kernel(query, window) if residue < len(keys) else Flash
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, *keys, *values)):
         return _Merged.apply(kernel, residue, window, scale, query, *keys, *values)
     # Not through _Merged: dynamo (torch 2.11) loses the tensors behind * where nothing requires a gradient.
@@ -182,7 +200,9 @@ class _Merged(torch.autograd.Function):
     """Attention of one group's queries over all groups; see the top of the file."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Any, residue: int, window: int | None, scale: float, query: Tensor, *keys_values: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: Any, residue: int, window: int | None, scale: float, query: Tensor, *keys_values: Tensor
+    ) -> Tensor:
         groups = len(keys_values) // 2
         out, lse = _attend(kernel, residue, window, scale, query, keys_values[:groups], keys_values[groups:])
         ctx.save_for_backward(query, *keys_values, out, lse)
@@ -215,7 +235,13 @@ class _Merged(torch.autograd.Function):
 
 
 def _attend(
-    kernel: Any, residue: int, window: int | None, scale: float, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    kernel: Any,
+    residue: int,
+    window: int | None,
+    scale: float,
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Output (B, n, H, K) and log denominator (B, H, n) over all groups."""
     length = query.shape[1]
@@ -245,14 +271,17 @@ def flex_groups(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float, softcap: float | None,
     sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``; fast only where it is compiled."""
+    """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``;
+    fast only where it is compiled."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    tiled = query.is_cuda and query.shape[-1] == 128 and query.shape[1] >= BLOCK and _generation(query.device.index) == 9
+    tiled = (
+        query.is_cuda and query.shape[-1] == 128 and query.shape[1] >= BLOCK and _generation(query.device.index) == 9
+    )
     out: Any = flex_attention(  # type: ignore[call-overload]
         query.transpose(1, 2), natural_order(keys).transpose(1, 2), natural_order(values).transpose(1, 2),
         score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[2] != keys[0].shape[2],
@@ -275,7 +304,8 @@ def natural_order(groups: Sequence[Tensor]) -> Tensor:
 
 
 def takes_mask(*, length: int, groups: int, window: int | None) -> bool:
-    """Whether FlexAttention is faster than ``merged_attention``: with a window, or from four groups on that fill its blocks."""
+    """Whether FlexAttention is faster than ``merged_attention``: with a window, or from four groups on that fill its
+    blocks."""
     return window is not None or (groups >= 4 and length % (BLOCK * groups) == 0)
 
 
@@ -296,7 +326,9 @@ def block_mask(
         device: of the tensors.
     """
     if documents is not None:
-        seen = _visible(groups=groups, residue=torch.full((), residue, device=device), window=window, documents=documents)
+        seen = _visible(
+            groups=groups, residue=torch.full((), residue, device=device), window=window, documents=documents
+        )
         queries = len(range(residue, length, groups))
         return _compiled_block_mask()(seen, documents.shape[0], None, queries, length, device=str(device))
     return _static_block_mask(length, groups, residue, window, device)
@@ -310,8 +342,11 @@ def _compiled_block_mask() -> Callable[..., BlockMask]:
 
 
 @cache  # captured graphs read masks: none may be dropped
-@torch.inference_mode(False)  # an evaluation inside inference mode may come first, and a backward cannot use what was made there
-def _static_block_mask(length: int, groups: int, residue: int, window: int | None, device: torch.device) -> BlockMask | None:
+# an evaluation inside inference mode may come first, and a backward cannot use what was made there
+@torch.inference_mode(False)
+def _static_block_mask(
+    length: int, groups: int, residue: int, window: int | None, device: torch.device
+) -> BlockMask | None:
     if not takes_mask(length=length, groups=groups, window=window):
         return None
     from torch.nn.attention.flex_attention import create_block_mask

@@ -34,7 +34,8 @@ def _add_up_compiled() -> Callable[[list[Tensor]], Tensor]:
 
 
 def interleave(whole: Tensor | None, parts: list[Tensor | None], length: int) -> Tensor:
-    """``whole`` (B, S n, ...) plus each of S parts (B, up to n, ...) at the positions g, g + S, ...; None is zero, but not every part is.
+    """``whole`` (B, S n, ...) plus each of S parts (B, up to n, ...) at the positions g, g + S, ...;
+    None is zero, but not every part is.
 
     Args:
         length: n; what a part lacks at its end is zero.
@@ -110,7 +111,8 @@ class Branched(NamedTuple):
 
     whole: Tensor  # for a pass over all positions
     parts: tuple[Tensor, ...]  # entry g: positions g, g + S, ...
-    shorter: tuple[Tensor, ...]  # the same without their last, where that costs the backward nothing: keys that a pass reads one step late
+    # the same without their last, where that costs the backward nothing: keys that a pass reads one step late
+    shorter: tuple[Tensor, ...]
 
 
 Branch = Callable[[Tensor, int], Branched]

@@ -35,13 +35,25 @@ class Mixed(NamedTuple):
 
 
 def usable(x: Tensor, head_dim: int) -> bool:
-    """Whether the kernels run on such tensors: half precision on a GPU with triton, heads of a power of two; not for single tokens."""
-    return x.is_cuda and x.dtype in HALF and x.shape[1] > 1 and 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0 and HAS_TRITON
+    """Whether the kernels run on such tensors: half precision on a GPU with triton, heads of a power of two;
+    not for single tokens."""
+    return (
+        x.is_cuda
+        and x.dtype in HALF
+        and x.shape[1] > 1
+        and 16 <= head_dim <= 256
+        and head_dim & (head_dim - 1) == 0
+        and HAS_TRITON
+    )
 
 
 def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) -> int:
-    """N: queries, keys, values and gates of one position, up to a multiple of 64, so that rows begin where lines of memory do."""
-    return -(-((heads + 2 * groups) * width + (2 * groups if local else 0) + (groups if token else 0)) // PADDING) * PADDING
+    """N: queries, keys, values and gates of one position, up to a multiple of 64, so that rows begin where lines of
+    memory do."""
+    return (
+        -(-((heads + 2 * groups) * width + (2 * groups if local else 0) + (groups if token else 0)) // PADDING)
+        * PADDING
+    )
 
 
 def mix(
@@ -59,11 +71,13 @@ def mix(
         norm: QK-norm.
         memory_key, memory_value: (B, P, G, K), gated and added; only with ``local``.
         token_value: (B, P, G K), gated and added to the values.
-        hand_on: give the gradients that reach keys and values from elsewhere paths of their own, which expect them laid out
-            with this many positions from one to the next; 0: no paths.
+        hand_on: give the gradients that reach keys and values from elsewhere paths of their own,
+            which expect them laid out with this many positions from one to the next; 0: no paths.
     """
     width = 2 * cos.shape[-1]
-    query, key, value, *paths = _forward(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, hand_on)
+    query, key, value, *paths = _forward(
+        joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm, hand_on
+    )
     return Mixed(query, key, value, *(paths if hand_on else ()))
 
 
@@ -73,7 +87,13 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the kernels compute, in plain torch."""
     token = token_value is not None
-    sizes = [heads * width, groups * width, groups * width, *([groups] * 2 if local else []), *([groups] if token else [])]
+    sizes = [
+        heads * width,
+        groups * width,
+        groups * width,
+        *([groups] * 2 if local else []),
+        *([groups] if token else []),
+    ]
     parts = joint.split([*sizes, joint.shape[-1] - sum(sizes)], dim=-1)
     query, key, value = (part.unflatten(-1, (-1, width)) for part in parts[:3])
     gates = [2 * torch.sigmoid(part)[..., None] for part in parts[3:-1]]
@@ -105,7 +125,9 @@ def _forward(
 
     joint = joint.contiguous()
     results = query, key, value, _, _ = _results(joint, heads, groups, width, hand_on)
-    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm)
+    grid, sizes, strides, shape = _launch(
+        joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm
+    )
     mixing_triton.forward_kernel[grid](
         joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin, query, key, value,
         *sizes, *strides, **shape,
@@ -123,12 +145,20 @@ def _backward(
     from lrt.kernels import mixing_triton
 
     joint = joint.contiguous()
-    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (joint, memory_key, memory_value, token_value) if x is not None]
+    results = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (joint, memory_key, memory_value, token_value)
+        if x is not None
+    ]
     rest = iter(results[1:])
-    d_memory_key, d_memory_value, d_token_value = (joint if x is None else next(rest) for x in (memory_key, memory_value, token_value))
+    d_memory_key, d_memory_value, d_token_value = (
+        joint if x is None else next(rest) for x in (memory_key, memory_value, token_value)
+    )
     paths = (d_key if d_key_path is None else d_key_path, d_value if d_value_path is None else d_value_path)
     above = [x if x.stride(-1) == 1 else x.contiguous() for x in (d_query, d_key, d_value, *paths)]
-    grid, sizes, strides, shape = _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm)
+    grid, sizes, strides, shape = _launch(
+        joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm
+    )
     mixing_triton.backward_kernel[grid](
         *above, joint, *(_or(x, joint) for x in (memory_key, memory_value, token_value)), cos, sin,
         results[0], d_memory_key, d_memory_value, d_token_value,
@@ -140,12 +170,15 @@ def _backward(
 
 def _launch(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, width, local, norm):  # type: ignore[no-untyped-def]
     """Grid, then sizes, strides and constants that both kernels take alike."""
-    for name, x in (("memory_key", memory_key), ("memory_value", memory_value)):  # the stride of a single head may be anything
+    # the stride of a single head may be anything
+    for name, x in (("memory_key", memory_key), ("memory_value", memory_value)):
         assert x is None or (x.stride(3) == 1 and (groups == 1 or x.stride(2) == width)), f"{name}: heads side by side"
     assert cos.stride() == sin.stride() and cos.stride(-1) == 1 and (token_value is None or token_value.stride(-1) == 1)
     batch, length, total = joint.shape
     sizes = (batch * length, length, torch.finfo(torch.float32).eps)
-    strides = [step for x in (memory_key, memory_value, token_value) for step in ((0, 0) if x is None else x.stride()[:2])]
+    strides = [
+        step for x in (memory_key, memory_value, token_value) for step in ((0, 0) if x is None else x.stride()[:2])
+    ]
     strides += [0 if len(cos) == 1 else cos.stride(0), cos.stride(1)]
     shape = {"N": total, "H": heads, "G": groups, "W": width, "LOCAL": local, "MEMORY": memory_key is not None}
     shape |= {"TOKEN": token_value is not None, "NORM": norm, "BLOCK": BLOCK, "num_warps": WARPS}
@@ -156,13 +189,17 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _results(joint: Tensor, heads: int, groups: int, width: int, hand_on: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _results(
+    joint: Tensor, heads: int, groups: int, width: int, hand_on: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, _ = joint.shape
     query, key, value = (joint.new_empty(batch, length, n, width) for n in (heads, groups, groups))
     # Never read nor written: a compiled block copies a gradient that is not laid out as the result that it belongs to.
     position = groups * width
     layout = (length * hand_on * position, hand_on * position, width, 1)
-    key_path, value_path = (joint.new_empty_strided((batch if hand_on else 0, length, groups, width), layout) for _ in range(2))
+    key_path, value_path = (
+        joint.new_empty_strided((batch if hand_on else 0, length, groups, width), layout) for _ in range(2)
+    )
     return query, key, value, key_path, value_path
 
 
@@ -173,7 +210,11 @@ def _(joint, memory_key, memory_value, token_value, cos, sin, heads, groups, wid
 
 @_backward.register_fake
 def _(d_query, d_key, d_value, d_key_path, d_value_path, joint, memory_key, memory_value, token_value, *rest):  # type: ignore[no-untyped-def]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (joint, memory_key, memory_value, token_value) if x is not None]
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x in (joint, memory_key, memory_value, token_value)
+        if x is not None
+    ]
 
 
 def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -1,10 +1,11 @@
 """Triton kernels between the joint projection of a block and its attention, forward and backward.
 
 One program takes BLOCK positions and one key/value head with the query heads that share it: each number is read once
-and written once, and nothing is summed across programs. Imported only where triton is; ``lrt.kernels.mixing`` says what is
-computed and launches them.
+and written once, and nothing is summed across programs. Imported only where triton is;
+``lrt.kernels.mixing`` says what is computed and launches them.
 
-Legend: M positions of all rows, H query heads, G key/value heads, W head width; a joint row holds H W queries, G W keys,
+Legend: M positions of all rows, H query heads, G key/value heads, W head width;
+    a joint row holds H W queries, G W keys,
 G W values, the local and remote gates (G each, where LOCAL), the token gates (G, where TOKEN), and padding up to N.
 """
 
@@ -63,7 +64,10 @@ def _finish_backward(d_left, d_right, left, right, c, s, eps, W: tl.constexpr, N
         left, right = _rotate(left, right, c, s)
         scale = _inverse_norm(left, right, eps, W)
         along = (tl.sum(d_left * left, axis=1) + tl.sum(d_right * right, axis=1)) * scale * scale / W
-        d_left, d_right = (d_left - left * along[:, None]) * scale[:, None], (d_right - right * along[:, None]) * scale[:, None]
+        d_left, d_right = (
+            (d_left - left * along[:, None]) * scale[:, None],
+            (d_right - right * along[:, None]) * scale[:, None],
+        )
     return _rotate(d_left, d_right, c, -s)
 
 

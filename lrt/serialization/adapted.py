@@ -15,7 +15,14 @@ from lrt.adaptation import adapt, release, unwrapped
 from lrt.config import RecurrenceConfig
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
-from lrt.serialization.decoders import ATTENTIONS, causal_class, check_table, config_from_table, in_one_line, transformers
+from lrt.serialization.decoders import (
+    ATTENTIONS,
+    causal_class,
+    check_table,
+    config_from_table,
+    in_one_line,
+    transformers,
+)
 from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.types import Schedule
@@ -40,7 +47,8 @@ def without_ties(model: LatentRecurrentModel, tensors: Mapping[str, Tensor]) -> 
 
 
 def decoder_tensors(model: LatentRecurrentModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of ``tensors`` that are the decoder's own, under the names that they have without memory and without PEFT."""
+    """Those of ``tensors`` that are the decoder's own, under the names that they have without memory and without
+    PEFT."""
     added = {*model.memory_parameters(), *adapter_names(model)}
     return {plain_name(name): t for name, t in without_ties(model, tensors).items() if name not in added}
 
@@ -48,20 +56,26 @@ def decoder_tensors(model: LatentRecurrentModel, tensors: Mapping[str, Tensor]) 
 def needs_base(config: Mapping[str, Any]) -> bool:
     """Whether the decoder of a whole folder is one that lrt cannot build, a decoder of one's own."""
     about = config.get("adapted")
-    return about is not None and (not isinstance(about.get("config"), dict) or causal_class(about.get("architecture")) is None)
+    return about is not None and (
+        not isinstance(about.get("config"), dict) or causal_class(about.get("architecture")) is None
+    )
 
 
 def refuse_whole(model: LatentRecurrentModel) -> None:
     """Raises ValueError when a folder could not hold all of an adapted model."""
     decoder = decoder_of(model)
-    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(map(is_wrapped, decoder.parameters())):
-        raise ValueError("the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt")
+    if getattr(getattr(decoder, "config", None), "quantization_config", None) is not None or any(
+        map(is_wrapped, decoder.parameters())
+    ):
+        raise ValueError(
+            "the decoder is quantized: save with adapter_only=True, or model.dequantize() before lrt.adapt"
+        )
     embeddings = getattr(decoder, "get_input_embeddings", lambda: None)()
     rows = getattr(getattr(embeddings, "weight", None), "shape", (model.vocab_size,))[0]
     if rows != model.vocab_size:
         raise ValueError(
-            f"the decoder's embeddings were resized after lrt.adapt, to {rows} from {model.vocab_size}: lrt.release(model), resize them, "
-            f"and adapt again"
+            f"the decoder's embeddings were resized after lrt.adapt, to {rows} from {model.vocab_size}: "
+            f"lrt.release(model), resize them, and adapt again"
         )
 
 
@@ -77,10 +91,20 @@ def describe_decoder(decoder: Any) -> dict[str, Any]:
         "attention": getattr(config, "_attn_implementation", None),
         "config": table,
     }
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+    shared = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "max_position_embeddings",
+    )
     scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # for tools that apply the head themselves
     inner = config.get_text_config()
-    return {"adapted": about} | {k: getattr(c, k) for c, keys in ((config, shared), (inner, scales)) for k in keys if hasattr(c, k)}
+    return {"adapted": about} | {
+        k: getattr(c, k) for c, keys in ((config, shared), (inner, scales)) for k in keys if hasattr(c, k)
+    }
 
 
 def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecurrentModel:
@@ -91,12 +115,18 @@ def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecur
     """
     about = config["adapted"]
     if "config" not in about:
-        raise ValueError(f"lrt cannot build a {about.get('architecture')} from a folder: pass base=, such a decoder, and family= as for lrt.adapt")
+        raise ValueError(
+            f"lrt cannot build a {about.get('architecture')} from a folder: "
+            "pass base=, such a decoder, and family= as for lrt.adapt"
+        )
     table = about.get("config")
     kind, architecture = about.get("architecture"), causal_class(about.get("architecture"))
     if architecture is None or not isinstance(table, dict):
         version = transformers().__version__
-        raise ValueError(f"transformers {version} has no causal language model {kind}: install the version that the model was saved with")
+        raise ValueError(
+            f"transformers {version} has no causal language model {kind}: "
+            "install the version that the model was saved with"
+        )
     check_table(table, where=f"the {kind} in config.json")
     return cast(
         LatentRecurrentModel,
@@ -109,7 +139,9 @@ def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecur
     )
 
 
-def _adapt_as(decoder: Any, config: Mapping[str, Any], *, train_schedule: Schedule, family: Any = None) -> LatentRecurrentModel:
+def _adapt_as(
+    decoder: Any, config: Mapping[str, Any], *, train_schedule: Schedule, family: Any = None
+) -> LatentRecurrentModel:
     """A decoder with the memory and the PEFT adapter that a config.json describes, their values not filled in."""
     adapter = config.get("adapter")
     if adapter and adapter.get("on") == "decoder":
@@ -121,7 +153,13 @@ def _adapt_as(decoder: Any, config: Mapping[str, Any], *, train_schedule: Schedu
 
 
 def load_whole(
-    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, train_schedule: Schedule, dtype: Any, device: Any
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    train_schedule: Schedule,
+    dtype: Any,
+    device: Any,
 ) -> LatentRecurrentModel:
     """Build the decoder from its config and tensors, adapt it, fill in the memory."""
     with torch.device("meta"):
@@ -130,9 +168,14 @@ def load_whole(
     foreign = decoder_of(shape)
     theirs = {id(t): plain_name(name) for name, t in reversed(list(foreign.state_dict(keep_vars=True).items()))}
     added = {*shape.memory_parameters(), *adapter_names(shape)}
-    ours = {name: theirs[id(t)] for name, t in shape.state_dict(keep_vars=True).items() if id(t) in theirs and name not in added}
+    ours = {
+        name: theirs[id(t)]
+        for name, t in shape.state_dict(keep_vars=True).items()
+        if id(t) in theirs and name not in added
+    }
     state = {ours[name]: t.own() for name, t in tensors.items() if name in ours}
-    # The backend is not part of a Hugging Face config; flash attention may be missing on this machine, the others are not.
+    # The backend is not part of a Hugging Face config; flash attention may be missing on this machine,
+    # the others are not.
     backend = config["adapted"].get("attention")
     more: dict[str, Any] = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
@@ -146,9 +189,16 @@ def load_whole(
 
 
 def load_into(
-    base: Any, folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, family: Any, train_schedule: Schedule
+    base: Any,
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    family: Any,
+    train_schedule: Schedule,
 ) -> LatentRecurrentModel:
-    """Adapt ``base`` and fill in what the folder holds: the memory that was trained on it, or a whole model of its kind.
+    """Adapt ``base`` and fill in what the folder holds: the memory that was trained on it,
+    or a whole model of its kind.
 
     Raises:
         ValueError: none was given, it is another decoder, or one of other weights than the memory was trained on.
@@ -162,11 +212,14 @@ def load_into(
     try:
         if adapter is None:
             wanted = _fitting(model, folder, tensors, alone=alone)
-        if alone and not same_weights(config.get("base_fingerprint"), fingerprint(decoder_tensors(model, model.state_dict()).items())):
+        if alone and not same_weights(
+            config.get("base_fingerprint"), fingerprint(decoder_tensors(model, model.state_dict()).items())
+        ):
             raise ValueError(
-                f"the memory in {folder} was trained on a {kind} with other weights than this one: pass the decoder that it was trained on. If "
-                "the decoder was trained too, its weights are not in this folder (adapter_only=True): load them into base first, or lrt.save "
-                "the whole model, and lrt.load that"
+                f"the memory in {folder} was trained on a {kind} with other weights than this one: "
+                "pass the decoder that it was trained on. If "
+                "the decoder was trained too, its weights are not in this folder (adapter_only=True): "
+                "load them into base first, or lrt.save the whole model, and lrt.load that"
             )
     except ValueError:
         release(model)
@@ -181,7 +234,9 @@ def load_into(
     return model.eval()
 
 
-def _fitting(model: LatentRecurrentModel, folder: str | Path, tensors: Mapping[str, LazyTensor], *, alone: bool) -> dict[str, Tensor]:
+def _fitting(
+    model: LatentRecurrentModel, folder: str | Path, tensors: Mapping[str, LazyTensor], *, alone: bool
+) -> dict[str, Tensor]:
     """What a folder fills in a model; its memory and its adapter alone, or everything."""
     added = {*model.memory_parameters(), *adapter_names(model)}
     every = without_ties(model, model.state_dict(keep_vars=True))
@@ -190,7 +245,9 @@ def _fitting(model: LatentRecurrentModel, folder: str | Path, tensors: Mapping[s
         check_shapes(str(folder), tensors, {name: tuple(t.shape) for name, t in wanted.items()})
     except ValueError as error:
         decoder = type(decoder_of(model)).__name__
-        raise ValueError(f"the memory in {folder} was trained on another decoder than this {decoder}: {error}") from None
+        raise ValueError(
+            f"the memory in {folder} was trained on another decoder than this {decoder}: {error}"
+        ) from None
     return wanted
 
 
@@ -198,11 +255,18 @@ def model_card(config: Mapping[str, Any]) -> str:
     """README.md of a saved folder, with the front matter that the hub reads and the call that loads it."""
     about = config.get("adapted") or {"architecture": "native lrt decoder"}
     kind = str(about.get("architecture"))
-    if "adapted" in config and not (kind.isidentifier() and len(kind) <= 100):  # a name from a folder may hold any markup
+    # a name from a folder may hold any markup
+    if "adapted" in config and not (kind.isidentifier() and len(kind) <= 100):
         kind = "decoder"
     name = about.get("name") or ""
     named = bool(re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name)) and not Path(name).exists()
-    front = ["library_name: lrt", "pipeline_tag: text-generation", "tags:", "- latent-recurrent-transformer", "- arxiv:2605.26797"]
+    front = [
+        "library_name: lrt",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- latent-recurrent-transformer",
+        "- arxiv:2605.26797",
+    ]
     alone = config.get("adapter_only", False)
     what = "The memory parameters of a" if alone else "A"
     return "\n".join(
@@ -210,7 +274,8 @@ def model_card(config: Mapping[str, Any]) -> str:
             "---", *front, *([f"base_model: {name}"] if named else []), "---", "", "# Latent Recurrent Transformer", "",
             f"{what} Latent Recurrent Transformer (arXiv 2605.26797) around: {kind}{f' ({name})' if named else ''}.",
             "Every position also receives the state that an upper-middle block computed at the position before it.", "",
-            *(["The decoder's own weights are not in this folder; `lrt.load` checks that the base has those of the training.", ""] if alone else []),
+            *(["The decoder's own weights are not in this folder; `lrt.load` checks that the base has those of "
+                "the training.", ""] if alone else []),
             "```python", *_loading(config, kind=kind, name=name if named else "DECODER"), "```", "",
             "Recurrence:", "", "```json", json.dumps(config["recurrence"], indent=2), "```", "",
         ]
@@ -229,7 +294,12 @@ def _loading(config: Mapping[str, Any], *, kind: str, name: str) -> list[str]:
             'model = lrt.load("FOLDER", base=decoder, family=family)',
         ]  # fmt: skip
     if not alone:
-        return ["import lrt", "from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")']
+        return [
+            "import lrt",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        ]
     if about is None:
         return ["import lrt", "", 'model = lrt.load("FOLDER", base=lrt.load("DECODER"))']
     return [

@@ -37,7 +37,10 @@ def open_config(folder: str | Path, *, where: str | None = None) -> Any:
     table = read_json(config_file(folder), where=where)
     check_table(table, where=where)
     if (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"{where} is a PEFT adapter: merge it into its decoder (merge_and_unload), save that, and give the merged folder")
+        raise ValueError(
+            f"{where} is a PEFT adapter: merge it into its decoder (merge_and_unload), save that, "
+            "and give the merged folder"
+        )
     config = in_one_line(where, table, lambda: transformers().AutoConfig.from_pretrained(folder, **SAFE))
     config.__dict__.pop("auto_map", None)  # so that no class built from this config looks for code
     return config
@@ -57,7 +60,11 @@ def open_decoder(folder: str | Path, *, dtype: Any, where: str | None = None) ->
     where = where or str(folder)
     config = open_config(folder, where=where)
     if not any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX)):
-        other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack") for p in Path(folder).glob(pattern))
+        other = sorted(
+            p.name
+            for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+            for p in Path(folder).glob(pattern)
+        )
         found = f" but {', '.join(other[:3])}, which lrt does not open" if other else ""
         mend = "load it with transformers, and its save_pretrained writes safetensors"
         raise ValueError(f"{where} cannot be read as a causal language model: it holds no {WEIGHTS}{found}: {mend}")
@@ -86,11 +93,14 @@ def open_tokenizer(folder: str | Path) -> Any:
     """
     table = Path(folder) / "tokenizer_config.json"
     content = read_json(table, where=str(folder)) if table.is_file() else {}
-    return in_one_line(str(folder), content, lambda: transformers().AutoTokenizer.from_pretrained(folder, **SAFE), what="a tokenizer")
+    return in_one_line(
+        str(folder), content, lambda: transformers().AutoTokenizer.from_pretrained(folder, **SAFE), what="a tokenizer"
+    )
 
 
 def open_saved(folder: str | Path, *, dtype: Any) -> Any:
-    """A folder that lrt wrote, as ``AutoModelForCausalLM`` gives it to its users; where transformers is not installed, that is an error.
+    """A folder that lrt wrote, as ``AutoModelForCausalLM`` gives it to its users;
+    where transformers is not installed, that is an error.
 
     Args:
         folder: its config.json was read before, and is one of ours.
@@ -106,12 +116,17 @@ def is_plain(folder: Path) -> bool:
 
 
 def causal_class(name: object) -> Any:
-    """A class of transformers by its name, such as "LlamaForCausalLM"; None when there is no such causal language model."""
+    """A class of transformers by its name, such as "LlamaForCausalLM"; None when there is no such causal language
+    model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not isinstance(name, str):
         return None
-    known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in ([names] if isinstance(names, str) else names)}
+    known = {
+        one
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for one in ([names] if isinstance(names, str) else names)
+    }
     return getattr(transformers(), name, None) if name in known else None
 
 
@@ -136,24 +151,37 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
     """Refuse the entries of a config.json with which transformers would fetch or run something.
 
     Raises:
-        ValueError: the config is quantized, names a kernel of the hub, code for a part of the model, or layers without end.
+        ValueError: the config is quantized, names a kernel of the hub, code for a part of the model,
+            or layers without end.
     """
     if table.get("quantization_config") is not None:
         raise ValueError(f"{where} is quantized, and its matrices cannot train: save it dequantized first")
     if table.get("transformers_weights") is not None:
-        raise ValueError(f"{where}: config.json names its own file of weights (transformers_weights): rename that file to {WEIGHTS}")
+        raise ValueError(
+            f"{where}: config.json names its own file of weights (transformers_weights): rename that file to {WEIGHTS}"
+        )
     check_attention(table, where=where)
     for path, value in _leaves(table):
         if path[-1].endswith("_implementation") and "/" in str(value):
-            raise ValueError(f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub: leave it out")
+            raise ValueError(
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the "
+                "hub: leave it out"
+            )
         if "layer" in path[-1] and isinstance(value, int) and value > MOST_LAYERS:
-            raise ValueError(f"{where}: config.json names {value} layers ({'.'.join(path)}), but at most {MOST_LAYERS} are built: it was changed")
+            raise ValueError(
+                f"{where}: config.json names {value} layers ({'.'.join(path)}), but at most {MOST_LAYERS} are "
+                "built: it was changed"
+            )
         if "auto_map" in path[1:]:
-            raise ValueError(f"{where}: config.json names code for a part of the model ({'.'.join(path)}), and lrt runs no code of a folder")
+            raise ValueError(
+                f"{where}: config.json names code for a part of the model ({'.'.join(path)}), "
+                "and lrt runs no code of a folder"
+            )
 
 
 def check_attention(table: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a config.json that chooses an attention which transformers would fetch from the hub where it is not installed.
+    """Refuse a config.json that chooses an attention which transformers would fetch from the hub where it is not
+    installed.
 
     Raises:
         ValueError: it names another one than those of ``ATTENTIONS``.
@@ -161,8 +189,10 @@ def check_attention(table: Mapping[str, Any], *, where: str) -> None:
     for path, value in _leaves(table):
         if value is not None and value not in ATTENTIONS and any(part.endswith("attn_implementation") for part in path):
             raise ValueError(
-                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the hub where it is not installed: leave it "
-                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call set_attn_implementation"
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the "
+                "hub where it is not installed: leave it "
+                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
+                "set_attn_implementation"
             )
 
 
@@ -197,7 +227,8 @@ def transformers() -> Any:
 
 
 def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it likes."""
+    """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it
+    likes."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), table)]
     while waiting:
         path, value = waiting.pop()
@@ -208,15 +239,17 @@ def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield path, value
 
 
-def in_one_line(where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
+def in_one_line(
+    where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model"
+) -> Any:
     """What ``make`` returns; whatever transformers raises becomes one line."""
     try:
         return make()
     except Exception as error:  # noqa: BLE001 - a foreign config fails in any way
         if table.get("auto_map"):
             raise ValueError(
-                f"{where} needs code of its own (auto_map), and lrt runs no code of a folder: where you trust it, load it with transformers "
-                "yourself and give the decoder to lrt.adapt"
+                f"{where} needs code of its own (auto_map), and lrt runs no code of a folder: "
+                "where you trust it, load it with transformers yourself and give the decoder to lrt.adapt"
             ) from None
         if isinstance(error, ValueError) and where in str(error):
             raise  # said already

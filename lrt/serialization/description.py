@@ -43,7 +43,10 @@ def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any
 
 def _native(model: LatentRecurrentModel) -> dict[str, Any]:
     """The settings of a native decoder; its softcap also under the name that tools with a head of their own read."""
-    return {"model": dataclasses.asdict(model.backbone.config), "final_logit_softcapping": model.backbone.config.softcap}
+    return {
+        "model": dataclasses.asdict(model.backbone.config),
+        "final_logit_softcapping": model.backbone.config.softcap,
+    }
 
 
 def native_config(model: LatentRecurrentModel) -> dict[str, Any]:
@@ -57,7 +60,11 @@ def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRe
     if "adapted" in config:
         return skeleton(config, schedule_of(config))
     try:
-        model = build_model(ModelConfig(**config["model"]), None if recurrence is None else RecurrenceConfig(**recurrence), device=device)
+        model = build_model(
+            ModelConfig(**config["model"]),
+            None if recurrence is None else RecurrenceConfig(**recurrence),
+            device=device,
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
     model.train_schedule = schedule_of(config)
@@ -81,7 +88,11 @@ def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
         settle = {"settle": schedule.settle} if schedule.settle else {}  # older versions read folders without it
         weights = {"weights": schedule.weights, "cut_gradient": schedule.cut_gradient}
         return {"kind": "refine", "passes": schedule.passes, **weights, **settle}
-    return {"kind": "baseline"} if isinstance(schedule, Baseline) else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
+    return (
+        {"kind": "baseline"}
+        if isinstance(schedule, Baseline)
+        else {"kind": "chunked", "chunks": getattr(schedule, "chunk", 1)}
+    )
 
 
 def _check_parts(config: dict[str, Any], path: Path) -> None:
@@ -124,11 +135,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if "lrt_format" not in config:
         raise ValueError(f"{path}: not written by lrt.save (no lrt_format); to adapt a plain decoder use lrt.adapt")
     if type(config["lrt_format"]) is not int:
-        raise ValueError(f"{path}: lrt_format = {config['lrt_format']!r}, but a model that lrt wrote has a whole number there: it was changed")
+        raise ValueError(
+            f"{path}: lrt_format = {config['lrt_format']!r}, but a model that lrt wrote has a whole number "
+            "there: it was changed"
+        )
     check_attention(config, where=str(path))
     if config["lrt_format"] > FORMAT:
-        raise ValueError(f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt")
+        raise ValueError(
+            f"{path}: format {config['lrt_format']}, but this version of lrt reads up to {FORMAT}: update lrt"
+        )
     _check_parts(config, path)
     if config.get("model_type") != "lrt":
-        raise ValueError(f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed')
+        raise ValueError(
+            f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed'
+        )
     return config

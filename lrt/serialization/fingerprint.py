@@ -1,7 +1,9 @@
 """A fingerprint of a decoder's weights: a memory is not put on another decoder than the one it was trained on.
 
-It reads at most 256 evenly spaced numbers of every tensor, whatever the tensor's size, so it costs milliseconds for a model of any
-size and needs no copy. Every tensor is looked at, so training, merging and pruning show; a change of a few single numbers may not.
+It reads at most 256 evenly spaced numbers of every tensor, whatever the tensor's size, so it costs milliseconds for a
+model of any
+size and needs no copy. Every tensor is looked at, so training, merging and pruning show;
+a change of a few single numbers may not.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str] | None:
         tensors: names and parameters, one after the other; none is kept.
 
     Returns:
-        What ``same_weights`` compares; None where the weights are not there to be read (on the meta device, sharded over ranks).
+        What ``same_weights`` compares; None where the weights are not there to be read (on the meta device,
+        sharded over ranks).
     """
     samples: dict[str, Tensor] = {}
     for name, tensor in (part for whole in tensors for part in parts(*whole)):
@@ -31,14 +34,18 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str] | None:
             return None
         samples[name] = _sample(tensor)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in samples.values()})
-    halves = {name: _hash({n: t.to(half) if t.is_floating_point() else t for n, t in samples.items()}) for name, half in HALVES.items()}
+    halves = {
+        name: _hash({n: t.to(half) if t.is_floating_point() else t for n, t in samples.items()})
+        for name, half in HALVES.items()
+    }
     return {"dtypes": " ".join(dtypes), "exact": _hash(samples), **halves}
 
 
 def same_weights(stored: Mapping[str, str] | None, found: Mapping[str, str] | None) -> bool:
     """Whether two fingerprints may be of the same weights; rounded to half precision they still are.
 
-    bfloat16 and float16 say nothing of each other, nor do whole numbers (quantized weights) of anything else: such pairs pass.
+    bfloat16 and float16 say nothing of each other, nor do whole numbers (quantized weights) of anything else:
+    such pairs pass.
     """
     if stored is None or found is None:
         return True

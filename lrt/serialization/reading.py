@@ -15,19 +15,23 @@ from lrt.serialization.description import model_from_config, read_config, schedu
 from lrt.serialization.tensors import LazyTensor, check_shapes, open_folder
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None) -> LatentRecurrentModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None
+) -> LatentRecurrentModel:
     """Read a model that ``save`` wrote.
 
     Args:
         folder: with safetensors (whole or in shards) and config.json.
         dtype: of the parameters; None = as saved.
         device: None = CPU.
-        base: the decoder that a folder of ``adapter_only=True`` was made for, with the weights that the memory was trained on, or a
-            decoder of one's own for a whole folder of it, whose weights are replaced; it becomes part of the model.
+        base: the decoder that a folder of ``adapter_only=True`` was made for, with the weights that the memory was
+            trained on, or a decoder of one's own for a whole folder of it, whose weights are replaced;
+            it becomes part of the model.
         family: as in ``lrt.adapt``, for a decoder that needs it.
 
     Raises:
-        ValueError: not such a folder, its tensors do not fit its config, or ``base`` is missing, another decoder, or one of other weights.
+        ValueError: not such a folder, its tensors do not fit its config, or ``base`` is missing, another decoder,
+            or one of other weights.
     """
     config = read_config(folder)
     tensors = open_folder(folder)
@@ -42,7 +46,12 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = 
 
 
 def filled(
-    config: dict[str, Any], tensors: Mapping[str, LazyTensor], *, where: str, dtype: torch.dtype | None = None, device: Any = None
+    config: dict[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
 ) -> LatentRecurrentModel:
     """A whole model from its config.json and its tensors.
 

@@ -1,7 +1,9 @@
 """Folders of models that are written over: the old model or the new one is there at every instant, never parts of both.
 
-The new files are written into a folder inside, which one rename declares written; only then do they take the places of the old ones.
-A process that is killed before the rename leaves the old model; after it, whoever opens the folder next finishes the moves.
+The new files are written into a folder inside, which one rename declares written;
+only then do they take the places of the old ones.
+A process that is killed before the rename leaves the old model; after it, whoever opens the folder next finishes the
+moves.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from lrt.serialization.permissions import usual_permissions
 from lrt.serialization.syncing import sync
 
 WRITING, WRITTEN, LIST = ".lrt-writing", ".lrt-written", ".files.json"
-# What a save owns, and therefore removes where the new model has no such file. What else lies there (a tokenizer, a trainer's state) stays.
+# What a save owns, and therefore removes where the new model has no such file.
+# What else lies there (a tokenizer, a trainer's state) stays.
 OWNED = re.compile(
     r"config\.json|generation_config\.json|modeling_lrt\.py|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|adapter_config\.json|adapter_model(-\d+-of-\d+)?\.safetensors|adapter_model\.safetensors\.index\.json"
@@ -84,4 +87,6 @@ def finish_renewal(folder: str | Path) -> None:
         return  # another process was quicker
     except (OSError, ValueError) as error:
         mend = "open it once where it may be written"
-        raise ValueError(f"a save into {folder} was interrupted and cannot be finished here ({error}): {mend}") from None
+        raise ValueError(
+            f"a save into {folder} was interrupted and cannot be finished here ({error}): {mend}"
+        ) from None

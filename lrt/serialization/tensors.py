@@ -6,6 +6,7 @@ A folder holds ``model.safetensors``, or ``model-00001-of-00003.safetensors`` an
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -42,8 +43,8 @@ class LazyTensor(NamedTuple):
     def own(self, *, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, aligned as torch aligns every tensor.
 
-        What ``read`` gives may begin at any address of a file's bytes, where kernels may sum in another order: only a copy
-        gives the same bits as the tensor that was saved.
+        What ``read`` gives may begin at any address of a file's bytes, where kernels may sum in another order:
+        only a copy gives the same bits as the tensor that was saved.
 
         Args:
             device: None = CPU.
@@ -54,7 +55,10 @@ class LazyTensor(NamedTuple):
 
 def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
     """Tensors that are already loaded, or mapped from a file."""
-    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+    return {
+        name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t)  # type: ignore[misc]
+        for name, t in tensors.items()
+    }
 
 
 def open_folder(folder: str | Path) -> dict[str, LazyTensor]:
@@ -101,8 +105,10 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
                 entry = file.get_slice(name)
                 code = entry.get_dtype()
                 if code not in DTYPES:
-                    raise ValueError(f"{path}: tensor {name} has dtype {code}, which lrt does not read: it reads {', '.join(DTYPES)}")
-                tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[code], lambda name=name: read(name))  # type: ignore[misc]
+                    raise ValueError(
+                        f"{path}: tensor {name} has dtype {code}, which lrt does not read: it reads {', '.join(DTYPES)}"
+                    )
+                tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[code], functools.partial(read, name))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
     return tensors
@@ -117,7 +123,11 @@ def size_in_bytes(size: int | str | None) -> int | None:
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), flags=re.IGNORECASE)
-    found = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    found = (
+        0
+        if match is None
+        else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    )
     if found < 1:
         raise ValueError(f'shard_size = {size!r}: give bytes of the largest file, such as 5000000000, "5GB" or "5GiB"')
     return found
@@ -132,15 +142,23 @@ def check_shapes(where: str, found: Mapping[str, LazyTensor], expected: Mapping[
     problems = [f"{n} is missing (expected {expected[n]})" for n in sorted(expected.keys() - found.keys())]
     problems += [f"{n} is unexpected" for n in sorted(found.keys() - expected.keys())]
     both = sorted(expected.keys() & found.keys())
-    problems += [f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in both if found[n].shape != expected[n]]
+    problems += [
+        f"{n} has shape {found[n].shape}, expected {expected[n]}" for n in both if found[n].shape != expected[n]
+    ]
     if problems:
         more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
         shown = "; ".join(problems[:6]) + more
-        raise ValueError(f"{where}: {len(problems)} tensors do not fit its config: {shown}. It is not whole, or was changed")
+        raise ValueError(
+            f"{where}: {len(problems)} tensors do not fit its config: {shown}. It is not whole, or was changed"
+        )
 
 
 def write_folder(
-    folder: Path, tensors: Mapping[str, LazyTensor], *, shard_size: int | None = None, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    shard_size: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Write tensors into a folder that exists, reading each only when its shard is written.
 
@@ -161,9 +179,17 @@ def write_folder(
             filled = 0
         shards[-1].append(name)
         filled += tensor.nbytes
-    files = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = (
+        [WEIGHTS]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, names in zip(files, shards):
-        save_file({name: tensors[name].read().detach().contiguous().cpu() for name in names}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name].read().detach().contiguous().cpu() for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         progress(sum(tensors[name].nbytes for name in names))
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}

@@ -1,6 +1,7 @@
 """Writing a model as a folder: safetensors, config.json and a model card.
 
-A new folder is written beside its place and renamed, so a broken save leaves nothing half-written; ``renewal`` writes over a model.
+A new folder is written beside its place and renamed, so a broken save leaves nothing half-written;
+``renewal`` writes over a model.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ from lrt.serialization.permissions import usual_permissions
 from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
 
 
-def save(model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | str | None = None) -> Path:
+def save(
+    model: LatentRecurrentModel, folder: str | Path, *, adapter_only: bool = False, shard_size: int | str | None = None
+) -> Path:
     """Write a model to ``folder``: safetensors, config.json and a model card.
 
     Args:
         model: the model, on any device.
         folder: must not exist yet, or be empty.
-        adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB; ``load`` then needs the decoder with
-            the weights that it has now, of which a fingerprint is kept. Where the decoder was trained too, save the whole model.
+        adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB;
+            ``load`` then needs the decoder with
+            the weights that it has now, of which a fingerprint is kept. Where the decoder was trained too,
+            save the whole model.
         shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:
@@ -65,7 +70,10 @@ def write_model(
     config |= {"adapter": adapter} if adapter else {}
     if adapter_only:
         config |= {"adapter_only": True, "base_fingerprint": fingerprint(decoder_tensors(model, every).items())}
-        chosen = {name: every[name] for name in (*model.memory_parameters(), *sorted(adapter_names(model) - {*model.memory_parameters()}))}
+        chosen = {
+            name: every[name]
+            for name in (*model.memory_parameters(), *sorted(adapter_names(model) - {*model.memory_parameters()}))
+        }
     write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
     write_description(place, config)
     settings: Any = getattr(model, "generation_config", None)
@@ -77,7 +85,10 @@ def write_description(place: Path, config: Mapping[str, Any]) -> None:
     """config.json and the model card; beside a whole model the file that opens it where lrt was not imported."""
     table = {key: value for key, value in config.items() if key != "auto_map"}
     if not config.get("adapter_only"):
-        table["auto_map"] = {"AutoConfig": "modeling_lrt.LRTConfig", "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM"}
+        table["auto_map"] = {
+            "AutoConfig": "modeling_lrt.LRTConfig",
+            "AutoModelForCausalLM": "modeling_lrt.LRTForCausalLM",
+        }
         shutil.copyfile(Path(__file__).parents[1] / "huggingface" / "modeling_lrt.py", place / "modeling_lrt.py")
     (place / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(table), encoding="utf-8")

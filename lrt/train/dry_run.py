@@ -23,7 +23,8 @@ from lrt.types import Schedule
 GPU, PEAK, ASSUMED_MFU, GPU_GIB = "H100", 989e12, 0.40, 80.0
 
 
-# Fitted to measured peaks (docs/train.md): what a pass with memory keeps, in passes without, and bytes of a chunk's logits.
+# Fitted to measured peaks (docs/train.md): what a pass with memory keeps, in passes without,
+# and bytes of a chunk's logits.
 RECURRENT_PASS, LOGIT_BYTES = 1.05, 4.0
 
 
@@ -36,19 +37,29 @@ class Memory(NamedTuple):
     kept_gradients: float  # float32, from micro-batch to micro-batch: all of them, or this rank's rows
     activations: float
     logits: float  # of a chunk, and the head's gradient
-    update: float  # all gradients, and what adds those of the passes or what the optimizer's step takes, when the activations are gone
+    # all gradients, and what adds those of the passes or what the optimizer's step takes, when the activations are gone
+    update: float
 
     @property
     def total(self) -> float:
         """The peak: at the end of the last forward, or after its backward."""
-        return self.masters + self.copies + self.optimizer + max(self.kept_gradients + self.activations + self.logits, self.update)
+        return (
+            self.masters
+            + self.copies
+            + self.optimizer
+            + max(self.kept_gradients + self.activations + self.logits, self.update)
+        )
 
 
 def activation_numbers(model: LatentRecurrentModel) -> float:
     """Numbers a token that a block keeps for the backward: 12 of width D for input, norms, queries, keys and values
     before and after RoPE and attention, and what its MLP's matrices read or make; less what compilation fuses away."""
     block = model.blocks[0].block
-    mlp = [part(block.layer, path) for path in block.family.mlp_parts] if isinstance(block, FamilyBlock) else [block.mlp_in, block.mlp_out]
+    mlp = (
+        [part(block.layer, path) for path in block.family.mlp_parts]
+        if isinstance(block, FamilyBlock)
+        else [block.mlp_in, block.mlp_out]
+    )
     return 12.0 * model.backbone.width + sum(max(p.shape) for module in mlp for p in module.parameters() if p.ndim > 1)
 
 
@@ -60,9 +71,10 @@ def graded_work(model: LatentRecurrentModel, schedule: Schedule, length: int) ->
 def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
-    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to, and projected residuals what
-    they add (by count, not by measurement). FlexAttention reads keys and values of all S groups in natural order, and keeps that copy for each
-    subset (``lrt.kernels.attention.takes_mask`` says where it is used).
+    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to,
+    and projected residuals what
+    they add (by count, not by measurement). FlexAttention reads keys and values of all S groups in natural order,
+    and keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)
     cut = getattr(model.backbone, "attention_reset", None) is not None
@@ -80,7 +92,8 @@ def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: i
 def expected_memory(
     recipe: Recipe, model: LatentRecurrentModel, horizon: Horizon, *, world_size: int, schedule: Schedule | None = None
 ) -> Memory:
-    """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md says what they count).
+    """Estimate the peak memory of one GPU; within 3 % of 17 measured peaks of the native decoder (docs/train.md says
+    what they count).
 
     With activation checkpointing a block keeps its input and its keys and values. A decoder from a folder whose loss
     is not chunked keeps the logits of every loss group until the backward.
@@ -105,16 +118,28 @@ def expected_memory(
         tables = parameters.embedding + parameters.value_embeddings if native else 0
         copied = parameters.total - tables if size < 4 else 0
     every = activation_numbers(model)
-    kept = {"none": every, "selective": 0.7 * every, "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim}
+    kept = {
+        "none": every,
+        "selective": 0.7 * every,
+        "block": width + 2.0 * model.backbone.kv_heads * model.backbone.head_dim,
+    }
     tokens = horizon.rows * recipe.model.sequence_length
     work = graded_work(model, schedule, recipe.model.sequence_length)
-    forwards = sum(part.positions * (part.stop - part.start) * (RECURRENT_PASS if part.received else 1.0) for part in work)
-    more = recurrent_numbers(model, schedule, recipe.model.sequence_length) if parallel.activation_checkpointing != "block" else 0.0
+    forwards = sum(
+        part.positions * (part.stop - part.start) * (RECURRENT_PASS if part.received else 1.0) for part in work
+    )
+    more = (
+        recurrent_numbers(model, schedule, recipe.model.sequence_length)
+        if parallel.activation_checkpointing != "block"
+        else 0.0
+    )
     one_block = every * tokens if parallel.activation_checkpointing != "none" else 0.0
     chunk = min(parallel.loss_chunk or tokens, tokens)
     groups = len(schedule.group_weights(recipe.model.sequence_length))
     if native:
-        logits = (LOGIT_BYTES if parallel.compile else 20.0) * chunk * model.vocab_size + (4.0 + size * groups) * model.vocab_size * width
+        logits = (LOGIT_BYTES if parallel.compile else 20.0) * chunk * model.vocab_size + (
+            4.0 + size * groups
+        ) * model.vocab_size * width
     else:
         logits = (2 + (groups if chunk == tokens else 1)) * 4.0 * chunk * model.vocab_size
     gradients = 4.0 * trained / shards
@@ -131,7 +156,8 @@ def expected_memory(
         kept_gradients=kept_gradients,
         activations=size * (tokens * (kept[parallel.activation_checkpointing] * forwards + more) + one_block),
         logits=logits,
-        update=gradients + max(of_passes, 12.0 * stack / shards),  # Muon stacks averages, updates and what orthogonalizes them, in half precision
+        # Muon stacks averages, updates and what orthogonalizes them, in half precision
+        update=gradients + max(of_passes, 12.0 * stack / shards),
     )
     return Memory(*(part / 2**30 for part in parts))
 
@@ -149,9 +175,12 @@ def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
 
 
 def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:
-    """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one shape."""
+    """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one
+    shape."""
     modules = [module for module in (model.blocks, model.memory_projection, model.injection) if module is not None]
-    shapes = Counter(tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad)
+    shapes = Counter(
+        tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad
+    )
     stacks = [count * math.prod(shape) for shape, count in shapes.items()]
     return sum(stacks), max(stacks, default=0)
 
@@ -173,7 +202,10 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
     horizon = plan_horizon(recipe, parameters, world_size=world_size)
     a_token = mean_flops(recipe, model)
     kinds = plan_timetable(recipe, steps=horizon.steps).kinds
-    memory = max((expected_memory(recipe, model, horizon, world_size=world_size, schedule=kind) for kind in kinds), key=lambda memory: memory.total)
+    memory = max(
+        (expected_memory(recipe, model, horizon, world_size=world_size, schedule=kind) for kind in kinds),
+        key=lambda memory: memory.total,
+    )
     whole = a_token * horizon.tokens
     seconds = whole / (world_size * PEAK * ASSUMED_MFU)
     verdict = "fits" if memory.total < 0.92 * GPU_GIB else (
@@ -185,11 +217,14 @@ def dry_run(recipe: Recipe, *, world_size: int | None = None) -> str:
         *([] if is_native(recipe) else [_decoder(recipe, model), ""]),
         "parameters",
         *(f"  {name.replace('_', ' '):<20} {number:>16,}" for name, number in parameters._asdict().items()),
-        f"  {'total':<20} {parameters.total:>16,}  (memory adds {100 * parameters.memory / twin:.2f} % to the twin without it)",
+        f"  {'total':<20} {parameters.total:>16,}  (memory adds {100 * parameters.memory / twin:.2f} % to the "
+        "twin without it)",
         "work",
         f"  {'tokens':<20} {horizon.tokens:>16,}  in {horizon.steps:,} steps of {horizon.batch_tokens:,}",
-        f"  {'a step':<20} {world_size} GPUs x {horizon.accumulation} forwards x {horizon.rows} rows x {recipe.model.sequence_length} tokens",
-        f"  {'FLOPs a token':<20} {a_token:>16.4g}  (every pass, forward and backward{' of the mean step' if len(kinds) > 1 else ''})",
+        f"  {'a step':<20} {world_size} GPUs x {horizon.accumulation} forwards x {horizon.rows} rows x "
+        f"{recipe.model.sequence_length} tokens",
+        f"  {'FLOPs a token':<20} {a_token:>16.4g}  (every pass, forward and "
+        f"backward{' of the mean step' if len(kinds) > 1 else ''})",
         f"  {'FLOPs a step':<20} {a_token * horizon.batch_tokens:>16.4g}",
         f"  {'FLOPs of the run':<20} {whole:>16.4g}",
         f"expected memory of one GPU, GiB: {memory.total:.1f} of {GPU_GIB:.0f}: {verdict}",

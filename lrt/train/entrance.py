@@ -12,15 +12,17 @@ from lrt.train.optim.groups import is_memory
 from lrt.train.optim.muon import local
 from lrt.train.timetable import Timetable
 
-MAP = "injection.map.weight"  # keeps its value: a map and gains that are both zero never get a gradient, and gains of zero add nothing
+# keeps its value: a map and gains that are both zero never get a gradient, and gains of zero add nothing
+MAP = "injection.map.weight"
 
 
 @dataclass(frozen=True)
 class Entrance:
-    """Memory parameters that start at zero and receive their initial values in equal parts, one a step, beside the optimizer's updates.
+    """Memory parameters that start at zero and receive their initial values in equal parts, one a step,
+    beside the optimizer's updates.
 
-    Their learning rates rise over the same steps, because an optimizer without a past takes full steps in every direction.
-    The model itself is what grows, so evaluations, checkpoints and exports on the way hold what is trained.
+    Their learning rates rise over the same steps, because an optimizer without a past takes full steps in every
+    direction. The model itself is what grows, so evaluations, checkpoints and exports on the way hold what is trained.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -60,7 +62,9 @@ class Entrance:
             )
 
 
-def open_entrance(timetable: Timetable, named: Iterable[tuple[str, nn.Parameter]], *, began: int = 0) -> Entrance | None:
+def open_entrance(
+    timetable: Timetable, named: Iterable[tuple[str, nn.Parameter]], *, began: int = 0
+) -> Entrance | None:
     """The ramp into the first phase with memory, the parameters set to zero; None where the recipe asks for none.
 
     Args:
@@ -77,7 +81,7 @@ def open_entrance(timetable: Timetable, named: Iterable[tuple[str, nn.Parameter]
     start = max(stretch.start, began)
     if start + stretch.ramp > stretch.stop:
         raise ValueError(
-            f"schedule ramp = {stretch.ramp}, but the phase with memory has {max(0, stretch.stop - start)} steps from step "
-            f"{start} on, where this branch begins: use at most so many"
+            f"schedule ramp = {stretch.ramp}, but the phase with memory has {max(0, stretch.stop - start)} "
+            f"steps from step {start} on, where this branch begins: use at most so many"
         )
     return Entrance.of(named, start=start, steps=stretch.ramp)

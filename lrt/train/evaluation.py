@@ -38,7 +38,8 @@ class Evaluated(NamedTuple):
 
     Attributes:
         scores: bits per byte by memory mode, over all ranks.
-        activations: what the memory does in this rank's first batch; rank 0's holds the same rows for any number of ranks.
+        activations: what the memory does in this rank's first batch; rank 0's holds the same rows for any number of
+            ranks.
         sources: scores of the further sources, by name.
     """
 
@@ -69,17 +70,21 @@ def evaluate(
         sources: further rows, by name.
     """
     decode = None
-    stepped = can_fuse(model) or not fsdp_modules(model)  # a sharded decoder from a folder gathers by its modules' calls
+    # a sharded decoder from a folder gathers by its modules' calls
+    stepped = can_fuse(model) or not fsdp_modules(model)
     if "decode" in recipe.evaluation.modes and world.device.type == "cuda" and stepped:
         decode = _token_by_token(model, runner=decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager)
-    keep = recipe.parallel.reshard == "after_forward"  # true recurrence would otherwise gather every parameter for every token
+    # true recurrence would otherwise gather every parameter for every token
+    keep = recipe.parallel.reshard == "after_forward"
     _reshard_after_forward(model, False)
 
     def score(rows: ValidationLoader) -> dict[str, BitsPerByte]:
         return evaluate_bpb(
             model,
             rows,
-            token_bytes=None if isinstance(rows, (ValidationLoader, HeldOutConversations)) else _token_bytes(tokenizer, model.vocab_size),
+            token_bytes=None
+            if isinstance(rows, (ValidationLoader, HeldOutConversations))
+            else _token_bytes(tokenizer, model.vocab_size),
             modes=recipe.evaluation.modes,
             buckets=recipe.evaluation.buckets,
             device=world.device,
@@ -109,7 +114,8 @@ def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor,
     def nats(tokens: Tensor, targets: Tensor) -> Tensor:
         if sharded:
             with torch.compiler.set_stance("force_eager"):
-                model.score(tokens[:1, :1], targets[:1, :1], baseline())  # FSDP wants its first call through the whole model
+                # FSDP wants its first call through the whole model
+                model.score(tokens[:1, :1], targets[:1, :1], baseline())
         for module in sharded:
             module.unshard()  # the step's kernels read parameters without calling the modules
         return by_steps(tokens, targets)
@@ -125,17 +131,25 @@ def _token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
 
 def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
     for module in fsdp_modules(model):
-        module.set_reshard_after_forward(reshard and module is not model, recurse=False)  # the root's parameters stay, as in the plan
+        # the root's parameters stay, as in the plan
+        module.set_reshard_after_forward(reshard and module is not model, recurse=False)
 
 
 def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
-    """Score the held-out rows and record everything that is known of the model at this step; every rank must call this."""
+    """Score the held-out rows and record everything that is known of the model at this step;
+    every rank must call this."""
     where = f"evaluation at step {run.state.step}"
     heart.beat(where)
     began = time.perf_counter()
     model = run.model if run.runner is None else run.runner.refresh()
     scores, activations, sources = evaluate(
-        model, run.recipe, run.validation, run.tokenizer, run.world, progress=lambda: heart.beat(where), sources=run.sources
+        model,
+        run.recipe,
+        run.validation,
+        run.tokenizer,
+        run.world,
+        progress=lambda: heart.beat(where),
+        sources=run.sources,
     )
     core = ask_core(run, progress=lambda: heart.beat(where))
     answers = answer_problems(run, lambda: heart.beat(where))

@@ -32,20 +32,22 @@ def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> 
         world_size: processes.
 
     Raises:
-        ValueError: no horizon is given, the warmup is longer, the ranks make no mesh, or the batch cannot be dealt to them.
+        ValueError: no horizon is given, the warmup is longer, the ranks make no mesh, or the batch cannot be dealt to
+            them.
     """
     shards_of(recipe.parallel, world_size)
     training, length = recipe.training, recipe.model.sequence_length
     steps = steps_of(recipe, parameters)
     if steps and training.warmup_steps > steps:
         raise ValueError(
-            f"training.warmup_steps = {training.warmup_steps}, but the run has {steps} steps, so the rates would never be reached: "
-            f"use at most {steps}, or a longer horizon"
+            f"training.warmup_steps = {training.warmup_steps}, but the run has {steps} steps, "
+            f"so the rates would never be reached: use at most {steps}, or a longer horizon"
         )
     rows = training.batch_tokens // length
     if rows % world_size:
         raise ValueError(
-            f"training.batch_tokens = {training.batch_tokens} is {rows} rows of {length} tokens, which {world_size} processes cannot share evenly: "
+            f"training.batch_tokens = {training.batch_tokens} is {rows} rows of {length} tokens, "
+            f"which {world_size} processes cannot share evenly: "
             f"choose a multiple of {world_size * length}, or another number of processes"
         )
     here = rows // world_size
@@ -73,7 +75,9 @@ def steps_of(recipe: Recipe, parameters: Parameters) -> int:
     elif training.compute is not None:
         tokens = training.compute / relative_compute(recipe)
     else:
-        raise ValueError(f"training has no horizon: give exactly one of {', '.join(f'training.{key}' for key in HORIZON)}")
+        raise ValueError(
+            f"training has no horizon: give exactly one of {', '.join(f'training.{key}' for key in HORIZON)}"
+        )
     return max(1, round(tokens / training.batch_tokens))
 
 

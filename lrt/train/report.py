@@ -23,15 +23,17 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
     record = evaluate_run(run, heart)
     bad = [mode for mode, value in record["bpb"].items() if not math.isfinite(value)]
     if bad:
-        raise NonFiniteError(f"bits per byte of the trained model are not finite (in mode {', '.join(bad)}), so nothing is exported")
+        raise NonFiniteError(
+            f"bits per byte of the trained model are not finite (in mode {', '.join(bad)}), so nothing is exported"
+        )
     heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     try:
         plain = export(run.model, run.recipe, exported, run.world, tokenizer=run.tokenizer, step=run.state.step)
     except (OSError, SafetensorError) as error:
         raise NotSavedError(
-            f"{exported} could not be written ({error}): make room and give the same command, which exports from the checkpoint of "
-            f"step {run.state.step}"
+            f"{exported} could not be written ({error}): make room and give the same command, "
+            f"which exports from the checkpoint of step {run.state.step}"
         ) from None
     result = dataclasses.replace(result, bpb=dict(record["bpb"]))
     if plain is not None:
@@ -39,11 +41,15 @@ def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
         write_sample(run, result.sample)
         if run.recipe.metrics.plot:
             try:
-                plot_curves(read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png", title=run.recipe.run.name)
+                plot_curves(
+                    read_records(run.folder / "metrics.jsonl"), run.folder / "curves.png", title=run.recipe.run.name
+                )
             except ValueError as error:
                 run.say(f"metrics.plot = true: {error}, or set metrics.plot = false")
             except OSError as error:
-                raise NotSavedError(f"{run.folder / 'curves.png'} could not be written ({error}): the same command draws it again") from None
+                raise NotSavedError(
+                    f"{run.folder / 'curves.png'} could not be written ({error}): the same command draws it again"
+                ) from None
         run.recorder.check()
         run.say(summary(run, result, record))
     run.world.barrier()
@@ -61,7 +67,10 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
     parts, scores = run.parameters, scores_of(record)
     waited = share_waited(read_records(run.folder / "metrics.jsonl"))
     rows = [
-        *(("bits per byte" + (f", {mode}" if len(scores) > 1 else ""), f"{value:.4f}") for mode, value in scores.items()),
+        *(
+            ("bits per byte" + (f", {mode}" if len(scores) > 1 else ""), f"{value:.4f}")
+            for mode, value in scores.items()
+        ),
         *((f"exact match, {mode}", f"{100 * value:.1f} %") for mode, value in record.get("exact_match", {}).items()),
         ("tokens trained", f"{run.state.tokens:,} in {run.state.step:,} steps"),
         ("tokens a second", f"{result.tokens_per_second:,.0f}"),
@@ -82,5 +91,9 @@ def summary(run: Run, result: RunResult, record: Record) -> str:
         lines += ["", "sample:", *(f"  {line}" for line in result.sample.splitlines())]
     limit = data_was_the_limit(waited, workers=run.loader.workers)
     lines += [] if limit is None else ["", limit]
-    written = [path for path in ("recipe.toml", "run.json", "metrics.jsonl", "curves.png", "checkpoints", "export") if (run.folder / path).exists()]
+    written = [
+        path
+        for path in ("recipe.toml", "run.json", "metrics.jsonl", "curves.png", "checkpoints", "export")
+        if (run.folder / path).exists()
+    ]
     return "\n".join([*lines, "", f"written to {run.folder.resolve()}: {', '.join(written)}"])

@@ -99,7 +99,8 @@ def plan_timetable(recipe: Recipe, *, steps: int) -> Timetable:
             )
         if steps and phase.ramp > stop - start:
             raise ValueError(
-                f"{key}.ramp = {phase.ramp}, but the phase has {stop - start} steps: use at most so many, or a longer phase"
+                f"{key}.ramp = {phase.ramp}, but the phase has {stop - start} steps: "
+                "use at most so many, or a longer phase"
             )
         stretches.append(Stretch(start, stop, phase.schedule, phase.ramp))
         start = stop
@@ -122,6 +123,8 @@ def check_borders(timetable: Timetable, *, before: Timetable, step: int) -> None
         return
     ends = [[stretch.stop for stretch in table.stretches[:-1]] for table in (before, timetable)]
     raise ValueError(
-        f"the new horizon moves the borders of schedule.phases from steps {ends[0]} to {ends[1]}, but step {step} is reached: keep the horizon, "
-        f"give values of until that leave the borders behind step {step} where they are, or go on under a new run.name with training.branch_from"
+        f"the new horizon moves the borders of schedule.phases from steps {ends[0]} to {ends[1]}, "
+        f"but step {step} is reached: keep the horizon, "
+        f"give values of until that leave the borders behind step {step} where they are, "
+        "or go on under a new run.name with training.branch_from"
     )

@@ -35,7 +35,16 @@ from lrt.train.entrance import open_entrance
 from lrt.train.evaluation import evaluate_run
 from lrt.train.further_sources import open_sources
 from lrt.train.horizon import plan_horizon, rest_of
-from lrt.train.monitor.faults import FiniteGuard, HangError, Heartbeat, NonFiniteError, NotSavedError, StopSignal, hang_message, start_compile_workers
+from lrt.train.monitor.faults import (
+    FiniteGuard,
+    HangError,
+    Heartbeat,
+    NonFiniteError,
+    NotSavedError,
+    StopSignal,
+    hang_message,
+    start_compile_workers,
+)
 from lrt.train.monitor.host import host_threads
 from lrt.train.monitor.metrics import Clock, Console, LateReader, Recorder, Sink, peak_memory_gib
 from lrt.train.monitor.notes import opening_notes
@@ -69,10 +78,15 @@ def train(recipe: Recipe, *, sinks: Sequence[Sink] = ()) -> RunResult:
     """
     with open_world(recipe) as world, StopSignal() as signals:
         if recipe.parallel.compile and world.device.type == "cuda":
-            with signals.unheard():  # a stop that ends these workers too would leave the next compilation waiting for ever
+            # a stop that ends these workers too would leave the next compilation waiting for ever
+            with signals.unheard():
                 start_compile_workers()
         timeout = 60 * recipe.parallel.timeout_minutes
-        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout), contextlib.ExitStack() as held:
+        with (
+            Heartbeat(timeout_s=timeout, rank=world.rank) as heart,
+            _named_hangs(heart, timeout),
+            contextlib.ExitStack() as held,
+        ):
             check_same_on_all(recipe, world)
             held.enter_context(_held_folder(recipe, world))
             run = assemble(recipe, world, sinks=sinks)
@@ -150,7 +164,9 @@ def assemble(recipe: Recipe, world: World, *, sinks: Sequence[Sink] = ()) -> Run
     if world.main:
         kept += open_sinks(recipe, folder, resume_step=state.step, report=say)
         kept += [Guarded(sink, report=say) for sink in sinks]
-    guard = FiniteGuard(limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped)
+    guard = FiniteGuard(
+        limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped
+    )
     scored = recipe.evaluation
     validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
     runner = make_runner(model, recipe.parallel, world, report=say)
@@ -174,19 +190,27 @@ def _tell(run: Run, state: str) -> None:
 
 @contextlib.contextmanager
 def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
-    """Rank 0 holds the run's folder, alone among all processes of the machine or the file system, while the block runs."""
+    """Rank 0 holds the run's folder, alone among all processes of the machine or the file system,
+    while the block runs."""
     with contextlib.ExitStack() as held:
         world.from_main(lambda: held.enter_context(locked(run_folder(recipe), advice="choose another run.name")))
         yield
 
 
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
-    """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step, and for every number of ranks."""
+    """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step,
+    and for every number of ranks."""
     ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
     if recipe.tuning is not None:
         return open_rows(recipe, tokenizer, rows=rows, **ranks, **more)
     return build_loader(
-        recipe.data, tokenizer=tokenizer, sequence_length=recipe.model.sequence_length, rows=rows, seed=recipe.run.seed, **ranks, **more
+        recipe.data,
+        tokenizer=tokenizer,
+        sequence_length=recipe.model.sequence_length,
+        rows=rows,
+        seed=recipe.run.seed,
+        **ranks,
+        **more,
     )
 
 
@@ -206,7 +230,9 @@ def _start_folder(
     folder.mkdir(parents=True, exist_ok=True)
     begun = resumed or branch
     start = 0 if begun is None else begun.state.step
-    changed = write_history(folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder))
+    changed = write_history(
+        folder, recipe, step=start, there=None if resumed is None else stored_recipe(resumed.folder)
+    )
     (folder / "recipe.toml").write_text(dump_recipe(recipe), encoding="utf-8")
     world.barrier()
     console = Console(total=total, start=start, every=recipe.metrics.every)
@@ -217,7 +243,10 @@ def _start_folder(
     for change in changed:
         console.say(f"from step {start} on: {change}")
     if resumed is not None and start >= total:
-        console.say(f"already finished, nothing trained: {resumed.folder} is the end of this run, which is evaluated and exported again")
+        console.say(
+            f"already finished, nothing trained: {resumed.folder} is the end of this run, "
+            "which is evaluated and exported again"
+        )
     return console
 
 
@@ -227,7 +256,9 @@ def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # so is torch.distributed.DistError
-        named = isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in ("gloo", "timeout"))
+        named = isinstance(error, torch.distributed.DistError) or any(
+            word in str(error).lower() for word in ("gloo", "timeout")
+        )
         if not named:
             raise
         message = hang_message(heart.where, timeout_s, silent_s=heart.silent_s)
@@ -253,7 +284,9 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             with clock.waiting(late):
                 batches = [next(run.loader) for _ in range(run.horizon.accumulation)]
             share = 1.0 if run.entrance is None else run.entrance.share(state.step)
-            rates = rates_at(state.step, total=total, training=recipe.training, optimizer=recipe.optimizer, memory_scale=share)
+            rates = rates_at(
+                state.step, total=total, training=recipe.training, optimizer=recipe.optimizer, memory_scale=share
+            )
             run.optimizer.set_rates(rates)
             schedule = run.timetable.schedule(state.step)
             with signals.unheard():  # a compiler that a step starts must not end by a stop's signal
@@ -275,7 +308,11 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
             state.tokens += run.horizon.batch_tokens
             state.flops += run.horizon.batch_tokens * run.flops_a_token[schedule]
             sources = [source for batch in batches for source in batch.source]
-            late.push(state.step, numbers, Passed(rates, schedule, state.tokens, state.flops, sources, run.loader.shares, *clock.lap()))
+            late.push(
+                state.step,
+                numbers,
+                Passed(rates, schedule, state.tokens, state.flops, sources, run.loader.shares, *clock.lap()),
+            )
             due = _due(recipe, state.step, total)
             for past in late.pop(keep=0 if due else 1):
                 stop |= _note(run, StepNumbers.of(past), past.note, speeds=speeds)
@@ -294,7 +331,8 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     run.manager.wait()
     if run.manager.last_saved != state.step:
         raise NotSavedError(
-            f"the checkpoint at the end (step {state.step}) could not be written: make room and give the same command, which goes on from the newest"
+            f"the checkpoint at the end (step {state.step}) could not be written: "
+            "make room and give the same command, which goes on from the newest"
         )
     run.recorder.check()
     # Asked to stop, a run does not begin its last evaluation either: the same command does.
@@ -302,22 +340,28 @@ def _loop(run: Run, signals: StopSignal, heart: Heartbeat) -> RunResult:
     speed = sorted(speeds)[len(speeds) // 2] if speeds else 0.0
     result = RunResult(run.folder, state.step, name, {}, speed, run.parameters.total)
     if name is not None:
-        run.say(f"stopped by {name} at step {state.step} of {total}; the same command goes on from {run.manager.folder}")
+        run.say(
+            f"stopped by {name} at step {state.step} of {total}; the same command goes on from {run.manager.folder}"
+        )
         return result
     if run.guard.skipping:
         raise NonFiniteError(
-            f"the run ended at step {state.step} while its steps were not finite and were skipped (the last {run.guard.skipping}), so nothing is "
+            f"the run ended at step {state.step} while its steps were not finite and were skipped (the last "
+            f"{run.guard.skipping}), so nothing is "
             f"exported. The weights are finite: the same command evaluates and exports them as they are"
         )
     return finish(run, result, heart)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.input_ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), batch.source)
+    return Batch(
+        batch.input_ids.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True), batch.source
+    )
 
 
 def _evaluation_missed(run: Run) -> bool:
-    """Whether a resumed run lacks the evaluation of the step it goes on from: something ended it after the checkpoint."""
+    """Whether a resumed run lacks the evaluation of the step it goes on from:
+    something ended it after the checkpoint."""
     step = run.state.step
     if step == 0 or "evaluate" not in _due(run.recipe, step, run.horizon.steps):
         return False
@@ -346,7 +390,9 @@ class Passed(NamedTuple):
 
 def _note(run: Run, numbers: StepNumbers, passed: Passed, *, speeds: list[float]) -> bool:
     """Record a step that has been read; True when some rank was asked to stop."""
-    run.guard.see(numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=passed.sources)
+    run.guard.see(
+        numbers.step, skipped=not numbers.finite, loss=numbers.loss, norm=numbers.norm, sources=passed.sources
+    )
     run.state.skipped = run.guard.total
     speed = run.horizon.batch_tokens / passed.seconds
     speeds.append(speed)
@@ -384,7 +430,8 @@ def _save(run: Run) -> None:
     bad = not_finite(tensors, run.world)
     if bad:
         raise NonFiniteError(
-            f"step {run.state.step}: {bad} not finite, so no checkpoint of it is written and nothing is exported. The checkpoints before are whole: "
+            f"step {run.state.step}: {bad} not finite, so no checkpoint of it is written and nothing is "
+            "exported. The checkpoints before are whole: "
             f"go on from one of them with lower learning rates (training.branch_from), or look at the data"
         )
     run.manager.save(

@@ -65,7 +65,12 @@ def answer_problems(run: Any, progress: Callable[[], None]) -> dict[str, ExactMa
         eager = torch.compiler.set_stance("force_eager") if run.recipe.parallel.compile else contextlib.nullcontext()
         with eager:  # one position at a time is too little to compile
             found = exact_match(
-                model, tuning.problems, tuning.chat, run.tokenizer, max_new_tokens=run.recipe.tuning.answer_tokens, progress=progress
+                model,
+                tuning.problems,
+                tuning.chat,
+                run.tokenizer,
+                max_new_tokens=run.recipe.tuning.answer_tokens,
+                progress=progress,
             )
         model.train(training)
     run.world.barrier()

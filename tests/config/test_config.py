@@ -46,12 +46,20 @@ def recipes(draw):
     )
     model = draw(
         st.builds(
-            ModelConfig, n_layers=st.integers(8, 12), width=st.just(256), softcap=st.one_of(st.none(), st.floats(1, 50)), rope_base=st.floats(1, 1e6)
+            ModelConfig,
+            n_layers=st.integers(8, 12),
+            width=st.just(256),
+            softcap=st.one_of(st.none(), st.floats(1, 50)),
+            rope_base=st.floats(1, 1e6),
         )
     )
     weights = draw(st.one_of(st.just("paper"), st.just((0.1, 0.9))))
     refined = st.builds(ScheduleConfig, kind=st.just("refine"), passes=st.integers(1, 4))
-    schedule = ScheduleConfig(kind="baseline") if recurrence is None else draw(st.one_of(st.just(ScheduleConfig(weights=weights)), refined))
+    schedule = (
+        ScheduleConfig(kind="baseline")
+        if recurrence is None
+        else draw(st.one_of(st.just(ScheduleConfig(weights=weights)), refined))
+    )
     training = draw(st.builds(TrainingConfig, tokens=optional_int, clip_norm=st.one_of(st.none(), st.floats(0.1, 2))))
     betas = st.tuples(st.floats(0, 0.99), st.floats(0, 0.99))
     adamw = st.builds(OptimizerConfig, kind=st.just("adamw"), adamw_memory_lr=st.one_of(st.none(), st.floats(1e-6, 1)))
@@ -67,7 +75,10 @@ def test_load_of_dump_is_the_recipe(recipe):
 def test_base_and_overrides(tmp_path):
     (tmp_path / "below.toml").write_text("[model]\nn_layers = 3\nwidth = 64\n[training]\nsteps = 5\n")
     (tmp_path / "above.toml").write_text('base = "below.toml"\n[model]\nwidth = 96\n')
-    recipe = load_recipe(tmp_path / "above.toml", overrides=["training.steps=7", "run.name=mine", "recurrence.blocks=[1, 2]", "model.softcap=none"])
+    recipe = load_recipe(
+        tmp_path / "above.toml",
+        overrides=["training.steps=7", "run.name=mine", "recurrence.blocks=[1, 2]", "model.softcap=none"],
+    )
     assert (recipe.model.n_layers, recipe.model.width, recipe.training.steps) == (3, 96, 7)
     assert (recipe.run.name, recipe.recurrence.blocks, recipe.model.softcap) == ("mine", (1, 2), None)
     (tmp_path / "top.toml").write_text('base = "above.toml"\n')
@@ -116,7 +127,10 @@ def test_all_errors_at_once_with_suggestions():
         ("[model]\nwidth = 96\nn_heads = 4\nn_kv_heads = 3\n", r"model.n_kv_heads = 3 does not divide n_heads = 4"),
         ('[model]\nwindow_pattern = "SXL"\n', r"model.window_pattern = 'SXL': use letters S \(short\) and L \(long\)"),
         ("[training]\nsteps = 3\ntokens = 5\n", r"give exactly one of steps, tokens, tokens_per_parameter"),
-        ("[training]\nbatch_tokens = 1000\n", r"training.batch_tokens = 1000 is not a multiple of model.sequence_length = 2048"),
+        (
+            "[training]\nbatch_tokens = 1000\n",
+            r"training.batch_tokens = 1000 is not a multiple of model.sequence_length = 2048",
+        ),
         ("recurrence = false\n", r"schedule.kind = 'interleaved' needs memory, but recurrence is off"),
         ("recurrence = 3\n", r"recurrence = 3: expected a table \[recurrence\], or recurrence = false"),
     ],
@@ -134,7 +148,12 @@ def section_class(hint):
 
 
 SECTIONS = {name: section_class(hint) for name, hint in typing.get_type_hints(Recipe).items()}
-NUMBERS = [(section, key, hint) for section, cls in SECTIONS.items() for key, hint in typing.get_type_hints(cls).items() if number_types(hint)]
+NUMBERS = [
+    (section, key, hint)
+    for section, cls in SECTIONS.items()
+    for key, hint in typing.get_type_hints(cls).items()
+    if number_types(hint)
+]
 
 
 def as_toml(value, hint):
@@ -150,7 +169,9 @@ def refused(section, key, hint, value):
 
 
 def test_the_table_of_ranges_has_exactly_the_numbers_of_the_recipe():
-    assert {(section, key) for section, keys in RANGES.items() for key in keys} == {(section, key) for section, key, _ in NUMBERS}
+    assert {(section, key) for section, keys in RANGES.items() for key in keys} == {
+        (section, key) for section, key, _ in NUMBERS
+    }
 
 
 @pytest.mark.parametrize(("section", "key", "hint"), NUMBERS, ids=[f"{s}.{k}" for s, k, _ in NUMBERS])
@@ -158,7 +179,11 @@ def test_the_table_of_ranges_has_exactly_the_numbers_of_the_recipe():
 def test_numbers_out_of_range_are_refused_by_name(section, key, hint, data):
     allowed, whole = RANGES[section][key], float not in number_types(hint)
     least = math.ceil(allowed.least) if whole else allowed.least
-    below = st.integers(-(2**70), least - 1) if whole else st.floats(max_value=least, exclude_max=not allowed.above, allow_infinity=False)
+    below = (
+        st.integers(-(2**70), least - 1)
+        if whole
+        else st.floats(max_value=least, exclude_max=not allowed.above, allow_infinity=False)
+    )
     value = data.draw(below.filter(lambda number: number != allowed.also))
     refused(section, key, hint, value)
     if allowed.most < math.inf:
@@ -180,8 +205,20 @@ def test_numbers_that_mean_something_are_kept(setting):
 
 
 def test_all_ranges_are_told_at_once():
-    sets = ["training.clip_norm=0", "optimizer.matrix_lr=-1", "optimizer.reference_batch_tokens=0", "parallel.loss_chunk=-4", "data.workers=-1"]
-    for more in ([], ["model.n_layers=0"], ["training.steps=true"], ["recurrence.separator=-1"], ["training.batch_tokens=1000"]):
+    sets = [
+        "training.clip_norm=0",
+        "optimizer.matrix_lr=-1",
+        "optimizer.reference_batch_tokens=0",
+        "parallel.loss_chunk=-4",
+        "data.workers=-1",
+    ]
+    for more in (
+        [],
+        ["model.n_layers=0"],
+        ["training.steps=true"],
+        ["recurrence.separator=-1"],
+        ["training.batch_tokens=1000"],
+    ):
         with pytest.raises(ValueError) as caught:
             parse_recipe("", overrides=[*sets, *more])
         for key in (setting.split("=")[0] for setting in [*sets, *more]):
@@ -214,12 +251,27 @@ def test_every_choice_names_every_kind_and_real_keys():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[schedule]\npasses = 2\n", r"schedule.passes = 2 has no effect with schedule.kind = 'interleaved': leave it out, or use refine"),
-        ("[schedule]\nkind = 'refine'\nsubsets = 4\n", r"schedule.subsets = 4 has no effect with schedule.kind = 'refine'.*use interleaved"),
-        ("[schedule]\nkind = 'baseline'\nweights = [1.0]\n", r"schedule.weights = .* has no effect .* use interleaved or refine"),
-        ("[optimizer]\nkind = 'adamw'\nmatrix_lr = 1.0\n", r"optimizer.matrix_lr = 1.0 has no effect with optimizer.kind = 'adamw'.*use muon"),
+        (
+            "[schedule]\npasses = 2\n",
+            r"schedule.passes = 2 has no effect with schedule.kind = 'interleaved': leave it out, or use refine",
+        ),
+        (
+            "[schedule]\nkind = 'refine'\nsubsets = 4\n",
+            r"schedule.subsets = 4 has no effect with schedule.kind = 'refine'.*use interleaved",
+        ),
+        (
+            "[schedule]\nkind = 'baseline'\nweights = [1.0]\n",
+            r"schedule.weights = .* has no effect .* use interleaved or refine",
+        ),
+        (
+            "[optimizer]\nkind = 'adamw'\nmatrix_lr = 1.0\n",
+            r"optimizer.matrix_lr = 1.0 has no effect with optimizer.kind = 'adamw'.*use muon",
+        ),
         ("[optimizer]\nadamw_lr = 1.0\n", r"optimizer.adamw_lr = 1.0 has no effect with optimizer.kind = 'muon'"),
-        ("[training]\nlr_schedule = 'cosine'\nwarmdown_fraction = 0.2\n", r"training.warmdown_fraction = 0.2 has no effect .* use warmdown or wsd"),
+        (
+            "[training]\nlr_schedule = 'cosine'\nwarmdown_fraction = 0.2\n",
+            r"training.warmdown_fraction = 0.2 has no effect .* use warmdown or wsd",
+        ),
     ],
 )
 def test_keys_without_effect_are_refused(text, message):
@@ -244,7 +296,9 @@ def test_a_default_is_no_mistake_and_another_kind_leaves_behind_what_it_does_not
     assert parse_recipe(dumped, overrides=["schedule.kind=refine"]).schedule == expected
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", 100), ("tokens", 7), ("tokens_per_parameter", 2.0), ("compute", 9)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("steps", 100), ("tokens", 7), ("tokens_per_parameter", 2.0), ("compute", 9)]
+)
 def test_a_horizon_given_above_replaces_the_one_below(tmp_path, key, value):
     none = dict.fromkeys(("steps", "tokens", "tokens_per_parameter", "compute"))
 
@@ -256,12 +310,18 @@ def test_a_horizon_given_above_replaces_the_one_below(tmp_path, key, value):
     for recipe in (
         load_recipe(tmp_path / "above.toml"),
         load_recipe(tmp_path / "below.toml", overrides=[f"training.{key}={value}"]),
-        load_recipe(tmp_path / "below.toml", overrides=[f"training.{key}={value}", f"training.{'tokens' if key == 'steps' else 'steps'}=none"]),
+        load_recipe(
+            tmp_path / "below.toml",
+            overrides=[f"training.{key}={value}", f"training.{'tokens' if key == 'steps' else 'steps'}=none"],
+        ),
         parse_recipe(dump_recipe(load_recipe(tmp_path / "below.toml")), overrides=[f"training.{key}={value}"]),
     ):
         assert horizon(recipe) == {**none, key: value} and recipe.training.micro_batch == 3
     assert horizon(load_recipe(tmp_path / "below.toml", overrides=["training.tokens_per_parameter=none"])) == none
-    with pytest.raises(ValueError, match=r"has steps and tokens: give exactly one of .* take back another with --set training.tokens=none"):
+    with pytest.raises(
+        ValueError,
+        match=r"has steps and tokens: give exactly one of .* take back another with --set training.tokens=none",
+    ):
         load_recipe(tmp_path / "below.toml", overrides=["training.steps=1", "training.tokens=5"])
 
 
@@ -275,9 +335,15 @@ def test_recurrence_settings_of_a_wrong_type(key, value):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelConfig(value_embeddings="alternate"), "model.value_embeddings = 'alternate': use one of all, alternating, none"),
+        (
+            lambda: ModelConfig(value_embeddings="alternate"),
+            "model.value_embeddings = 'alternate': use one of all, alternating, none",
+        ),
         (lambda: lrt.RecurrenceConfig(sharing="tied"), "recurrence.sharing = 'tied': use one of shared, layerwise"),
-        (lambda: Recipe(parallel=ParallelConfig(reshard="never")), "parallel.reshard = 'never': use one of after_step, after_forward"),
+        (
+            lambda: Recipe(parallel=ParallelConfig(reshard="never")),
+            "parallel.reshard = 'never': use one of after_step, after_forward",
+        ),
     ],
 )
 def test_a_choice_that_is_none_is_refused_in_code_too(make, message):

@@ -1,4 +1,5 @@
-"""A fuzzer of recipes and overrides: each is a recipe that dumps, parses and plans, or one short ValueError, in seconds."""
+"""A fuzzer of recipes and overrides: each is a recipe that dumps, parses and plans, or one short ValueError,
+in seconds."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ DEEP = 5000
     [
         ("training.steps=" + "[" * DEEP + "]" * DEEP, r"training.steps = '\[\[\["),
         ("training.steps=" + "{a=" * DEEP, r"training.steps = '\{a=\{a="),
-        ("training.steps=" + "9" * 401, r"training.steps = 9{401}: use a whole number of 0 or more, at most 4611686018427387904"),
+        ("training.steps=" + "9" * 401, r"training.steps = 9{401}: use a whole number of 0 or more, "
+            r"at most 4611686018427387904"),
         ("training.steps=" + "9" * 5000, r"training.steps = '999"),
         ("optimizer.matrix_lr=" + "9" * 401, r"optimizer.matrix_lr = 9{401}: expected a number that fits a float"),
         ("model.width=" + str(10**30), r"model.width = 10{30}: use a whole number of 1 or more, at most 1048576"),
@@ -31,9 +32,11 @@ DEEP = 5000
         ("run.backbone=" + "m" * 5000, r"run.backbone = 'm{100}'... has a name of more than 255 bytes"),
         ('run.backbone="a\\nb"', r"run.backbone = 'a\\nb' holds a zero byte, a line break or the like"),
         ('data.train="a\\u0000b"', r"data.train = 'a\\x00b' holds a zero byte, a line break or the like"),
-        ("training.tokens_per_parameter=1e300", r"training.tokens_per_parameter = 1e\+300: use a number above 0, at most"),
+        ("training.tokens_per_parameter=1e300", r"training.tokens_per_parameter = 1e\+300: "
+            r"use a number above 0, at most"),
         ("recurrence.blocks=[" + ",".join(map(str, range(9000))) + "]", r"recurrence.blocks = \[0, 1, .* \.\.\. "),
-        ("schedule.phases=[[1]]", r"schedule.phases\[0\] = \[1\]: expected a table, such as \{kind = ..., subsets = ...\}"),
+        ("schedule.phases=[[1]]", r"schedule.phases\[0\] = \[1\]: expected a table, such as \{kind = ..., "
+            r"subsets = ...\}"),
     ],
 )  # fmt: skip
 def test_an_override_of_a_bad_shape_is_one_short_line(override, message):
@@ -43,7 +46,9 @@ def test_an_override_of_a_bad_shape_is_one_short_line(override, message):
 
 
 def test_values_of_several_lines_that_are_one_value_stay(tmp_path):
-    recipe = load_recipe("lrt_tiny", overrides=["evaluation.modes=[\n'zero',\n'decode']", "training.steps=5  # a remark\n"])
+    recipe = load_recipe(
+        "lrt_tiny", overrides=["evaluation.modes=[\n'zero',\n'decode']", "training.steps=5  # a remark\n"]
+    )
     assert recipe.evaluation.modes == ("zero", "decode") and recipe.training.steps == 5
 
 
@@ -64,14 +69,22 @@ def test_a_base_or_a_recipe_whose_name_no_file_system_takes(tmp_path):
 
 
 def test_a_name_is_suggested_only_where_it_is_similar():
-    for wrong, right in (("lrt_tinny", "lrt_tiny.toml"), ("lrt24l", "lrt_24l.toml"), ("baseline_tiny.tml", "baseline_tiny.toml")):
+    for wrong, right in (
+        ("lrt_tinny", "lrt_tiny.toml"),
+        ("lrt24l", "lrt_24l.toml"),
+        ("baseline_tiny.tml", "baseline_tiny.toml"),
+    ):
         with pytest.raises(RecipeError, match=rf"; did you mean {right}\?"):
             load_recipe(wrong)
     for wrong in ("my_model", "train", "gpt2", "tiny_stories", "experiment_7", "layerwise"):
         with pytest.raises(RecipeError) as refused:
             load_recipe(wrong)
         assert "did you mean" not in str(refused.value), wrong
-    for wrong, right in (("trainning.steps", "training"), ("training.stpes", "training.steps"), ("model.n_layer", "model.n_layers")):
+    for wrong, right in (
+        ("trainning.steps", "training"),
+        ("training.stpes", "training.steps"),
+        ("model.n_layer", "model.n_layers"),
+    ):
         with pytest.raises(RecipeError, match=f"did you mean '{right}'"):
             load_recipe("lrt_tiny", overrides=[f"{wrong}=5"])
     for wrong in ("hello.world", "training.foo", "model.dropout", "optimizer.lr", "data.path"):

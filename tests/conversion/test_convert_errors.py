@@ -134,10 +134,14 @@ def test_an_unexpected_tensor(place):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("{", "not valid JSON"), ("[" * 200_000, "config.json is not valid JSON"), ("3", "config.json is not a JSON object"),
-        ('{"model_type": "llama"}', "no lrt_format"), ('{"lrt_format": 99}', "update lrt"),
+        ("{", "not valid JSON"),
+        ("[" * 200_000, "config.json is not valid JSON"),
+        ("3", "config.json is not a JSON object"),
+        ('{"model_type": "llama"}', "no lrt_format"),
+        ('{"lrt_format": 99}', "update lrt"),
         ('{"lrt_format": "1"}', "config.json: lrt_format = '1', but a model that lrt wrote has a whole number there"),
-        ('{"lrt_format": null}', "config.json: lrt_format = None, but"), ('{"lrt_format": true}', "config.json: lrt_format = True, but"),
+        ('{"lrt_format": null}', "config.json: lrt_format = None, but"),
+        ('{"lrt_format": true}', "config.json: lrt_format = True, but"),
     ],
 )
 def test_a_config_that_cannot_be_read(place, text, match):
@@ -177,7 +181,8 @@ def test_arguments_that_mean_nothing(place):
 
 
 def test_a_wrong_name_table_is_caught_by_the_logits(place, monkeypatch):
-    """U_k and U_v swapped: the tensors come back equal, because the table is used in both directions; the answers do not."""
+    """U_k and U_v swapped: the tensors come back equal, because the table is used in both directions;
+    the answers do not."""
     right = layout.name_table
 
     def swapped(config, *, recurrent):
@@ -189,7 +194,9 @@ def test_a_wrong_name_table_is_caught_by_the_logits(place, monkeypatch):
     refused(place, "decode, float64: largest logit difference", source="official", kind="official", target="lrt")
 
 
-@pytest.mark.parametrize("change", [{"rope_base": 500.0}, {"qk_norm": False}, {"softcap": None}, {"window_pattern": "L"}])
+@pytest.mark.parametrize(
+    "change", [{"rope_base": 500.0}, {"qk_norm": False}, {"softcap": None}, {"window_pattern": "L"}]
+)
 def test_a_wrong_config_is_caught_by_the_logits(place, monkeypatch, change):
     write = pipeline.KINDS["lrt"].write
 
@@ -253,7 +260,7 @@ def test_space_that_runs_out_in_the_middle(place, target):
     """A limit on the size of files stands for a full disk; it comes after the check of free space."""
     shutil.rmtree(place / "ours")
     recurrence = 'sharing = "layerwise"\nsource_layer = 2\n'
-    text = "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\nrope_dtype = \"bfloat16\"\n"
+    text = '[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\nrope_dtype = "bfloat16"\n'
     lrt.save(small_model(f"{text}[recurrence]\n{recurrence}[training]\nbatch_tokens = 64\n"), place / "ours")
     before = fingerprint(place)
     code = FULL.format(root=str(ROOT), source=str(place / "ours"), output=str(place / "out"), target=target)
@@ -290,7 +297,18 @@ def test_interrupted_in_the_middle(place, sent):
 
 
 def test_the_tool_converts_and_says_what_it_compared(place, capsys):
-    arguments = ["--from", "official", "--to", "lrt", "--input", str(place / "official"), "--output", str(place / "out"), "--dtype", "bf16"]
+    arguments = [
+        "--from",
+        "official",
+        "--to",
+        "lrt",
+        "--input",
+        str(place / "official"),
+        "--output",
+        str(place / "out"),
+        "--dtype",
+        "bf16",
+    ]
     assert tool.main(arguments) == 0
     said = capsys.readouterr().out
     assert "zero, float32: largest logit difference" in said and "decode, float32: largest logit difference" in said
@@ -317,7 +335,17 @@ def test_sizes(text, size):
 
 
 def test_without_verification_it_is_said(place, capsys):
-    arguments = ["--from", "lrt", "--to", "lrt", "--input", str(place / "ours"), "--output", str(place / "out"), "--no-verify"]
+    arguments = [
+        "--from",
+        "lrt",
+        "--to",
+        "lrt",
+        "--input",
+        str(place / "ours"),
+        "--output",
+        str(place / "out"),
+        "--no-verify",
+    ]
     assert tool.main(arguments) == 0 and "not verified" in capsys.readouterr().out
 
 
@@ -346,7 +374,9 @@ def test_every_command_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
         leave_nanochat(tmp_path / "nanochat-hf")
     else:
         commands = [words for words in commands if "nanochat-hf" not in words]
-    assert {("--from", kind) for kind in pipeline.KINDS} <= {pair for words in commands for pair in zip(words, words[1:])}
+    assert {("--from", kind) for kind in pipeline.KINDS} <= {
+        pair for words in commands for pair in zip(words, words[1:])
+    }
     for words in commands:
         main = {"tools/convert.py": tool.main, "tools/inspect_checkpoint.py": inspect_tool.main}[words[1]]
         assert main(words[2:]) == 0, (words, capsys.readouterr())

@@ -39,8 +39,6 @@ def llama(**more):
 # ------------------------------------------------------------------ training checkpoints
 
 
-
-
 def worker(rank, ranks, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29877")
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
@@ -59,7 +57,9 @@ def test_a_training_checkpoint_of_one_rank(tmp_path):
     for step, seed in ((5, 1), (9, 2)):
         save_step(tmp_path / "run" / "checkpoints", step, small_model(seed=seed), recipe=recipe)
     done = convert(tmp_path / "run", tmp_path / "newest", source="dcp", target="lrt", report=quiet)
-    assert done.source.step == 9 and same_tensors(lrt.load(tmp_path / "newest").state_dict(), small_model(seed=2).state_dict())
+    assert done.source.step == 9 and same_tensors(
+        lrt.load(tmp_path / "newest").state_dict(), small_model(seed=2).state_dict()
+    )
     convert(tmp_path / "run", tmp_path / "older", target="lrt", step=5, report=quiet)
     assert same_tensors(lrt.load(tmp_path / "older").state_dict(), small_model(seed=1).state_dict())
     assert json.loads((tmp_path / "older" / "config.json").read_text())["step"] == 5
@@ -110,14 +110,24 @@ def test_a_native_model_in_hugging_face_hands(tmp_path, transformers):
     save_step(tmp_path / "run", 1, small_model(), recipe=parse_recipe(SMALL))
     convert(tmp_path / "run", tmp_path / "hf", source="dcp", target="hf", report=quiet)
     names = {p.name for p in (tmp_path / "hf").iterdir()}
-    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    } <= names
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(a, b) for a, b in zip(logits(model), logits(small_model())))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("Aé").input_ids == [256, 65, 195, 169] and tokenizer.bos_token_id == 256
     assert model.generation_config.eos_token_id == 256
     out = model.generate(torch.tensor([[256, 65, 66]]), max_new_tokens=4, do_sample=False)
-    assert torch.equal(out, lrt.generate(small_model(), torch.tensor([[256, 65, 66]]), max_new_tokens=4, temperature=0.0, stop_ids=(256,)))
+    assert torch.equal(
+        out,
+        lrt.generate(small_model(), torch.tensor([[256, 65, 66]]), max_new_tokens=4, temperature=0.0, stop_ids=(256,)),
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -134,7 +144,9 @@ def test_an_adapted_decoder_travels_whole_and_as_an_adapter(tmp_path, tied, tran
     convert(tmp_path / "hf", tmp_path / "adapter", source="hf", target="adapter", report=quiet)
     alone = lrt.load(tmp_path / "adapter", base=llama(tie_word_embeddings=tied))
     assert all(torch.equal(a, b) for a, b in zip(logits(alone), logits(model)))
-    convert(tmp_path / "adapter", tmp_path / "again", source="adapter", target="hf", base=tmp_path / "base", report=quiet)
+    convert(
+        tmp_path / "adapter", tmp_path / "again", source="adapter", target="hf", base=tmp_path / "base", report=quiet
+    )
     again = lrt.load(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(logits(again), logits(model)))
     with pytest.raises(ValueError, match="adapts a LlamaForCausalLM"):
@@ -149,10 +161,19 @@ def test_an_adapter_of_a_native_model(tmp_path):
     lrt.save(model, tmp_path / "model")
     lrt.save(other, tmp_path / "other")
     convert(tmp_path / "model", tmp_path / "adapter", source="lrt", target="adapter", report=quiet)
-    convert(tmp_path / "adapter", tmp_path / "same", source="adapter", target="lrt", base=tmp_path / "model", report=quiet)
+    convert(
+        tmp_path / "adapter", tmp_path / "same", source="adapter", target="lrt", base=tmp_path / "model", report=quiet
+    )
     assert same_tensors(lrt.load(tmp_path / "same").state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="was trained on other weights than those of"):
-        convert(tmp_path / "adapter", tmp_path / "moved", source="adapter", target="lrt", base=tmp_path / "other", report=quiet)
+        convert(
+            tmp_path / "adapter",
+            tmp_path / "moved",
+            source="adapter",
+            target="lrt",
+            base=tmp_path / "other",
+            report=quiet,
+        )
     found = inspect_checkpoint(tmp_path / "adapter")
     assert found.kind == "adapter" and found.whole and found.parts.keys() == {"memory"}
 

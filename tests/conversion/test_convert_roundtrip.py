@@ -25,7 +25,12 @@ QUICK = (Phase.explicit, Phase.reuse, Phase.generate)  # an example writes many 
 WRITTEN = ("lrt", "official", "nanochat", "hf")
 OFFICIAL = {"rope_dtype": "bfloat16", "mlp_ratio": 4.0, "qk_norm": True, "softcap": 15.0, "vocab_multiple": 64}
 SCHEDULES = st.sampled_from(
-    [lrt.interleaved(2), lrt.interleaved(3, kv_refresh=True), lrt.refine(2), lrt.refine(2, weights=(0.1, 0.3, 0.6), cut_gradient=True)]
+    [
+        lrt.interleaved(2),
+        lrt.interleaved(3, kv_refresh=True),
+        lrt.refine(2),
+        lrt.refine(2, weights=(0.1, 0.3, 0.6), cut_gradient=True),
+    ]
 )
 
 
@@ -43,7 +48,15 @@ def any_models(draw):
 def models_for(draw, kinds):
     """A model that every one of ``kinds`` can express."""
     if "nanochat" in kinds:
-        config = draw(model_configs(**OFFICIAL, value_embeddings="alternating", gate_channels=None, residual_scales=True, embedding_residual=True))
+        config = draw(
+            model_configs(
+                **OFFICIAL,
+                value_embeddings="alternating",
+                gate_channels=None,
+                residual_scales=True,
+                embedding_residual=True,
+            )
+        )
         return randomized(build_model(config, None), draw(st.integers(0, 2**31))).eval()
     if "official" not in kinds:
         return draw(any_models())
@@ -53,18 +66,15 @@ def models_for(draw, kinds):
     if recurrent:
         norms = st.sampled_from(["rms", "final"])
         recurrence = lrt.RecurrenceConfig(
-            sharing="layerwise", source_layer=config.n_layers, gate_channels=config.gate_channels, memory_norm=draw(norms)
+            sharing="layerwise",
+            source_layer=config.n_layers,
+            gate_channels=config.gate_channels,
+            memory_norm=draw(norms),
         )
     model = randomized(build_model(config, recurrence), draw(st.integers(0, 2**31)))
     if recurrent:
         model.train_schedule = draw(SCHEDULES)
     return model.eval()
-
-
-
-
-
-
 
 
 @pytest.mark.parametrize("first", WRITTEN)
@@ -76,7 +86,14 @@ def test_every_pair_there_and_back(tmp_path_factory, first, second, data):
     lrt.save(model, place / "start", shard_size=data.draw(st.sampled_from([None, 2000])))
     for number, (source, target) in enumerate([("lrt", first), (first, second), (second, "lrt")]):
         path = place / ("start" if number == 0 else str(number - 1))
-        convert(path, place / str(number), source=source, target=target, shard_size=data.draw(st.sampled_from([None, 3000])), report=quiet)
+        convert(
+            path,
+            place / str(number),
+            source=source,
+            target=target,
+            shard_size=data.draw(st.sampled_from([None, 3000])),
+            report=quiet,
+        )
     back = lrt.load(place / "2")
     assert same_tensors(model.state_dict(), back.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(logits(model), logits(back)))
@@ -86,7 +103,8 @@ def test_every_pair_there_and_back(tmp_path_factory, first, second, data):
 @settings(max_examples=4, phases=QUICK)
 @given(model=any_models(), dtype=st.sampled_from([None, torch.float64]))
 def test_loaded_tensors_lie_where_torch_puts_its_own(tmp_path_factory, model, dtype):
-    """A tensor of a file may begin at any address: equal weights gave other logits on processors whose kernels look at it."""
+    """A tensor of a file may begin at any address: equal weights gave other logits on processors whose kernels look at
+    it."""
     place = tmp_path_factory.mktemp("aligned")
     lrt.save(model, place / "m", shard_size=3000)
     back = lrt.load(place / "m", dtype=dtype)
@@ -102,7 +120,9 @@ def test_a_narrower_dtype_rounds_every_tensor_once(tmp_path_factory, model, dtyp
     lines = []
     done = convert(place / "start", place / "out", source="lrt", target="lrt", dtype=dtype, report=lines.append)
     assert same_tensors({n: t.to(dtype) for n, t in model.state_dict().items()}, lrt.load(place / "out").state_dict())
-    assert [c.mode for c in done.verification.rounding] == ["zero", "decode"] and any("rounding to" in line for line in lines)
+    assert [c.mode for c in done.verification.rounding] == ["zero", "decode"] and any(
+        "rounding to" in line for line in lines
+    )
 
 
 @settings(max_examples=8, phases=QUICK)
@@ -117,12 +137,15 @@ def test_what_the_official_code_cannot_say_is_refused_or_converted_exactly(tmp_p
         assert "cannot express this model" in str(error) or "answers differently" in str(error)
         assert sorted(p.name for p in place.iterdir()) == ["start"]
     else:
-        assert verify(KINDS["lrt"].read(place / "start"), KINDS["official"].read(place / "out"), report=quiet).comparisons
+        assert verify(
+            KINDS["lrt"].read(place / "start"), KINDS["official"].read(place / "out"), report=quiet
+        ).comparisons
 
 
 @pytest.mark.parametrize("tag", ["d2_lrt", "d2_baseline"])
 def test_a_folder_that_the_official_code_wrote(tmp_path, tag):
-    """In float64, where processors agree: what is left is the float32 noise of the record, 1.32e-5 and 0.87e-5 on logits of 11.8."""
+    """In float64, where processors agree: what is left is the float32 noise of the record,
+    1.32e-5 and 0.87e-5 on logits of 11.8."""
     expected = load_file(NANOCHAT / "base_checkpoints" / tag / "expected.safetensors")
     convert(NANOCHAT / "base_checkpoints" / tag, tmp_path / "lrt", source="official", target="lrt", report=quiet)
     model = lrt.load(tmp_path / "lrt", dtype=torch.float64)
@@ -133,19 +156,24 @@ def test_a_folder_that_the_official_code_wrote(tmp_path, tag):
 
 
 def test_back_to_the_official_folder_byte_for_byte_in_values(tmp_path):
-    """The official file comes back: names, order of rows in the triple gate, and values (bfloat16 embeddings as float32)."""
+    """The official file comes back: names, order of rows in the triple gate, and values (bfloat16 embeddings as
+    float32)."""
     source = NANOCHAT / "base_checkpoints" / "d2_lrt"
     convert(source, tmp_path / "lrt", source="official", target="lrt", report=quiet)
     convert(tmp_path / "lrt", tmp_path / "back", source="lrt", target="official", report=quiet)
     there = torch.load(source / "model_000100.pt", weights_only=True)
     back = torch.load(tmp_path / "back" / "base_checkpoints" / "d2" / "model_000100.pt", weights_only=True)
     assert same_tensors({n: t.float() for n, t in there.items()}, back)
-    metas = [json.loads((p / "meta_000100.json").read_text()) for p in (source, tmp_path / "back" / "base_checkpoints" / "d2")]
+    metas = [
+        json.loads((p / "meta_000100.json").read_text())
+        for p in (source, tmp_path / "back" / "base_checkpoints" / "d2")
+    ]
     assert metas[0]["model_config"] == metas[1]["model_config"] and metas[1]["step"] == 100
 
 
 def test_exact_rotary_tables_are_noticed_when_exporting(tmp_path):
-    """A model with float32 tables would answer differently under the official code: the comparison says so, nothing is left."""
+    """A model with float32 tables would answer differently under the official code:
+    the comparison says so, nothing is left."""
     config = ModelConfig(n_layers=2, width=32, n_heads=2, vocab_size=50, sequence_length=16)
     recurrence = lrt.RecurrenceConfig(sharing="layerwise", source_layer=2)
     lrt.save(randomized(build_model(config, recurrence), 0), tmp_path / "start")
@@ -164,7 +192,12 @@ def official_config(schedule):
     return official_from_native(native_config(model))
 
 
-NAMED = [lrt.interleaved(2), lrt.interleaved(5, kv_refresh=True), lrt.refine(1), lrt.refine(3, weights=(0, 1, 1, 2), cut_gradient=True)]
+NAMED = [
+    lrt.interleaved(2),
+    lrt.interleaved(5, kv_refresh=True),
+    lrt.refine(1),
+    lrt.refine(3, weights=(0, 1, 1, 2), cut_gradient=True),
+]
 
 
 @pytest.mark.parametrize("schedule", NAMED)
@@ -207,12 +240,17 @@ VARIANTS = {
     "rl": ("d2_lrt", {"drop": ("step", "user_config")}),
     "compiled": ("d2_lrt", {"state": lambda s: {f"_orig_mod.{n}": t for n, t in s.items()}}),
     "old_file_format": ("d2_lrt", {}),
-    "no_residual_scales": ("d2_lrt", {"state": lambda s: {n: t for n, t in s.items() if n not in ("resid_lambdas", "x0_lambdas")}}),
+    "no_residual_scales": (
+        "d2_lrt",
+        {"state": lambda s: {n: t for n, t in s.items() if n not in ("resid_lambdas", "x0_lambdas")}},
+    ),
     "old_nanochat": (
         "d2_baseline",
         {
             "config": lambda c: {k: c[k] for k in SEVEN[:-1]},
-            "state": lambda s: {n: t for n, t in s.items() if n.startswith(("transformer", "lm_head")) and "ve_gate" not in n},
+            "state": lambda s: {
+                n: t for n, t in s.items() if n.startswith(("transformer", "lm_head")) and "ve_gate" not in n
+            },
         },
     ),
 }
@@ -242,4 +280,6 @@ def test_matrices_that_are_read_when_their_module_runs_are_called_in_every_pass(
     shapes = build_model(config, lrt.RecurrenceConfig(), device="meta")
     filled = streamed_model.filled_model(shapes, in_memory(model.state_dict()), Precision(keep=False))
     tokens = torch.randint(0, 64, (1, 8), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(streamed_model.native_logits(filled, tokens, mode), streamed_model.native_logits(model, tokens, mode))
+    torch.testing.assert_close(
+        streamed_model.native_logits(filled, tokens, mode), streamed_model.native_logits(model, tokens, mode)
+    )

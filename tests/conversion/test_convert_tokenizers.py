@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrt.conversion import convert
-from lrt.conversion.tokenizers import hub_files, read_encoding, read_files, read_nanochat, without_hub_files, write_files, write_nanochat
+from lrt.conversion.tokenizers import (
+    hub_files,
+    read_encoding,
+    read_files,
+    read_nanochat,
+    without_hub_files,
+    write_files,
+    write_nanochat,
+)
 from lrt.data.tokenizer import ByteTokenizer, load_tokenizer
 
 tiktoken = pytest.importorskip("tiktoken")
@@ -18,7 +26,9 @@ tiktoken = pytest.importorskip("tiktoken")
 FOLDER = NANOCHAT / "tokenizer"
 SPECIAL = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 SPECIAL += ["<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
-WORDS = st.sampled_from([*"the, the,thing,ing, in, and,on,re, s,it's,I'LL,123456,née,☃".split(","), "\r\n", "  ", "<|bos|>"])
+WORDS = st.sampled_from(
+    [*"the, the,thing,ing, in, and,on,re, s,it's,I'LL,123456,née,☃".split(","), "\r\n", "  ", "<|bos|>"]
+)
 TEXTS = st.lists(st.one_of(WORDS, st.text(max_size=6)), max_size=12).map("".join)
 
 
@@ -53,8 +63,15 @@ def test_special_tokens_and_separator(theirs, ours):
 def test_the_way_back_to_nanochat(tmp_path, theirs):
     assert write_nanochat(tmp_path, read_nanochat(FOLDER), vocab_size=280) == []
     back = pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
-    assert isinstance(back, tiktoken.Encoding) and sorted(p.name for p in tmp_path.iterdir()) == ["token_bytes.pt", "tokenizer.pkl"]
-    assert (back._mergeable_ranks, back._special_tokens, back._pat_str) == (theirs._mergeable_ranks, theirs._special_tokens, theirs._pat_str)
+    assert isinstance(back, tiktoken.Encoding) and sorted(p.name for p in tmp_path.iterdir()) == [
+        "token_bytes.pt",
+        "tokenizer.pkl",
+    ]
+    assert (back._mergeable_ranks, back._special_tokens, back._pat_str) == (
+        theirs._mergeable_ranks,
+        theirs._special_tokens,
+        theirs._pat_str,
+    )
     tables = [torch.load(p / "token_bytes.pt", weights_only=True) for p in (tmp_path, FOLDER)]
     assert torch.equal(*tables) and tables[0].dtype == torch.int32
 
@@ -95,7 +112,9 @@ def test_other_pickles_are_refused_with_the_way_out(tmp_path, content, match):
 
 
 def test_a_public_encoding_is_named(tmp_path):
-    (tmp_path / "tokenizer.pkl").write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + pickle.dumps("gpt2", protocol=3)[2:-1] + b"b.")
+    (tmp_path / "tokenizer.pkl").write_bytes(
+        b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + pickle.dumps("gpt2", protocol=3)[2:-1] + b"b."
+    )
     with pytest.raises(ValueError, match="public tiktoken encoding 'gpt2'"):
         read_encoding(tmp_path / "tokenizer.pkl")
 
@@ -103,14 +122,21 @@ def test_a_public_encoding_is_named(tmp_path):
 def test_hugging_face_and_back():
     files = read_nanochat(FOLDER)
     there = hub_files(files, context=64)
-    assert json.loads(there["tokenizer_config.json"])["bos_token"] == "<|bos|>" and there["tokenizer.json"] != files["tokenizer.json"]
+    assert (
+        json.loads(there["tokenizer_config.json"])["bos_token"] == "<|bos|>"
+        and there["tokenizer.json"] != files["tokenizer.json"]
+    )
     back = without_hub_files(there)
     assert back.keys() == files.keys() and all(json.loads(back[name]) == json.loads(files[name]) for name in files)
 
 
 def test_a_hugging_face_tokenizer_travels_as_it_is(tmp_path):
     """What a Hugging Face folder says about its tokenizer is not ours to rewrite."""
-    foreign = {"tokenizer.json": b'{"model": {}}', "tokenizer_config.json": b'{"bos_token": "<s>"}', "chat_template.jinja": b"{{ messages }}"}
+    foreign = {
+        "tokenizer.json": b'{"model": {}}',
+        "tokenizer_config.json": b'{"bos_token": "<s>"}',
+        "chat_template.jinja": b"{{ messages }}",
+    }
     assert hub_files(foreign, context=64) == foreign and without_hub_files(foreign) == foreign
 
 

@@ -31,7 +31,9 @@ def solve(question):
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 1000), largest=st.integers(4, 200), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3))
+@given(
+    seed=st.integers(0, 1000), largest=st.integers(4, 200), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=3)
+)
 def test_every_answer_is_right_and_every_step_in_range(seed, largest, sizes):
     made = problems(count=12, seed=seed, steps=sizes, largest=largest)
     assert len({one.question for one in made}) == 12
@@ -55,7 +57,9 @@ def test_a_seed_makes_the_same_problems_and_a_shorter_list_their_beginning():
 
 
 def test_what_cannot_be_made_is_refused():
-    with pytest.raises(ValueError, match="different problems of 1 steps up to 4: ask for fewer, more steps or larger values"):
+    with pytest.raises(
+        ValueError, match="different problems of 1 steps up to 4: ask for fewer, more steps or larger values"
+    ):
         problems(count=100_000, steps=(1,), largest=4)
     with pytest.raises(ValueError, match="values up to 3 leave nothing to multiply: use 4 or more"):
         problems(count=1, largest=3)
@@ -66,8 +70,13 @@ def test_what_cannot_be_made_is_refused():
 def test_the_command_writes_files_that_share_no_question(tmp_path, capsys):
     out = tmp_path / "problems"
     assert main([str(out), "--count", "30", "--held-out", "9", "--steps", "2", "4", "--direct"]) == 0
-    lines = {name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "validation")}
+    lines = {
+        name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "validation")
+    }
     assert [len(part) for part in lines.values()] == [30, 9]
     assert not {one["prompt"] for one in lines["train"]} & {one["prompt"] for one in lines["validation"]}
-    assert {one["steps"] for one in lines["train"]} == {2, 4} and all(one["completion"] == f"#### {one['answer']}" for one in lines["train"])
+    assert {one["steps"] for one in lines["train"]} == {2, 4} and all(
+        one["completion"] == f"#### {one['answer']}" for one in lines["train"]
+    )
     assert main([str(out)]) == 2 and "already exists: choose a new folder" in capsys.readouterr().err

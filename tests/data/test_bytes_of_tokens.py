@@ -1,4 +1,5 @@
-"""Bytes of a text are those of the text, whatever its tokenizer does to it: 19 were counted as 25 where a vocabulary marks no spaces."""
+"""Bytes of a text are those of the text, whatever its tokenizer does to it:
+19 were counted as 25 where a vocabulary marks no spaces."""
 
 from __future__ import annotations
 
@@ -19,11 +20,23 @@ BYTES = pre_tokenizers.ByteLevel.alphabet()
 
 
 def bpe(pre, *, normalizer=None, decoder=None):
-    return models.BPE(), pre, normalizer, decoder, trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False)
+    return (
+        models.BPE(),
+        pre,
+        normalizer,
+        decoder,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=BYTES, show_progress=False),
+    )
 
 
 def unigram(pre, *, decoder=None):
-    return models.Unigram(), pre, None, decoder, trainers.UnigramTrainer(vocab_size=99, unk_token="?", special_tokens=["?"], show_progress=False)
+    return (
+        models.Unigram(),
+        pre,
+        None,
+        decoder,
+        trainers.UnigramTrainer(vocab_size=99, unk_token="?", special_tokens=["?"], show_progress=False),
+    )
 
 
 KINDS = {
@@ -62,7 +75,9 @@ def folders(tmp_path_factory):
 @given(st.lists(st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)), max_size=3))
 def test_sizes_sum_to_the_text(folders, name, texts):
     tokenizer = load_tokenizer(folders[name])
-    for text, ids, (numbers, sizes) in zip(texts, tokenizer.encode_documents(texts), tokenizer.measure(texts), strict=True):
+    for text, ids, (numbers, sizes) in zip(
+        texts, tokenizer.encode_documents(texts), tokenizer.measure(texts), strict=True
+    ):
         assert numbers.tolist() == ids and sizes.shape == numbers.shape and (sizes >= 0).all()
         assert sizes.sum() == len(text.encode()) or not ids
 
@@ -80,7 +95,10 @@ def test_a_table_that_would_count_wrong_is_refused(folders, name, tmp_path):
         held_out = build_loader(tokenized, tokenizer=tokenizer, sequence_length=16, rows=4, split="validation")
         assert sum(int(batch.sizes.sum()) for batch in held_out) == 40 * 18
     else:
-        with pytest.raises(ValueError, match=r"the bytes of a text do not follow from its token ids \(\d+ would be counted for the \d+ of"):
+        with pytest.raises(
+            ValueError,
+            match=r"the bytes of a text do not follow from its token ids \(\d+ would be counted for the \d+ of",
+        ):
             build_loader(tokenized, tokenizer=tokenizer, sequence_length=16, rows=4, split="validation")
 
 
@@ -89,11 +107,15 @@ def test_a_table_that_would_count_wrong_is_refused(folders, name, tmp_path):
 def test_rows_say_of_every_target_its_document_and_its_bytes(folders, name, world, tmp_path):
     texts = [f"{text} {n}" for n in range(7) for text in ("naïve ½ of it", "the lazy dog jumps over the fox", "x")]
     (tmp_path / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    data = DataConfig(train="demo", validation=str(tmp_path / "text.txt"), tokenizer=str(folders[name]), buffer_documents=3)
+    data = DataConfig(
+        train="demo", validation=str(tmp_path / "text.txt"), tokenizer=str(folders[name]), buffer_documents=3
+    )
     tokenizer = load_tokenizer(folders[name])
     tokens, size = np.zeros(len(texts), dtype=int), np.zeros(len(texts), dtype=int)
     for rank in range(world):
-        loader = build_loader(data, tokenizer=tokenizer, sequence_length=9, rows=2, split="validation", rank=rank, world_size=world)
+        loader = build_loader(
+            data, tokenizer=tokenizer, sequence_length=9, rows=2, split="validation", rank=rank, world_size=world
+        )
         for _ in range(2):  # a second round gives the same rows
             held_out = list(loader)
         assert loader.documents_reached == len(texts) == loader.first_of_group[-1]

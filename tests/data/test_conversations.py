@@ -13,10 +13,23 @@ from hypothesis import strategies as st
 from lrt.config import TuningConfig
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, PlainChat, TemplateChat, open_chat, save_chat
-from lrt.data.conversations import Example, HeldOutConversations, Packed, TuningLoader, open_examples, pack, read_examples
+from lrt.data.conversations import (
+    Example,
+    HeldOutConversations,
+    Packed,
+    TuningLoader,
+    open_examples,
+    pack,
+    read_examples,
+)
 from lrt.data.tokenizer import FileTokenizer, tokenizer_json
 
-TALK = (Message("user", "2+2?"), Message("assistant", "4"), Message("user", "so <|end|>?"), Message("assistant", "yes\n"))
+TALK = (
+    Message("user", "2+2?"),
+    Message("assistant", "4"),
+    Message("user", "so <|end|>?"),
+    Message("assistant", "yes\n"),
+)
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -30,13 +43,17 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("chat")
     text = tokenizer_json({bytes([i]): i for i in range(256)}, pattern=r"\S+|\s+", special=SPECIAL)
     (place / "tokenizer.json").write_text(text)
-    (place / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|bos|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}))
+    (place / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|bos|>", "eos_token": "<|end|>", "chat_template": TEMPLATE})
+    )
     return place
 
 
 def learned_text(chat, tokenizer, messages):
     one = chat.encode(messages)
-    return bytes(int(t) for t in one.tokens[one.learned] if t < 256).decode(), [int(t) for t in one.tokens[one.learned] if t >= 256]
+    return bytes(int(t) for t in one.tokens[one.learned] if t < 256).decode(), [
+        int(t) for t in one.tokens[one.learned] if t >= 256
+    ]
 
 
 def test_the_plain_template_marks_answers_and_their_ends():
@@ -45,7 +62,10 @@ def test_the_plain_template_marks_answers_and_their_ends():
     assert isinstance(chat, PlainChat) and chat.stop_ids == (4, 256)
     one = chat.encode(TALK)
     assert one.tokens[0] == 256 and not one.learned[0]
-    assert bytes(one.tokens[1:].astype(np.uint8)).decode() == "user: 2+2?\x04\nassistant: 4\x04\nuser: so <|end|>?\x04\nassistant: yes\n\x04"
+    assert (
+        bytes(one.tokens[1:].astype(np.uint8)).decode()
+        == "user: 2+2?\x04\nassistant: 4\x04\nuser: so <|end|>?\x04\nassistant: yes\n\x04"
+    )
     assert learned_text(chat, tokenizer, TALK) == ("4\x04yes\n\x04", [])
 
 
@@ -59,7 +79,9 @@ def test_the_template_of_a_tokenizer_marks_the_same(folder, tmp_path):
     assert learned_text(chat, tokenizer, TALK) == ("4yes\n", [257, 257])
     tokenizer.save(tmp_path)
     save_chat(chat, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text().replace("chat_template", "other"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        (folder / "tokenizer_config.json").read_text().replace("chat_template", "other")
+    )
     assert np.array_equal(open_chat(load_tokenizer(tmp_path), tmp_path).encode(TALK).tokens, one.tokens)
 
 
@@ -87,7 +109,11 @@ def test_a_prompt_is_the_beginning_of_what_was_learned(kind, folder):
     one = chat.encode(TALK)
     for end in (1, 3):
         prompt = chat.prompt(TALK[:end])
-        assert one.tokens[: len(prompt)].tolist() == prompt and one.learned[len(prompt)] and not one.learned[len(prompt) - 1]
+        assert (
+            one.tokens[: len(prompt)].tolist() == prompt
+            and one.learned[len(prompt)]
+            and not one.learned[len(prompt) - 1]
+        )
 
 
 def test_templates_that_cannot_be_used_are_refused(folder, tmp_path):
@@ -125,7 +151,10 @@ def test_rows_hold_every_conversation_whole_and_once(sizes, length, seed):
 
 
 def examples(count=40):
-    return [Example((Message("user", "u" * (i % 7 + 1)), Message("assistant", "a" * (i % 5 + 1))), "a", i % 3) for i in range(count)]
+    return [
+        Example((Message("user", "u" * (i % 7 + 1)), Message("assistant", "a" * (i % 5 + 1))), "a", i % 3)
+        for i in range(count)
+    ]
 
 
 def packed(length=81):
@@ -166,7 +195,9 @@ def test_a_loader_goes_on_where_it_was_and_ranks_share_its_rows():
         half.load_state_dict([state, state])
     for batch in following:
         same, parts = next(again), [next(half) for half in halves]
-        assert batch.input_ids.equal(same.input_ids) and batch.targets.equal(same.targets) and batch.source == same.source
+        assert (
+            batch.input_ids.equal(same.input_ids) and batch.targets.equal(same.targets) and batch.source == same.source
+        )
         assert batch.input_ids.tolist() == [row for part in parts for row in part.input_ids.tolist()]
     with pytest.raises(ValueError, match="tuning.train is not what the checkpoint was trained on"):
         again.load_state_dict({**state, "conversations": "other"})
@@ -176,12 +207,17 @@ def test_held_out_rows_count_the_bytes_of_answers():
     whole, tokenizer, chat = packed()
     rows = HeldOutConversations(whole, tokenizer, ends=chat.stop_ids, rows=3, rank=0, world_size=1, limit=100)
     batches = list(rows)
-    sizes, documents = (np.concatenate([getattr(b, name).numpy().ravel() for b in batches]) for name in ("sizes", "documents"))
+    sizes, documents = (
+        np.concatenate([getattr(b, name).numpy().ravel() for b in batches]) for name in ("sizes", "documents")
+    )
     answers = [len(one.messages[1].content) for one in examples()]
     assert sizes.sum() == sum(answers) and rows.documents_reached == 40
     for number, size in enumerate(answers):
         assert sizes[documents == number].sum() == size
-    ranks = [list(HeldOutConversations(whole, tokenizer, ends=chat.stop_ids, rows=3, rank=r, world_size=2, limit=100)) for r in (0, 1)]
+    ranks = [
+        list(HeldOutConversations(whole, tokenizer, ends=chat.stop_ids, rows=3, rank=r, world_size=2, limit=100))
+        for r in (0, 1)
+    ]
     assert len(ranks[0]) == len(ranks[1])
     assert sum(int(b.sizes.sum()) for part in ranks for b in part) == sizes.sum()
 
@@ -189,7 +225,9 @@ def test_held_out_rows_count_the_bytes_of_answers():
 def test_what_is_longer_than_a_row_is_left_out_and_counted():
     whole, *_ = packed(length=28)
     assert 0 < whole.left_out < 40 and len(whole.kept) == 40 - whole.left_out and max(whole.sizes) <= 28
-    with pytest.raises(ValueError, match="model.sequence_length = 9, but every conversation of tuning.train is longer: use 22 or more"):
+    with pytest.raises(
+        ValueError, match="model.sequence_length = 9, but every conversation of tuning.train is longer: use 22 or more"
+    ):
         packed(length=10)
 
 
@@ -199,15 +237,29 @@ def test_what_is_longer_than_a_row_is_left_out_and_counted():
 def test_lines_of_both_kinds_are_read(tmp_path):
     path = tmp_path / "talks.jsonl"
     lines = [
-        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "u"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
         {"prompt": "p", "completion": "<<1+1=2>> #### 2", "steps": 1},
         {"prompt": "p", "completion": "c", "answer": 7},
         {"messages": None, "prompt": "p", "completion": "#### 3", "answer": None, "steps": None},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     found = read_examples(str(tmp_path), key="tuning.train")
-    assert [one.answer for one in found] == ["a", "2", "7", "3"] and [one.steps for one in found] == [None, 1, None, None]
-    assert [[m.role for m in one.messages] for one in found] == [["system", "user", "assistant"], *[["user", "assistant"]] * 3]
+    assert [one.answer for one in found] == ["a", "2", "7", "3"] and [one.steps for one in found] == [
+        None,
+        1,
+        None,
+        None,
+    ]
+    assert [[m.role for m in one.messages] for one in found] == [
+        ["system", "user", "assistant"],
+        *[["user", "assistant"]] * 3,
+    ]
     both = [open_examples(TuningConfig(train=str(path)), split=split) for split in ("train", "validation")]
     assert [len(part) for part in both] == [3, 1]
     given = TuningConfig(train=str(path), validation=str(path))
@@ -216,7 +268,11 @@ def test_lines_of_both_kinds_are_read(tmp_path):
 
 def test_the_built_in_problems_are_held_out_too():
     train, held_out = (open_examples(TuningConfig(), split=split) for split in ("train", "validation"))
-    assert len(train) == 20000 and len(held_out) == 300 and not {one.messages for one in train} & {one.messages for one in held_out}
+    assert (
+        len(train) == 20000
+        and len(held_out) == 300
+        and not {one.messages for one in train} & {one.messages for one in held_out}
+    )
     assert {one.steps for one in held_out} == {1, 2, 3}
 
 
@@ -226,7 +282,8 @@ BAD = {
     '{"text": "x"}': "line 1 has text: a conversation has messages",
     '{"messages": [{"role": "robot", "content": "x"}]}': "line 1 has a message with role 'robot'",
     '{"prompt": "x", "completion": 3}': "line 1 has a message with role 'assistant' and a content of type int",
-    '{"messages": [{"role": "user", "content": "x"}]}': "line 1 ends with a message of user: the last one is the assistant's",
+    '{"messages": [{"role": "user", "content": "x"}]}': "line 1 ends with a message of user: "
+    "the last one is the assistant's",
     '{"messages": [{"role": "assistant", "content": "x"}]}': "line 1 is an answer with nothing before it",
     "": "holds no conversation",
 }

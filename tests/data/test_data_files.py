@@ -47,8 +47,7 @@ def test_json_lines(tmp_path, ending, monkeypatch):
     found = open_documents(DataConfig(train=str(path), validation="demo"), tokenizer=BYTES, split="train")
     assert found.sizes.tolist() == ([4, 4, 4, 4, 4] if ending == "jsonl" else [20])
     with pytest.raises(
-        ValueError,
-        match=r".content. is not in .*: the keys of its first line are 'id', 'text'; choose one of 'text'",
+        ValueError, match=r".content. is not in .*: the keys of its first line are 'id', 'text'; choose one of 'text'"
     ):
         whole(path, text_column="content")
     with pytest.raises(
@@ -148,7 +147,9 @@ def test_a_models_folder_with_byte_order_marks(tmp_path):
     from lrt.config import parse_recipe
     from lrt.serialization import save
 
-    model = lrt.build(parse_recipe("[model]\nn_layers = 1\nwidth = 8\nn_heads = 1\nvocab_size = 257\nsequence_length = 8\n"))
+    model = lrt.build(
+        parse_recipe("[model]\nn_layers = 1\nwidth = 8\nn_heads = 1\nvocab_size = 257\nsequence_length = 8\n")
+    )
     save(model, tmp_path / "model", shard_size=2000)
     for name in ("config.json", "model.safetensors.index.json"):
         path = tmp_path / "model" / name

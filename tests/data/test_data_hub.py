@@ -24,7 +24,12 @@ def hub(tmp_path, monkeypatch):
     """An empty cache, and a dataset of three files of which one lies in another folder; 5 GiB altogether."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("RANK", raising=False)
-    sizes = {"README.md": 1, "shards/part_0.parquet": 1 << 30, "shards/part_2.parquet": 3 << 29, "more/b.parquet": 5 << 29}
+    sizes = {
+        "README.md": 1,
+        "shards/part_0.parquet": 1 << 30,
+        "shards/part_2.parquet": 3 << 29,
+        "more/b.parquet": 5 << 29,
+    }
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
 
     def info(_, name, *, revision, files_metadata):
@@ -45,8 +50,14 @@ def test_what_will_be_fetched_is_said_before_it_begins(hub, shards, monkeypatch,
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     files = "hf://datasets/owner/name/shards"
     download(files, key="data.train")
-    assert f"{files}: fetching 2 of 2 files, 2.50 GiB, before anything is read, into {hub} (" in said[-1] and said[-1].count("\n") == 1
-    assert "to need less, name a folder or a glob of files behind the dataset, as in hf://datasets/HuggingFaceFW" in said[-1]
+    assert (
+        f"{files}: fetching 2 of 2 files, 2.50 GiB, before anything is read, into {hub} (" in said[-1]
+        and said[-1].count("\n") == 1
+    )
+    assert (
+        "to need less, name a folder or a glob of files behind the dataset, as in hf://datasets/HuggingFaceFW"
+        in said[-1]
+    )
     (hub / "datasets--owner--name" / "snapshots" / "5ha" / "shards").mkdir(parents=True)
     for name, words in (("part_0", "fetching 1 of 2 files, 1.50 GiB"), ("part_2", "")):
         (hub / "datasets--owner--name" / "snapshots" / "5ha" / "shards" / f"{name}.parquet").write_text("x")
@@ -91,7 +102,12 @@ def test_a_dataset_of_the_hub_is_fetched_and_split(hub, shards, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     data = DataConfig(train="hf://datasets/owner/name@v2/shards")
     assert {text[:7] for text in texts_of(data)} == {"shard 0", "shard 1"}
-    assert asked == {"name": "owner/name", "repo_type": "dataset", "revision": "v2", "allow_patterns": ["shards/*.parquet"]}
+    assert asked == {
+        "name": "owner/name",
+        "repo_type": "dataset",
+        "revision": "v2",
+        "allow_patterns": ["shards/*.parquet"],
+    }
     assert len(texts_of(DataConfig(train="hf://datasets/owner/name/shards/part_2.parquet"))) == 10
     assert asked["allow_patterns"] == ["shards/part_2.parquet"] and asked["revision"] is None
     assert len(texts_of(DataConfig(train="hf://datasets/owner/name/shards/*_0.parquet"))) == 10
@@ -99,12 +115,14 @@ def test_a_dataset_of_the_hub_is_fetched_and_split(hub, shards, monkeypatch):
 
 def test_what_cannot_be_fetched_says_why(monkeypatch):
     def offline(*_, **__):
-        raise HfHubHTTPError.__bases__[0]("no route\nto host")  # of the library that the hub connects with, whichever it is
+        # of the library that the hub connects with, whichever it is
+        raise HfHubHTTPError.__bases__[0]("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
-        ValueError, match=r"data.train = 'hf://datasets/a/b' could not be fetched \(no route\): check the name and the connection"
+        ValueError,
+        match=r"data.train = 'hf://datasets/a/b' could not be fetched \(no route\): check the name and the connection",
     ):
         first_batch(DataConfig(train="hf://datasets/a/b"))
     with pytest.raises(ValueError, match=r"data.train = 'hf://datasets/a': write hf://datasets/OWNER/NAME"):

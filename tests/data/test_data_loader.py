@@ -35,7 +35,9 @@ def corpus(tmp_path_factory):
 
 def train(corpus, *, rank=0, world_size=1, workers=0, rows=2, length=24, seed=5, **more):
     data = DataConfig(train=str(corpus), validation="demo", workers=workers, buffer_documents=8, **more)
-    return build_loader(data, tokenizer=BYTES, sequence_length=length, rows=rows, rank=rank, world_size=world_size, seed=seed)
+    return build_loader(
+        data, tokenizer=BYTES, sequence_length=length, rows=rows, rank=rank, world_size=world_size, seed=seed
+    )
 
 
 def take(loader, count):
@@ -79,7 +81,9 @@ def test_a_batch_is_made_without_torchs_thread_pool():
     assert batch.input_ids.is_contiguous() and batch.targets.is_contiguous()
     for n in (0, 63):
         assert torch.equal(batch.input_ids[n], torch.arange(n, n + 1024))
-        assert torch.equal(batch.targets[n], torch.arange(n + 1, n + 1025).where(torch.arange(1024) < 1024 - n, IGNORED))
+        assert torch.equal(
+            batch.targets[n], torch.arange(n + 1, n + 1025).where(torch.arange(1024) < 1024 - n, IGNORED)
+        )
 
 
 def test_a_run_that_names_no_workers_has_some_beside_a_gpu(corpus, monkeypatch):
@@ -93,7 +97,10 @@ def test_a_run_that_names_no_workers_has_some_beside_a_gpu(corpus, monkeypatch):
 
 def test_batches_are_small_plain_data(corpus):
     batch = next(train(corpus, rows=3))
-    assert batch.input_ids.shape == batch.targets.shape == (3, 24) and batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert (
+        batch.input_ids.shape == batch.targets.shape == (3, 24)
+        and batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    )
     assert (batch.input_ids[:, 0] == BYTES.bos_id).all() and torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
     assert (batch.targets != IGNORED).all()
     assert pickle.loads(pickle.dumps(batch)).source == batch.source and len(batch.source) == 3
@@ -185,7 +192,8 @@ def test_states_of_other_data_or_missing_ranks_are_refused(corpus, tmp_path):
     state = train(corpus, world_size=2).state_dict()
     with pytest.raises(
         ValueError,
-        match=r"ran on 2 ranks x 1 streams, this run has 1 x 1: to deal the data again the states of all ranks are needed, got ranks",
+        match=r"ran on 2 ranks x 1 streams, this run has 1 x 1: to deal the data again the states of all ranks are "
+        r"needed, got ranks",
     ):
         train(corpus).load_state_dict(state)
     other = tmp_path / "other.txt"
@@ -225,11 +233,18 @@ def validation(corpus, *, rank=0, world_size=1, rows=2, limit_tokens=None):
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([None, 1, 24, 200]))
 def test_validation_scores_the_same_rows_for_every_number_of_ranks(corpus, world_size, rows, limit):
     reference = [
-        row for batch in validation(corpus, rows=1, limit_tokens=limit) for row in zip(batch.input_ids.tolist(), batch.targets.tolist())
+        row
+        for batch in validation(corpus, rows=1, limit_tokens=limit)
+        for row in zip(batch.input_ids.tolist(), batch.targets.tolist())
     ]
-    loaders = [list(validation(corpus, rank=r, world_size=world_size, rows=rows, limit_tokens=limit)) for r in range(world_size)]
+    loaders = [
+        list(validation(corpus, rank=r, world_size=world_size, rows=rows, limit_tokens=limit))
+        for r in range(world_size)
+    ]
     assert len({len(batches) for batches in loaders}) == 1
-    found = [row for step in zip(*loaders) for batch in step for row in zip(batch.input_ids.tolist(), batch.targets.tolist())]
+    found = [
+        row for step in zip(*loaders) for batch in step for row in zip(batch.input_ids.tolist(), batch.targets.tolist())
+    ]
     assert found[: len(reference)] == reference
     assert all(set(targets) == {IGNORED} for _, targets in found[len(reference) :])
     if limit is not None:
@@ -256,8 +271,14 @@ def test_validation_resumes_behind_the_batches_given(corpus):
 
 
 def test_the_demo_trains_and_holds_out_different_text():
-    loaders = [build_loader(DataConfig(), tokenizer=BYTES, sequence_length=256, rows=4, split=split) for split in ("train", "validation")]
-    files = [{row.rpartition("/")[2].partition("[")[0] for _ in range(20) for row in next(it).source} for it in map(iter, loaders)]
+    loaders = [
+        build_loader(DataConfig(), tokenizer=BYTES, sequence_length=256, rows=4, split=split)
+        for split in ("train", "validation")
+    ]
+    files = [
+        {row.rpartition("/")[2].partition("[")[0] for _ in range(20) for row in next(it).source}
+        for it in map(iter, loaders)
+    ]
     assert all("_train.txt" in name for name in files[0]) and all("_validation.txt" in name for name in files[1])
     scored = sum(int((batch.targets != IGNORED).sum()) for batch in loaders[1])
     assert 95_000 < scored < 110_000
@@ -277,7 +298,8 @@ def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
 def test_more_streams_than_documents_are_refused(tmp_path):
     (tmp_path / "two.txt").write_text("a" * 100 + "\n\n" + "b" * 100)
     with pytest.raises(
-        ValueError, match=r"data.train has 2 documents for 3 streams \(3 ranks x 1 workers\): use data.workers = 0, fewer ranks"
+        ValueError,
+        match=r"data.train has 2 documents for 3 streams \(3 ranks x 1 workers\): use data.workers = 0, fewer ranks",
     ):
         train(tmp_path / "two.txt", world_size=3)
 

@@ -32,14 +32,23 @@ def shards(tmp_path):
 
 def tokenized(shards, output, **more) -> dict:
     return tokenize_corpus(
-        DataConfig(train=str(shards), validation="demo", tokenizer="bytes"), output=output, processes=1, shard_documents=8, **more
+        DataConfig(train=str(shards), validation="demo", tokenizer="bytes"),
+        output=output,
+        processes=1,
+        shard_documents=8,
+        **more,
     )
 
 
 def test_a_tokenized_folder_gives_the_same_documents(shards, tmp_path):
     out = tmp_path / "tokens"
     manifest = tokenized(shards, out)
-    assert len(manifest["shards"]) == 4 and manifest["documents"] == 30 and manifest["dtype"] == "uint16" and manifest["skipped"] == 0
+    assert (
+        len(manifest["shards"]) == 4
+        and manifest["documents"] == 30
+        and manifest["dtype"] == "uint16"
+        and manifest["skipped"] == 0
+    )
     assert sorted(p.suffix for p in out.iterdir()) == sorted([".bin", ".idx"] * 4 + [".json"] * 4)
     data = DataConfig(train=str(out), validation="demo")
     assert texts_of(data) == texts_of(DataConfig(train=str(shards), validation="demo"))
@@ -67,7 +76,10 @@ def test_tokenizing_goes_on_where_it_stopped(shards, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tokenized(shards, out)
     assert not (out / "manifest.json").exists()
-    with pytest.raises(ValueError, match=r"data.train = .* was not finished; run the same tools/prepare_data.py tokenize command again, it"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.train = .* was not finished; run the same tools/prepare_data.py tokenize command again, it",
+    ):
         first_batch(DataConfig(train=str(out)))
     written.clear()
     tokenized(shards, out)
@@ -77,7 +89,9 @@ def test_tokenizing_goes_on_where_it_stopped(shards, tmp_path, monkeypatch):
     assert written == []
     for file in whole.iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(ValueError, match=r"--output .* was begun with another text \(files, .*\): choose an empty folder"):
+    with pytest.raises(
+        ValueError, match=r"--output .* was begun with another text \(files, .*\): choose an empty folder"
+    ):
         tokenized(shards / "part_0.parquet", out)
     with pytest.raises(ValueError, match=r"--output .* was begun with another shard size: choose an empty folder"):
         tokenize_corpus(DataConfig(train=str(shards), validation="demo"), output=out, processes=1, shard_documents=12)
@@ -87,8 +101,11 @@ def test_changed_text_is_not_taken_for_what_was_tokenized(shards, tmp_path):
     out = tmp_path / "tokens"
     tokenized(shards, out)
     held = (out / "shard_00000.bin").read_bytes()
-    write_parquet(shards / "part_1.parquet", [f"SHARD 1 document {j} " * 3 for j in range(10)])  # same name, rows and lengths
-    with pytest.raises(ValueError, match=r"--output .* was begun with another text \(files, their contents or the text column\)"):
+    # same name, rows and lengths
+    write_parquet(shards / "part_1.parquet", [f"SHARD 1 document {j} " * 3 for j in range(10)])
+    with pytest.raises(
+        ValueError, match=r"--output .* was begun with another text \(files, their contents or the text column\)"
+    ):
         tokenized(shards, out)
     assert (out / "shard_00000.bin").read_bytes() == held
 
@@ -105,9 +122,7 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
     tokenized(shards, out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0123456789abcdef"}))
-    message = (
-        r"data.train = .* was tokenized with another tokenizer \(hash 0123456789ab, data.tokenizer has [0-9a-f]{12}\): set data.tokenizer"
-    )
+    message = r"data.train = .* was tokenized with another tokenizer \(hash 0123456789ab, data.tokenizer has [0-9a-f]{12}\): set data.tokenizer"
     with pytest.raises(ValueError, match=message):
         first_batch(DataConfig(train=str(out)))
     (out / "manifest.json").write_text("{}")
@@ -118,15 +133,22 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
 def test_damaged_token_files_are_named_or_skipped(shards, tmp_path):
     out = tmp_path / "tokens"
     kept = 30 - tokenized(shards, out)["shards"][1]["documents"]
-    data, skipping = DataConfig(train=str(out), validation="demo"), DataConfig(train=str(out), validation="demo", on_corrupt="skip")
+    data, skipping = (
+        DataConfig(train=str(out), validation="demo"),
+        DataConfig(train=str(out), validation="demo", on_corrupt="skip"),
+    )
     content = np.fromfile(out / "shard_00001.bin", dtype="<u2")
     content[5] += 1
     content.tofile(out / "shard_00001.bin")
-    with pytest.raises(CorruptShard, match=r"shard_00001.bin does not have the checksum of its manifest in documents 0\.\."):
+    with pytest.raises(
+        CorruptShard, match=r"shard_00001.bin does not have the checksum of its manifest in documents 0\.\."
+    ):
         texts_of(data)
     assert len(texts_of(skipping)) == kept
     content[:-1].tofile(out / "shard_00001.bin")
-    with pytest.raises(CorruptShard, match=r"shard_00001.bin has \d+ bytes, the manifest says \d+: copy or tokenize it again"):
+    with pytest.raises(
+        CorruptShard, match=r"shard_00001.bin has \d+ bytes, the manifest says \d+: copy or tokenize it again"
+    ):
         texts_of(data)
     assert len(texts_of(skipping)) == kept
     with pytest.raises(ValueError, match=r"is tokenized already: give text or parquet files"):
@@ -190,7 +212,9 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_names_and_counts(kind,
     there = write_kind(tmp_path / "there", kind, [["y" * 20] * 9] * 2)
 
     def loader(folder):
-        return build_loader(DataConfig(train=str(folder), validation="demo", workers=0), tokenizer=BYTES, sequence_length=16, rows=2)
+        return build_loader(
+            DataConfig(train=str(folder), validation="demo", workers=0), tokenizer=BYTES, sequence_length=16, rows=2
+        )
 
     state = loader(here).state_dict()
     loader(here).load_state_dict(state)
@@ -232,11 +256,18 @@ def test_the_tool_names_its_own_options(tool, shards, tmp_path, capsys):
         return error
 
     out = ("--tokenizer", "bytes", "--processes", "1", "--output", str(tmp_path / "out"))
-    assert f"error: --train '{tmp_path}/data.train': no such file" in said("tokenize", "--train", f"{tmp_path}/data.train", *out)
+    assert f"error: --train '{tmp_path}/data.train': no such file" in said(
+        "tokenize", "--train", f"{tmp_path}/data.train", *out
+    )
     assert "error: --train 'data.train': no such file" in said("tokenize", "--train", "data.train", *out)
-    assert 'error: --text-column "words" is not in ' in said("tokenize", "--train", str(shards), "--text-column", "words", *out)
+    assert 'error: --text-column "words" is not in ' in said(
+        "tokenize", "--train", str(shards), "--text-column", "words", *out
+    )
     missing = said("inspect", "--train", str(shards), "--tokenizer", "none")
-    assert missing.startswith('error: --tokenizer "none": no file none; use ') and "(DATA as in --train, N = model.vocab_size)" in missing
+    assert (
+        missing.startswith('error: --tokenizer "none": no file none; use ')
+        and "(DATA as in --train, N = model.vocab_size)" in missing
+    )
     (shards / "part_1.parquet").write_text("no parquet")
     assert said("tokenize", "--train", str(shards), *out).endswith("replace the file, or give --on-corrupt skip\n")
     for command in (["train-tokenizer"], ["tokenize", "--tokenizer", "bytes"]):
@@ -252,17 +283,31 @@ def test_a_full_disk_is_one_line(tool, shards, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("lrt.data.prepare.write_shard", full)
     out = str(tmp_path / "out")
-    assert tool.main(["tokenize", "--train", str(shards), "--tokenizer", "bytes", "--processes", "1", "--output", out]) == 1
-    assert capsys.readouterr().err == f"error: {out}: No space left on device; mend that and give the same command again\n"
+    assert (
+        tool.main(["tokenize", "--train", str(shards), "--tokenizer", "bytes", "--processes", "1", "--output", out])
+        == 1
+    )
+    assert (
+        capsys.readouterr().err == f"error: {out}: No space left on device; mend that and give the same command again\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "option", [("--sequence-length", "0"), ("--limit-tokens", "-1"), ("--buffer-documents", "many"), ("--sequence-length", "1.5")]
+    "option",
+    [
+        ("--sequence-length", "0"),
+        ("--limit-tokens", "-1"),
+        ("--buffer-documents", "many"),
+        ("--sequence-length", "1.5"),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(tool, option, capsys):
     with pytest.raises(SystemExit) as end:
         tool.main(["inspect", "--train", "demo", *option])
-    assert end.value.code == 2 and f"argument {option[0]}: {option[1]!r}: use a whole number of 1 or more" in capsys.readouterr().err
+    assert (
+        end.value.code == 2
+        and f"argument {option[0]}: {option[1]!r}: use a whole number of 1 or more" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "inspect"])
@@ -282,9 +327,19 @@ def test_an_interruption_is_one_line_and_the_same_command_goes_on(group, tmp_pat
     rows = 1500
     write_parquet(tmp_path / "a.parquet", [f"document {i}" for i in range(rows)], row_group_size=1)
     root, out = Path(__file__).parent.parent.parent, tmp_path / "out"
-    command = [sys.executable, str(root / "tools" / "prepare_data.py"), "tokenize", "--train", str(tmp_path / "a.parquet"), "--output", str(out)]
+    command = [
+        sys.executable,
+        str(root / "tools" / "prepare_data.py"),
+        "tokenize",
+        "--train",
+        str(tmp_path / "a.parquet"),
+        "--output",
+        str(out),
+    ]
     command += ["--tokenizer", "bytes", "--processes", "2", "--shard-documents", "1"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     end = time.monotonic() + 60
     while not list(out.glob("shard_*.json")) and time.monotonic() < end:
         time.sleep(0.02)

@@ -15,10 +15,6 @@ def shards(tmp_path):
     return write_shards(tmp_path / "shards")
 
 
-
-
-
-
 def test_a_folder_a_glob_and_a_file_give_their_documents(shards):
     everything = texts_of(DataConfig(train=str(shards), validation="demo"))
     assert len(everything) == 30 and everything[0].startswith("shard 0 document 0")
@@ -60,7 +56,8 @@ def test_missing_files_and_foreign_endings(tmp_path):
         ("train", "data.train", DataConfig(train=str(tmp_path))),
     ):
         with pytest.raises(
-            ValueError, match=rf'{key} = .*no such file, or no .parquet, .jsonl, .csv or .txt file in it; use "demo", a .parquet, .jsonl'
+            ValueError,
+            match=rf'{key} = .*no such file, or no .parquet, .jsonl, .csv or .txt file in it; use "demo", a .parquet, .jsonl',
         ):
             first_batch(data, split=split)
     (tmp_path / "a.pdf").write_text("x")
@@ -70,7 +67,9 @@ def test_missing_files_and_foreign_endings(tmp_path):
 
 def test_an_empty_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n \n")
-    with pytest.raises(ValueError, match=r"data.train = .* is an empty corpus \(1 files, no documents\): give files with text"):
+    with pytest.raises(
+        ValueError, match=r"data.train = .* is an empty corpus \(1 files, no documents\): give files with text"
+    ):
         first_batch(DataConfig(train=str(tmp_path / "a.txt")))
     write_parquet(tmp_path / "b.parquet", ["", ""])
     with pytest.raises(ValueError, match=r"data.train has only 0 tokens: sequence longer than the corpus"):
@@ -80,17 +79,22 @@ def test_an_empty_corpus(tmp_path):
 def test_a_missing_text_column_names_the_columns(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["x"], column="content")
     with pytest.raises(
-        ValueError, match=r"data.text_column = .text. is not in .*a.parquet of data.train: its columns are id, content; choose one of 'content'"
+        ValueError,
+        match=r"data.text_column = .text. is not in .*a.parquet of data.train: its columns are id, content; "
+        r"choose one of 'content'",
     ):
         first_batch(DataConfig(train=str(path)))
-    with pytest.raises(ValueError, match=r"data.text_column = .id. of .*a.parquet holds int64, not text: choose one of 'content'"):
+    with pytest.raises(
+        ValueError, match=r"data.text_column = .id. of .*a.parquet holds int64, not text: choose one of 'content'"
+    ):
         first_batch(DataConfig(train=str(path), text_column="id"))
 
 
 def test_one_file_cannot_be_split_by_itself(shards):
     data = DataConfig(train=str(shards / "part_0.parquet"))
     with pytest.raises(
-        ValueError, match=r'data.validation = "auto" holds out the last shard of data.train, but .* has only one: give data.validation'
+        ValueError,
+        match=r'data.validation = "auto" holds out the last shard of data.train, but .* has only one: give data.validation',
     ):
         first_batch(data, split="validation")
 
@@ -98,7 +102,9 @@ def test_one_file_cannot_be_split_by_itself(shards):
 def test_a_truncated_shard_is_named_or_skipped_and_counted(shards):
     broken = shards / "part_1.parquet"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    with pytest.raises(CorruptShard, match=r'part_1.parquet cannot be read \(.*\): replace the file, or set data.on_corrupt = "skip"'):
+    with pytest.raises(
+        CorruptShard, match=r'part_1.parquet cannot be read \(.*\): replace the file, or set data.on_corrupt = "skip"'
+    ):
         first_batch(DataConfig(train=str(shards), validation="demo"))
     skipping = DataConfig(train=str(shards), validation="demo", on_corrupt="skip")
     assert {text[:7] for text in texts_of(skipping)} == {"shard 0", "shard 2"}

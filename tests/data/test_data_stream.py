@@ -39,13 +39,24 @@ class Numbers:
         return [self.groups[group][i] for i in documents]
 
 
-groups = st.lists(st.lists(st.integers(1, 20), min_size=0, max_size=6), min_size=1, max_size=8).filter(lambda g: sum(map(len, g)) >= 6)
+groups = st.lists(st.lists(st.integers(1, 20), min_size=0, max_size=6), min_size=1, max_size=8).filter(
+    lambda g: sum(map(len, g)) >= 6
+)
 stream_counts = st.integers(1, 6)
 
 
 def open_streams(documents, plan, states=None, *, length=8, buffer=4, on_corrupt="stop"):
     return [
-        Stream(documents, plan=plan, number=i, length=length, bos_id=BOS, buffer=buffer, state=states and states[i], on_corrupt=on_corrupt)
+        Stream(
+            documents,
+            plan=plan,
+            number=i,
+            length=length,
+            bos_id=BOS,
+            buffer=buffer,
+            state=states and states[i],
+            on_corrupt=on_corrupt,
+        )
         for i in range(plan.streams)
     ]
 
@@ -92,10 +103,16 @@ def test_the_order_depends_on_seed_and_epoch():
     documents = Numbers([[3] * 50] * 4)
     orders = [
         [plan.order(span, epoch=epoch) for span in plan.spans(epoch=epoch, stream=0)]
-        for plan, epoch in ((plan_of(documents, 1), 0), (plan_of(documents, 1), 1), (Plan(seed=4, streams=1, sizes=(50,) * 4), 0))
+        for plan, epoch in (
+            (plan_of(documents, 1), 0),
+            (plan_of(documents, 1), 1),
+            (Plan(seed=4, streams=1, sizes=(50,) * 4), 0),
+        )
     ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert orders[0] == [plan_of(documents, 1).order(span, epoch=0) for span in plan_of(documents, 1).spans(epoch=0, stream=0)]
+    assert orders[0] == [
+        plan_of(documents, 1).order(span, epoch=0) for span in plan_of(documents, 1).spans(epoch=0, stream=0)
+    ]
 
 
 @given(groups, stream_counts, st.integers(0, 40), st.integers(2, 30), st.integers(1, 8))
@@ -123,7 +140,8 @@ def test_dealing_again_loses_and_repeats_nothing(groups, before, after, counts):
     streams = open_streams(documents, plan)
     used = emitted(streams, counts)
     once = Counter(range(1, 1 + documents.total))
-    for streams_then, more in ((after, counts[6:]), (before, counts[3:])):  # twice: the second deal starts inside the first one's rest
+    # twice: the second deal starts inside the first one's rest
+    for streams_then, more in ((after, counts[6:]), (before, counts[3:])):
         states = [stream.state_dict() for stream in streams]
         last = max(state["epoch"] for state in states)
         plan, dealt = deal_again(plan, states, streams=streams_then)

@@ -50,7 +50,11 @@ def test_the_separator_is_never_made_from_text(tokenizer):
 
 def test_saving_and_pickling_keep_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    for copy in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+    for copy in (
+        load_tokenizer(tmp_path),
+        load_tokenizer(tmp_path / "tokenizer.json"),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert copy.fingerprint == tokenizer.fingerprint and re.fullmatch("[0-9a-f]{64}", copy.fingerprint)
         assert (copy.bos_id, copy.eos_id, copy.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size)
         assert copy.encode(SAMPLE) == tokenizer.encode(SAMPLE)
@@ -106,7 +110,9 @@ def test_a_foreign_folder_says_its_separator_in_its_configuration(trained, tmp_p
     foreign.add_special_tokens(["<start>", "<stop>"])
     foreign.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).bos_id == foreign.token_to_id("<|bos|>")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<start>"}, "eos_token": "<stop>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<start>"}, "eos_token": "<stop>"})
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (foreign.token_to_id("<start>"), foreign.token_to_id("<stop>"))
 
@@ -120,18 +126,26 @@ def test_transformers_reads_the_separator_of_a_saved_tokenizer(trained, tmp_path
         assert (theirs.bos_token, theirs.eos_token, theirs.bos_token_id) == ("<|bos|>", "<|bos|>", tokenizer.bos_id)
         assert theirs(SAMPLE, add_special_tokens=False).input_ids == tokenizer.encode(SAMPLE)
         again = load_tokenizer(tmp_path / name)
-        assert (again.bos_id, again.eos_id, again.fingerprint) == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.fingerprint)
+        assert (again.bos_id, again.eos_id, again.fingerprint) == (
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+            tokenizer.fingerprint,
+        )
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r'data.tokenizer = ".*nowhere": no file .*nowhere; use "bytes", a tokenizer.json'):
+    with pytest.raises(
+        ValueError, match=r'data.tokenizer = ".*nowhere": no file .*nowhere; use "bytes", a tokenizer.json'
+    ):
         load_tokenizer(tmp_path / "nowhere")
     for name in ("my words", "my words/tokenizer.json"):
         command = rf"or train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N .*--output '{tmp_path}/my words' "
         with pytest.raises(ValueError, match=command + r"\(DATA as in data.train, N = model.vocab_size\)"):
             load_tokenizer(tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"data.tokenizer: .*tokenizer.json is not a tokenizer.json of the tokenizers library"):
+    with pytest.raises(
+        ValueError, match=r"data.tokenizer: .*tokenizer.json is not a tokenizer.json of the tokenizers library"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "bad.tiktoken").write_text("YQ== 0\nnonsense\n")
     with pytest.raises(ValueError, match=r'bad.tiktoken": line 2 is not "base64 rank"'):
@@ -142,13 +156,17 @@ def test_a_tokenizer_without_separator_is_refused(tmp_path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"has no separator token \(looked for <\|bos\|>, .*\): add <\|bos\|> to its special tokens"):
+    with pytest.raises(
+        ValueError, match=r"has no separator token \(looked for <\|bos\|>, .*\): add <\|bos\|> to its special tokens"
+    ):
         load_tokenizer(tmp_path)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused():
     check_vocabulary(load_tokenizer("bytes"), 257)
     with pytest.raises(
-        ValueError, match=r"model.vocab_size = 256, but the tokenizer of data.tokenizer has 257 ids: use model.vocab_size = 257 or more"
+        ValueError,
+        match=r"model.vocab_size = 256, but the tokenizer of data.tokenizer has 257 ids: "
+        r"use model.vocab_size = 257 or more",
     ):
         check_vocabulary(load_tokenizer("bytes"), 256)

@@ -25,10 +25,22 @@ from lrt.train.evaluation import _token_by_token
 SETTINGS = {"n_layers": 3, "width": 128, "n_heads": 2, "vocab_size": 50, "sequence_length": 64, "window_pattern": "SL"}
 FAMILIES = {
     "shared": (RecurrenceConfig(separator=0), {}),
-    "shared-late": (RecurrenceConfig(blocks=(2, 3), source_layer=3, gate_channels=32), {"attention_reset": 0, "rope_dtype": "bfloat16"}),
-    "layerwise-gqa": (RecurrenceConfig(sharing="layerwise", gate_channels=32), {"n_kv_heads": 1, "value_embeddings": "alternating"}),
-    "residual-alone": (RecurrenceConfig(kv_projection=False, memory_norm="final"), {"value_embeddings": "none", "softcap": None}),
-    "odd": (RecurrenceConfig(gate_channels=3), {"mlp_ratio": 1.3, "n_heads": 4, "n_kv_heads": 2, "embedding_residual": False}),
+    "shared-late": (
+        RecurrenceConfig(blocks=(2, 3), source_layer=3, gate_channels=32),
+        {"attention_reset": 0, "rope_dtype": "bfloat16"},
+    ),
+    "layerwise-gqa": (
+        RecurrenceConfig(sharing="layerwise", gate_channels=32),
+        {"n_kv_heads": 1, "value_embeddings": "alternating"},
+    ),
+    "residual-alone": (
+        RecurrenceConfig(kv_projection=False, memory_norm="final"),
+        {"value_embeddings": "none", "softcap": None},
+    ),
+    "odd": (
+        RecurrenceConfig(gate_channels=3),
+        {"mlp_ratio": 1.3, "n_heads": 4, "n_kv_heads": 2, "embedding_residual": False},
+    ),
     "plain": (None, {"qk_norm": False, "residual_scales": False}),
 }
 
@@ -61,7 +73,9 @@ def test_shares_of_attention_fit_the_cache_and_the_gpu(pairs, slots, width):
 def test_what_the_kernels_cannot_do_is_left_to_the_ordinary_step(monkeypatch):
     model = build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=7), None)
     found = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: SimpleNamespace() if name == "triton" else found(name, *a, **k))
+    monkeypatch.setattr(
+        builtins, "__import__", lambda name, *a, **k: SimpleNamespace() if name == "triton" else found(name, *a, **k)
+    )
     assert one_token.can_fuse(model)
     assert not one_token.can_fuse(model.double())
     assert not one_token.can_fuse(build_model(ModelConfig(n_layers=1, width=24, n_heads=1, vocab_size=7), None))
@@ -195,14 +209,17 @@ def test_every_share_counts_once(batch, monkeypatch):
 @gpu
 @pytest.mark.parametrize("family", [name for name, (recurrence, _) in FAMILIES.items() if recurrence is not None])
 def test_exact_prefill_in_fused_kernels_is_that_of_the_blocks(family):
-    """The loop alone is fused, from the first receiver to the source; rows of different length, rings that wrap, two parts."""
+    """The loop alone is fused, from the first receiver to the source; rows of different length, rings that wrap,
+    two parts."""
     model = make(family)
     tokens, lengths = torch.randint(0, 50, (3, 60)).cuda(), torch.tensor([60, 7, 41]).cuda()
     runs = []
     for one in (model, accelerate(model)):
         first = prefill.run(one, tokens, lengths=lengths, capacity=80, everywhere=True, runner=decoding.graphed)
         rest = prefill.run(one, tokens[:, :9], state=first.state, runner=decoding.graphed)
-        runs.append((*(first.hidden[row, :n] for row, n in enumerate(lengths.tolist())), rest.hidden, rest.state.memory))
+        runs.append(
+            (*(first.hidden[row, :n] for row, n in enumerate(lengths.tolist())), rest.hidden, rest.state.memory)
+        )
     for got, expected in zip(*runs):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 

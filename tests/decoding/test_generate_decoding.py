@@ -1,4 +1,5 @@
-"""Decoding: greedy ids against the plain-loop oracle, batches, rings, rows that come and go, streaming, seeds, compile."""
+"""Decoding: greedy ids against the plain-loop oracle, batches, rings, rows that come and go, streaming, seeds,
+compile."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ from lrt.model import build_model
 GREEDY = Sampling(temperature=0.0)
 exactly = st.one_of(
     st.just(prefill.exact()),
-    st.builds(lambda g, c: prefill.fixed_point(g, tol=1e-300, chunk=c), st.integers(1, 6), st.sampled_from([None, 2, 3])),
+    st.builds(
+        lambda g, c: prefill.fixed_point(g, tol=1e-300, chunk=c), st.integers(1, 6), st.sampled_from([None, 2, 3])
+    ),
     st.builds(lambda c: prefill.refine(12, chunk=c), st.sampled_from([None, 3])),
 )
 
@@ -63,7 +66,14 @@ def test_the_plain_twin_decodes_through_the_same_code(config, seed, row):
 
 
 @settings(max_examples=20)
-@given(models(), st.lists(st.integers(1, 7), min_size=2, max_size=4), st.booleans(), st.integers(0, 99), st.sampled_from([0.0, 1.0]), exactly)
+@given(
+    models(),
+    st.lists(st.integers(1, 7), min_size=2, max_size=4),
+    st.booleans(),
+    st.integers(0, 99),
+    st.sampled_from([0.0, 1.0]),
+    exactly,
+)
 def test_a_batch_decodes_as_its_rows_alone_under_any_padding(model, lengths, left, seed, temperature, method):
     model.eval()
     width = max(lengths) + 1
@@ -74,10 +84,14 @@ def test_a_batch_decodes_as_its_rows_alone_under_any_padding(model, lengths, lef
         where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
         batch[i, where], mask[i, where] = prompt, 1
     generator = torch.Generator().manual_seed(seed)
-    together = lrt.generate(model, batch, mask, max_new_tokens=5, temperature=temperature, generator=generator, prefill=method)
+    together = lrt.generate(
+        model, batch, mask, max_new_tokens=5, temperature=temperature, generator=generator, prefill=method
+    )
     generator.manual_seed(seed)  # one seed a row is drawn, in order
     for i, prompt in enumerate(prompts):
-        alone = lrt.generate(model, prompt[None], max_new_tokens=5, temperature=temperature, generator=generator, prefill=method)
+        alone = lrt.generate(
+            model, prompt[None], max_new_tokens=5, temperature=temperature, generator=generator, prefill=method
+        )
         assert together[i, width:].tolist() == alone[0, len(prompt) :].tolist()
 
 
@@ -105,8 +119,6 @@ def test_continuations_are_scored_as_they_would_be_decoded():
         scoring.score_continuations(model, [[1]], [])
 
 
-
-
 # ------------------------------------------------------------------ rings
 
 
@@ -114,7 +126,9 @@ def test_continuations_are_scored_as_they_would_be_decoded():
 @given(st.data(), st.integers(0, 99), st.integers(1, 20))
 def test_a_ring_decodes_as_a_full_cache(data, seed, length):
     config = data.draw(model_configs(sequence_length=4, window_pattern="S", layers=st.integers(2, 3)))
-    model = randomized(build_model(config, data.draw(recurrence_configs(config.n_layers)), dtype=torch.float64), seed).eval()
+    model = randomized(
+        build_model(config, data.draw(recurrence_configs(config.n_layers)), dtype=torch.float64), seed
+    ).eval()
     tokens = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
     out = complete(model, tokens, max_new_tokens=8, sampling=GREEDY)
     rings = [key.shape[1] for key, window in zip(out.state.keys, out.state.windows) if window is not None]
@@ -138,13 +152,17 @@ def test_rows_are_retired_and_replaced_while_others_go_on(model, seed, temperatu
 
     def alone(prompt, seed, new):
         state = prefill.run(model, prompt[:, :-1], capacity=30).state
-        session = Session(model, state, prompt[:, -1], max_new_tokens=new, history=prompt, sampling=sampling, seeds=seed[None])
+        session = Session(
+            model, state, prompt[:, -1], max_new_tokens=new, history=prompt, sampling=sampling, seeds=seed[None]
+        )
         for _ in session:
             pass
         return session.rows[0]
 
     state = prefill.run(model, first[:, :-1], capacity=30).state
-    session = Session(model, state, first[:, -1], max_new_tokens=9, history=first, sampling=sampling, seeds=seeds[:2], every=every)
+    session = Session(
+        model, state, first[:, -1], max_new_tokens=9, history=first, sampling=sampling, seeds=seeds[:2], every=every
+    )
     session.advance()
     session.retire(1)
     session.advance()
@@ -195,7 +213,9 @@ def test_a_row_stops_where_the_host_says():
     model = small()
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
     free = complete(model, prompt, max_new_tokens=10, sampling=GREEDY)
-    cut = complete(model, prompt, max_new_tokens=10, sampling=GREEDY, every=4, stop_when=lambda new: 5 if len(new) >= 5 else None)
+    cut = complete(
+        model, prompt, max_new_tokens=10, sampling=GREEDY, every=4, stop_when=lambda new: 5 if len(new) >= 5 else None
+    )
     assert cut.tokens == [row[:5] for row in free.tokens]
     assert [len(p) for p in cut.logprobs] == [5, 5]
 
@@ -203,7 +223,9 @@ def test_a_row_stops_where_the_host_says():
 def test_seeds_reproduce_and_differ():
     model = small(seed=5)
     prompt = torch.tensor([[1, 2, 3]] * 4)
-    a, b, c = (lrt.generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    a, b, c = (
+        lrt.generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert len({tuple(row) for row in a.tolist()}) > 1
 
@@ -226,7 +248,10 @@ def test_draws_follow_the_distribution(seed):
 def test_filters_keep_what_their_definitions_say(seed, k, p, minimum):
     logits = torch.randn(2, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     probability = logits.softmax(-1)
-    kept = {name: keep_probable(logits, Sampling(**{name: v})) > float("-inf") for name, v in (("top_k", k), ("top_p", p), ("min_p", minimum))}
+    kept = {
+        name: keep_probable(logits, Sampling(**{name: v})) > float("-inf")
+        for name, v in (("top_k", k), ("top_p", p), ("min_p", minimum))
+    }
     assert (kept["top_k"].sum(1) == k).all()
     assert torch.equal(kept["min_p"], probability >= minimum * probability.amax(1, keepdim=True))
     for row in range(2):
@@ -254,8 +279,13 @@ def test_repetition_penalty_and_processors_change_the_choice():
         seen[history[0, : int(length[0])]] = True
         return torch.where(seen, torch.where(logits > 0, logits / 1.7, logits * 1.7), logits)
 
-    by_hand = complete(model, prompt, max_new_tokens=8, sampling=Sampling(temperature=0.0, processors=(penalize,))).tokens
-    assert complete(model, prompt, max_new_tokens=8, sampling=Sampling(temperature=0.0, repetition_penalty=1.7)).tokens == by_hand
+    by_hand = complete(
+        model, prompt, max_new_tokens=8, sampling=Sampling(temperature=0.0, processors=(penalize,))
+    ).tokens
+    assert (
+        complete(model, prompt, max_new_tokens=8, sampling=Sampling(temperature=0.0, repetition_penalty=1.7)).tokens
+        == by_hand
+    )
     assert by_hand != complete(model, prompt, max_new_tokens=8, sampling=GREEDY).tokens
 
 
@@ -268,7 +298,11 @@ def test_compiled_equals_eager_without_recompiles(method):
     model = small(n_layers=2)
     fast = accelerate(model, backend="eager")
     prompt = torch.randint(0, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(1))
-    settings = {"max_new_tokens": 8, "prefill": method, "sampling": Sampling(top_k=5, top_p=0.9, repetition_penalty=1.1)}
+    settings = {
+        "max_new_tokens": 8,
+        "prefill": method,
+        "sampling": Sampling(top_k=5, top_p=0.9, repetition_penalty=1.1),
+    }
 
     def run(chosen):
         return complete(chosen, prompt, generator=torch.Generator().manual_seed(1), **settings)
@@ -295,7 +329,9 @@ def test_one_graph_serves_every_block_of_a_kind():
 def test_long_decode_keeps_a_finite_state():
     model = small(dtype=torch.float32, sequence_length=16, n_layers=2)
     norms = []
-    session, _ = start(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5000, every=100, generator=torch.Generator().manual_seed(1))
+    session, _ = start(
+        model, torch.tensor([[1, 2, 3]]), max_new_tokens=5000, every=100, generator=torch.Generator().manual_seed(1)
+    )
     for _ in session:
         norms.append(float(session.state.memory.norm()))
     norms = torch.tensor(norms)
@@ -310,7 +346,10 @@ def test_long_decode_keeps_a_finite_state():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt is empty: begin it with the tokenizer's separator"),
+        (
+            {"prompt_ids": torch.zeros(1, 0, dtype=torch.int64)},
+            "the prompt is empty: begin it with the tokenizer's separator",
+        ),
         ({"attention_mask": torch.zeros(1, 3, dtype=torch.int64)}, "the prompt is empty"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "zeros between ones"),
         ({"attention_mask": torch.ones(1, 2)}, "they must match"),

@@ -22,16 +22,26 @@ def adapted(family):
 
     torch.manual_seed(0)
     if family == "llama":
-        settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+        settings = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         decoder = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=50, **settings))
     else:
         ends = {"bos_token_id": 0, "eos_token_id": 0}
-        decoder = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, **ends))
+        decoder = hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=64, **ends)
+        )
     return lrt.adapt(decoder.double().eval(), lrt.RecurrenceConfig(init="paper", source_layer=2)).eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", [prefill.exact(), prefill.fixed_point(3, tol=1e-300, chunk=3), prefill.refine(8)], ids=str)
+@pytest.mark.parametrize(
+    "method", [prefill.exact(), prefill.fixed_point(3, tol=1e-300, chunk=3), prefill.refine(8)], ids=str
+)
 def test_adapted_decoders_decode_as_the_sequential_schedule_says(family, method):
     model = adapted(family)
     prompt = torch.randint(1, 50, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -67,7 +77,14 @@ def test_without_memory_is_the_zero_mode():
     ],
 )
 def test_the_decoding_kernels_equal_the_ordinary_step(recurrence, changes, batch):
-    settings = {"n_layers": 3, "width": 128, "n_heads": 2, "vocab_size": 50, "sequence_length": 8, "window_pattern": "SL"}
+    settings = {
+        "n_layers": 3,
+        "width": 128,
+        "n_heads": 2,
+        "vocab_size": 50,
+        "sequence_length": 8,
+        "window_pattern": "SL",
+    }
     model = randomized(build_model(ModelConfig(**settings | changes), recurrence), 1, 0.1).cuda().eval()
     fast = accelerate(model)
     slow_state = DecodeState.empty(model, batch=batch, capacity=20)

@@ -1,4 +1,5 @@
-"""Prefill: what is exact for certain, stopping and freezing by row, chunks, reports; states as values; the prefix cache."""
+"""Prefill: what is exact for certain, stopping and freezing by row, chunks, reports; states as values;
+the prefix cache."""
 
 from __future__ import annotations
 
@@ -25,18 +26,24 @@ from lrt.decoding.step import decode_one_token
 def next_logits(model, state, steps=3):
     state = state.fork()
     active = torch.ones(state.batch, dtype=torch.bool)
-    return torch.stack([decode_one_token(model, state, torch.full((state.batch,), 3 + i), active) for i in range(steps)])
+    return torch.stack(
+        [decode_one_token(model, state, torch.full((state.batch,), 3 + i), active) for i in range(steps)]
+    )
 
 
 # ------------------------------------------------------------------ exactness
 
 
 @settings(max_examples=30)
-@given(models(attention_reset=SEPARATOR), rows(length=st.integers(1, 12)), st.integers(1, 5), st.integers(1, 4), st.data())
+@given(
+    models(attention_reset=SEPARATOR), rows(length=st.integers(1, 12)), st.integers(1, 5), st.integers(1, 4), st.data()
+)
 def test_positions_reported_exact_are_exact(model, row, groups, sweeps, data):
     tokens = row[0]
     length = tokens.shape[1]
-    method = data.draw(st.sampled_from([prefill.fixed_point(groups, tol=1e-300, max_sweeps=sweeps), prefill.refine(sweeps)]))
+    method = data.draw(
+        st.sampled_from([prefill.fixed_point(groups, tol=1e-300, max_sweeps=sweeps), prefill.refine(sweeps)])
+    )
     done = prefill.run(model.eval(), tokens, method=method, everywhere=True)
     step = groups if isinstance(method, prefill.FixedPoint) else 1
     expected = prefill.run(model, tokens, everywhere=True)
@@ -44,7 +51,8 @@ def test_positions_reported_exact_are_exact(model, row, groups, sweeps, data):
     torch.testing.assert_close(expected.state.memory, memory[:, -1])
     for row in range(len(tokens)):
         certain = min(length, step * done.report.sweeps[row] + 1)
-        still = isinstance(method, prefill.FixedPoint) and done.report.residual[row] == 0  # a source that does not feel the memory
+        # a source that does not feel the memory
+        still = isinstance(method, prefill.FixedPoint) and done.report.residual[row] == 0
         assert done.report.sweeps[row] == sweeps or certain == length or still
         assert done.report.exact_positions[row] == certain and done.state.exact[row] == (certain == length)
         assert done.report.converged[row] == (certain == length or still)
@@ -63,7 +71,13 @@ def test_the_position_after_the_exact_ones_differs():
 
 
 @settings(max_examples=25)
-@given(models(attention_reset=SEPARATOR), rows(length=st.integers(2, 12)), st.integers(1, 11), st.sampled_from([None, 1, 3]), st.data())
+@given(
+    models(attention_reset=SEPARATOR),
+    rows(length=st.integers(2, 12)),
+    st.integers(1, 11),
+    st.sampled_from([None, 1, 3]),
+    st.data(),
+)
 def test_a_prompt_may_come_in_parts(model, row, cut, chunk, data):
     tokens = row[0]
     cut = min(cut, tokens.shape[1] - 1)
@@ -76,8 +90,11 @@ def test_a_prompt_may_come_in_parts(model, row, cut, chunk, data):
     torch.testing.assert_close(second.state.memory, whole.memory)
     torch.testing.assert_close(next_logits(model, second.state), next_logits(model, whole))
     settling = [done for done in (first, second) if done.report.method.startswith("fixed_point")]
-    still = any(done.report.residual[row] == 0 and not done.state.exact[row] for done in settling for row in range(len(tokens)))
-    assert second.state.exact.all() or still  # a fixed point that is reached before it is certain: a source that hardly feels the memory
+    still = any(
+        done.report.residual[row] == 0 and not done.state.exact[row] for done in settling for row in range(len(tokens))
+    )
+    # a fixed point that is reached before it is certain: a source that hardly feels the memory
+    assert second.state.exact.all() or still
     for a, b in zip((*first.state.keys, first.state.memory), (*before.keys, before.memory)):
         assert torch.equal(a, b)  # the state that was continued is as it was
 
@@ -95,17 +112,25 @@ def test_blocks_run_over_as_many_positions_as_is_counted(model, lengths, groups,
     """Those below the first receiver and those above the source once."""
     tokens, seen = torch.randint(0, VOCABULARY, (len(lengths), max(lengths))), [0] * len(model.blocks)
     for index, block in enumerate(model.eval().blocks):
-        block.register_forward_pre_hook(lambda module, args, index=index: seen.__setitem__(index, seen[index] + args[0][..., 0].numel()))
+        block.register_forward_pre_hook(
+            lambda module, args, index=index: seen.__setitem__(index, seen[index] + args[0][..., 0].numel())
+        )
     spans = []
     for method in (prefill.refine(2, chunk=chunk), prefill.fixed_point(groups, max_sweeps=3, chunk=chunk)):
         spans.clear()
         state = DecodeState.empty(model, batch=len(lengths), capacity=12)
         seen[:] = [0] * len(seen)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefill, "_span", lambda *args, make=prefill._span, **kind: spans.append(make(*args, **kind)) or spans[-1])
+            patch.setattr(
+                prefill,
+                "_span",
+                lambda *args, make=prefill._span, **kind: spans.append(make(*args, **kind)) or spans[-1],
+            )
             prefill.run(model, tokens, lengths=torch.tensor(lengths), state=state, method=method)
         work = [part for span in spans for part in span.ran]
-        assert seen == [sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(seen))]
+        assert seen == [
+            sum(part.positions for part in work if part.start <= index < part.stop) for index in range(len(seen))
+        ]
         once = [*seen[: min(model.receivers)], *seen[model.source :]]
         assert set(once) <= {tokens.numel()}
 
@@ -114,14 +139,23 @@ def test_blocks_run_over_as_many_positions_as_is_counted(model, lengths, groups,
 
 
 @settings(max_examples=20)
-@given(models(), st.lists(st.integers(1, 14), min_size=2, max_size=4), st.integers(1, 4), st.sampled_from([1e-1, 1e-3]), st.integers(0, 99))
+@given(
+    models(),
+    st.lists(st.integers(1, 14), min_size=2, max_size=4),
+    st.integers(1, 4),
+    st.sampled_from([1e-1, 1e-3]),
+    st.integers(0, 99),
+)
 def test_rows_stop_and_freeze_as_if_they_were_alone(model, lengths, groups, tol, seed):
     method = prefill.fixed_point(groups, tol=tol)
     tokens = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
     together = prefill.run(model.eval(), tokens, lengths=torch.tensor(lengths), method=method)
     for i, length in enumerate(lengths):
         alone = prefill.run(model, tokens[i : i + 1, :length], method=method)
-        assert (together.report.sweeps[i], together.report.exact_positions[i]) == (alone.report.sweeps[0], alone.report.exact_positions[0])
+        assert (together.report.sweeps[i], together.report.exact_positions[i]) == (
+            alone.report.sweeps[0],
+            alone.report.exact_positions[0],
+        )
         assert together.report.residual[i] == pytest.approx(alone.report.residual[0], rel=1e-6, abs=1e-12)
         torch.testing.assert_close(together.state.memory[i], alone.state.memory[0])
         torch.testing.assert_close(together.hidden[i], alone.hidden[0])
@@ -164,7 +198,10 @@ def test_exact_positions_and_frozen_rows_are_not_swept_again(monkeypatch):
 
 def test_flops_count_every_pass():
     model, tokens = small(), torch.randint(1, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(1))
-    flops = {str(m): prefill.run(model, tokens, method=m).report.flops for m in (prefill.exact(), prefill.refine(1), prefill.refine(3))}
+    flops = {
+        str(m): prefill.run(model, tokens, method=m).report.flops
+        for m in (prefill.exact(), prefill.refine(1), prefill.refine(3))
+    }
     step = flops["refine(3)"] - flops["refine(1)"]
     blocks, each = block_flops(model, 12), forward_flops(model, 12)
     assert step == pytest.approx(2 * 12 * (shared_flops(model) + sum(map(sum, blocks[: model.source]))))
@@ -243,7 +280,10 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     model, other = small(seed=1), small(seed=2)
     state = prefill.run(model, torch.tensor([[1, 2, 3]]), capacity=8).state
     path = state.save(tmp_path / "state.safetensors")
-    for use in (lambda: DecodeState.load(path, model=other), lambda: prefill.run(other, torch.tensor([[1]]), state=state)):
+    for use in (
+        lambda: DecodeState.load(path, model=other),
+        lambda: prefill.run(other, torch.tensor([[1]]), state=state),
+    ):
         with pytest.raises(ValueError, match="this state belongs to another model"):
             use()
     with torch.no_grad():
@@ -273,7 +313,9 @@ def test_a_state_costs_the_plain_cache_and_one_vector_a_row():
 def test_a_cached_beginning_changes_no_token(model, shared, rest, seed):
     generator = torch.Generator().manual_seed(seed)
     beginning = torch.randint(0, VOCABULARY, (1, shared), generator=generator)
-    prompts = [torch.cat([beginning, torch.randint(0, VOCABULARY, (1, rest), generator=generator)], 1) for _ in range(2)]
+    prompts = [
+        torch.cat([beginning, torch.randint(0, VOCABULARY, (1, rest), generator=generator)], 1) for _ in range(2)
+    ]
     cache = PrefixCache()
     greedy = Sampling(temperature=0.0)
     complete(model.eval(), torch.cat([beginning, beginning[:, :1]], 1), max_new_tokens=1, prefix_cache=cache)
@@ -322,12 +364,21 @@ def test_the_cache_forgets_the_least_recently_used():
         (lambda: prefill.refine(0), "use a whole number of 1 or more"),
         (lambda: prefill.fixed_point(0), r"fixed_point\(groups=0\)"),
         (lambda: prefill.fixed_point(groups=None), r"fixed_point\(groups=None\)"),
-        (lambda: prefill.run(small(), torch.tensor([[1, 2, 3]]), method="exact"), r"prefill = 'exact': use lrt.prefill.exact\(\)"),
+        (
+            lambda: prefill.run(small(), torch.tensor([[1, 2, 3]]), method="exact"),
+            r"prefill = 'exact': use lrt.prefill.exact\(\)",
+        ),
         (lambda: prefill.fixed_point(max_sweeps=0), r"fixed_point\(max_sweeps=0\)"),
-        (lambda: prefill.fixed_point(tol=0.0), "use a number above 0, leave it out for the measured default, or use prefill.exact"),
+        (
+            lambda: prefill.fixed_point(tol=0.0),
+            "use a number above 0, leave it out for the measured default, or use prefill.exact",
+        ),
         (lambda: prefill.fixed_point(tol=-1.0), "use a number above 0"),
         (lambda: prefill.refine(1, chunk=0), "prefill chunk = 0"),
-        (lambda: prefill.run(small(), torch.tensor([[1, 2, 3]]), capacity=2), "needs room for 3 tokens, but the state's capacity is 2"),
+        (
+            lambda: prefill.run(small(), torch.tensor([[1, 2, 3]]), capacity=2),
+            "needs room for 3 tokens, but the state's capacity is 2",
+        ),
         (lambda: prefill.run(small(), torch.tensor([[1, 2]]), lengths=torch.tensor([0])), "the prompt is empty"),
         (lambda: DecodeState.empty(small(), batch=0, capacity=4), "use 1 or more of both"),
         (lambda: DecodeState.empty(small(), batch=1, capacity=4, keep_at=[5]), "use lengths 1..4"),

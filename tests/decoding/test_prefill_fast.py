@@ -42,8 +42,12 @@ def next_logits(model, state):
 def assert_same(got, want, model, **tolerance):
     for name in ("sweeps", "exact_positions", "converged"):
         assert getattr(got.report, name) == getattr(want.report, name), name
-    assert got.report.residual == pytest.approx(want.report.residual, rel=tolerance.get("rtol", 1e-6), abs=tolerance.get("atol", 1e-12))
-    assert torch.equal(got.state.lengths, want.state.lengths) and torch.equal(got.state.approximate_from, want.state.approximate_from)
+    assert got.report.residual == pytest.approx(
+        want.report.residual, rel=tolerance.get("rtol", 1e-6), abs=tolerance.get("atol", 1e-12)
+    )
+    assert torch.equal(got.state.lengths, want.state.lengths) and torch.equal(
+        got.state.approximate_from, want.state.approximate_from
+    )
     torch.testing.assert_close(got.hidden, want.hidden, **tolerance)
     torch.testing.assert_close(got.state.memory, want.state.memory, **tolerance)
     torch.testing.assert_close(next_logits(model, got.state), next_logits(model, want.state), **tolerance)
@@ -53,7 +57,12 @@ def assert_same(got, want, model, **tolerance):
 
 
 @settings(max_examples=25)
-@given(models(), st.lists(st.lists(st.integers(1, 20), min_size=2, max_size=2), min_size=1, max_size=3), methods, st.integers(0, 99))
+@given(
+    models(),
+    st.lists(st.lists(st.integers(1, 20), min_size=2, max_size=2), min_size=1, max_size=3),
+    methods,
+    st.integers(0, 99),
+)
 def test_recorded_passes_are_plain_ones(model, prompts, method, seed):
     """One recorder, several prompts of one shape: nothing of an earlier prompt is left."""
     fast = recording(model.eval())
@@ -88,7 +97,9 @@ def test_recorded_passes_leave_exact_positions_and_frozen_rows_bit_for_bit(monke
 def test_every_output_may_be_asked_for_and_the_next_prompt_leaves_it_alone():
     model = small()
     fast = recording(model)
-    results = [prefill.run(fast, draw_tokens([7, 7], seed), method=prefill.refine(2), everywhere=True) for seed in (1, 2)]
+    results = [
+        prefill.run(fast, draw_tokens([7, 7], seed), method=prefill.refine(2), everywhere=True) for seed in (1, 2)
+    ]
     for seed, got in zip((1, 2), results):
         want = prefill.run(model, draw_tokens([7, 7], seed), method=prefill.refine(2), everywhere=True)
         assert got.hidden.shape == (2, 7, 16)
@@ -102,12 +113,15 @@ def test_prompts_inside_inference_mode_and_outside_share_a_recorder(inside):
     for seed, mode in enumerate(inside):
         with torch.inference_mode(mode):
             for method in (prefill.fixed_point(3), prefill.refine(2)):
-                got, want = (prefill.run(m, draw_tokens([7, 5], seed), capacity=24, method=method) for m in (fast, model))
+                got, want = (
+                    prefill.run(m, draw_tokens([7, 5], seed), capacity=24, method=method) for m in (fast, model)
+                )
                 assert_same(got, want, model)
 
 
 def test_what_is_not_recorded(monkeypatch):
-    """States that have begun, attention cut at separators, many positions: the plain path; shapes are forgotten in turn."""
+    """States that have begun, attention cut at separators, many positions: the plain path;
+    shapes are forgotten in turn."""
     model = small()
     recorder, counts = Recorder(model, record=False), torch.tensor([4])
     begun = prefill.run(model, draw_tokens([4], 1), capacity=8).state
@@ -138,14 +152,17 @@ def test_padding_wastes_at_most_an_eighth_or_sixty_three_positions(length):
     st.booleans(), st.sampled_from([None, 2, 5]), methods, st.integers(0, 99),
 )  # fmt: skip
 def test_merged_kernels_see_the_right_keys(model, lengths, more, ragged, chunk, method, seed):
-    """On the CPU with a kernel in plain torch: first prompts, and prompts that follow, in rings that have wrapped or not."""
+    """On the CPU with a kernel in plain torch: first prompts, and prompts that follow, in rings that have wrapped or
+    not."""
     if not ragged:
         lengths, more = lengths[:1] * 2, more[:1] * 2
     more = more[: len(lengths)]
     method = type(method)(**{**method.__dict__, "chunk": chunk})
 
     def both_turns():
-        state = prefill.run(model.eval(), draw_tokens(lengths, seed), lengths=torch.tensor(lengths), capacity=24, method=method).state
+        state = prefill.run(
+            model.eval(), draw_tokens(lengths, seed), lengths=torch.tensor(lengths), capacity=24, method=method
+        ).state
         return prefill.run(model, draw_tokens(more, seed + 1), lengths=torch.tensor(more), state=state, method=method)
 
     want = both_turns()
@@ -165,15 +182,21 @@ def test_merged_kernels_see_the_right_keys(model, lengths, more, ragged, chunk, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("pattern", ["L", "SL"])
-@pytest.mark.parametrize("method", [prefill.fixed_point(1, 1e-30, 2), prefill.fixed_point(4, 1e-30, 3), prefill.refine(2)], ids=str)
+@pytest.mark.parametrize(
+    "method", [prefill.fixed_point(1, 1e-30, 2), prefill.fixed_point(4, 1e-30, 3), prefill.refine(2)], ids=str
+)
 def test_graphs_and_kernels_against_float32(method, pattern):
-    config = ModelConfig(n_layers=4, width=256, vocab_size=512, sequence_length=128, window_pattern=pattern, gate_channels=32)
+    config = ModelConfig(
+        n_layers=4, width=256, vocab_size=512, sequence_length=128, window_pattern=pattern, gate_channels=32
+    )
     wide = build_model(config, RecurrenceConfig(separator=3, gate_channels=32), device="cuda").eval()
     wide.init_weights()
     for parameter in wide.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[1] ** -0.5)
-    half = build_model(config, RecurrenceConfig(separator=3, gate_channels=32), device="cuda", dtype=torch.bfloat16).eval()
+    half = build_model(
+        config, RecurrenceConfig(separator=3, gate_channels=32), device="cuda", dtype=torch.bfloat16
+    ).eval()
     half.load_state_dict(wide.state_dict())
     wide.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
     fast = accelerate(half)
@@ -181,8 +204,14 @@ def test_graphs_and_kernels_against_float32(method, pattern):
     for turn, lengths in enumerate([[300, 260], [290, 300], [260, 299], [300, 300]]):
         tokens = torch.randint(0, 512, (2, 300), generator=torch.Generator().manual_seed(turn)).cuda()
         counts = torch.tensor(lengths, device="cuda")
-        exact, plain, got = (prefill.run(m, tokens, lengths=counts, capacity=360, method=method, everywhere=True) for m in (wide, half, fast))
-        for name, of in (("hidden", lambda x: torch.cat([h[:n] for h, n in zip(x.hidden, lengths)])), ("memory", lambda x: x.state.memory)):  # noqa: B023
+        exact, plain, got = (
+            prefill.run(m, tokens, lengths=counts, capacity=360, method=method, everywhere=True)
+            for m in (wide, half, fast)
+        )
+        for name, of in (
+            ("hidden", lambda x, lengths=lengths: torch.cat([h[:n] for h, n in zip(x.hidden, lengths)])),
+            ("memory", lambda x: x.state.memory),
+        ):
             far, near = (float((of(x).float() - of(exact)).norm() / of(exact).norm()) for x in (got, plain))
             assert far <= 2 * near + 1e-3, f"turn {turn}, {name}: relative error {far:.2e}, plain path {near:.2e}"
         assert got.report.exact_positions == exact.report.exact_positions
@@ -190,6 +219,9 @@ def test_graphs_and_kernels_against_float32(method, pattern):
         graphs = {name: graph for name, (graph, _) in shape._graphs.items()}
         assert len(graphs) == (0 if turn == 0 else 3) and all(graphs[name] is graph for name, graph in known.items())
         known = graphs
-        follow = [prefill.run(m, tokens[:, :50], state=x.state, method=method).state.memory for m, x in ((fast, got), (half, plain))]
+        follow = [
+            prefill.run(m, tokens[:, :50], state=x.state, method=method).state.memory
+            for m, x in ((fast, got), (half, plain))
+        ]
         far = float((follow[0].float() - follow[1].float()).norm() / follow[1].float().norm())
         assert far < 0.1, f"turn {turn}: tokens that follow: {far:.2e}"

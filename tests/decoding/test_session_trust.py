@@ -121,8 +121,7 @@ def test_a_row_without_room_is_named_and_the_others_go_on_after_it_is_retired():
     session = room(6, [4, 1], [5, 4])
     assert [len(row) for row in session.advance().tokens] == [2, 2]  # as far as the room of row 0
     with pytest.raises(
-        ValueError,
-        match=r"row 0 has 6 tokens, and 3 more do not fit a state of capacity 6: end it with retire\(0\)",
+        ValueError, match=r"row 0 has 6 tokens, and 3 more do not fit a state of capacity 6: end it with retire\(0\)"
     ):
         session.advance()
     session.retire(0)
@@ -194,7 +193,8 @@ def test_a_processor_of_another_width_is_refused():
     ):
         with pytest.raises(
             ValueError,
-            match=r"a processor of sampling.processors gave logits of shape .* but took .*: it must change numbers alone",
+            match=r"a processor of sampling.processors gave logits of shape .* but took .*: "
+            r"it must change numbers alone",
         ):
             complete(small(), torch.tensor([[1, 2], [3, 4]]), max_new_tokens=2, sampling=Sampling(processors=(other,)))
 
@@ -211,7 +211,9 @@ def test_prompts_of_other_dtypes_are_refused_in_words(dtype):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 def test_prompts_of_shorter_integers_are_the_same_prompts(dtype):
     prompt, greedy = torch.ones(1, 2, dtype=torch.int64), {"max_new_tokens": 3, "temperature": 0.0}
-    assert lrt.generate(small(), prompt.to(dtype), **greedy).tolist() == lrt.generate(small(), prompt, **greedy).tolist()
+    assert (
+        lrt.generate(small(), prompt.to(dtype), **greedy).tolist() == lrt.generate(small(), prompt, **greedy).tolist()
+    )
 
 
 # ------------------------------------------------------------------ states in files

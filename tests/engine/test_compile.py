@@ -1,4 +1,5 @@
-"""Compiled steps: how many graphs there are, that none is compiled twice, and that a runner's gradients are the model's."""
+"""Compiled steps: how many graphs there are, that none is compiled twice, and that a runner's gradients are the
+model's."""
 
 import copy
 import importlib
@@ -57,7 +58,9 @@ def graphs_of(step):
 # ------------------------------------------------------------------ graphs
 
 
-@pytest.mark.parametrize("pattern, windows, recurrence, settled", [("L", 1, {}, 2), ("SL", 2, {}, 4), ("L", 1, ALIGNED, 1)])
+@pytest.mark.parametrize(
+    "pattern, windows, recurrence, settled", [("L", 1, {}, 2), ("SL", 2, {}, 4), ("L", 1, ALIGNED, 1)]
+)
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_one_graph_a_window_and_kind_of_pass(pattern, windows, recurrence, settled):
     """All blocks of a window share the graph of a kind of pass: three blocks, and the first is no special case."""
@@ -73,18 +76,21 @@ def test_one_graph_a_window_and_kind_of_pass(pattern, windows, recurrence, settl
     assert graphs_of(step(lrt.baseline())) == windows
     assert graphs_of(step(lrt.refine(1))) == windows  # the pass with memory
     assert graphs_of(step(lrt.refine(3))) == 0
-    # The pass with memory and without gradient, and the one whose memory has none to hand on; what a map made of it has one.
+    # The pass with memory and without gradient, and the one whose memory has none to hand on;
+    # what a map made of it has one.
     assert graphs_of(step(lrt.refine(1, settle=1))) == settled
     assert graphs_of(step(lrt.refine(2, settle=3))) == 0
     # An initialization that keeps its keys, and one graph a residue: on the CPU the window is in the mask alone.
     assert graphs_of(step(lrt.interleaved(2))) == windows + 2
-    assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 2  # residue 0, all of whose neighbours are fresh, and residue 1 where it is not the last
+    # residue 0, all of whose neighbours are fresh, and residue 1 where it is not the last
+    assert graphs_of(step(lrt.interleaved(2, sweeps=2))) == 2
 
 
 @pytest.mark.parametrize("recurrence", [{}, ALIGNED])
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_narrow_passes_compile_no_more_graphs(recurrence):
-    """What the shared blocks leave is laid out as what a block leaves; numbers and gradients are those of eager blocks."""
+    """What the shared blocks leave is laid out as what a block leaves; numbers and gradients are those of eager
+    blocks."""
     torch._dynamo.reset()
     model = small(blocks=(2, 3), **recurrence)
     eager = copy.deepcopy(model)
@@ -96,7 +102,10 @@ def test_narrow_passes_compile_no_more_graphs(recurrence):
         return lambda: model(tokens, targets=targets, schedule=schedule).loss.backward()
 
     # Without gates in the first block: without memory, with keys that are kept or not, and with memory.
-    counts = [graphs_of(step(schedule)) for schedule in (lrt.refine(1), lrt.refine(3, weights=(0.3, 0, 0, 0.7)), lrt.interleaved(2))]
+    counts = [
+        graphs_of(step(schedule))
+        for schedule in (lrt.refine(1), lrt.refine(3, weights=(0.3, 0, 0, 0.7)), lrt.interleaved(2))
+    ]
     assert counts == [3, 0, 3]
     for schedule in (lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(2), lrt.interleaved(2, sweeps=2)):
         for one in (model, eager):
@@ -156,7 +165,14 @@ def test_changing_schedules_compile_nothing_once_each_was_seen():
         schedule, tokens = table.schedule(step), batch(step)
         frozen = tuple(model.memory_parameters().values()) if table.at(step).plain else ()
         train_step(
-            model, optimizer, [Batch(*tokens, ())], schedule=schedule, seed=step, clip_norm=1.0, world=ALONE, frozen=frozen
+            model,
+            optimizer,
+            [Batch(*tokens, ())],
+            schedule=schedule,
+            seed=step,
+            clip_norm=1.0,
+            world=ALONE,
+            frozen=frozen,
         )
         if schedule in seen:
             assert counters["stats"]["unique_graphs"] == before, f"step {step}, {schedule}, compiled again"
@@ -190,7 +206,13 @@ def test_a_runner_leaves_the_gradients_of_the_model(schedule):
             tokens, targets = batch(seed)
             valid = torch.tensor(2 * targets.numel())
             scores = runner.forward_backward(tokens, targets, schedule=schedule, seed=update, valid_targets=valid)
-            out = plain(tokens, targets=targets, schedule=schedule, valid_targets=valid, generator=torch.Generator().manual_seed(update))
+            out = plain(
+                tokens,
+                targets=targets,
+                schedule=schedule,
+                valid_targets=valid,
+                generator=torch.Generator().manual_seed(update),
+            )
             out.loss.backward()
             assert torch.equal(scores, torch.stack([out.loss.detach(), *out.groups]))
         for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
@@ -213,7 +235,9 @@ def test_a_half_precision_copy_computes_in_half_and_leaves_float32_gradients():
         other.zero_grad(set_to_none=True)
         other(tokens, targets=targets, schedule=lrt.interleaved(2)).loss.backward()
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters())
-    ours, theirs, yardstick = (torch.cat([p.grad.float().flatten() for p in m.parameters()]) for m in (model, exact, half))
+    ours, theirs, yardstick = (
+        torch.cat([p.grad.float().flatten() for p in m.parameters()]) for m in (model, exact, half)
+    )
     error, expected = ((x - theirs).norm() / theirs.norm() for x in (ours, yardstick))
     assert 1e-4 < error < 2 * expected + 1e-2  # it rounds, and not more than a model that is half precision throughout
 
@@ -260,7 +284,11 @@ def test_plans_beyond_the_graphs_run_eagerly_and_it_is_said_once(monkeypatch):
     model, (tokens, targets), said = small(), batch(), []
     runner = Runner(model, model, graphs=False, report=said.append)
     runner._graphs = {number: {} for number in range(graphs.GRAPHS - 1)}
-    monkeypatch.setattr(runner, "_capture", lambda places, *a, **k: {places[0]: Captured(Nothing(), tokens, targets, torch.tensor(1), tokens, ())})
+    monkeypatch.setattr(
+        runner,
+        "_capture",
+        lambda places, *a, **k: {places[0]: Captured(Nothing(), tokens, targets, torch.tensor(1), tokens, ())},
+    )
     options = {"seed": 0, "valid_targets": torch.tensor(targets.numel())}
     for schedule in (lrt.baseline(), lrt.refine(1), lrt.refine(2), lrt.refine(1), lrt.baseline()):
         known = len(runner._graphs)
@@ -277,7 +305,10 @@ class Nothing:
 def test_who_needs_a_runner(monkeypatch):
     assert make_runner(small(), EAGER, ALONE) is None
     cuda = World(0, 2, torch.device("cuda", 0), sharded=True)
-    assert make_runner(small(), EAGER, cuda) is None and make_runner(small(), ParallelConfig(cuda_graphs=False), cuda) is None
+    assert (
+        make_runner(small(), EAGER, cuda) is None
+        and make_runner(small(), ParallelConfig(cuda_graphs=False), cuda) is None
+    )
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     model = small()
     runner = make_runner(model, ParallelConfig(), cuda)
@@ -288,7 +319,8 @@ def test_who_needs_a_runner(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_replayed_graphs_are_eager_steps():
-    """The same numbers from a captured graph as from the same kernels launched one by one, on changing batches, and those of the plain model."""
+    """The same numbers from a captured graph as from the same kernels launched one by one, on changing batches,
+    and those of the plain model."""
     model = small().cuda()
     config = ParallelConfig(param_dtype="bfloat16")
     world = World(0, 1, torch.device("cuda", 0), sharded=False, working_copy=True)
@@ -299,13 +331,20 @@ def test_replayed_graphs_are_eager_steps():
             for runner in (replayed, eager):
                 for _ in range(2):  # accumulated
                     tokens, targets = (x.cuda() for x in batch(seed))
-                    options = {"schedule": schedule, "seed": seed, "valid_targets": torch.tensor(targets.numel(), device="cuda")}
+                    options = {
+                        "schedule": schedule,
+                        "seed": seed,
+                        "valid_targets": torch.tensor(targets.numel(), device="cuda"),
+                    }
                     runner.scores = runner.forward_backward(tokens, targets, **options)
             torch.testing.assert_close(replayed.scores, eager.scores)
             for a, b in zip(replayed.model.parameters(), eager.model.parameters()):
                 torch.testing.assert_close(a.grad, b.grad, rtol=2e-2, atol=1e-4)  # sums of atomics come in any order
             ours = flat_gradients(replayed.model)
-            exact, half = (flat_gradients(plain_steps(copy.deepcopy(model).to(dtype), schedule, seed)) for dtype in (torch.float32, torch.bfloat16))
+            exact, half = (
+                flat_gradients(plain_steps(copy.deepcopy(model).to(dtype), schedule, seed))
+                for dtype in (torch.float32, torch.bfloat16)
+            )
             assert (ours - exact).norm() <= 2 * (half - exact).norm()
             for a, b in zip(replayed.model.parameters(), eager.model.parameters()):
                 a.grad = b.grad = None
@@ -342,7 +381,20 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
     """Its tiny shapes, the kinds of graph that there are: exit code 0 means that the counts are as it expects."""
     variants = ["baseline", "refine(1)", "interleaved(2)"]
     one = speeds(tmp_path / "one.json", "tiny", *variants)
-    options = ["--suites", "tiny", "--variants", *variants, "--turns", "1", "--steps", "1", "--whole-step", variants[2], "--against", one]
+    options = [
+        "--suites",
+        "tiny",
+        "--variants",
+        *variants,
+        "--turns",
+        "1",
+        "--steps",
+        "1",
+        "--whole-step",
+        variants[2],
+        "--against",
+        one,
+    ]
     options += ["--backend", "aot_eager"]  # the counts are the same, and no code is generated
     command = [sys.executable, TOOLS / "bench" / "training.py", *options, "--out", "out.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
@@ -351,7 +403,10 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text()) == summary
     rows = {row["variant"]: row for row in summary["suites"][0]["rows"]}
     assert list(rows) == variants and rows["baseline"]["ratio"] == 1.0
-    assert all(row["recompiles"] == 0 and row["ms"] > 0 and row["scaling"] == row["tokens_per_second"] / 100 for row in rows.values())
+    assert all(
+        row["recompiles"] == 0 and row["ms"] > 0 and row["scaling"] == row["tokens_per_second"] / 100
+        for row in rows.values()
+    )
     assert summary["suites"][0]["whole_steps"][0]["ms"] > 0
 
 
@@ -363,7 +418,10 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path):
         (["--against", "text.json"], "--against text.json: not a result of this tool"),
         (["--against", "one.json"], 'has no speed of "tiny: refine(1)"; it has "tiny: baseline"'),
         (["--against", "one.json", "--suites", "d12"], 'has no speed of "d12: baseline", "d12: refine(1)"'),
-        (["--whole-step", "interleaved(4)"], '--whole-step "interleaved(4)": not timed here; use any of "baseline", "refine(1)"'),
+        (
+            ["--whole-step", "interleaved(4)"],
+            '--whole-step "interleaved(4)": not timed here; use any of "baseline", "refine(1)"',
+        ),
         (["--profile", "interleaved(4)"], '--profile "interleaved(4)": not timed here'),
         (["--reference", "."], "--reference .: no checkout of the official code"),
         (["--reference-lrt"], "name your checkout with --reference"),
@@ -394,4 +452,6 @@ def test_a_benchmark_that_is_cut_keeps_what_it_has(bench, tmp_path, monkeypatch,
     with pytest.raises(RuntimeError, match="cut"):
         bench.main(["--suites", "tiny", "d12", "--out", str(tmp_path / "out.json")])
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [s["suite"] for s in printed["suites"]] == ["tiny"] and json.loads((tmp_path / "out.json").read_text()) == printed
+    assert [s["suite"] for s in printed["suites"]] == ["tiny"] and json.loads(
+        (tmp_path / "out.json").read_text()
+    ) == printed

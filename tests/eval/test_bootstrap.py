@@ -11,7 +11,8 @@ from lrt.eval.bootstrap import BLOCKS, DocumentScores, compare_scores, interval,
 
 
 def documents(generator, count, *, rate=0.7, shift=0.0):
-    """Documents of uneven length whose nats per byte vary around ``rate``; a second model is ``shift`` better on average."""
+    """Documents of uneven length whose nats per byte vary around ``rate``;
+    a second model is ``shift`` better on average."""
     sizes = 1 + generator.geometric(1 / 300, size=count)
     hardness = rate + 0.15 * generator.standard_normal(count)
     first = hardness * sizes

@@ -95,7 +95,13 @@ def test_held_out_rows_are_scored_by_document_and_source(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(["one little text", "and another"] * 10))
     (tmp_path / "b.txt").write_text("\n\n".join(["Café, naïve", "x"] * 10), encoding="utf-8")
     model = lrt.build(lrt.load_recipe("lrt_tiny", overrides=[*SMALL, "recurrence.gate_channels=8"])).double()
-    loader = build_loader(DataConfig(validation=str(tmp_path)), tokenizer=load_tokenizer("bytes"), sequence_length=32, rows=3, split="validation")
+    loader = build_loader(
+        DataConfig(validation=str(tmp_path)),
+        tokenizer=load_tokenizer("bytes"),
+        sequence_length=32,
+        rows=3,
+        split="validation",
+    )
     found = evaluate_bpb(model, loader)
     assert loader.files() == {f"{tmp_path}/a.txt": (0, 20), f"{tmp_path}/b.txt": (20, 40)}
     for score in found.values():
@@ -104,7 +110,9 @@ def test_held_out_rows_are_scored_by_document_and_source(tmp_path):
         assert score.value == pytest.approx((first + second) / 400) and score.documents.tolist() == list(range(40))
         ends = score.interval()
         assert ends.low < score.value < ends.high and ends.value == pytest.approx(score.value)
-    by_table = evaluate_bpb(model, loader_without_documents(loader), token_bytes=torch.from_numpy(load_tokenizer("bytes").token_bytes()))
+    by_table = evaluate_bpb(
+        model, loader_without_documents(loader), token_bytes=torch.from_numpy(load_tokenizer("bytes").token_bytes())
+    )
     assert by_table["decode"].value == pytest.approx(found["decode"].value)
 
 
@@ -116,7 +124,12 @@ def test_a_model_without_memory_is_scored_once():
     model = lrt.build(lrt.load_recipe("baseline_tiny", overrides=SMALL))
     tokens = torch.randint(VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     calls = []
-    found = evaluate_bpb(model, [SimpleNamespace(input_ids=tokens, targets=tokens)], token_bytes=torch.ones(257), progress=lambda: calls.append(1))
+    found = evaluate_bpb(
+        model,
+        [SimpleNamespace(input_ids=tokens, targets=tokens)],
+        token_bytes=torch.ones(257),
+        progress=lambda: calls.append(1),
+    )
     assert len(calls) == 1 and [score.mode for score in found.values()] == list(MODES) == list(found)
     assert len({score.value for score in found.values()}) == 1
 

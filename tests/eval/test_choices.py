@@ -1,4 +1,5 @@
-"""Log-probabilities of continuations equal those of whole rows, in every memory mode, whatever shares a context or a batch."""
+"""Log-probabilities of continuations equal those of whole rows, in every memory mode, whatever shares a context or a
+batch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ PAIRS = [
 
 def model(recurrence=True):
     config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=12, sequence_length=16)
-    found = randomized(build_model(config, RecurrenceConfig(separator=0) if recurrence else None, dtype=torch.float64), 4, 0.4).eval()
+    found = randomized(
+        build_model(config, RecurrenceConfig(separator=0) if recurrence else None, dtype=torch.float64), 4, 0.4
+    ).eval()
     found.train_schedule = lrt.interleaved(2, weights=(0, 1)) if recurrence else lrt.baseline()
     return found
 
@@ -51,7 +54,9 @@ def test_a_common_context_is_decoded_once(monkeypatch):
     from lrt.eval import choices
 
     seen, run = [], choices.prefills.run
-    monkeypatch.setattr(choices.prefills, "run", lambda m, tokens, **more: seen.append(tuple(tokens.shape)) or run(m, tokens, **more))
+    monkeypatch.setattr(
+        choices.prefills, "run", lambda m, tokens, **more: seen.append(tuple(tokens.shape)) or run(m, tokens, **more)
+    )
     ChoiceScorer(model(), max_length=16)([((0, 3, 4, 5, 6), (n, 1)) for n in range(4)])
     assert seen == [(1, 5), (4, 1)]
 
@@ -64,6 +69,10 @@ def test_a_model_without_memory_and_what_is_refused():
     for memory, message in (("parallel", "the model has no memory"), ("exact", "use decode, zero or parallel")):
         with pytest.raises(ValueError, match=message):
             ChoiceScorer(plain, memory=memory, max_length=16)
-    for pair, message in ((((), (1,)), "empty context"), (((0,), ()), "empty context or continuation"), (((0,), (1,) * 18), "longer than the model")):
+    for pair, message in (
+        (((), (1,)), "empty context"),
+        (((0,), ()), "empty context or continuation"),
+        (((0,), (1,) * 18), "longer than the model"),
+    ):
         with pytest.raises(ValueError, match=message):
             ChoiceScorer(plain, max_length=16)([pair])

@@ -1,4 +1,5 @@
-"""Diagnostics on models whose memory is known: one that does nothing, one that jumps between two states, and random ones."""
+"""Diagnostics on models whose memory is known: one that does nothing, one that jumps between two states,
+and random ones."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ TOOLS = Path(__file__).parent.parent.parent / "tools"
 def batch(rows=3, length=12, vocabulary=16, seed=0):
     ids = torch.randint(1, vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
     targets = ids[:, 1:]
-    return SimpleNamespace(input_ids=ids[:, :-1], targets=targets, documents=torch.zeros_like(targets), sizes=torch.ones_like(targets))
+    return SimpleNamespace(
+        input_ids=ids[:, :-1], targets=targets, documents=torch.zeros_like(targets), sizes=torch.ones_like(targets)
+    )
 
 
 def random_model(**recurrence):
@@ -52,7 +55,8 @@ def test_a_memory_that_does_nothing_costs_nothing(projection):
 
 @pytest.fixture
 def two_states():
-    """One block that answers its memory with the opposite: m[t] is nearly -m[t-1], and the loss is good in one of the states alone."""
+    """One block that answers its memory with the opposite: m[t] is nearly -m[t-1], and the loss is good in one of the
+    states alone."""
     config = ModelConfig(n_layers=1, width=16, n_heads=2, vocab_size=16, sequence_length=16, value_embeddings="none")
     recurrence = RecurrenceConfig(source_layer=1, kv_projection=False, init="paper")
     model = build_model(config, recurrence, dtype=torch.float64).eval()
@@ -61,7 +65,9 @@ def two_states():
     common = torch.randn(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         model.injection.gains.fill_(-10.0)
-        model.backbone.embedding.weight.copy_(common + 0.05 * torch.randn(64, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+        model.backbone.embedding.weight.copy_(
+            common + 0.05 * torch.randn(64, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        )
         model.backbone.head.weight.zero_()
         model.backbone.head.weight[1] = common
     return model
@@ -72,13 +78,23 @@ def test_two_states_are_seen(two_states):
     given.targets.fill_(1)
     report = diagnose(two_states, given, separator=0, sweeps=6, decode_tokens=20)
     sweeps = report["sweeps"]
-    assert sweeps["change"][-1] > 1 and sweeps["change_over_two"][-1] < 0.2 and sweeps["exact_prefix"] == [2, 3, 4, 5, 6, 7]
+    assert (
+        sweeps["change"][-1] > 1
+        and sweeps["change_over_two"][-1] < 0.2
+        and sweeps["exact_prefix"] == [2, 3, 4, 5, 6, 7]
+    )
     assert any("jumps between two states" in line for line in report["findings"])
     even, odd = report["residues"]["decode"]
     assert odd - even > 1  # bits per byte: every other position is in the state that predicts nothing
-    assert report["residues"]["parallel"][0] - even > 1  # in training it was the even positions: the mean of both gaps would hide it
+    # in training it was the even positions: the mean of both gaps would hide it
+    assert report["residues"]["parallel"][0] - even > 1
     drift = report["drift"]
-    assert min(drift["angle"]) > 150 and max(drift["angle_over_two"]) < 30 and len(drift["rms"]) == 20 and min(drift["rms"][1:]) > 5
+    assert (
+        min(drift["angle"]) > 150
+        and max(drift["angle_over_two"]) < 30
+        and len(drift["rms"]) == 20
+        and min(drift["rms"][1:]) > 5
+    )
 
 
 @pytest.mark.parametrize("sharing", ["shared", "layerwise"])
@@ -111,7 +127,9 @@ def test_frozen_and_foreign_memories_by_hand():
     tokens, targets = given.input_ids, given.targets
     with torch.no_grad():
         memory = torch.cat([r.memory for r in model.run(tokens, lrt.sequential())], dim=1)
-        found = changed_memories(model, tokens, targets, torch.ones_like(targets, dtype=torch.bool), targets.numel(), memory)
+        found = changed_memories(
+            model, tokens, targets, torch.ones_like(targets, dtype=torch.bool), targets.numel(), memory
+        )
         assert found["blocks"] == [2] and "keys and values" not in found["zeroed"]
         hidden, contexts = model.backbone.embed(tokens, torch.arange(5))
         for name, state in {
@@ -141,16 +159,31 @@ def test_the_command_writes_a_page_and_json(tmp_path, monkeypatch, capsys):
     lrt.save(randomized(build_model(config, RecurrenceConfig(separator=256)), 1, 0.2), tmp_path / "model")
     load_tokenizer("bytes").save(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n\n".join(f"Text {n} of the fox." for n in range(30)))
-    given = [tmp_path / "model", "--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--decode-tokens", 9, "--rows", 3]
+    given = [
+        tmp_path / "model",
+        "--data",
+        tmp_path / "text.txt",
+        "--out",
+        tmp_path / "out",
+        "--decode-tokens",
+        9,
+        "--rows",
+        3,
+    ]
     assert tool.main(list(map(str, given))) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    assert last == {"findings": report["findings"], "report": str(tmp_path / "out")} and len(report["drift"]["angle"]) == 8
+    assert (
+        last == {"findings": report["findings"], "report": str(tmp_path / "out")} and len(report["drift"]["angle"]) == 8
+    )
     from matplotlib import image
 
     page = image.imread(tmp_path / "out" / "diagnosis.png")
     assert page.shape[0] > 1000 and page.shape[1] > 2000 and page[..., :3].std() > 0.05
     drawn = draw({**report, "drift": None}, tmp_path / "again.png", title="again")
     assert drawn.stat().st_size > 50_000
-    assert tool.main([str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "text.txt")]) == 2
+    assert (
+        tool.main([str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "text.txt")])
+        == 2
+    )
     assert "a file; name a folder" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Statistics of memory, gates and shares at evaluation: against the formulas, and without any trace left in the model."""
+"""Statistics of memory, gates and shares at evaluation: against the formulas, and without any trace left in the
+model."""
 
 import math
 
@@ -67,7 +68,11 @@ def test_numbers_are_those_of_the_formulas(sharing):
     check(found["memory_norm"], 0, F.rms_norm(last, (12,), eps=torch.finfo(torch.float64).eps).norm(dim=-1)[counted])
     for layer, block in enumerate(model.blocks):
         hidden, _, context, _, _ = calls[3 + layer]
-        a, b, g = model.backbone.residual_scales[layer], model.backbone.embedding_scales[layer], model.injection.gains[layer]
+        a, b, g = (
+            model.backbone.residual_scales[layer],
+            model.backbone.embedding_scales[layer],
+            model.injection.gains[layer],
+        )
         stream = a * hidden + b * context.embedding
         check(found["injection_ratio"], layer, ((g * m).norm(dim=-1) / stream.norm(dim=-1))[received])
         normed = F.rms_norm(stream + g * m, (12,))
@@ -75,8 +80,13 @@ def test_numbers_are_those_of_the_formulas(sharing):
         check(found["local_gate"], layer, gates[..., :1][received])
         check(found["memory_gate"], layer, gates[..., 1:][received])
         pair = block.projection if sharing == "layerwise" else model.memory_projection
-        for name, memory_weight, weight in (("key", pair.key.weight, block.block.key.weight), ("value", pair.value.weight, block.block.value.weight)):
-            ratio = (gates[..., 1] * (m @ memory_weight.T).norm(dim=-1)) / (gates[..., 0] * (normed @ weight.T).norm(dim=-1))
+        for name, memory_weight, weight in (
+            ("key", pair.key.weight, block.block.key.weight),
+            ("value", pair.value.weight, block.block.value.weight),
+        ):
+            ratio = (gates[..., 1] * (m @ memory_weight.T).norm(dim=-1)) / (
+                gates[..., 0] * (normed @ weight.T).norm(dim=-1)
+            )
             check(found[f"{name}_ratio"], layer, ratio[received])
 
 
@@ -93,7 +103,16 @@ def test_every_position_is_looked_at_once_whatever_the_schedule():
 
 
 def test_what_a_fresh_model_does_is_known():
-    recipe = parse_recipe("", overrides=["model.n_layers=2", "model.width=16", "model.n_heads=2", "model.vocab_size=37", "recurrence.blocks=[2]"])
+    recipe = parse_recipe(
+        "",
+        overrides=[
+            "model.n_layers=2",
+            "model.width=16",
+            "model.n_heads=2",
+            "model.vocab_size=37",
+            "recurrence.blocks=[2]",
+        ],
+    )
     found = activation_statistics(lrt.build(recipe), IDS)
     assert found["local_gate"] == {"mean": [1.0], "std": [0.0], "min": [1.0], "max": [1.0]} == found["memory_gate"]
     assert found["memory_norm"]["mean"][0] == pytest.approx(4.0, rel=1e-3)  # sqrt(D)
@@ -105,7 +124,10 @@ def test_adapted_decoders(family):
     model = lrt.adapt(make(family))
     ids = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     before = activation_statistics(model, ids, schedule=lrt.refine(1))
-    assert before["injection_ratio"]["max"] == before["key_ratio"]["max"] == [0.0] * 3 and before["local_gate"]["mean"] == [1.0] * 3
+    assert (
+        before["injection_ratio"]["max"] == before["key_ratio"]["max"] == [0.0] * 3
+        and before["local_gate"]["mean"] == [1.0] * 3
+    )
     stir(model)
     after = activation_statistics(model, ids, schedule=lrt.interleaved(2))
     assert all(x > 0 for name in ("injection_ratio", "key_ratio", "value_ratio") for x in after[name]["min"])
@@ -113,7 +135,11 @@ def test_adapted_decoders(family):
 
 
 def test_parts_that_are_off_have_no_numbers():
-    assert set(activation_statistics(native(**{"recurrence.kv_projection": "false"}), IDS)) == {"source_norm", "memory_norm", "injection_ratio"}
+    assert set(activation_statistics(native(**{"recurrence.kv_projection": "false"}), IDS)) == {
+        "source_norm",
+        "memory_norm",
+        "injection_ratio",
+    }
     assert "injection_ratio" not in activation_statistics(native(**{"recurrence.residual": "false"}), IDS)
     assert set(activation_statistics(native(), IDS, schedule=lrt.baseline())) == {"source_norm", "memory_norm"}
     twin = native(**{"recurrence": "false", "schedule.kind": "baseline"})
@@ -126,7 +152,9 @@ def test_parts_that_are_off_have_no_numbers():
 def test_compiled_blocks_give_the_same_and_nothing_stays_behind():
     model = native()
     expected = activation_statistics(model, IDS, TARGETS)
-    parts = {name: list(module._forward_hooks) + list(module._forward_pre_hooks) for name, module in model.named_modules()}
+    parts = {
+        name: list(module._forward_hooks) + list(module._forward_pre_hooks) for name, module in model.named_modules()
+    }
     assert not any(parts.values()) and model.training
     for block in model.blocks:
         block.compile(backend="eager", fullgraph=True, dynamic=False)
@@ -147,7 +175,9 @@ def test_a_run_records_them_and_learns_the_same(tmp_path, monkeypatch, capsys):
     assert set(record["activations"]) == {
         "source_norm", "memory_norm", "injection_ratio", "local_gate", "memory_gate", "key_ratio", "value_ratio",
     }  # fmt: skip
-    assert all(len(x) == (1 if "_norm" in name else 2) for name, table in record["activations"].items() for x in table.values())
+    assert all(
+        len(x) == (1 if "_norm" in name else 2) for name, table in record["activations"].items() for x in table.values()
+    )
     assert len(record["recurrence"]["residual_scales"]) == len(record["recurrence"]["gains"]) == 2
     assert all(line in shown for line in memory_table(record))
     monkeypatch.setattr(evaluation, "activation_statistics", lambda *args: {})

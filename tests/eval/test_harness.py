@@ -1,4 +1,5 @@
-"""lm-evaluation-harness: an adapted, untrained model answers as the original does, and the memory mode stands in the results."""
+"""lm-evaluation-harness: an adapted, untrained model answers as the original does, and the memory mode stands in the
+results."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from lrt.model import build_model
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
-PAIRS = [("The fox", " runs"), ("The fox", " sleeps all day"), ("", "A dog"), ("One and two are", " three"), ("The fox ", "runs")]
+PAIRS = [
+    ("The fox", " runs"),
+    ("The fox", " sleeps all day"),
+    ("", "A dog"),
+    ("One and two are", " three"),
+    ("The fox ", "runs"),
+]
 TEXTS = ["The fox runs over the dog and back again, as foxes do.", "Short."]
 
 
@@ -47,8 +54,16 @@ def original(folders):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folders / "original" / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|bos|>")
-    return HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folders / "original"), tokenizer=tokenizer, batch_size=2, device="cpu", max_length=48)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folders / "original" / "tokenizer.json"), bos_token="<|bos|>", eos_token="<|bos|>"
+    )
+    return HFLM(
+        pretrained=AutoModelForCausalLM.from_pretrained(folders / "original"),
+        tokenizer=tokenizer,
+        batch_size=2,
+        device="cpu",
+        max_length=48,
+    )
 
 
 @pytest.mark.parametrize("memory", ["decode", "zero", "parallel"])
@@ -60,7 +75,9 @@ def test_an_untrained_adapted_model_answers_as_the_original(folders, original, m
     found, expected = (m.loglikelihood(instances("loglikelihood", PAIRS)) for m in (ours, original))
     for (mine, greedy), (theirs, theirs_greedy) in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4) and greedy == theirs_greedy
-    rolling, theirs = (m.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS])) for m in (ours, original))
+    rolling, theirs = (
+        m.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS])) for m in (ours, original)
+    )
     assert rolling == pytest.approx(theirs, rel=1e-4)
     asked = instances("generate_until", [(t, {"until": ["e"], "max_gen_toks": 12, "do_sample": False}) for t in TEXTS])
     if memory == "parallel":
@@ -90,15 +107,43 @@ def test_memory_changes_the_answers_of_a_trained_model(folders, tmp_path):
 def test_the_command_runs_a_task_and_names_the_mode(folders, tmp_path):
     """A native model's contexts begin with the separator, as its training rows do."""
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"q": f"The fox {n} ", "a": ["runs", "sleeps"], "y": n % 2}) for n in range(4)))
+    data.write_text(
+        "\n".join(json.dumps({"q": f"The fox {n} ", "a": ["runs", "sleeps"], "y": n % 2}) for n in range(4))
+    )
     (tmp_path / "small.yaml").write_text(
-        f"task: small\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\noutput_type: multiple_choice\n"
+        f"task: small\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: "
+        "test\noutput_type: multiple_choice\n"
         "doc_to_text: '{{q}}'\ndoc_to_choice: '{{a}}'\ndoc_to_target: '{{y}}'\nmetric_list: [{metric: acc}]\n"
     )
-    command = [sys.executable, "-m", "lrt.eval.harness", "--model", "lrt", "--tasks", "small", "--include_path", str(tmp_path)]
-    more = ["--model_args", f"pretrained={folders / 'native'},memory=decode", "--device", "cpu", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=280, cwd=Path(lrt.__file__).parent.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "lrt.eval.harness",
+        "--model",
+        "lrt",
+        "--tasks",
+        "small",
+        "--include_path",
+        str(tmp_path),
+    ]
+    more = [
+        "--model_args",
+        f"pretrained={folders / 'native'},memory=decode",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*command, *more], capture_output=True, text=True, timeout=280, cwd=Path(lrt.__file__).parent.parent
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())
-    assert found["config"]["memory_mode"] == "decode" and found["results"]["small"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
+    assert found["config"]["memory_mode"] == "decode" and found["results"]["small"]["acc,none"] in (
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    )

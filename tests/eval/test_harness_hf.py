@@ -107,7 +107,9 @@ def test_an_adapted_untrained_model_gives_the_results_of_the_original(tmp_path, 
         load_tokenizer("bytes").save(tmp_path / name)
     expected, theirs = results_of(tmp_path / "original", tasks, tmp_path / "out_original")
     program, model, more = line_of_the_page()
-    found, ours = results_of(tmp_path / "fresh", tasks, tmp_path / "out_fresh", program=(program,), model=model, more=more)
+    found, ours = results_of(
+        tmp_path / "fresh", tasks, tmp_path / "out_fresh", program=(program,), model=model, more=more
+    )
     assert set(found) == set(TASKS) and ours == theirs
     assert all(found[name] == pytest.approx(expected[name], rel=1e-5, nan_ok=True) for name in TASKS)
 

@@ -32,11 +32,14 @@ def test_states_by_hand():
 
 
 def test_the_recurrence_carries_parity_beyond_its_training_and_a_plain_twin_does_not():
-    recipe = load_recipe("tracking_parity", overrides=["training.steps=240", "training.micro_batch=32", "training.batch_tokens=640"])
+    recipe = load_recipe(
+        "tracking_parity", overrides=["training.steps=240", "training.micro_batch=32", "training.batch_tokens=640"]
+    )
     for seed in (1, 2):
         model = fit(variant_of(recipe, "sequential"), parity(), length=20, seed=seed)
         known = accuracy(model, parity(), length=60)
-        assert sum(known[20:40]) / 20 > 0.9 and sum(known[40:]) / 20 > 0.75, seed  # chance is 0.5, at twice and thrice the length
+        # chance is 0.5, at twice and thrice the length
+        assert sum(known[20:40]) / 20 > 0.9 and sum(known[40:]) / 20 > 0.75, seed
     plain = accuracy(fit(variant_of(recipe, "plain"), parity(), length=20, seed=1), parity(), length=60)
     assert sum(plain[20:]) / 40 < 0.6
 
@@ -51,7 +54,19 @@ def test_variants_are_the_recipe_with_another_schedule():
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    options = ["--out", str(tmp_path), "--test-length", "20", "--train-length", "8", "--seeds", "1", "2", "--set", "training.steps=2"]
+    options = [
+        "--out",
+        str(tmp_path),
+        "--test-length",
+        "20",
+        "--train-length",
+        "8",
+        "--seeds",
+        "1",
+        "2",
+        "--set",
+        "training.steps=2",
+    ]
     assert tracking.main([*options, "--variants", "plain"]) == 0
     trained = []
     monkeypatch.setattr(tracking, "fit", lambda *a, **k: trained.append(k["seed"]) or fit(*a, **k))
@@ -59,7 +74,12 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert trained == [1, 2]
     out = capsys.readouterr().out.splitlines()
     records = json.loads(out[-1])
-    assert [(r["variant"], r["seed"]) for r in records] == [("plain", 1), ("plain", 2), ("refine:2", 1), ("refine:2", 2)]
+    assert [(r["variant"], r["seed"]) for r in records] == [
+        ("plain", 1),
+        ("plain", 2),
+        ("refine:2", 1),
+        ("refine:2", 2),
+    ]
     assert out[-3].split()[:3] == ["plain", "8", "2"]
     from matplotlib import image
 

@@ -23,16 +23,6 @@ def tokens() -> Tensor:
 # ------------------------------------------------------------------ a decoder of one's own
 
 
-
-
-
-
-
-
-
-
-
-
 def test_a_described_stack_is_adapted(tokens: Tensor, tmp_path: Any) -> None:
     decoder = plain()
     model = lrt.adapt(decoder, family=PLAIN)
@@ -51,7 +41,10 @@ def test_a_described_stack_is_adapted(tokens: Tensor, tmp_path: Any) -> None:
 
 
 def test_an_unknown_decoder_names_what_was_found() -> None:
-    with pytest.raises(ValueError, match=r"Plain \(3 blocks at stack, each with before: LayerNorm, attention: Attention.*family=lrt.Family"):
+    with pytest.raises(
+        ValueError,
+        match=r"Plain \(3 blocks at stack, each with before: LayerNorm, attention: Attention.*family=lrt.Family",
+    ):
         lrt.adapt(plain())
     with pytest.raises(ValueError, match="family 'llama' does not fit this Plain"):
         lrt.adapt(plain(), family=lrt.families.LLAMA)
@@ -109,14 +102,18 @@ def test_only_the_memory_trains_on_a_frozen_backbone(tokens: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert {id(p) for p in model.parameters() if p.grad is not None} == {id(p) for p in model.memory_parameters().values()}
+    assert {id(p) for p in model.parameters() if p.grad is not None} == {
+        id(p) for p in model.memory_parameters().values()
+    }
     assert float(loss.detach()) < first - 0.01
     assert torch.equal(lrt.release(model)(tokens).logits, original)
 
 
 def test_lora_trains_beside_the_memory(tokens: Tensor, tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False))
+    wrapped = peft.get_peft_model(
+        make("llama"), peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    )
     with torch.no_grad():
         theirs = wrapped(tokens, use_cache=False).logits
     model = lrt.adapt(wrapped)
@@ -149,7 +146,13 @@ def test_a_copy_shares_nothing(tokens: Tensor) -> None:
 
 def others() -> dict[str, tuple[Any, str]]:
     t = transformers
-    bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 61, "intermediate_size": 16}
+    bert = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 61,
+        "intermediate_size": 16,
+    }
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 61}
     mamba = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 61}
     bloom = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 61}
@@ -158,7 +161,10 @@ def others() -> dict[str, tuple[Any, str]]:
         "encoder": (lambda: t.BertForMaskedLM(t.BertConfig(**bert)), "is an encoder, or not causal"),
         "state space": (lambda: t.MambaForCausalLM(t.MambaConfig(**mamba)), "is a state-space or hybrid model"),
         "unknown": (lambda: t.BloomForCausalLM(t.BloomConfig(**bloom)), "no family of lrt has the structure"),
-        "lookalike": (_lookalike, r"computes something else: model\.layers\.1\.self_attn\.q_proj is given something else"),
+        "lookalike": (
+            _lookalike,
+            r"computes something else: model\.layers\.1\.self_attn\.q_proj is given something else",
+        ),
         "quantized": (_quantized, "is quantized without a single floating-point parameter"),
         "no head": (lambda: make("llama").model, "no family of lrt has the structure"),
         "not a model": (lambda: "smollm", "pass a model, such as AutoModelForCausalLM"),
@@ -241,7 +247,13 @@ def test_a_decoder_on_two_devices(tokens: Tensor) -> None:
     alone = stir(lrt.adapt(make("llama", dtype=torch.float32)))
     from accelerate import dispatch_model
 
-    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": 0, "lm_head": 0}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.norm": 0,
+        "lm_head": 0,
+    }
     decoder = dispatch_model(decoder, places | {"model.layers.1": 0, "model.layers.2": 0}, main_device="cpu")
     model = stir(lrt.adapt(decoder))
     assert len({p.device for p in model.memory_parameters().values()}) == 2
@@ -250,7 +262,8 @@ def test_a_decoder_on_two_devices(tokens: Tensor) -> None:
         torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-3, atol=1e-3)
         found.loss.backward()
     greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for more in ({}, {"num_beams": 2}, {"max_new_tokens": 60}):  # rows of the state are selected, and it grows past its first 64 tokens
+    # rows of the state are selected, and it grows past its first 64 tokens
+    for more in ({}, {"num_beams": 2}, {"max_new_tokens": 60}):
         assert torch.equal(model.generate(tokens, **greedy | more).cpu(), alone.generate(tokens, **greedy | more))
 
 
@@ -263,7 +276,8 @@ def test_cuda_backends_keep_the_original(family: str, attention: str) -> None:
     torch.compiler.reset()
     decoder = make(family, attention=attention, dtype=torch.bfloat16, **size).cuda()
     rows = torch.randint(1, 61, (2, 32), generator=torch.Generator().manual_seed(0)).cuda()
-    model = lrt.adapt(decoder)  # first: after its short probe flex attention is compiled for every length, for both alike
+    # first: after its short probe flex attention is compiled for every length, for both alike
+    model = lrt.adapt(decoder)
     with torch.no_grad():
         theirs = decoder(rows, use_cache=False).logits
         assert torch.equal(model(rows, schedule=lrt.baseline()).logits, theirs)

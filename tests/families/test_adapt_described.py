@@ -41,12 +41,31 @@ def test_a_described_family_is_the_original(family: str, tokens: Tensor) -> None
 # ------------------------------------------------------------------ windows
 
 KINDS = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=3, max_size=3)
-UNUSED = ("llama", "olmo2", "granite", "glm", "ernie4_5", "seed_oss", "minimax_m2")  # nothing of them reads config.sliding_window
+# nothing of them reads config.sliding_window
+UNUSED = ("llama", "olmo2", "granite", "glm", "ernie4_5", "seed_oss", "minimax_m2")
 USED = ("mistral", "phi3", "mixtral", "starcoder2")  # in every block
-LISTED = ("qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3", "cohere2", "exaone4", "gpt_oss", "olmo3", "cwm", "ministral")  # by layer_types
+# by layer_types
+LISTED = (
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "gemma2",
+    "gemma3",
+    "cohere2",
+    "exaone4",
+    "gpt_oss",
+    "olmo3",
+    "cwm",
+    "ministral",
+)
 
 
-@given(family=st.sampled_from(known(UNUSED + USED + LISTED)), keys=st.integers(1, 2 * LENGTH), kinds=KINDS, seed=st.integers(0, 99))
+@given(
+    family=st.sampled_from(known(UNUSED + USED + LISTED)),
+    keys=st.integers(1, 2 * LENGTH),
+    kinds=KINDS,
+    seed=st.integers(0, 99),
+)
 def test_windows_are_those_that_the_decoder_uses(family: str, keys: int, kinds: list[str], seed: int) -> None:
     listed = {"layer_types": kinds, "use_sliding_window": True} if family in LISTED else {}
     decoder = make(family, sliding_window=keys, **listed)
@@ -72,11 +91,18 @@ def test_a_window_of_zero_is_none(family: str) -> None:
 
 def test_a_window_that_no_description_mentions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj is given something else there.*window"):
-        lrt.adapt(make("mistral", sliding_window=4096, max_position_embeddings=8192), family=lrt.Family(**without_window()))
+        lrt.adapt(
+            make("mistral", sliding_window=4096, max_position_embeddings=8192), family=lrt.Family(**without_window())
+        )
 
 
 def without_window() -> dict[str, Any]:
-    return {"name": "mine", "rotary": "model.rotary_emb", "attention_in": ("input_layernorm",), "mlp_in": ("post_attention_layernorm",)}
+    return {
+        "name": "mine",
+        "rotary": "model.rotary_emb",
+        "attention_in": ("input_layernorm",),
+        "mlp_in": ("post_attention_layernorm",),
+    }
 
 
 # ------------------------------------------------------------------ training
@@ -122,7 +148,9 @@ def test_a_loss_that_would_be_left_out_is_refused(family: str) -> None:
 def test_noise_that_no_module_shows_is_refused(tokens: Tensor) -> None:
     decoder = plain()
     decoder.stack[1].register_forward_hook(lambda layer, given, out: nn.functional.dropout(out, 0.3, layer.training))
-    with pytest.raises(ValueError, match="in training mode it computes something else.*output_dropout, embedding_dropout, dropout"):
+    with pytest.raises(
+        ValueError, match="in training mode it computes something else.*output_dropout, embedding_dropout, dropout"
+    ):
         lrt.adapt(decoder, family=PLAIN)
 
 
@@ -134,7 +162,11 @@ def test_noise_that_no_module_shows_is_refused(tokens: Tensor) -> None:
     [
         ("granite", {}, "embedding_scale, embedding_factor"),
         ("granite", {"embedding_factor": "embedding_multiplier"}, "residual_factor"),
-        ("granite", {"embedding_factor": "embedding_multiplier", "residual_factor": "residual_multiplier"}, "logit_factor, logit_divisor"),
+        (
+            "granite",
+            {"embedding_factor": "embedding_multiplier", "residual_factor": "residual_multiplier"},
+            "logit_factor, logit_divisor",
+        ),
         ("smollm3", {}, "rotates"),
         ("gemma3", {}, r"self_attn\.q_norm is not part of this family \(query_norm, key_norm\)"),
         ("gpt_oss", {}, r"self_attn\.sinks is not part of this family \(sinks\)"),
@@ -164,4 +196,6 @@ def test_memory_enters_a_decoder_with_sinks_and_clips(tokens: Tensor) -> None:
             found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         assert found[0].keys() == found[1].keys()
         for name, expected in found[0].items():
-            torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, at=f"{family} {name}": f"{at}: {text}")
+            torch.testing.assert_close(
+                found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, at=f"{family} {name}": f"{at}: {text}"
+            )

@@ -15,7 +15,8 @@ ROWS, LENGTH = 2, 13  # longer than every window of the tiny decoders
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-MORE = [pytest.param(family, marks=pytest.mark.slow) for family in known(DESCRIBED | NIGHTLY)]  # nightly: pytest -m slow
+# nightly: pytest -m slow
+MORE = [pytest.param(family, marks=pytest.mark.slow) for family in known(DESCRIBED | NIGHTLY)]
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *MORE])
@@ -30,7 +31,8 @@ def tokens() -> torch.Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_baseline_is_the_original_bit_for_bit(family: str, attention: str, tokens: torch.Tensor) -> None:
-    """With a cache transformers copies its keys to other strides, and differs from its own pass without one by rounding."""
+    """With a cache transformers copies its keys to other strides, and differs from its own pass without one by
+    rounding."""
     decoder = make(family, attention=attention)
     labels = tokens.masked_fill(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.2, -100)
     theirs = decoder(tokens, labels=labels, use_cache=False)
@@ -52,7 +54,13 @@ def test_other_schedules_are_the_original_up_to_rounding(family: str, tokens: to
     with torch.no_grad():
         theirs = decoder(tokens).logits
         model = lrt.adapt(decoder)
-        for schedule in (lrt.interleaved(3), lrt.interleaved(2, sweeps=2), lrt.refine(2), lrt.chunked(5), lrt.sequential()):
+        for schedule in (
+            lrt.interleaved(3),
+            lrt.interleaved(2, sweeps=2),
+            lrt.refine(2),
+            lrt.chunked(5),
+            lrt.sequential(),
+        ):
             torch.testing.assert_close(model(tokens, schedule=schedule).logits, theirs, **CLOSE)
 
 
@@ -78,11 +86,17 @@ def test_interleaved_over_all_positions_has_the_gradients_of_sequential(family: 
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     for name, expected in found[0].items():
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("schedule", [lrt.interleaved(3), lrt.refine(2), lrt.chunked(4), lrt.sequential()], ids=lambda s: type(s).__name__)
-def test_a_token_changes_nothing_before_it_and_no_other_row(family: str, schedule: object, tokens: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    "schedule", [lrt.interleaved(3), lrt.refine(2), lrt.chunked(4), lrt.sequential()], ids=lambda s: type(s).__name__
+)
+def test_a_token_changes_nothing_before_it_and_no_other_row(
+    family: str, schedule: object, tokens: torch.Tensor
+) -> None:
     model = stir(lrt.adapt(make(family)))
     other = tokens.clone()
     other[0, 6] = (other[0, 6] + 1) % 61
@@ -103,7 +117,9 @@ def test_generate_of_both_libraries_is_true_recurrence(family: str, tokens: torc
     expected = tokens
     with torch.no_grad():
         for _ in range(5):
-            expected = torch.cat([expected, model(expected, schedule=lrt.sequential()).logits[:, -1:].argmax(-1)], dim=1)
+            expected = torch.cat(
+                [expected, model(expected, schedule=lrt.sequential()).logits[:, -1:].argmax(-1)], dim=1
+            )
     assert torch.equal(model.generate(tokens, **settings), expected)
     assert torch.equal(lrt.generate(model, tokens, max_new_tokens=5, temperature=0.0), expected)
 
@@ -114,7 +130,12 @@ def test_padding_changes_nothing(family: str, side: str, tokens: torch.Tensor) -
     short, pad = tokens[:1, :5], torch.zeros(1, LENGTH - 5, dtype=torch.int64)
     order = [pad, short] if side == "left" else [short, pad]
     rows = torch.cat([torch.cat(order, dim=1), tokens[1:]])
-    mask = torch.cat([torch.cat([torch.ones_like(x) if x is short else x for x in order], dim=1), torch.ones(1, LENGTH, dtype=torch.int64)])
+    mask = torch.cat(
+        [
+            torch.cat([torch.ones_like(x) if x is short else x for x in order], dim=1),
+            torch.ones(1, LENGTH, dtype=torch.int64),
+        ]
+    )
     with torch.no_grad():
         together = model(rows, attention_mask=mask, schedule=lrt.interleaved(3)).logits
         real = together[0, mask[0].bool()]
@@ -136,7 +157,9 @@ def test_release_gives_the_original_back(family: str, tokens: torch.Tensor) -> N
         model(tokens, schedule=lrt.interleaved(3))
         assert lrt.release(model) is decoder
         assert torch.equal(decoder(tokens).logits, theirs)
-    assert decoder.state_dict().keys() == state.keys() and all(torch.equal(t, state[n]) for n, t in decoder.state_dict().items())
+    assert decoder.state_dict().keys() == state.keys() and all(
+        torch.equal(t, state[n]) for n, t in decoder.state_dict().items()
+    )
     assert [m.training for m in decoder.modules()] == modes
     lrt.adapt(decoder)  # and it can be adapted again
 
@@ -156,7 +179,8 @@ def test_bfloat16_follows_the_decoder(family: str, tokens: torch.Tensor) -> None
 
 
 def test_folders(family: str, tokens: torch.Tensor, tmp_path: object) -> None:
-    # float32: constants of Gemma that are no parameters are rounded to it when a float64 model is made, not when it is loaded.
+    # float32: constants of Gemma that are no parameters are rounded to it when a float64 model is made,
+    # not when it is loaded.
     config = lrt.RecurrenceConfig(sharing="layerwise", source_layer=0.5, init="identity")
     model = stir(lrt.adapt(make(family, dtype=torch.float32), config))
     with torch.no_grad():

@@ -102,7 +102,10 @@ def test_blocks_compile_with_inductor() -> None:
 
 @pytest.mark.dist
 def test_two_ranks_have_the_gradients_of_one() -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent.parent), *sys.path])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent.parent), *sys.path]),
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -147,7 +150,8 @@ def main() -> None:
 
 
 def test_a_mask_that_was_left_out_stays_out(monkeypatch):
-    """Some versions of transformers make it while a CUDA graph is captured: the compiled blocks would be compiled anew there."""
+    """Some versions of transformers make it while a CUDA graph is captured:
+    the compiled blocks would be compiled anew there."""
     from transformers import masking_utils
 
     backbone = lrt.adapt(make("llama")).backbone

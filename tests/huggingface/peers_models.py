@@ -30,8 +30,12 @@ sys.path.insert(0, os.environ[CHECKOUT])
 vars(testing_utils).setdefault("_TEXT_MODEL_TESTER_DEFAULTS", SIZES | IDS | ROWS)  # of versions from 5.8 to 5.16 or so
 modeling_auto.MODEL_MAPPING_NAMES["lrt"] = "LRTModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["lrt"] = "LRTForCausalLM"
-for name, mixin in (("test_fsdp_mixin", "FSDPTesterMixin"), ("test_tensor_parallel_mixin", "TensorParallelTesterMixin")):
-    left_out = ModuleType(f"tests.{name}")  # they skip a model without plans of its own, and need parts of transformers that change
+for name, mixin in (
+    ("test_fsdp_mixin", "FSDPTesterMixin"),
+    ("test_tensor_parallel_mixin", "TensorParallelTesterMixin"),
+):
+    # they skip a model without plans of its own, and need parts of transformers that change
+    left_out = ModuleType(f"tests.{name}")
     setattr(left_out, mixin, type(mixin, (), {}))
     sys.modules[left_out.__name__] = left_out
 
@@ -46,7 +50,12 @@ class Tester(CausalLMModelTester):  # type: ignore[misc]
 
 class NativeTester(Tester):
     def get_config(self) -> Any:
-        sizes = {"n_layers": "num_hidden_layers", "width": "hidden_size", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+        sizes = {
+            "n_layers": "num_hidden_layers",
+            "width": "hidden_size",
+            "n_heads": "num_attention_heads",
+            "n_kv_heads": "num_key_value_heads",
+        }
         more = {"vocab_size": "vocab_size", "sequence_length": "max_position_embeddings"}
         native = ModelConfig(**{ours: getattr(self, theirs) for ours, theirs in (sizes | more).items()})
         return LRTConfig(**LRTForCausalLM.of(build_model(native, lrt.RecurrenceConfig())).config.to_dict() | IDS)
@@ -64,7 +73,9 @@ class Common(CausalLMModelTest):  # type: ignore[misc]
     def setUp(self) -> None:
         super().setUp()
         table = self.model_tester.get_config().to_dict()
-        self.config_tester.inputs_dict = {key: table[key] for key in ("model", "adapted", "recurrence", "schedule", "vocab_size") if key in table}
+        self.config_tester.inputs_dict = {
+            key: table[key] for key in ("model", "adapted", "recurrence", "schedule", "vocab_size") if key in table
+        }
 
 
 class Native(Common, TestCase):
@@ -87,7 +98,9 @@ def must_fail(test: Any, different: Different) -> Any:
         except SkipTest:
             raise
         except BaseException as error:
-            assert re.search(different.error, f"{type(error).__name__}: {error}"), f"another error than that of the list: {error}"
+            assert re.search(different.error, f"{type(error).__name__}: {error}"), (
+                f"another error than that of the list: {error}"
+            )
         else:
             raise AssertionError(f"it passes, so it does not belong into the list: {different.reason}")
 

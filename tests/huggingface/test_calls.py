@@ -13,7 +13,14 @@ import lrt
 from lrt.huggingface import RecurrentCache
 
 SETTINGS: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-SCHEDULES = [lrt.baseline(), lrt.interleaved(3), lrt.interleaved(2, kv_refresh=True, order="random"), lrt.refine(2), lrt.chunked(4), lrt.sequential()]
+SCHEDULES = [
+    lrt.baseline(),
+    lrt.interleaved(3),
+    lrt.interleaved(2, kv_refresh=True, order="random"),
+    lrt.refine(2),
+    lrt.chunked(4),
+    lrt.sequential(),
+]
 
 
 @pytest.fixture
@@ -50,7 +57,8 @@ def test_hidden_states_without_memory_are_the_decoder_s(tokens: torch.Tensor) ->
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_hidden_states_are_those_that_the_logits_came_from(model: Any, tokens: torch.Tensor, schedule: Any) -> None:
-    """Of the last pass over every position, in the order of time: the source block's are the memory, the last one's make the logits."""
+    """Of the last pass over every position, in the order of time: the source block's are the memory,
+    the last one's make the logits."""
     mask = padded(tokens, "left")
 
     def call(**more: Any) -> Any:
@@ -65,11 +73,15 @@ def test_hidden_states_are_those_that_the_logits_came_from(model: Any, tokens: t
     real = mask.bool()
     close(out.hidden_states[0][real], model.backbone.embed(tokens, torch.arange(9))[0][real])
     out.hidden_states[1].sum().backward()
-    assert model.memory_projection.key.weight.grad is None or torch.isfinite(model.memory_projection.key.weight.grad).all()
+    assert (
+        model.memory_projection.key.weight.grad is None or torch.isfinite(model.memory_projection.key.weight.grad).all()
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_hidden_states_of_decoding_are_those_of_the_sequential_schedule(model: Any, tokens: torch.Tensor, side: str) -> None:
+def test_hidden_states_of_decoding_are_those_of_the_sequential_schedule(
+    model: Any, tokens: torch.Tensor, side: str
+) -> None:
     mask = padded(tokens, side)
     real = mask.bool()
     with torch.no_grad():
@@ -121,12 +133,21 @@ def test_attention_weights_in_training_are_refused(model: Any, tokens: torch.Ten
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_returns_what_each_step_computed(model: Any, tokens: torch.Tensor, beams: int) -> None:
-    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True, "num_beams": beams}
+    asked = {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+        "num_beams": beams,
+    }
     model.set_attn_implementation("eager")
     out = model.generate(tokens, max_new_tokens=3, **asked, **SETTINGS)
     assert torch.equal(out.sequences, model.generate(tokens, max_new_tokens=3, num_beams=beams, **SETTINGS))
     rows = 2 * beams
-    assert [len(step) for step in out.hidden_states] == [4, 4, 4] and [len(step) for step in out.attentions] == [3, 3, 3]
+    assert [len(step) for step in out.hidden_states] == [4, 4, 4] and [len(step) for step in out.attentions] == [
+        3,
+        3,
+        3,
+    ]
     assert [tuple(step[-1].shape) for step in out.hidden_states] == [(rows, 9, 24), (rows, 1, 24), (rows, 1, 24)]
     assert [tuple(step[0].shape) for step in out.attentions] == [(rows, 4, 9, 9), (rows, 4, 1, 10), (rows, 4, 1, 11)]
 
@@ -167,7 +188,9 @@ def test_ids_and_labels_of_every_integer_dtype(model: Any, tokens: torch.Tensor,
     want = model(tokens, labels=tokens, schedule=lrt.interleaved(2)).loss
     assert torch.equal(model(tokens.to(dtype), labels=tokens.to(dtype), schedule=lrt.interleaved(2)).loss, want)
     targets = torch.roll(tokens, -1, 1)
-    assert torch.equal(model.score(tokens.to(dtype), targets.to(dtype), lrt.refine(1)), model.score(tokens, targets, lrt.refine(1)))
+    assert torch.equal(
+        model.score(tokens.to(dtype), targets.to(dtype), lrt.refine(1)), model.score(tokens, targets, lrt.refine(1))
+    )
     with torch.no_grad():
         assert torch.equal(model(tokens.to(dtype), use_cache=True).logits, model(tokens, use_cache=True).logits)
     assert torch.equal(lrt.generate(model, tokens.to(dtype), max_new_tokens=2, temperature=0.0)[:, :9].long(), tokens)
@@ -183,7 +206,9 @@ def test_ids_and_labels_of_every_integer_dtype(model: Any, tokens: torch.Tensor,
 def test_a_prompt_in_chunks_is_the_same_prompt(model: Any, tokens: torch.Tensor, chunk: int, side: str | None) -> None:
     mask = torch.ones_like(tokens) if side is None else padded(tokens, side)
     want = model.generate(tokens, attention_mask=mask, max_new_tokens=4, **SETTINGS)
-    assert torch.equal(model.generate(tokens, attention_mask=mask, max_new_tokens=4, prefill_chunk_size=chunk, **SETTINGS), want)
+    assert torch.equal(
+        model.generate(tokens, attention_mask=mask, max_new_tokens=4, prefill_chunk_size=chunk, **SETTINGS), want
+    )
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic", "quantized", "offloaded", "paged"])
@@ -213,7 +238,10 @@ def test_what_would_be_ignored_is_refused(model: Any, tokens: torch.Tensor) -> N
         model(tokens[:, :1], cache=cache, position_ids=torch.tensor([[3]]))
 
 
-@pytest.mark.parametrize("given", [{"token_type_ids": torch.zeros(2, 9, dtype=torch.int64)}, {"seq_idx": torch.zeros(2, 9, dtype=torch.int32)}])
+@pytest.mark.parametrize(
+    "given",
+    [{"token_type_ids": torch.zeros(2, 9, dtype=torch.int64)}, {"seq_idx": torch.zeros(2, 9, dtype=torch.int32)}],
+)
 def test_generate_passes_on_what_it_does_not_know(model: Any, tokens: torch.Tensor, given: dict[str, Any]) -> None:
     """It was dropped without a word."""
     with pytest.raises(ValueError, match="token_type_ids have no meaning|nor do seq_idx"):
@@ -227,7 +255,12 @@ def test_generate_looks_at_the_positions_of_a_prompt(model: Any, tokens: torch.T
     given = mask.long().cumsum(1).sub(1).clamp(min=0)
     want = model.generate(tokens, attention_mask=mask, max_new_tokens=3, **SETTINGS)
     for cached in (True, False):
-        assert torch.equal(model.generate(tokens, attention_mask=mask, position_ids=given, max_new_tokens=3, use_cache=cached, **SETTINGS), want)
+        assert torch.equal(
+            model.generate(
+                tokens, attention_mask=mask, position_ids=given, max_new_tokens=3, use_cache=cached, **SETTINGS
+            ),
+            want,
+        )
     with pytest.raises(ValueError, match="position_ids do not count on"):
         model.generate(tokens, attention_mask=mask, position_ids=given + 5, max_new_tokens=2, **SETTINGS)
 

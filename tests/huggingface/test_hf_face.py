@@ -34,7 +34,11 @@ def model() -> Any:
 
 def test_output_is_a_model_output(model: Any, tokens: torch.Tensor) -> None:
     out = model(tokens, labels=tokens, schedule=lrt.refine(1))
-    assert isinstance(out, LRTOutput) and isinstance(model, lrt.LatentRecurrentModel) and isinstance(model, transformers.PreTrainedModel)
+    assert (
+        isinstance(out, LRTOutput)
+        and isinstance(model, lrt.LatentRecurrentModel)
+        and isinstance(model, transformers.PreTrainedModel)
+    )
     assert out[0] is out.loss and out["loss"] is out.loss and out.logits is None and len(out.groups) == 2
     assert model(tokens).logits.shape == (2, 9, 61)
     assert isinstance(model(tokens, return_dict=False), tuple)
@@ -53,7 +57,10 @@ def test_names_are_neither_doubled_nor_lost(tokens: torch.Tensor) -> None:
 
 def test_num_items_in_batch_normalises_the_loss(model: Any, tokens: torch.Tensor) -> None:
     whole = model(tokens, labels=tokens, schedule=lrt.refine(1)).loss
-    halves = [model(row[None], labels=row[None], schedule=lrt.refine(1), num_items_in_batch=torch.tensor(16)).loss for row in tokens]
+    halves = [
+        model(row[None], labels=row[None], schedule=lrt.refine(1), num_items_in_batch=torch.tensor(16)).loss
+        for row in tokens
+    ]
     torch.testing.assert_close(sum(halves), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -62,7 +69,9 @@ def test_num_items_in_batch_normalises_the_loss(model: Any, tokens: torch.Tensor
 
 def test_beams_carry_their_memory(model: Any, tokens: torch.Tensor) -> None:
     """Beam search with the cache equals beam search that computes every candidate from scratch."""
-    found = model.generate(tokens, num_beams=3, max_new_tokens=5, return_dict_in_generate=True, output_scores=True, **SETTINGS)
+    found = model.generate(
+        tokens, num_beams=3, max_new_tokens=5, return_dict_in_generate=True, output_scores=True, **SETTINGS
+    )
     for row, prompt in enumerate(tokens):
         beams: list[tuple[float, torch.Tensor]] = [(0.0, prompt)]
         for _ in range(5):
@@ -79,7 +88,13 @@ def test_beams_carry_their_memory(model: Any, tokens: torch.Tensor) -> None:
 def test_sampling_draws_from_true_recurrence(model: Any, tokens: torch.Tensor) -> None:
     torch.manual_seed(0)
     out = model.generate(
-        tokens, do_sample=True, num_return_sequences=3, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+        tokens,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=4,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     assert out.sequences.shape == (6, 13)
     with torch.no_grad():
@@ -135,21 +150,29 @@ def test_logits_of_a_padded_prompt_end_with_the_next_token(model: Any, tokens: t
         ({"prompt_lookup_num_tokens": 2, "eos_token_id": 60}, "cannot be cut back"),
     ],
 )
-def test_what_would_drop_the_memory_is_refused(model: Any, tokens: torch.Tensor, given: dict[str, Any], text: str) -> None:
+def test_what_would_drop_the_memory_is_refused(
+    model: Any, tokens: torch.Tensor, given: dict[str, Any], text: str
+) -> None:
     repeated = tokens[:1, :2].repeat(1, 5)
     with pytest.raises(ValueError, match=text):
         model.generate(repeated, max_new_tokens=8, **SETTINGS | given)
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"num_beams": 3}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])}], ids=["greedy", "beams", "padded"]
+    "more",
+    [{}, {"num_beams": 3}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])}],
+    ids=["greedy", "beams", "padded"],
 )
 def test_without_a_cache_every_row_is_decoded_anew(model: Any, tokens: torch.Tensor, more: dict[str, Any]) -> None:
     """Tools switch the cache off (trainers that checkpoint blocks do); the memory must not go with it."""
     settings: dict[str, Any] = {"max_new_tokens": 4, "return_dict_in_generate": True, **SETTINGS, **more}
     model.eval_schedule = lrt.refine(1)  # of calls, not of generate
     want, found = (model.generate(tokens, use_cache=cached, **settings) for cached in (True, False))
-    assert torch.equal(want.sequences, found.sequences) and found.past_key_values is None and want.past_key_values is not None
+    assert (
+        torch.equal(want.sequences, found.sequences)
+        and found.past_key_values is None
+        and want.past_key_values is not None
+    )
     assert not torch.equal(want.sequences, make("llama").generate(tokens, **settings).sequences)
 
 
@@ -186,7 +209,9 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path: Path, tokens: torc
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-12")
         torch.testing.assert_close(again(tokens).logits, final)
     resumed = lrt.adapt(make("smollm", seed=5, dtype=torch.float32))
-    trainer(resumed, tmp_path / "run", gradient_accumulation_steps=2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    trainer(resumed, tmp_path / "run", gradient_accumulation_steps=2).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6")
+    )
     with torch.no_grad():
         torch.testing.assert_close(resumed.eval()(tokens).logits, final, rtol=1e-4, atol=1e-4)
 
@@ -215,7 +240,9 @@ def test_accelerate_needs_no_special_code() -> None:
 
 def test_auto_classes_read_native_and_adapted_folders(tmp_path: Path, model: Any, tokens: torch.Tensor) -> None:
     native = lrt.build(
-        lrt.config.parse_recipe("[model]\nn_layers=2\nwidth=32\nsequence_length=32\nvocab_size=61\n[training]\nsteps=1\nbatch_tokens=32")
+        lrt.config.parse_recipe(
+            "[model]\nn_layers=2\nwidth=32\nsequence_length=32\nvocab_size=61\n[training]\nsteps=1\nbatch_tokens=32"
+        )
     )
     stir(native)
     for name, made in (("native", native), ("adapted", model.float())):
@@ -233,7 +260,9 @@ def test_auto_classes_read_native_and_adapted_folders(tmp_path: Path, model: Any
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("order", ["import lrt, transformers", "import transformers; transformers.AutoModelForCausalLM; import lrt"])
+@pytest.mark.parametrize(
+    "order", ["import lrt, transformers", "import transformers; transformers.AutoModelForCausalLM; import lrt"]
+)
 def test_importing_lrt_is_quick_and_registers(order: str) -> None:
     program = f"""
 import sys

@@ -104,15 +104,22 @@ def test_what_a_save_would_ignore_is_refused(model: Any, tmp_path: Path, given: 
     with pytest.raises(ValueError, match=text):
         model.save_pretrained(tmp_path / "m", **given)
     assert not (tmp_path / "m").exists()
-    model.save_pretrained(tmp_path / "m", variant=None, safe_serialization=True, is_main_process=True, save_function=torch.save)
+    model.save_pretrained(
+        tmp_path / "m", variant=None, safe_serialization=True, is_main_process=True, save_function=torch.save
+    )
     assert same(lrt.load(tmp_path / "m"), model)
 
 
 def test_every_kind_of_auto_class_says_what_there_is(folder: Path) -> None:
     for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
         auto = getattr(transformers, f"AutoModelFor{kind}")
-        for call in (lambda auto=auto: auto.from_pretrained(folder), lambda auto=auto: auto.from_config(AutoConfig.from_pretrained(folder))):
-            with pytest.raises(ValueError, match="an lrt model has a language head alone: put a classifier on last_hidden_state"):
+        for call in (
+            lambda auto=auto: auto.from_pretrained(folder),
+            lambda auto=auto: auto.from_config(AutoConfig.from_pretrained(folder)),
+        ):
+            with pytest.raises(
+                ValueError, match="an lrt model has a language head alone: put a classifier on last_hidden_state"
+            ):
                 call()
 
 
@@ -135,7 +142,11 @@ def test_an_attention_backend_reaches_the_decoder(folder: Path) -> None:
 
 def test_loading_info_and_subfolders(folder: Path, model: Any) -> None:
     read, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert same(read, model) and not any(info.values()) and set(info) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+    assert (
+        same(read, model)
+        and not any(info.values())
+        and set(info) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+    )
     assert same(AutoModelForCausalLM.from_pretrained(folder.parent, subfolder=folder.name), model)
 
 
@@ -195,13 +206,18 @@ def test_a_config_asks_for_checkpointed_blocks(folder: Path) -> None:
 # ------------------------------------------------------------------ what tools read of a config
 
 
-@pytest.mark.parametrize("changed", [{"hidden_size": 64}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}])
+@pytest.mark.parametrize(
+    "changed", [{"hidden_size": 64}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}]
+)
 def test_a_mirrored_attribute_that_is_changed_is_refused(folder: Path, changed: dict[str, Any]) -> None:
     """It was ignored: the model is built from config.adapted or config.model."""
     config = AutoConfig.from_pretrained(folder)
     for name, value in changed.items():
         setattr(config, name, value)
-    for call in (AutoModelForCausalLM.from_config, lambda config: AutoModelForCausalLM.from_pretrained(folder, config=config)):
+    for call in (
+        AutoModelForCausalLM.from_config,
+        lambda config: AutoModelForCausalLM.from_pretrained(folder, config=config),
+    ):
         with pytest.raises(ValueError, match=f"config.{next(iter(changed))} = .* would have no effect"):
             call(config)
     config = AutoConfig.from_pretrained(folder)
@@ -220,7 +236,10 @@ def test_a_config_is_saved_by_itself(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "smollm"])
 def test_a_config_says_what_the_decoder_s_says(family: str, tmp_path: Path) -> None:
     decoder = make(family)
-    theirs, shape = decoder.config, {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8}
+    theirs, shape = (
+        decoder.config,
+        {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8},
+    )
     model = lrt.adapt(decoder)
     lrt.save(model, tmp_path / "m")
     for config in (model.config, AutoConfig.from_pretrained(tmp_path / "m")):
@@ -236,7 +255,14 @@ def test_a_config_says_what_the_decoder_s_says(family: str, tmp_path: Path) -> N
 def test_a_native_config_says_the_same(tmp_path: Path) -> None:
     lrt.save(lrt.build(lrt.config.parse_recipe(NATIVE)), tmp_path / "m")
     config = AutoConfig.from_pretrained(tmp_path / "m")
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    )
     assert [getattr(config, name) for name in names] == [32, 2, 4, 2, 8, 32]
     assert config.bos_token_id is config.eos_token_id is config.pad_token_id is None
     assert config.intermediate_size == 128 and config.tie_word_embeddings is False
@@ -260,7 +286,15 @@ def test_sizes_of_shards(model: Any, tmp_path: Path, size: Any) -> None:
 
 
 def test_units_of_sizes() -> None:
-    assert [size_in_bytes(x) for x in (None, 7, "7", "5GB", "1.5 GiB", "2TB", "3k")] == [None, 7, 7, 5 * 10**9, 3 * 2**29, 2 * 10**12, 3000]
+    assert [size_in_bytes(x) for x in (None, 7, "7", "5GB", "1.5 GiB", "2TB", "3k")] == [
+        None,
+        7,
+        7,
+        5 * 10**9,
+        3 * 2**29,
+        2 * 10**12,
+        3000,
+    ]
     for wrong in ("much", "", "-1KB", 0, "0.1", "5 XB"):
         with pytest.raises(ValueError, match="give bytes of the largest file"):
             size_in_bytes(wrong)

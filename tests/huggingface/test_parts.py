@@ -1,4 +1,5 @@
-"""Parts in the hands of transformers: embeddings, attention backend, checkpointed blocks; and lrt's models inside its Trainer."""
+"""Parts in the hands of transformers: embeddings, attention backend, checkpointed blocks;
+and lrt's models inside its Trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_a_decoder_resized_behind_the_models_back_is_not_saved(tmp_path: Path) -
     decoder = make("llama", dtype=torch.float32)
     model = lrt.adapt(decoder)
     decoder.resize_token_embeddings(70)
-    with pytest.raises(ValueError, match=r"resized after lrt.adapt, to 70 from 61: lrt.release\(model\), resize them, and adapt"):
+    with pytest.raises(
+        ValueError, match=r"resized after lrt.adapt, to 70 from 61: lrt.release\(model\), resize them, and adapt"
+    ):
         lrt.save(model, tmp_path / "stale")
     lrt.release(model)
     lrt.save(lrt.adapt(decoder), tmp_path / "grown")
@@ -94,7 +97,10 @@ def test_checkpointed_blocks_have_the_same_loss_and_gradients(family: str, sched
     saved = copy.deepcopy(plain)
     saved.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert saved.is_gradient_checkpointing and not plain.is_gradient_checkpointing
-    assert saved.state_dict().keys() == plain.state_dict().keys() and saved.memory_parameters().keys() == plain.memory_parameters().keys()
+    assert (
+        saved.state_dict().keys() == plain.state_dict().keys()
+        and saved.memory_parameters().keys() == plain.memory_parameters().keys()
+    )
     calls = []
     saved.blocks[1].block.register_forward_pre_hook(lambda *_: None)
     saved.blocks[1].register_forward_pre_hook(lambda *_: calls.append("forward"))
@@ -107,7 +113,9 @@ def test_checkpointed_blocks_have_the_same_loss_and_gradients(family: str, sched
     for a, b in zip(plain.parameters(), saved.parameters()):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-12)
     saved.gradient_checkpointing_disable()
-    assert not saved.is_gradient_checkpointing and [n for n, _ in saved.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert not saved.is_gradient_checkpointing and [n for n, _ in saved.named_parameters()] == [
+        n for n, _ in plain.named_parameters()
+    ]
 
 
 def test_blocks_are_run_again_in_the_backward_pass(tokens: torch.Tensor) -> None:
@@ -127,7 +135,9 @@ def test_trainer_checkpoints_our_blocks(tmp_path: Path) -> None:
     weights = []
     for checkpointing in (False, True):
         model = lrt.adapt(make("smollm", dtype=torch.float32))
-        trainer(model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing, max_steps=4, save_strategy="no").train()
+        trainer(
+            model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing, max_steps=4, save_strategy="no"
+        ).train()
         assert model.is_gradient_checkpointing == checkpointing
         model.gradient_checkpointing_disable()
         weights.append({n: p.detach() for n, p in model.named_parameters()})
@@ -164,7 +174,9 @@ def test_an_output_reads_as_trainer_reads_it(tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("native", [False, True])
 def test_evaluation_runs_the_schedule_that_was_chosen(native: bool, tokens: torch.Tensor, tmp_path: Path) -> None:
-    model = lrt.build(lrt.config.parse_recipe(NATIVE)) if native else stir(lrt.adapt(make("smollm", dtype=torch.float32)))
+    model = (
+        lrt.build(lrt.config.parse_recipe(NATIVE)) if native else stir(lrt.adapt(make("smollm", dtype=torch.float32)))
+    )
     with torch.no_grad():
         stir(model, size=0.5)
         for parameter in model.parameters():  # native heads begin at zero
@@ -174,15 +186,20 @@ def test_evaluation_runs_the_schedule_that_was_chosen(native: bool, tokens: torc
         assert torch.equal(exact, model(tokens, labels=tokens, schedule=lrt.sequential()).loss)
         model.eval_schedule = lrt.refine(1)
         chosen = model(tokens, labels=tokens).loss
-        assert torch.equal(chosen, model(tokens, labels=tokens, schedule=lrt.refine(1)).loss) and not torch.equal(chosen, exact)
+        assert torch.equal(chosen, model(tokens, labels=tokens, schedule=lrt.refine(1)).loss) and not torch.equal(
+            chosen, exact
+        )
     run = trainer(model, tmp_path)
     rows = torch.stack([row["input_ids"] for row in run.eval_dataset])
     with torch.no_grad():
-        want = [float(model(rows, labels=rows, schedule=schedule).loss) for schedule in (lrt.refine(1), lrt.sequential())]
+        want = [
+            float(model(rows, labels=rows, schedule=schedule).loss) for schedule in (lrt.refine(1), lrt.sequential())
+        ]
     found = [run.evaluate()["eval_loss"]]
     model.eval_schedule = lrt.sequential()
     found.append(run.evaluate()["eval_loss"])
-    assert abs(want[0] / want[1] - 1) > 1e-3  # a ratio, because before transformers 5 Trainer divides by the number of labels before the shift
+    # a ratio, because before transformers 5 Trainer divides by the number of labels before the shift
+    assert abs(want[0] / want[1] - 1) > 1e-3
     assert abs(found[0] / found[1] - want[0] / want[1]) < 1e-5
 
 

@@ -20,7 +20,9 @@ from lrt.serialization.decoders import SAFE
 
 peft = pytest.importorskip("peft")
 TOKENS = torch.arange(9)[None] * 3 % 61
-NATIVE = "recurrence = false\n[schedule]\nkind = 'baseline'\n[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 64"
+NATIVE = (
+    "recurrence = false\n[schedule]\nkind = 'baseline'\n[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 64"
+)
 
 
 def decoder(seed: int = 0) -> Any:
@@ -48,7 +50,9 @@ def train(model: Any, steps: int = 5) -> None:
 # ------------------------------------------------------------------ adapt, then LoRA
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("llama", "two"), ("llama", "all-linear"), ("native", "two"), ("native", "all-linear")])
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("llama", "two"), ("llama", "all-linear"), ("native", "two"), ("native", "all-linear")]
+)
 def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_path: Path) -> None:
     """PEFT alone would freeze the memory at zero and leave it out of its file."""
 
@@ -57,7 +61,9 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_p
 
     model = fresh()
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")][:2]
-    wrapped = peft.get_peft_model(model, lora(target_modules=names if targets == "two" else targets, exclude_modules=["backbone.head"]))
+    wrapped = peft.get_peft_model(
+        model, lora(target_modules=names if targets == "two" else targets, exclude_modules=["backbone.head"])
+    )
     assert not [name for name in model.memory_parameters() if "lora" in name]
     memory = [p for p in model.memory_parameters().values() if p.requires_grad]
     assert len(memory) == len(fresh().memory_parameters()) and not any(p.any() for p in memory)
@@ -67,7 +73,9 @@ def test_the_memory_trains_and_is_saved_with_lora(kind: str, targets: str, tmp_p
     again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(wrapped))
     whole = lrt.load(lrt.save(model, tmp_path / "whole"))
-    assert torch.equal(logits(whole), logits(model)) and set(dict(whole.named_parameters())) == set(dict(model.named_parameters()))
+    assert torch.equal(logits(whole), logits(model)) and set(dict(whole.named_parameters())) == set(
+        dict(model.named_parameters())
+    )
     merged = wrapped.merge_and_unload()
     assert set(merged.memory_parameters()) == set(fresh().memory_parameters()) and not hasattr(merged, "peft_config")
     assert torch.equal(logits(lrt.load(lrt.save(merged, tmp_path / "merged"))), logits(merged))
@@ -82,10 +90,14 @@ def test_maps_of_the_memory_train_beside_lora_in_the_projections_that_read_them(
     model = fresh()
     before = {name: p.detach().clone() for name, p in model.memory_parameters().items()}
     expected = logits(model)
-    wrapped = peft.get_peft_model(model, lora(target_modules="all-linear", exclude_modules=["backbone.head"], init_lora_weights=True))
+    wrapped = peft.get_peft_model(
+        model, lora(target_modules="all-linear", exclude_modules=["backbone.head"], init_lora_weights=True)
+    )
     torch.testing.assert_close(logits(wrapped), expected, rtol=1e-5, atol=1e-5)
     train(wrapped)
-    memory = {n.replace("modules_to_save.default.", ""): p for n, p in model.memory_parameters().items() if p.requires_grad}
+    memory = {
+        n.replace("modules_to_save.default.", ""): p for n, p in model.memory_parameters().items() if p.requires_grad
+    }
     assert memory.keys() == before.keys() and all((p != before[name]).any() for name, p in memory.items())
     whole = lrt.load(lrt.save(model, tmp_path / "whole"))
     assert torch.equal(logits(whole), logits(model))
@@ -102,14 +114,20 @@ def test_checkpointed_blocks_change_no_name(order: str, tmp_path: Path) -> None:
     if order == "PEFT first":
         model.gradient_checkpointing_enable()
     train(wrapped)
-    assert model.is_gradient_checkpointing and all(p.any() for p in model.memory_parameters().values() if p.requires_grad)
+    assert model.is_gradient_checkpointing and all(
+        p.any() for p in model.memory_parameters().values() if p.requires_grad
+    )
     wrapped.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(lrt.adapt(decoder()), tmp_path / "adapter")), logits(wrapped))
+    assert torch.equal(
+        logits(peft.PeftModel.from_pretrained(lrt.adapt(decoder()), tmp_path / "adapter")), logits(wrapped)
+    )
 
 
 def test_lora_in_the_native_head_is_refused() -> None:
     model = lrt.adapt(lrt.build(parse_recipe(NATIVE)))
-    with pytest.raises(ValueError, match=r'computes its own loss: LoraConfig\(..., exclude_modules=\["backbone.head"\]\)'):
+    with pytest.raises(
+        ValueError, match=r'computes its own loss: LoraConfig\(..., exclude_modules=\["backbone.head"\]\)'
+    ):
         peft.get_peft_model(model, lora(target_modules="all-linear"))
 
 
@@ -120,16 +138,23 @@ def test_the_memory_is_left_alone_where_that_is_asked_for() -> None:
     train(wrapped)
     assert all(torch.equal(p, before[name]) for name, p in model.memory_parameters().items())
     head = peft.get_peft_model(lrt.adapt(decoder()), lora(modules_to_save=["head"]))
-    assert any(p.requires_grad for p in head.base_model.model.memory_parameters().values()) and head.base_model.model.backbone.head.modules_to_save
+    assert (
+        any(p.requires_grad for p in head.base_model.model.memory_parameters().values())
+        and head.base_model.model.backbone.head.modules_to_save
+    )
 
 
 def test_add_adapter_then_save_pretrained_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # it may ask for one that is not released
+    # it may ask for one that is not released
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
     model = lrt.adapt(decoder())
     model.add_adapter(lora())
     train(model)
     model.save_pretrained(tmp_path / "folder")
-    for again in (lrt.load(tmp_path / "folder"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", **SAFE)):
+    for again in (
+        lrt.load(tmp_path / "folder"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder", **SAFE),
+    ):
         assert torch.equal(logits(again), logits(model))
         assert set(dict(again.named_parameters())) == set(dict(model.named_parameters()))
 
@@ -142,8 +167,17 @@ def test_lora_then_adapt_then_trainer_saves_and_resumes(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = lrt.adapt(peft.get_peft_model(decoder(), lora()))
         rows = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 8
-        more = {"per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "save_steps": 2, "max_steps": 4, "learning_rate": 0.01}
-        return transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path / "run"), **more), train_dataset=rows)
+        more = {
+            "per_device_train_batch_size": 2,
+            "report_to": [],
+            "use_cpu": True,
+            "save_steps": 2,
+            "max_steps": 4,
+            "learning_rate": 0.01,
+        }
+        return transformers.Trainer(
+            model, transformers.TrainingArguments(str(tmp_path / "run"), **more), train_dataset=rows
+        )
 
     first = trainer()
     first.train()
@@ -164,7 +198,9 @@ def test_memory_and_lora_travel_alone(order: str, tmp_path: Path) -> None:
     train(model)
     lrt.save(model, tmp_path / "small", adapter_only=True)
     lrt.save(model, tmp_path / "whole")
-    assert (tmp_path / "small" / "model.safetensors").stat().st_size * 2 < (tmp_path / "whole" / "model.safetensors").stat().st_size
+    assert (tmp_path / "small" / "model.safetensors").stat().st_size * 2 < (
+        tmp_path / "whole" / "model.safetensors"
+    ).stat().st_size
     assert torch.equal(logits(lrt.load(tmp_path / "small", base=decoder())), logits(model))
     assert torch.equal(logits(lrt.load(tmp_path / "whole")), logits(model))
     plain = decoder(seed=3)
@@ -172,13 +208,18 @@ def test_memory_and_lora_travel_alone(order: str, tmp_path: Path) -> None:
         lrt.load(tmp_path / "small", base=plain)
     assert not [name for name, _ in plain.named_parameters() if "lora" in name]  # the failed load left it as it was
     if order == "LoRA first":
-        assert torch.equal(logits(lrt.load(tmp_path / "small", base=peft.get_peft_model(decoder(), lora()))), logits(model))
+        assert torch.equal(
+            logits(lrt.load(tmp_path / "small", base=peft.get_peft_model(decoder(), lora()))), logits(model)
+        )
     with pytest.raises(ValueError, match="holds a LoRA adapter beside the memory: lrt.load it, merge it"):
         convert(tmp_path / "whole", tmp_path / "out", source="lrt", target="adapter", report=lambda _: None)
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "another kind": (lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "is IA3, and a folder holds LoRA alone: merge it"),
+    "another kind": (
+        lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
+        "is IA3, and a folder holds LoRA alone: merge it",
+    ),
     "a setting": (lambda: lora(lora_bias=True), "sets lora_bias, which a folder does not hold: merge it"),
 }
 

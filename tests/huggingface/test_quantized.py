@@ -24,7 +24,9 @@ class Int8(Tensor):
 
     @staticmethod
     def __new__(cls: Any, whole: Tensor, scale: Tensor) -> Any:
-        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype, device=whole.device, requires_grad=False)
+        return Tensor._make_wrapper_subclass(
+            cls, whole.shape, dtype=scale.dtype, device=whole.device, requires_grad=False
+        )
 
     def __init__(self, whole: Tensor, scale: Tensor) -> None:
         self.whole, self.scale = whole, scale
@@ -49,7 +51,9 @@ class Int8(Tensor):
 def by_hand(decoder: Any) -> None:
     for module in [m for block in decoder.model.layers for m in block.modules() if isinstance(m, nn.Linear)]:
         scale = module.weight.detach().abs().amax(1, keepdim=True) / 127
-        module.weight = nn.Parameter(Int8((module.weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
+        module.weight = nn.Parameter(
+            Int8((module.weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False
+        )
 
 
 def by_torchao(decoder: Any) -> None:

@@ -37,8 +37,19 @@ with torch.no_grad():
 
 
 def run(folder: Path, *more: str) -> Any:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", PROGRAM, str(folder), *more], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_MODULES_CACHE": str(folder.parent / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), *more],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("kind", ["adapted", "native", "converted"])
@@ -51,7 +62,9 @@ def test_a_folder_opens_without_import_lrt(kind: str, tmp_path: Path) -> None:
     done = run(folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
-        assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), model.eval()(torch.arange(9)[None]).logits)
+        assert torch.equal(
+            torch.load(folder / "logits.pt", weights_only=True), model.eval()(torch.arange(9)[None]).logits
+        )
 
 
 def test_the_error_without_lrt_names_it(tmp_path: Path) -> None:
@@ -65,15 +78,27 @@ def test_the_error_without_lrt_names_it(tmp_path: Path) -> None:
 def test_a_folder_of_memory_alone_names_no_code(tmp_path: Path) -> None:
     """It cannot be opened without its decoder, so it does not say that it could."""
     lrt.save(lrt.adapt(make("llama", dtype=torch.float32)), tmp_path / "memory", adapter_only=True)
-    assert "auto_map" not in json.loads((tmp_path / "memory" / "config.json").read_text()) and not list((tmp_path / "memory").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "memory" / "config.json").read_text()) and not list(
+        (tmp_path / "memory").glob("*.py")
+    )
 
 
 def test_nobody_is_told_to_install_a_name_that_is_not_ours() -> None:
     """Whoever registers "lrt" on the package index would run code at our users."""
     kinds = ("*.py", "*.md", "*.toml", "*.yml", "*.yaml", "*.ipynb", "*.sh")
-    files = [file for kind in kinds for file in ROOT.rglob(kind) if not {".git", ".venv"} & set(file.relative_to(ROOT).parts)]
+    files = [
+        file for kind in kinds for file in ROOT.rglob(kind) if not {".git", ".venv"} & set(file.relative_to(ROOT).parts)
+    ]
     assert len(files) > 100
-    told = re.compile(r"(pip3? install|uv add|uv pip install|uv tool install|pipx install)[^\n`]*?(?<!of)[ \"'`](lrt)(\\?\[|[\"'`\s=<>~]|$)")
+    told = re.compile(
+        r"(pip3? install|uv add|uv pip install|uv tool install|pipx install)[^\n`]*?(?<!of)[ "
+        r"\"'`](lrt)(\\?\[|[\"'`\s=<>~]|$)"
+    )
     ours = Path(__file__).resolve()
-    found = [f"{file}: {match[0]}" for file in files if file.resolve() != ours for match in told.finditer(file.read_text(encoding="utf-8"))]
+    found = [
+        f"{file}: {match[0]}"
+        for file in files
+        if file.resolve() != ours
+        for match in told.finditer(file.read_text(encoding="utf-8"))
+    ]
     assert not found, found

@@ -24,7 +24,9 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstuvwxyz ."])}
+    vocabulary = {
+        token: number for number, token in enumerate(["<pad>", "<eos>", "<bos>", *"abcdefghijklmnopqrstuvwxyz ."])
+    }
     letters = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
@@ -57,7 +59,8 @@ def test_the_page_says_what_works(name: str, tmp_path: Path, monkeypatch: pytest
         exec(re.sub("max_steps=1000", ON_CPU, block), scope(decoder()))  # noqa: S102
     (trainer,) = history
     assert trainer.state.global_step == 5
-    assert any(p.any() for p in trainer.model.memory_parameters().values()) or name == "GRPOTrainer"  # no reward, no gradient
+    # no reward, no gradient
+    assert any(p.any() for p in trainer.model.memory_parameters().values()) or name == "GRPOTrainer"
     if name == "SFTTrainer":
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         assert losses[-1] < losses[0] - 0.1
@@ -70,7 +73,11 @@ def test_lora_of_trl_trains_the_memory(tmp_path: Path) -> None:
     arguments = trl.SFTConfig(str(tmp_path), max_steps=5, use_cpu=True, bf16=False, report_to=[], learning_rate=1e-2)
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     trainer = trl.SFTTrainer(
-        lrt.adapt(given["decoder"]), args=arguments, train_dataset=given["texts"], processing_class=given["tokenizer"], peft_config=lora
+        lrt.adapt(given["decoder"]),
+        args=arguments,
+        train_dataset=given["texts"],
+        processing_class=given["tokenizer"],
+        peft_config=lora,
     )
     trainer.train()
     assert any(p.any() for p in trainer.model.base_model.model.memory_parameters().values())

@@ -23,7 +23,9 @@ NATIVE = "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nsequence_length = 16\n
 def scores_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits as a tool computes them that applies the head itself: the config says how they are scaled and capped."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden) if model.original else hidden @ model.get_output_embeddings().weight.T
+    logits = (
+        model.get_output_embeddings()(hidden) if model.original else hidden @ model.get_output_embeddings().weight.T
+    )
     divisor, cap = getattr(config, "logits_scaling", None) or 1, getattr(config, "final_logit_softcapping", None)
     logits = logits * (getattr(config, "logit_scale", None) or 1) / divisor
     return logits if not cap else torch.tanh(logits / cap) * cap
@@ -40,7 +42,11 @@ def test_the_head_on_the_trunk_is_the_model(name: str) -> None:
     tokens = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    for kept in ({}, {"attention_mask": mask}, {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)}):
+    for kept in (
+        {},
+        {"attention_mask": mask},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)},
+    ):
         for schedule in (lrt.refine(1), lrt.interleaved(2), None):
             expected = model(tokens, **kept, schedule=schedule or model.train_schedule, use_cache=False).logits
             hidden = model.base_model(tokens, **kept, schedule=schedule, use_cache=False).last_hidden_state
@@ -53,7 +59,10 @@ def test_gradients_reach_the_memory_through_the_trunk() -> None:
     model = stir(lrt.adapt(make("llama"))).train()
     tokens = torch.arange(9)[None]
     grads = []
-    for out in (lambda: model(tokens, schedule=lrt.refine(1)).logits, lambda: scores_of(model, model.base_model(tokens, schedule=lrt.refine(1))[0])):
+    for out in (
+        lambda: model(tokens, schedule=lrt.refine(1)).logits,
+        lambda: scores_of(model, model.base_model(tokens, schedule=lrt.refine(1))[0]),
+    ):
         model.zero_grad()
         out().log_softmax(-1)[..., 0].sum().backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
@@ -79,7 +88,12 @@ def test_the_page_says_what_works(holding: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     tokens = torch.arange(9)
     for block in blocks("adapt.md", holding=holding):
-        scope = {"lrt": lrt, "torch": torch, "decoder": make("llama", dtype=torch.float32), "batches": [tokens[None]] * 3}
+        scope = {
+            "lrt": lrt,
+            "torch": torch,
+            "decoder": make("llama", dtype=torch.float32),
+            "batches": [tokens[None]] * 3,
+        }
         scope["rows"] = [{"input_ids": tokens, "labels": tokens}] * 8
         exec(re.sub("max_steps=1000", "max_steps=5, use_cpu=True, report_to=[]", block), scope)  # noqa: S102
         model = scope["model"]

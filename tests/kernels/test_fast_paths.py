@@ -1,4 +1,5 @@
-"""The fast attention paths compute what the plain masked one computes: on the CPU their arithmetic, on a GPU the kernels.
+"""The fast attention paths compute what the plain masked one computes: on the CPU their arithmetic,
+on a GPU the kernels.
 
 GPU tolerance: a fast path may be at most ``WORSE`` times as far from a float32 reference as the plain path in the same
 half precision is, on fresh random inputs; merging rounds each part once more than one kernel would.
@@ -26,8 +27,6 @@ from lrt.model import build_model
 from lrt.types import MemoryInput
 
 WORSE = 2.0
-
-
 
 
 @st.composite
@@ -70,7 +69,11 @@ def test_merged_groups_are_one_attention(case, heads, seed):
     query, keys, values = inputs(length, groups, residue, heads=heads)
     grad = torch.randn_like(query)
     leaves = [query, *keys, *values]
-    merged = with_gradients(lambda: merged_attention(query, keys, values, residue=residue, window=window, scale=0.3, kernel=Plain), leaves, grad)
+    merged = with_gradients(
+        lambda: merged_attention(query, keys, values, residue=residue, window=window, scale=0.3, kernel=Plain),
+        leaves,
+        grad,
+    )
     plain = with_gradients(lambda: reference(query, keys, values, residue=residue, window=window), leaves, grad)
     for got, want in zip(merged, plain):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # parts are joined in float32
@@ -81,7 +84,8 @@ def test_a_buffer_without_mask_sees_the_right_keys(case, softcap, seed):
     length, groups, residue, window = case
     torch.manual_seed(seed)
     query, keys, values = inputs(length, groups, residue)
-    stale = [torch.full_like(k, float("nan")) if g == residue else k for g, k in enumerate(keys)]  # the fresh ones take their place
+    # the fresh ones take their place
+    stale = [torch.full_like(k, float("nan")) if g == residue else k for g, k in enumerate(keys)]
     buffer = Buffer(tuple(stale), tuple(values), residue, None)
     got = buffer.attend(query, keys[residue], values[residue], window=window, scale=0.3, softcap=softcap)
     torch.testing.assert_close(got, reference(query, keys, values, residue=residue, window=window, softcap=softcap))
@@ -130,7 +134,12 @@ def test_split_and_natural_order_are_inverse(length, groups):
     assert torch.equal(natural_order(parts), x)
 
 
-@given(per_group=st.integers(1, 4), groups=st.integers(2, 4), read=st.lists(st.booleans(), min_size=9, max_size=9), seed=st.integers(0, 99))
+@given(
+    per_group=st.integers(1, 4),
+    groups=st.integers(2, 4),
+    read=st.lists(st.booleans(), min_size=9, max_size=9),
+    seed=st.integers(0, 99),
+)
 def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
     """The whole and any of its residues may be read, these also without their last, or none."""
     torch.manual_seed(seed)
@@ -139,7 +148,9 @@ def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
     plain = [x, *(x[:, g::groups] for g in range(groups)), *(x[:, g::groups][:, :-1] for g in range(groups))]
     branched = [whole, *parts, *shorter]
     assert all(torch.equal(a, b) for a, b in zip(branched, plain, strict=True))
-    terms = [[(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in (branched, plain)]
+    terms = [
+        [(i + 1) * y.square().sum() for i, (y, used) in enumerate(zip(ys, read)) if used] for ys in (branched, plain)
+    ]
     if terms[0]:
         got, want = (torch.autograd.grad(sum(t), x)[0] for t in terms)
         torch.testing.assert_close(got, want)
@@ -160,7 +171,9 @@ def test_a_branch_gives_the_gradients_of_slices(per_group, groups, read, seed):
 )
 def test_keys_without_their_last_change_nothing(length, subsets, more, cut, monkeypatch):
     """As on a GPU, where no mask asks for all of them: loss and gradients are those of the plain path."""
-    model = build_model(ModelConfig(n_layers=3, width=32, n_heads=2, vocab_size=64, sequence_length=length), RecurrenceConfig()).double()
+    model = build_model(
+        ModelConfig(n_layers=3, width=32, n_heads=2, vocab_size=64, sequence_length=length), RecurrenceConfig()
+    ).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     tokens, seen = torch.randint(0, 64, (2, length + 1)), []
@@ -176,7 +189,11 @@ def test_keys_without_their_last_change_nothing(length, subsets, more, cut, monk
     read = TrimmedEntries.read_by
     monkeypatch.setattr(passes, "engine_of", CompiledEngine)
     monkeypatch.setattr(CompiledEngine, "masks", lambda self, row, groups, residue: [None] * len(self.model.blocks))
-    monkeypatch.setattr(TrimmedEntries, "read_by", lambda self, *place: seen.append([x.shape[1] for x in read(self, *place)]) or read(self, *place))
+    monkeypatch.setattr(
+        TrimmedEntries,
+        "read_by",
+        lambda self, *place: seen.append([x.shape[1] for x in read(self, *place)]) or read(self, *place),
+    )
     torch.testing.assert_close(gradients(), expected)
     whole = [len(range(g, length, min(subsets, length))) for g in range(min(subsets, length))]
     assert any(lengths != whole for lengths in seen) == cut
@@ -216,7 +233,9 @@ def three_ways(fast, leaves, groups, **call):
 @pytest.mark.parametrize("length, groups", [(256, 1), (256, 2), (255, 2), (250, 3), (512, 4)])
 def test_kernels_against_float32(length, groups, window, heads):
     for residue in range(groups):
-        query, keys, values = inputs(length, groups, residue, heads=heads, width=128, dtype=torch.bfloat16, device="cuda")
+        query, keys, values = inputs(
+            length, groups, residue, heads=heads, width=128, dtype=torch.bfloat16, device="cuda"
+        )
         call = {"residue": residue, "window": window, "scale": 0.1, "softcap": None}
         errors = three_ways(functools.partial(grouped_attention, **call), [query, *keys, *values], groups, **call)
         assert_no_worse(*errors, f"T {length}, S {groups}, residue {residue}, window {window}, heads {heads}")
@@ -229,11 +248,17 @@ def test_flex_against_float32(cut):
     compiled = torch.compile(flex_groups, fullgraph=True, dynamic=False)
     documents = (torch.rand(2, length, device="cuda") < 0.02).cumsum(1) if cut else None
     for residue in range(groups):
-        query, keys, values = inputs(length, groups, residue, heads=(4, 2), width=128, dtype=torch.bfloat16, device="cuda")
-        mask = block_mask(length=length, groups=groups, residue=residue, window=window, documents=documents, device=query.device)
+        query, keys, values = inputs(
+            length, groups, residue, heads=(4, 2), width=128, dtype=torch.bfloat16, device="cuda"
+        )
+        mask = block_mask(
+            length=length, groups=groups, residue=residue, window=window, documents=documents, device=query.device
+        )
         call = {"residue": residue, "window": window, "scale": 0.1, "softcap": softcap, "documents": documents}
         fast = functools.partial(compiled, mask=mask, scale=0.1, softcap=softcap)
-        assert_no_worse(*three_ways(fast, [query, *keys, *values], groups, **call), f"flex, residue {residue}, documents {cut}")
+        assert_no_worse(
+            *three_ways(fast, [query, *keys, *values], groups, **call), f"flex, residue {residue}, documents {cut}"
+        )
 
 
 def losses_and_gradients(model, tokens, schedule, **options):
@@ -241,7 +266,9 @@ def losses_and_gradients(model, tokens, schedule, **options):
     model.zero_grad(set_to_none=True)
     out = model(tokens[:, :-1], targets=tokens[:, 1:], schedule=schedule, **options)
     out.loss.backward()
-    wide = [[p.grad.float().flatten() for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False)]
+    wide = [
+        [p.grad.float().flatten() for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False)
+    ]
     return [torch.stack([out.loss.detach(), *out.groups]), *(torch.cat(part) for part in wide)]
 
 
@@ -261,13 +288,20 @@ STEPS = [
 @torch._dynamo.config.patch(recompile_limit=64)
 @pytest.mark.parametrize("pattern, options, schedules", STEPS)
 def test_compiled_steps_against_float32(pattern, options, schedules):
-    """Whole steps: the compiled half-precision model against an eager float32 one, and the eager half one as the yardstick."""
+    """Whole steps: the compiled half-precision model against an eager float32 one, and the eager half one as the
+    yardstick."""
     compare_steps("cuda", pattern, schedules, backend="inductor", **options)
 
 
 def compare_steps(device, pattern, schedules, *, backend, documents=False, sharing="shared", blocks=None, length=256):
     torch._dynamo.reset()
-    config = ModelConfig(n_layers=2 if blocks is None else max(blocks), width=256, vocab_size=512, sequence_length=length, window_pattern=pattern)
+    config = ModelConfig(
+        n_layers=2 if blocks is None else max(blocks),
+        width=256,
+        vocab_size=512,
+        sequence_length=length,
+        window_pattern=pattern,
+    )
     recurrence = RecurrenceConfig(separator=3, sharing=sharing, blocks=blocks)
     wide = build_model(config, recurrence, device=device)
     wide.init_weights()
@@ -286,7 +320,8 @@ def compare_steps(device, pattern, schedules, *, backend, documents=False, shari
     options = {"document_ids": (tokens[:, :-1] == 3).cumsum(1)} if documents else {}
     for schedule in schedules:
         exact, plain, got = (losses_and_gradients(model, tokens, schedule, **options) for model in (wide, half, fast))
-        assert_no_worse(got, plain, exact, f"{schedule}, {sharing}, windows {pattern}", floor=1e-2)  # few scales: their errors are luck
+        # few scales: their errors are luck
+        assert_no_worse(got, plain, exact, f"{schedule}, {sharing}, windows {pattern}", floor=1e-2)
 
 
 @torch._dynamo.config.patch(recompile_limit=64)
@@ -301,9 +336,13 @@ def test_compiled_steps_are_eager_steps(pattern, options, schedules):
 
 @given(uses=st.lists(st.integers(0, 2), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_a_fan_gives_the_gradients_of_sharing(uses, seed):
-    """Block i reads the tensor uses[i] times; aliases that nobody reads, and tensors of one block, are no special case."""
+    """Block i reads the tensor uses[i] times; aliases that nobody reads, and tensors of one block,
+    are no special case."""
     torch.manual_seed(seed)
-    shared, own = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    shared, own = (
+        torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),
+    )
     blocks = [MemoryInput(shared, own if i == 0 else None) for i in range(len(uses))]
 
     def total(tuples):

@@ -1,4 +1,5 @@
-"""Gates, memory, token values, RoPE and QK-norm as one operator: its place in a block on the CPU, its kernels on a GPU."""
+"""Gates, memory, token values, RoPE and QK-norm as one operator: its place in a block on the CPU,
+its kernels on a GPU."""
 
 import pytest
 import torch
@@ -26,12 +27,21 @@ def losses_and_gradients(model, tokens, schedule):
     return [out.logits, *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("schedule", [lrt.baseline(), lrt.refine(1), lrt.interleaved(2), lrt.interleaved(3, kv_refresh=True)])
+@pytest.mark.parametrize(
+    "schedule", [lrt.baseline(), lrt.refine(1), lrt.interleaved(2), lrt.interleaved(3, kv_refresh=True)]
+)
 @pytest.mark.parametrize("kv_heads, sharing, channels", [(2, "shared", None), (1, "layerwise", 8), (2, "shared", 5)])
 def test_a_block_that_mixes_at_once_computes_the_same(request, schedule, kv_heads, sharing, channels):
     torch.manual_seed(0)
     config = ModelConfig(
-        n_layers=3, width=32, n_heads=2, n_kv_heads=kv_heads, vocab_size=64, sequence_length=16, window_pattern="SL", gate_channels=channels
+        n_layers=3,
+        width=32,
+        n_heads=2,
+        n_kv_heads=kv_heads,
+        vocab_size=64,
+        sequence_length=16,
+        window_pattern="SL",
+        gate_channels=channels,
     )
     model = build_model(config, RecurrenceConfig(separator=1, sharing=sharing, gate_channels=channels)).double()
     for parameter in model.parameters():
@@ -66,7 +76,9 @@ def test_a_wrapped_projection_is_called_and_not_read(one_operator):
     assert block.can_mix(hidden) and not block.can_mix(hidden[:, :1])  # single tokens have kernels of their own
     handle = block.value.register_forward_hook(lambda module, args, out: 0 * out)
     assert not block.can_mix(hidden)
-    assert not block.project(hidden + torch.randn(32), model.backbone.embed(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4))[1][0]).value.any()
+    assert not block.project(
+        hidden + torch.randn(32), model.backbone.embed(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4))[1][0]
+    ).value.any()
     handle.remove()
     assert block.can_mix(hidden)
     block.key = torch.nn.Sequential(block.key)
@@ -95,10 +107,13 @@ def test_a_gate_without_a_table_is_no_column(one_operator, monkeypatch):
 
 
 def test_launches_of_any_size_with_any_stride_of_a_single_head():
-    """CUDA takes 65,535 programs in any but the first dimension; the compiler may choose the stride of a dimension of one element."""
+    """CUDA takes 65,535 programs in any but the first dimension; the compiler may choose the stride of a dimension of
+    one element."""
     batch, length, width = 1024, 2048, 16
     joint = torch.zeros(1).expand(batch, length, 64)
-    memory = torch.zeros(1, 1, 1, width).expand(batch, length, 1, width).as_strided((batch, length, 1, width), (0, 0, 1, 1))
+    memory = (
+        torch.zeros(1, 1, 1, width).expand(batch, length, 1, width).as_strided((batch, length, 1, width), (0, 0, 1, 1))
+    )
     angles = torch.zeros(1, length, 1, width // 2)
     grid, *_ = mixing._launch(joint, memory, memory, None, angles, angles, 1, 1, width, True, True)
     assert grid == (batch * length // mixing.BLOCK,)
@@ -130,7 +145,8 @@ def cases(draw):
 
 
 def inputs(case, dtype):
-    """Arguments of the operator, token values strided as a subset of positions is, and gradients strided as attention's are."""
+    """Arguments of the operator, token values strided as a subset of positions is, and gradients strided as attention's
+    are."""
     torch.manual_seed(case["seed"])
     batch, length, groups, width = (case[name] for name in ("batch", "length", "groups", "width"))
     heads = groups * case["share"]
@@ -160,7 +176,8 @@ def with_gradients(function, arguments, grads):
 @settings(max_examples=15, deadline=None)  # most of the time goes into compiling a kernel for each case
 @given(case=cases())
 def test_kernels_against_float64(case):
-    """In float32 and in bfloat16 no worse than twice what plain torch loses in it; one wrong number would be 1e-3 of a tensor."""
+    """In float32 and in bfloat16 no worse than twice what plain torch loses in it;
+    one wrong number would be 1e-3 of a tensor."""
     whole, grads = inputs(case, torch.float32)
     for dtype, slack in ((torch.float32, 2e-6), (torch.bfloat16, 1e-3)):
         given = [x.to(dtype) if isinstance(x, torch.Tensor) and i < 4 else x for i, x in enumerate(whole)]
@@ -170,4 +187,6 @@ def test_kernels_against_float64(case):
         plain, fast = (with_gradients(f, given, given_grads) for f in (mixing.reference, mixing._forward))
         for index, (a, b, c) in enumerate(zip(fast, plain, exact)):
             far, near = ((x.double() - c).norm() / c.norm().clamp_min(1e-9) for x in (a, b))
-            assert far <= 2 * near + slack, f"tensor {index} in {dtype}: relative error {far:.2e}, plain torch {near:.2e}"
+            assert far <= 2 * near + slack, (
+                f"tensor {index} in {dtype}: relative error {far:.2e}, plain torch {near:.2e}"
+            )

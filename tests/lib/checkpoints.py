@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from lrt.config import CheckpointConfig, parse_recipe
-from lrt.train.checkpoint import (
-    CheckpointManager,
-)
+from lrt.train.checkpoint import CheckpointManager
 
 RECIPE = parse_recipe("")
 

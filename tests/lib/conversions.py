@@ -53,8 +53,18 @@ def save_step(folder, step, model, *, recipe, rank=0, world_size=1, group=None, 
 
 def leave_nanochat(place, **more):
     """A tiny NanoChatForCausalLM of transformers in a folder; returns it."""
-    sizes = {"vocab_size": 301, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    given = {"num_key_value_heads": 2, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    sizes = {
+        "vocab_size": 301,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    given = {
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    }
     torch.manual_seed(0)
     model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**sizes | given | more)).eval()
     with torch.no_grad():

@@ -8,23 +8,49 @@ from typing import Any
 import torch
 
 COMMON: dict[str, Any] = {"vocab_size": 61, "max_position_embeddings": 64}
-ROPE: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40, **COMMON}
+ROPE: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    **COMMON,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", ROPE | {"attention_bias": True, "mlp_bias": True}),
     "smollm": ("Llama", ROPE | {"tie_word_embeddings": True, "head_dim": 8}),
     "mistral": ("Mistral", ROPE | {"sliding_window": 5, "head_dim": 8}),
     "qwen2": ("Qwen2", ROPE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", ROPE | {"head_dim": 8, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", ROPE | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0}),
+    "gemma2": (
+        "Gemma2",
+        ROPE | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0},
+    ),
     "gemma3": (
         "Gemma3Text",
-        ROPE | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        ROPE
+        | {
+            "head_dim": 8,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
     ),
     "olmo2": ("Olmo2", ROPE),
     "phi3": ("Phi3", ROPE | {"pad_token_id": 0, "sliding_window": 6}),
     "gpt2": ("GPT2", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61}),
-    "gpt_neox": ("GPTNeoX", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "rotary_pct": 0.5, **COMMON}),
-    "gpt_neox_serial": ("GPTNeoX", {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "use_parallel_residual": False, **COMMON}),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40, "rotary_pct": 0.5, **COMMON},
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoX",
+        {
+            "hidden_size": 24,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "use_parallel_residual": False,
+            **COMMON,
+        },
+    ),
 }
 PLAIN: dict[str, Any] = ROPE | {"head_dim": 8, "pad_token_id": 0}
 EXPERTS: dict[str, Any] = PLAIN | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
@@ -48,21 +74,32 @@ DESCRIBED: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", ROPE | {"pad_token_id": 0, "no_rope_layers": [1, 0, 1]}),
     "granite": (
         "Granite",
-        ROPE | {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.5, "attention_multiplier": 0.3},
+        ROPE
+        | {"residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.5, "attention_multiplier": 0.3},
     ),
     "granite_swa": ("GraniteSWA", ROPE | {"pad_token_id": 0, "sliding_window": 4, "layer_types": MIXED}),
-    "gpt_oss": ("GptOss", PLAIN | {"sliding_window": 4, "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOss",
+        PLAIN | {"sliding_window": 4, "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "cohere": ("Cohere", ROPE | {"logit_scale": 0.3, "pad_token_id": 0}),
     "cohere_normed": ("Cohere", ROPE | {"logit_scale": 0.3, "use_qk_norm": True, "pad_token_id": 0}),
     "cohere2": ("Cohere2", PLAIN | {"logit_scale": 0.3, "sliding_window": 4, "layer_types": MIXED}),
     "phi": ("Phi", ROPE | {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 3}),
-    "phi_normed": ("Phi", ROPE | {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 1, "qk_layernorm": True}),
+    "phi_normed": (
+        "Phi",
+        ROPE | {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 1, "qk_layernorm": True},
+    ),
     "stablelm": ("StableLm", ROPE | {"num_attention_heads": 3, "num_key_value_heads": 3, "use_qkv_bias": True}),
-    "stablelm_parallel": ("StableLm", ROPE | {"num_attention_heads": 3, "num_key_value_heads": 3, "use_parallel_residual": True}),
+    "stablelm_parallel": (
+        "StableLm",
+        ROPE | {"num_attention_heads": 3, "num_key_value_heads": 3, "use_parallel_residual": True},
+    ),
     "stablelm_normed": ("StableLm", ROPE | {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_layernorm": True}),
     "stablelm_parallel_normed": (
         "StableLm",
-        ROPE | {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_layernorm": True, "use_parallel_residual": True},
+        ROPE
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "qk_layernorm": True, "use_parallel_residual": True},
     ),
     "glm4": ("Glm4", PLAIN),
     "exaone4": ("Exaone4", PLAIN | {"sliding_window": 4, "layer_types": MIXED}),
@@ -74,7 +111,10 @@ DESCRIBED: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2", ROPE | {"sliding_window": 5}),
     "opt": ("OPT", ROPE | {"num_key_value_heads": 4, "word_embed_proj_dim": 24, "ffn_dim": 40, "pad_token_id": 0}),
     "gpt_bigcode": ("GPTBigCode", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61}),
-    "gpt_bigcode_by_head": ("GPTBigCode", {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61, "multi_query": False}),
+    "gpt_bigcode_by_head": (
+        "GPTBigCode",
+        {"n_embd": 24, "n_head": 4, "n_positions": 64, "vocab_size": 61, "multi_query": False},
+    ),
 }
 # Others of the same structures, checked by the nightly command.
 NIGHTLY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,7 +137,10 @@ NIGHTLY: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("Nemotron", PLAIN),
     "olmo3": ("Olmo3", ROPE | {"pad_token_id": 0, "sliding_window": 4, "layer_types": MIXED}),
     "phimoe": ("Phimoe", PLAIN | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
-    "qwen2_moe": ("Qwen2Moe", EXPERTS | {"num_experts": 4, "sliding_window": 4, "layer_types": MIXED, "use_sliding_window": True}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        EXPERTS | {"num_experts": 4, "sliding_window": 4, "layer_types": MIXED, "use_sliding_window": True},
+    ),
     "qwen3_moe": ("Qwen3Moe", EXPERTS | {"num_experts": 4}),
     "solar_open": ("SolarOpen", EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1}),
 }
@@ -105,14 +148,24 @@ CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM", "Gemma3
 NO_SDPA = ("Gemma2", "GptOss", "GraniteSWA")  # a softcap, sinks
 
 
-def make(family: str, *, seed: int = 0, layers: int = 3, attention: str | None = None, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+def make(
+    family: str,
+    *,
+    seed: int = 0,
+    layers: int = 3,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    **more: Any,
+) -> Any:
     """A random decoder in evaluation mode."""
     import transformers
 
     name, settings = (FAMILIES | DESCRIBED | NIGHTLY)[family]
     depth = {"n_layer" if "n_head" in settings else "num_hidden_layers": layers}
     config = getattr(transformers, f"{name}Config")(**settings | ({} if "text_config" in settings else depth) | more)
-    config._attn_implementation = attention if attention is not None and name not in NO_SDPA else "eager" if name in NO_SDPA else "sdpa"
+    config._attn_implementation = (
+        attention if attention is not None and name not in NO_SDPA else "eager" if name in NO_SDPA else "sdpa"
+    )
     if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # the others know no float64
     torch.manual_seed(seed)
@@ -142,7 +195,8 @@ def stir(model: Any, *, seed: int = 1, size: float = 0.2) -> Any:
     return model
 
 
-# Before transformers 5 these have other modules, draw other random numbers, know no float64, or round as no description says.
+# Before transformers 5 these have other modules, draw other random numbers, know no float64,
+# or round as no description says.
 LAID_OUT_LATER = frozenset(
     {"dots1", "ernie4_5_moe", "glm4_moe", "mixtral", "nemotron", "olmo3", "opt", "phimoe", "qwen2_moe", "stablelm", "stablelm_normed",
      "stablelm_parallel", "stablelm_parallel_normed"}
@@ -155,4 +209,8 @@ def known(families: Iterable[str]) -> list[str]:
 
     new = hasattr(transformers.LlamaConfig(), "rope_parameters")
     classes = {family: name for family, (name, _) in (FAMILIES | DESCRIBED | NIGHTLY).items()}
-    return [family for family in families if hasattr(transformers, f"{classes[family]}Config") and (new or family not in LAID_OUT_LATER)]
+    return [
+        family
+        for family in families
+        if hasattr(transformers, f"{classes[family]}Config") and (new or family not in LAID_OUT_LATER)
+    ]

@@ -79,7 +79,9 @@ class Oracle:
                 if backbone.embedding_scales is not None:
                     x[t] = x[t] + backbone.embedding_scales[layer] * start[t]
                 if self.receives(layer) and self.model.injection is not None:
-                    x[t] = x[t] + self.model.injection.gains[self.model.receivers.index(layer)] * self.added(x[t], memory[t])
+                    x[t] = x[t] + self.model.injection.gains[self.model.receivers.index(layer)] * self.added(
+                        x[t], memory[t]
+                    )
                 normed = norm(x[t])
                 query[t] = (block.query.weight @ normed).view(config.heads, -1)
                 token_value = torch.zeros(config.kv_heads, config.head_dim)
@@ -87,7 +89,9 @@ class Oracle:
                     embedded = backbone.value_embeddings[str(layer)].weight[self.tokens[t]].view(config.kv_heads, -1)
                     token_value = self.gate(block.value_gate, normed)[:, None] * embedded
                 gates = None if wrapper.gate is None else self.gate(wrapper.gate, normed)
-                self.parts[layer][t] = (normed, token_value, gates) if self.parts[layer][t] is None else self.parts[layer][t]
+                self.parts[layer][t] = (
+                    (normed, token_value, gates) if self.parts[layer][t] is None else self.parts[layer][t]
+                )
                 self.kv[layer][t] = self.finish(layer, t, (normed, token_value, gates), memory[t])
             for t in positions:
                 mixed = []
@@ -181,7 +185,11 @@ class Oracle:
         out = []
         for hidden in self.hidden:
             logits = self.model.backbone.head.weight[: self.config.vocab_size] @ norm(hidden)
-            out.append(logits if self.config.softcap is None else self.config.softcap * torch.tanh(logits / self.config.softcap))
+            out.append(
+                logits
+                if self.config.softcap is None
+                else self.config.softcap * torch.tanh(logits / self.config.softcap)
+            )
         return torch.stack(out)
 
 
@@ -190,6 +198,8 @@ def oracle_loss(groups_by_row, targets, weights):
     valid = [(b, t) for b, row in enumerate(targets.tolist()) for t, goal in enumerate(row) if goal != -100]
     losses = []
     for group in range(len(weights)):
-        nats = [torch.logsumexp(groups_by_row[b][group][t], 0) - groups_by_row[b][group][t][targets[b, t]] for b, t in valid]
+        nats = [
+            torch.logsumexp(groups_by_row[b][group][t], 0) - groups_by_row[b][group][t][targets[b, t]] for b, t in valid
+        ]
         losses.append(torch.stack(nats).sum() / len(valid) if valid else torch.tensor(0.0))
     return sum(w * loss for w, loss in zip(weights, losses)) / sum(weights), losses

@@ -63,7 +63,8 @@ def train_records(folder):
 
 
 def files_equal(a, b, *, except_for=()):
-    """Every tensor and every rank's state of two checkpoints, bit for bit; of what the run says of itself all but these keys."""
+    """Every tensor and every rank's state of two checkpoints, bit for bit;
+    of what the run says of itself all but these keys."""
     from safetensors.torch import load_file
 
     names = sorted(p.name for p in a.glob("*.safetensors"))

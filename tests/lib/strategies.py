@@ -12,7 +12,8 @@ from lrt.model import build_model
 
 VOCABULARY = 13
 SEPARATOR = 0
-PARTS = ((True, True), (True, False), (False, True), (True, "projected"), (False, "projected"))  # kv_projection and residual
+# kv_projection and residual
+PARTS = ((True, True), (True, False), (False, True), (True, "projected"), (False, "projected"))
 WAYS = (("shared", "separate"), ("layerwise", "separate"), ("shared", "aligned"))  # sharing and projection
 
 

@@ -1,4 +1,5 @@
-"""A memory is loaded on the weights that it was trained on, or not at all; a decoder of one's own keeps what was trained."""
+"""A memory is loaded on the weights that it was trained on, or not at all;
+a decoder of one's own keeps what was trained."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from lrt.conversion import convert
 from lrt.serialization.fingerprint import fingerprint, same_weights
 
 TOKENS = torch.arange(9)[None]
-NATIVE = "recurrence = false\n[schedule]\nkind = 'baseline'\n[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 64"
+NATIVE = (
+    "recurrence = false\n[schedule]\nkind = 'baseline'\n[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 64"
+)
 OTHER = "with other weights than this one: pass the decoder that it was trained on"
 
 
@@ -53,7 +56,9 @@ def test_a_decoder_of_ones_own_keeps_what_was_trained(tmp_path: Path) -> None:
     assert torch.equal(logits(whole), logits(model))
     memory = lrt.save(model, tmp_path / "memory", adapter_only=True)
     original = plain()
-    with pytest.raises(ValueError, match=f"trained on a Plain {OTHER}.*its weights are not in this folder .*lrt.save the whole model"):
+    with pytest.raises(
+        ValueError, match=f"trained on a Plain {OTHER}.*its weights are not in this folder .*lrt.save the whole model"
+    ):
         lrt.load(memory, base=original, family=PLAIN)
     trained = plain()
     trained.load_state_dict(lrt.release(model).state_dict())
@@ -127,11 +132,25 @@ def test_conversion_notices_too(tmp_path: Path) -> None:
     lrt.save(model, tmp_path / "memory", adapter_only=True)
     convert(tmp_path / "whole", tmp_path / "converted", source="lrt", target="adapter", report=lambda _: None)
     for memory in ("memory", "converted"):
-        done = convert(tmp_path / memory, tmp_path / f"{memory}_on", source="adapter", target="lrt", base=tmp_path / "base", report=lambda _: None)
+        done = convert(
+            tmp_path / memory,
+            tmp_path / f"{memory}_on",
+            source="adapter",
+            target="lrt",
+            base=tmp_path / "base",
+            report=lambda _: None,
+        )
         assert torch.equal(logits(lrt.load(done.output)), logits(model))
         assert torch.equal(logits(lrt.load(tmp_path / memory, base=llama())), logits(model))
         with pytest.raises(ValueError, match="was trained on other weights than those of .*other: name the decoder"):
-            convert(tmp_path / memory, tmp_path / "no", source="adapter", target="lrt", base=tmp_path / "other", report=lambda _: None)
+            convert(
+                tmp_path / memory,
+                tmp_path / "no",
+                source="adapter",
+                target="lrt",
+                base=tmp_path / "other",
+                report=lambda _: None,
+            )
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 900), seed=st.integers(0, 9), size=st.sampled_from([1e-3, 1.0]))
@@ -139,9 +158,15 @@ def test_few_numbers_are_read_and_all_columns_met(rows: int, columns: int, seed:
     torch.manual_seed(seed)
     weight = torch.randn(rows, columns)
     before = fingerprint([("a", weight)])
-    assert same_weights(before, fingerprint([("a", weight.clone())])) and same_weights(before, fingerprint([("a", weight.T.contiguous().T)]))
-    assert same_weights(before, fingerprint([("a", weight.to(torch.bfloat16))])) and same_weights(before, fingerprint([("a", weight.half())]))
-    assert not same_weights(before, fingerprint([("a", weight + size)])) and not same_weights(before, fingerprint([("b", weight)]))
+    assert same_weights(before, fingerprint([("a", weight.clone())])) and same_weights(
+        before, fingerprint([("a", weight.T.contiguous().T)])
+    )
+    assert same_weights(before, fingerprint([("a", weight.to(torch.bfloat16))])) and same_weights(
+        before, fingerprint([("a", weight.half())])
+    )
+    assert not same_weights(before, fingerprint([("a", weight + size)])) and not same_weights(
+        before, fingerprint([("b", weight)])
+    )
     assert same_weights(before, fingerprint([("a", weight.to("meta"))])) and same_weights(None, before)
     if rows * columns > 1:
         assert not same_weights(before, fingerprint([("a", weight.flip(0, 1))]))

@@ -51,7 +51,9 @@ OLD: dict[str, Callable[[Path], Any]] = {
     "one file": lambda folder: lrt.save(adapted(1), folder),
     "deeper and sharded": lambda folder: lrt.save(adapted(1, layers=5), folder, shard_size=4000),
     "the memory alone": lambda folder: lrt.save(adapted(1), folder, adapter_only=True),
-    "a plain decoder in shards": lambda folder: make("llama", dtype=torch.float32, layers=5).save_pretrained(folder, max_shard_size="6KB"),
+    "a plain decoder in shards": lambda folder: make("llama", dtype=torch.float32, layers=5).save_pretrained(
+        folder, max_shard_size="6KB"
+    ),
     "nothing": lambda folder: folder.mkdir(),
 }
 
@@ -90,7 +92,8 @@ def test_a_model_is_on_the_disk_before_it_is_declared_written(tmp_path: Path, mo
 
 
 def killed_at(count: int, act: Callable[[], Any], folder: Path) -> bool:
-    """Run ``act`` in a child that dies, without any cleaning up, at the count-th change of ``folder``; whether it died."""
+    """Run ``act`` in a child that dies, without any cleaning up, at the count-th change of ``folder``;
+    whether it died."""
     child = os.fork()
     if child == 0:
         changes = 0
@@ -98,7 +101,9 @@ def killed_at(count: int, act: Callable[[], Any], folder: Path) -> bool:
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal changes
             writes = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
-            if (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")) and str(folder) in str(arguments[0]):
+            if (writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")) and str(folder) in str(
+                arguments[0]
+            ):
                 changes += 1
                 if changes > count:
                     os._exit(9)
@@ -132,7 +137,11 @@ def test_a_kill_at_any_change_leaves_one_model_or_the_other(tmp_path: Path) -> N
         if not died:
             break
         third.save_pretrained(folder)  # and the next save leaves nothing of either
-        assert torch.equal(logits(lrt.load(folder)), logits(third)) and not list(folder.glob(".lrt*")) and not list(folder.glob("model-*"))
+        assert (
+            torch.equal(logits(lrt.load(folder)), logits(third))
+            and not list(folder.glob(".lrt*"))
+            and not list(folder.glob("model-*"))
+        )
         shutil.rmtree(folder)
         count += 1
     assert count > 20 and seen == sorted(seen, reverse=True) and {"old", "new"} == set(seen)
@@ -144,7 +153,9 @@ def test_an_interrupted_save_that_cannot_be_finished_is_said(tmp_path: Path) -> 
     (folder / ".lrt-written").mkdir()
     for text in ('["../model.safetensors"]', "[1]", "{", "7"):
         (folder / ".lrt-written" / ".files.json").write_text(text)
-        with pytest.raises(ValueError, match="was interrupted and cannot be finished here .*: open it once where it may be written"):
+        with pytest.raises(
+            ValueError, match="was interrupted and cannot be finished here .*: open it once where it may be written"
+        ):
             lrt.load(folder)
     (folder / ".lrt-written" / ".files.json").unlink()
     assert torch.equal(logits(lrt.load(folder)), logits(adapted(1)))

@@ -36,7 +36,12 @@ class Model(transformers.LlamaForCausalLM):
 class Tokenizer(transformers.PreTrainedTokenizerFast):
     pass
 """
-MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
+MAP = {
+    "AutoConfig": "evil.Config",
+    "AutoModelForCausalLM": "evil.Model",
+    "AutoModel": "evil.Model",
+    "AutoTokenizer": ["evil.Tokenizer", None],
+}
 
 
 def llama() -> Any:
@@ -125,7 +130,9 @@ def test_code_of_a_folder_never_runs(words: str, unasked: Path, tmp_path: Path, 
     else:
         from lrt.train.checkpoint.starting_model import read_backbone, shapes_of
 
-        recipe = parse_recipe(f'[run]\nbackbone = "{base}"\n[recurrence]\ninit = "identity"\n[optimizer]\nkind = "adamw"\n')
+        recipe = parse_recipe(
+            f'[run]\nbackbone = "{base}"\n[recurrence]\ninit = "identity"\n[optimizer]\nkind = "adamw"\n'
+        )
         with pytest.raises(ValueError) as caught:
             (shapes_of if words == "shapes" else read_backbone)(recipe)
         said = str(caught.value)
@@ -134,11 +141,26 @@ def test_code_of_a_folder_never_runs(words: str, unasked: Path, tmp_path: Path, 
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "a kernel": ({"attn_implementation": "owner/kernel"}, "'owner/kernel' in .*attn_implementation, a kernel to be fetched from the hub"),
-    "flash attention": ({"attn_implementation": "flash_attention_2"}, "'flash_attention_2' in .*attn_implementation, a kernel to be fetched from"),
-    "a newer one": ({"_attn_implementation": "flash_attention_3"}, "'flash_attention_3' in .*attn_implementation, a kernel to be fetched from"),
-    "attention by part": ({"attn_implementation": {"text_config": "flash_attention_2"}}, "in .*attn_implementation.text_config, a kernel"),
-    "attention of a part": ({"text_config": {"attn_implementation": "flash_attention_2"}}, "in .*text_config.attn_implementation, a kernel"),
+    "a kernel": (
+        {"attn_implementation": "owner/kernel"},
+        "'owner/kernel' in .*attn_implementation, a kernel to be fetched from the hub",
+    ),
+    "flash attention": (
+        {"attn_implementation": "flash_attention_2"},
+        "'flash_attention_2' in .*attn_implementation, a kernel to be fetched from",
+    ),
+    "a newer one": (
+        {"_attn_implementation": "flash_attention_3"},
+        "'flash_attention_3' in .*attn_implementation, a kernel to be fetched from",
+    ),
+    "attention by part": (
+        {"attn_implementation": {"text_config": "flash_attention_2"}},
+        "in .*attn_implementation.text_config, a kernel",
+    ),
+    "attention of a part": (
+        {"text_config": {"attn_implementation": "flash_attention_2"}},
+        "in .*text_config.attn_implementation, a kernel",
+    ),
     "a kernel of experts": ({"experts_implementation": "owner/kernel"}, "a kernel to be fetched"),
     "a part": ({"vision_config": {"auto_map": MAP}}, r"code for a part of the model \(vision_config.auto_map"),
     "quantized": ({"quantization_config": {"quant_method": "mxfp4"}}, "is quantized, .*: save it dequantized first"),
@@ -172,8 +194,14 @@ def test_attention_in_the_config_of_our_folder_is_refused_and_may_be_asked_for(t
         (folder / "config.json").write_text(json.dumps(table | {"attn_implementation": allowed}))
         lrt.load(folder)
     (folder / "config.json").write_text(json.dumps(table | {"attn_implementation": "flash_attention_2"}))
-    for opened in (lrt.load, transformers.AutoConfig.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="'flash_attention_2' in attn_implementation, a kernel to be fetched from the hub"):
+    for opened in (
+        lrt.load,
+        transformers.AutoConfig.from_pretrained,
+        transformers.AutoModelForCausalLM.from_pretrained,
+    ):
+        with pytest.raises(
+            ValueError, match="'flash_attention_2' in attn_implementation, a kernel to be fetched from the hub"
+        ):
             opened(folder)
 
 
@@ -203,7 +231,9 @@ def test_the_file_that_opens_our_folders_is_not_run_where_lrt_is(unasked: Path, 
     assert "marker" not in (tmp_path / "out" / "modeling_lrt.py").read_text()  # the copy is ours
 
 
-@pytest.mark.parametrize("name", ["pipeline", "Trainer", "AutoModelForCausalLM", "DetrForObjectDetection", "evil", "__spec__", 3, None])
+@pytest.mark.parametrize(
+    "name", ["pipeline", "Trainer", "AutoModelForCausalLM", "DetrForObjectDetection", "evil", "__spec__", 3, None]
+)
 def test_only_a_causal_language_model_is_built_from_a_config(name: Any, unasked: Path, tmp_path: Path) -> None:
     lrt.save(lrt.adapt(llama()), tmp_path / "ours")
     table = json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -215,7 +245,9 @@ def test_only_a_causal_language_model_is_built_from_a_config(name: Any, unasked:
 
 def test_an_adapter_does_not_lead_to_its_base(unasked: Path, tmp_path: Path) -> None:
     base = evil(tmp_path / "evil", unasked, model_type="llama")
-    (base / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/evil", "peft_type": "LORA"}))
+    (base / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "owner/evil", "peft_type": "LORA"})
+    )
     with pytest.raises(ValueError, match="is a PEFT adapter: merge it"):
         open_decoder(base, dtype="auto")
 
@@ -225,7 +257,9 @@ def test_weights_that_are_pickled_or_damaged_are_named_in_one_line(unasked: Path
     weights = base / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-9])
-    cases: list[tuple[Callable[[], Any], str]] = [(lambda: weights.write_bytes(content.replace(b'"F32"', b'"F99"')), "model.safetensors: .*F99")]
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: weights.write_bytes(content.replace(b'"F32"', b'"F99"')), "model.safetensors: .*F99")
+    ]
     with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
         open_decoder(base, dtype="auto")
     for change, text in cases:
@@ -235,14 +269,19 @@ def test_weights_that_are_pickled_or_damaged_are_named_in_one_line(unasked: Path
         assert "\n" not in str(caught.value)
     weights.unlink()
     torch.save(llama().state_dict(), base / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no model.safetensors but pytorch_model.bin, which lrt does not open: load it") as caught:
+    with pytest.raises(
+        ValueError, match="holds no model.safetensors but pytorch_model.bin, which lrt does not open: load it"
+    ) as caught:
         open_decoder(base, dtype="auto")
     assert "\n" not in str(caught.value)
 
 
 DOORS = {
     "from_pretrained": {
-        "lrt/serialization/decoders.py", "lrt/serialization/adapted.py", "lrt/huggingface/causal_lm.py", "tools/experiments/extract_smollm2.py"
+        "lrt/serialization/decoders.py",
+        "lrt/serialization/adapted.py",
+        "lrt/huggingface/causal_lm.py",
+        "tools/experiments/extract_smollm2.py",
     },  # the last three: a config that is built already, a GenerationConfig, and an installed package
     "from_config": {"lrt/serialization/decoders.py"},
 }

@@ -57,9 +57,17 @@ def test_a_wheel_trains_in_an_empty_folder(tmp_path):
     (place / "lrt" / "lrt").mkdir(parents=True)  # a clone in the present folder
     (place / "lrt" / "lrt" / "__init__.py").write_text("raise RuntimeError('the clone was imported')")
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    small = [f"--set={pair}" for pair in ("training.steps=2", "model.n_layers=2", "evaluation.tokens=512", "run.name=small")]
+    small = [
+        f"--set={pair}" for pair in ("training.steps=2", "model.n_layers=2", "evaluation.tokens=512", "run.name=small")
+    ]
     for command in ([sys.executable, "-m", "lrt"], [site / "bin" / "lrt"]):
-        done = subprocess.run([*command, "train", "--recipe", "lrt_tiny", *small], capture_output=True, text=True, cwd=place, env=environment)
+        done = subprocess.run(
+            [*command, "train", "--recipe", "lrt_tiny", *small],
+            capture_output=True,
+            text=True,
+            cwd=place,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr
     assert "already finished, nothing trained" in done.stdout
     assert (place / "runs" / "small" / "export" / "model.safetensors").is_file()

@@ -55,9 +55,14 @@ def test_every_key_of_a_recipe_has_values_and_a_meaning(reference):
 
 def test_the_page_of_keys_says_range_default_and_meaning(reference):
     page = reference.recipe_page()
-    row = "| `warmdown_fraction` | number of 0 or more, at most 1 | `0.5` | share of the steps in which the rates fall |"
+    row = (
+        "| `warmdown_fraction` | number of 0 or more, at most 1 | `0.5` | share of the steps in which the rates fall |"
+    )
     assert row in page.splitlines()
-    assert '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one a block |' in page
+    assert (
+        '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one a block |'
+        in page
+    )
     for title in [f"## [{section}]" for section, _ in sections()] + [f"## {title}" for title in reference.TABLES]:
         assert title in page.splitlines()
 

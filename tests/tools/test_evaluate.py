@@ -76,11 +76,18 @@ def saved(model, place, **options):
 def test_a_run_is_scored_as_its_trainer_scored_it(run, evaluate, tmp_path):
     code, found, _ = evaluate(run, "--json", tmp_path / "scores.json", "--documents", tmp_path / "documents.npz")
     record = [r for r in read_records(run / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
-    assert code == 0 and json.loads((tmp_path / "scores.json").read_text()) == found and found["model"] == str(run / "export")
+    assert (
+        code == 0
+        and json.loads((tmp_path / "scores.json").read_text()) == found
+        and found["model"] == str(run / "export")
+    )
     assert list(found["bpb"]) == ["zero", "parallel", "decode"] and found["data"] == record["validation"]
     for mode, score in found["bpb"].items():
         assert score["value"] == pytest.approx(record["bpb"][mode], rel=1e-5)
-        assert score["ci"] == pytest.approx(record["bpb_interval"][mode], rel=1e-4) and score["ci"][0] < score["value"] < score["ci"][1]
+        assert (
+            score["ci"] == pytest.approx(record["bpb_interval"][mode], rel=1e-4)
+            and score["ci"][0] < score["value"] < score["ci"][1]
+        )
         assert score["passes"] == pytest.approx(record["bpb_of_groups"][mode], rel=1e-5)
         assert score["positions"] == pytest.approx(record["bpb_of_buckets"][mode], rel=1e-5)
     assert {"tokens": found["tokens"], "bytes": found["bytes"]} == record["scored"]
@@ -90,7 +97,9 @@ def test_a_run_is_scored_as_its_trainer_scored_it(run, evaluate, tmp_path):
 
 
 def test_the_newest_model_of_a_run_is_meant(run, tmp_path):
-    assert find_model(run) == run / "export" and find_model(run / "checkpoints") == run / "checkpoints" / "step_00000002"
+    assert (
+        find_model(run) == run / "export" and find_model(run / "checkpoints") == run / "checkpoints" / "step_00000002"
+    )
     again = ["training.steps=3", "checkpoint.export_at_end=false"]
     train(load_recipe("lrt_tiny", overrides=[*SMALL, f"run.output={tmp_path}"]))
     train(load_recipe("lrt_tiny", overrides=[*SMALL, *again, f"run.output={tmp_path}"]))
@@ -109,7 +118,9 @@ def test_other_tools_find_the_same_model(run, tool, tmp_path):
         "generate": [run, "--prompt", "a", "--max-new-tokens", "2"],
         "convert": ["--input", run, "--to", "hf", "--output", tmp_path / "out", "--no-verify"],
     }
-    out = subprocess.run([sys.executable, TOOLS / f"{tool}.py", *arguments[tool]], capture_output=True, text=True, timeout=200)
+    out = subprocess.run(
+        [sys.executable, TOOLS / f"{tool}.py", *arguments[tool]], capture_output=True, text=True, timeout=200
+    )
     assert out.returncode == 0, out.stderr
     if tool == "convert":
         for name, value in lrt.load(run / "export").state_dict().items():
@@ -124,9 +135,19 @@ def test_scores_of_text_are_those_of_the_model_on_its_rows(evaluate, text, tmp_p
     _, found, _ = evaluate(place, "--data", text, "--sequence-length", packed - 1, "--dtype", "float64")
     _, again, _ = evaluate(place, "--data", text, "--sequence-length", packed - 1, "--dtype", "float64", "--rows", 3)
     assert found["bytes"] == packed - len(documents) and found["documents"] == len(documents)
-    loader = build_loader(DataConfig(validation=str(text)), tokenizer=load_tokenizer("bytes"), sequence_length=packed - 1, rows=1, split="validation")
+    loader = build_loader(
+        DataConfig(validation=str(text)),
+        tokenizer=load_tokenizer("bytes"),
+        sequence_length=packed - 1,
+        rows=1,
+        split="validation",
+    )
     (batch,) = loader
-    for mode, schedule in {"zero": lrt.baseline(), "parallel": model.train_schedule, "decode": lrt.sequential()}.items():
+    for mode, schedule in {
+        "zero": lrt.baseline(),
+        "parallel": model.train_schedule,
+        "decode": lrt.sequential(),
+    }.items():
         nats = model.double().score(batch.input_ids, batch.targets, schedule)[-1][batch.targets != 256].sum()
         assert found["bpb"][mode]["value"] == pytest.approx(float(nats) / found["bytes"] / math.log(2), rel=1e-9)
         assert again["bpb"][mode]["value"] == pytest.approx(found["bpb"][mode]["value"], rel=1e-9)
@@ -140,7 +161,10 @@ def test_several_sources_and_a_faster_decode_are_named(evaluate, text, tmp_path)
     assert code == 0 and list(found["bpb"]) == ["decode"]
     score = found["bpb"]["decode"]
     assert list(score["sources"]) == [str(text), str(other)]
-    assert score["how"].startswith("decode (fixed_point(groups=2, tol=1e-09), 0 of ") and "0.00000 bits per byte against exact" in score["how"]
+    assert (
+        score["how"].startswith("decode (fixed_point(groups=2, tol=1e-09), 0 of ")
+        and "0.00000 bits per byte against exact" in score["how"]
+    )
     _, exact, _ = evaluate(place, "--data", text, other, "--memory", "decode")
     assert exact["bpb"]["decode"]["value"] == pytest.approx(score["value"], rel=1e-5)
     assert exact["bpb"]["decode"]["how"] == "true recurrence, exact"
@@ -165,12 +189,15 @@ def test_plain_decoders_adapted_ones_and_the_memory_alone(evaluate, text, tmp_pa
     model = lrt.adapt(decoder)
     saved(model, tmp_path / "fresh")
     _, fresh, _ = evaluate(tmp_path / "fresh", "--data", text, "--sequence-length", 40)
-    assert fresh["bpb"]["decode"]["value"] == pytest.approx(plain["bpb"]["decode"]["value"], rel=1e-6)  # identity at the start
+    # identity at the start
+    assert fresh["bpb"]["decode"]["value"] == pytest.approx(plain["bpb"]["decode"]["value"], rel=1e-6)
     saved(stir(model), tmp_path / "whole")
     lrt.save(model, tmp_path / "memory", adapter_only=True)
     _, whole, _ = evaluate(tmp_path / "whole", "--data", text, "--sequence-length", 40)
     _, memory, _ = evaluate(tmp_path / "memory", "--base", tmp_path / "plain", "--data", text, "--sequence-length", 40)
-    assert {mode: score["value"] for mode, score in memory["bpb"].items()} == {mode: score["value"] for mode, score in whole["bpb"].items()}
+    assert {mode: score["value"] for mode, score in memory["bpb"].items()} == {
+        mode: score["value"] for mode, score in whole["bpb"].items()
+    }
     assert abs(whole["bpb"]["decode"]["value"] - plain["bpb"]["decode"]["value"]) > 1e-3
     code, _, err = evaluate(tmp_path / "memory", "--data", text)
     assert code == 2 and "holds the memory alone: name the decoder that it was trained on with --base" in err
@@ -182,13 +209,24 @@ def test_plain_decoders_adapted_ones_and_the_memory_alone(evaluate, text, tmp_pa
 def test_processes_share_the_rows(evaluate, text, tmp_path):
     place = saved(small(), tmp_path / "model")
     _, alone, _ = evaluate(place, "--data", text, "--rows", 2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TOOLS / "evaluate.py"]
-    out = subprocess.run([*map(str, command), place, "--data", text, "--rows", "2"], capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        TOOLS / "evaluate.py",
+    ]
+    out = subprocess.run(
+        [*map(str, command), place, "--data", text, "--rows", "2"], capture_output=True, text=True, timeout=200
+    )
     assert out.returncode == 0, out.stderr
     together = json.loads(out.stdout.splitlines()[-1])
     assert (together["tokens"], together["documents"]) == (alone["tokens"], alone["documents"])
     for mode, score in together["bpb"].items():
-        assert score["value"] == pytest.approx(alone["bpb"][mode]["value"], rel=1e-6) and score["ci"] == pytest.approx(alone["bpb"][mode]["ci"])
+        assert score["value"] == pytest.approx(alone["bpb"][mode]["value"], rel=1e-6) and score["ci"] == pytest.approx(
+            alone["bpb"][mode]["ci"]
+        )
 
 
 # Started by torchrun: the memory that is free on each GPU lets the second process hold one row more.
@@ -207,12 +245,23 @@ def test_processes_agree_on_rows_and_count_those_of_all(evaluate, text, tmp_path
     given = [place, "--data", text, "--memory", "decode", "--decode", "refine:1"]
     _, alone, _ = evaluate(*given, "--rows", 1)
     (tmp_path / "unequal.py").write_text(UNEQUAL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "unequal.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "unequal.py",
+    ]
     surroundings = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
     out = subprocess.run([*map(str, [*command, *given])], capture_output=True, text=True, timeout=200, env=surroundings)
     assert out.returncode == 0, out.stderr
     together = json.loads(out.stdout.splitlines()[-1])
-    assert (together["tokens"], together["bytes"], together["documents"]) == (alone["tokens"], alone["bytes"], alone["documents"])
+    assert (together["tokens"], together["bytes"], together["documents"]) == (
+        alone["tokens"],
+        alone["bytes"],
+        alone["documents"],
+    )
     one, two = (found["bpb"]["decode"] for found in (alone, together))
     assert two["value"] == pytest.approx(one["value"], rel=1e-6)
     rows = -(-(sum(1 + len(document) for document in TEXT.split("\n\n")) - 1) // 32)
@@ -241,12 +290,24 @@ def broken(place):
         ("model", ["--data", "nowhere.txt"], "--data 'nowhere.txt': no such file"),
         ("model", ["--data", "empty.txt"], "--data 'empty.txt' is an empty corpus"),
         ("model", ["--data", "short.txt"], "--sequence-length 32, but --data has only 6 tokens"),
-        ("model", ["--data", "text.txt", "--tokenizer", "tokens"], "has 300 ids, but the model in model knows 257: name the tokenizer"),
+        (
+            "model",
+            ["--data", "text.txt", "--tokenizer", "tokens"],
+            "has 300 ids, but the model in model knows 257: name the tokenizer",
+        ),
         ("model", ["--data", "text.txt", "--device", "abacus"], "--device abacus"),
         ("model", ["--data", "text.txt", "--json", "no/such/folder.json"], "cannot be written: there is no folder"),
         ("model", ["--data", "text.txt", "--decode", "guess"], "--decode guess: use exact, refine:K"),
-        ("model", ["--data", "text.txt", "--memory", "zero", "--decode", "fixed_point"], "has no effect with --memory zero"),
-        ("model", ["--data", "text.txt", "--memory", "parallel", "--decode", "refine:1"], "has no effect with --memory parallel"),
+        (
+            "model",
+            ["--data", "text.txt", "--memory", "zero", "--decode", "fixed_point"],
+            "has no effect with --memory zero",
+        ),
+        (
+            "model",
+            ["--data", "text.txt", "--memory", "parallel", "--decode", "refine:1"],
+            "has no effect with --memory parallel",
+        ),
         ("plain", ["--data", "text.txt", "--memory", "decode"], "--memory decode: the model in plain has no memory"),
         ("broken", ["--data", "text.txt"], "holds NaN or infinite weights (1 of "),
         ("bare", ["--data", "text.txt"], "bare holds no tokenizer.json: name one with --tokenizer"),

@@ -22,7 +22,11 @@ def tool() -> Any:
 def test_the_page_lists_every_configuration() -> None:
     made = tool()
     table = made.PAGE.read_text(encoding="utf-8").split(made.BEGIN)[1].split(made.END)[0]
-    listed = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ") and "configuration" not in line]
+    listed = [
+        line.split(" | ")[0].removeprefix("| ")
+        for line in table.splitlines()
+        if line.startswith("| ") and "configuration" not in line
+    ]
     assert listed == list(FAMILIES | DESCRIBED | NIGHTLY)
     assert "refused" not in table and "logits differ" not in table
 

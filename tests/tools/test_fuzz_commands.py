@@ -41,8 +41,37 @@ sweep {place}/run.toml --out {out}
 
 def paths(place: Path) -> list[str]:
     """Things that are there, things that are not, and names that no file system takes; nothing outside of ``place``."""
-    there = ["model", "texts", "texts/a.txt", "file", "empty", "locked", "run.toml", "tokens", "binary.parquet", "a.csv", "a.jsonl"]
-    odd = ["", " ", "none", "x" * 300, "x/" * 3000, "~nobody/x", "\udcff", "a\nb", "a\0b", "/dev/null/x", "*.txt", "[", "**", "-x", "hf://", "demo"]
+    there = [
+        "model",
+        "texts",
+        "texts/a.txt",
+        "file",
+        "empty",
+        "locked",
+        "run.toml",
+        "tokens",
+        "binary.parquet",
+        "a.csv",
+        "a.jsonl",
+    ]
+    odd = [
+        "",
+        " ",
+        "none",
+        "x" * 300,
+        "x/" * 3000,
+        "~nobody/x",
+        "\udcff",
+        "a\nb",
+        "a\0b",
+        "/dev/null/x",
+        "*.txt",
+        "[",
+        "**",
+        "-x",
+        "hf://",
+        "demo",
+    ]
     return [str(place / name) for name in there] + odd
 
 
@@ -75,7 +104,9 @@ def drawn_line(name: str, options: list[str], places: list[str], drawn: random.R
     values = [lambda: drawn.choice(NUMBERS), lambda: drawn.choice(places), lambda: drawn.choice(ODD)]
     right = [line.split()[1:] for line in RIGHT if line.split()[0] == name]
     if right and drawn.random() < 0.7:
-        line = [word.format(place=Path(places[0]).parent, out=f"out{drawn.randrange(50)}") for word in drawn.choice(right)]
+        line = [
+            word.format(place=Path(places[0]).parent, out=f"out{drawn.randrange(50)}") for word in drawn.choice(right)
+        ]
         for _ in range(drawn.choice([0, 1, 1, 2])):
             at = drawn.randrange(max(1, len(line)))
             line[at : at + 1] = drawn.choice([[drawn.choice(values)()], [], line[at : at + 1] * 2])

@@ -39,7 +39,18 @@ def run(*args, given=""):
 
 
 def test_generate_streams_and_compares(folder):
-    out = run(TOOLS / "generate.py", folder, "--prompt", "The ", "--max-new-tokens", 12, "--compare", "zero", "--prefill", "exact")
+    out = run(
+        TOOLS / "generate.py",
+        folder,
+        "--prompt",
+        "The ",
+        "--max-new-tokens",
+        12,
+        "--compare",
+        "zero",
+        "--prefill",
+        "exact",
+    )
     assert out.returncode == 0, out.stderr
     assert out.stdout.count("The ") == 2 and "memory mode zero" in out.stdout
     assert "prefill exact: 0 sweeps" in out.stderr and "tokens/s" in out.stderr
@@ -84,9 +95,33 @@ def test_the_benchmark_ends_with_one_json_object():
 
 def test_steps_of_an_adapted_decoder_are_timed_beside_transformers(tmp_path, capsys):
     out, rows = tmp_path / "speed.json", ["plain", "transformers", "aligned, a fifth, weights (0, 1)"]
-    assert adapted.main(["--size", "tiny", "--rows", "2", "--length", "16", "--turns", "1", "--steps", "1", "--out", str(out), "--only", *rows]) == 0
+    assert (
+        adapted.main(
+            [
+                "--size",
+                "tiny",
+                "--rows",
+                "2",
+                "--length",
+                "16",
+                "--turns",
+                "1",
+                "--steps",
+                "1",
+                "--out",
+                str(out),
+                "--only",
+                *rows,
+            ]
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
-    assert [row["variant"] for row in result["steps"]] == rows and result["failed"] == {} and result["steps"][0]["ratio"] == 1.0
+    assert (
+        [row["variant"] for row in result["steps"]] == rows
+        and result["failed"] == {}
+        and result["steps"][0]["ratio"] == 1.0
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
 
 
@@ -97,7 +132,10 @@ def test_steps_of_an_adapted_decoder_are_timed_beside_transformers(tmp_path, cap
         (["bench/decoding.py", "--tiny", "--no-prefill", "--no-decode"], "nothing to time"),
         (["bench/prefill_tolerance.py", "--recipe", "nowhere"], "recipe 'nowhere' not found"),
         (["bench/prefill_tolerance.py", "--model", "nowhere"], "nowhere holds no config.json"),
-        (["bench/prefill_tolerance.py", "--recipe", "baseline_tiny"], "a model without recurrence has nothing to measure"),
+        (
+            ["bench/prefill_tolerance.py", "--recipe", "baseline_tiny"],
+            "a model without recurrence has nothing to measure",
+        ),
         (["bench/prefill_tolerance.py", "--out", "file"], "--out file: a file; name a folder"),
         (["experiments/extract_smollm2.py", "."], ". already exists: choose a new folder"),
     ],

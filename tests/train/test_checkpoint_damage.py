@@ -1,4 +1,5 @@
-"""Checkpoints that are damaged, changed, of another version, or full of numbers that are none: named, left out, never lost."""
+"""Checkpoints that are damaged, changed, of another version, or full of numbers that are none:
+named, left out, never lost."""
 
 import json
 import os

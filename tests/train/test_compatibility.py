@@ -24,7 +24,11 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "before", tmp_path / "runs" / "before")
     train(load_recipe(tmp_path / "runs" / "before" / "recipe.toml"))
     told = json.loads((GOLDEN / "losses.json").read_text())
-    trained = {r["step"]: r["groups"] for r in read_records(tmp_path / "runs" / "before" / "metrics.jsonl") if r["kind"] == "train"}
+    trained = {
+        r["step"]: r["groups"]
+        for r in read_records(tmp_path / "runs" / "before" / "metrics.jsonl")
+        if r["kind"] == "train"
+    }
     assert sorted(trained) == [1, 2, 3, 4]
     for step in (3, 4):  # another processor may add in another order
         torch.testing.assert_close(trained[step], told[str(step)], rtol=1e-5, atol=0)

@@ -22,8 +22,6 @@ from lrt.train.monitor.metrics import read_records
 pytestmark = pytest.mark.dist
 
 
-
-
 def wait_for_step(process, step):
     while True:
         line = process.stdout.readline()
@@ -63,7 +61,9 @@ def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gp
     second = launch(tmp_path, "training.steps=30", *sets, ranks=1, **options)
     output, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert "resumed from" in output and [r.meta["world_size"] for r in map(read_rest, [latest(folder / "checkpoints")])] == [1]
+    assert "resumed from" in output and [
+        r.meta["world_size"] for r in map(read_rest, [latest(folder / "checkpoints")])
+    ] == [1]
     assert [r["step"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "train"] == list(range(1, 31))
 
 
@@ -76,7 +76,8 @@ def alive(process):
 
 
 def test_ranks_whose_torchrun_has_ended_save_and_end(tmp_path):
-    """As schedulers do with SIGUSR1, which torchrun does not know: it ends at once, and nobody would watch its ranks."""
+    """As schedulers do with SIGUSR1, which torchrun does not know: it ends at once, and nobody would watch its
+    ranks."""
     first = launch(tmp_path, "training.steps=100000", "checkpoint.every=0")
     wait_for_step(first, 5)
     ranks = workers(first)
@@ -102,10 +103,19 @@ sys.exit(run.main())
 """
     (tmp_path / "r.toml").write_text(TINY)
     (tmp_path / "ranks.py").write_text(code)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "ranks.py")]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(tmp_path / "ranks.py"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
-    words = "error: the ranks have different settings: run.seed = 0 on rank 0, 1 on rank 1: start all with the same recipe"
+    words = (
+        "error: the ranks have different settings: run.seed = 0 on rank 0, 1 on rank 1: start all with the same recipe"
+    )
     assert done.returncode != 0 and done.stderr.count(words) == 2, done.stderr
     assert not (tmp_path / "lrt").exists()
 
@@ -140,7 +150,9 @@ def test_a_killed_rank_is_called_lost_and_not_silent_for_minutes(tmp_path):
     os.kill(workers(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "no progress for about" not in errors
-    assert re.search(r"stopped: step \d+: another rank has ended or was killed, \S+ seconds after the last progress; restart", errors), errors
+    assert re.search(
+        r"stopped: step \d+: another rank has ended or was killed, \S+ seconds after the last progress; restart", errors
+    ), errors
 
 
 @pytest.mark.slow
@@ -149,7 +161,12 @@ def test_checkpointing_and_compilation_and_fsdp_end_together_on_two_processes(tm
     process = launch(tmp_path, "training.steps=4", "checkpoint.every=2", *sets)
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
-    assert [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_records(tmp_path / "tiny" / "metrics.jsonl") if r["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert (tmp_path / "tiny" / "export" / "config.json").is_file()
 
 
@@ -173,7 +190,8 @@ def test_a_hung_rank_is_bounded_by_the_timeout_and_the_step_is_named(tmp_path):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, HangError])
 def test_graphs_are_let_go_of_before_the_process_group_is_left(monkeypatch, error):
-    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not. After a hang nothing is left in order."""
+    """NCCL would wait for them for ever: a run on GPUs would end, and its processes would not.
+    After a hang nothing is left in order."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # one process is sharded on a CPU alone
     seen = []
 

@@ -1,4 +1,5 @@
-"""Two ranks whose schedule changes with the step: the same draws on both, resume across a border, the sum of one rank."""
+"""Two ranks whose schedule changes with the step: the same draws on both, resume across a border,
+the sum of one rank."""
 
 import shutil
 

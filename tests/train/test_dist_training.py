@@ -59,7 +59,11 @@ PLANS = {
     "layerwise": {"recurrence.sharing": "layerwise"},
     "aligned, projected": {"recurrence.projection": "aligned", "recurrence.residual": "projected"},
     "narrow": {"recurrence.blocks": "[2,3]"},
-    "narrow, AC block": {"recurrence.blocks": "[3]", "parallel.activation_checkpointing": "block", "parallel.reshard": "after_forward"},
+    "narrow, AC block": {
+        "recurrence.blocks": "[3]",
+        "parallel.activation_checkpointing": "block",
+        "parallel.reshard": "after_forward",
+    },
     "AC block": {"parallel.activation_checkpointing": "block"},
     "AC selective": {"parallel.activation_checkpointing": "selective", "parallel.reshard": "after_forward"},
 }
@@ -128,7 +132,9 @@ def look(model, world, batches, schedule, *, rate=0.0, runner=None):
             for p in model.parameters():
                 p.grad = None
 
-    return train_step(model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world, runner=runner), seen
+    return train_step(
+        model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world, runner=runner
+    ), seen
 
 
 @contextlib.contextmanager
@@ -142,7 +148,10 @@ def float64():
 
 
 def check_gradients(world, folder, plan, schedule):
-    recipe, plain_recipe = recipe_of(**PLANS[plan]), recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")})
+    recipe, plain_recipe = (
+        recipe_of(**PLANS[plan]),
+        recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")}),
+    )
     with float64():
         numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
         expected, plain = gradients(plain_recipe, alone(world), [rows(world)], SCHEDULES[schedule])
@@ -154,7 +163,8 @@ def check_gradients(world, folder, plan, schedule):
 
 
 def check_replayed(world, folder):
-    """The runner leaves the gradients of the sharded model: over one and four micro-batches, and after updates; on a GPU as CUDA graphs."""
+    """The runner leaves the gradients of the sharded model: over one and four micro-batches, and after updates;
+    on a GPU as CUDA graphs."""
     ours, plain = (awake(build_parallel(recipe_of(), world)).train() for _ in range(2))
     batches = (micro_batches(world) * 2)[:4]
     for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
@@ -165,8 +175,11 @@ def check_replayed(world, folder):
             torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
             assert seen.keys() == gradients.keys() and len(seen) > 10
             for name, gradient in gradients.items():
-                torch.testing.assert_close(seen[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in (ours, plain)]  # outside the graph
+                torch.testing.assert_close(
+                    seen[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                )
+        # outside the graph
+        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in (ours, plain)]
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
         for m in (ours, plain):
             free_gathered(m)
@@ -194,7 +207,11 @@ def check_reductions(world, folder):
             reduced.clear()
             nothing = SimpleNamespace(step=lambda **_: None, zero_grad=model.zero_grad)
             train_step(model, nothing, batches, schedule=schedule, seed=1, clip_norm=None, world=world)
-            assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (more, schedule, reduced)
+            assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (
+                more,
+                schedule,
+                reduced,
+            )
             tables = [name for name in set(reduced) if "value_embeddings" in name]
             assert len(tables) == 3
             for name in tables:
@@ -215,7 +232,9 @@ def check_operator(world, folder):
 
 
 def one_step(model, optimizer, batches, world, seed=0, stop=False):
-    return train_step(model, optimizer, batches, schedule=lrt.interleaved(2), seed=seed, clip_norm=1.0, world=world, stop=stop)
+    return train_step(
+        model, optimizer, batches, schedule=lrt.interleaved(2), seed=seed, clip_norm=1.0, world=world, stop=stop
+    )
 
 
 def steps(recipe, world, batches, count=4):
@@ -230,7 +249,8 @@ def steps(recipe, world, batches, count=4):
 
 def check_optimizer(world, folder):
     """Same start, same data: after four steps of Muon and AdamW on 2 ranks the weights are those of one process."""
-    before, muon.GPU_DTYPE = muon.GPU_DTYPE, torch.float32  # in bfloat16 the last bit of a gradient turns the direction of a small matrix
+    # in bfloat16 the last bit of a gradient turns the direction of a small matrix
+    before, muon.GPU_DTYPE = muon.GPU_DTYPE, torch.float32
     try:
         _check_optimizer(world)
     finally:
@@ -253,7 +273,8 @@ def _check_optimizer(world):
 
 
 def check_muon_exact(world, folder):
-    """Given the same gradients, sharded Muon is unsharded Muon bit for bit, for every shape and an uneven share of the stack."""
+    """Given the same gradients, sharded Muon is unsharded Muon bit for bit, for every shape and an uneven share of the
+    stack."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = torch.distributed.device_mesh.init_device_mesh(world.device.type, (world.size,))
@@ -262,7 +283,14 @@ def check_muon_exact(world, folder):
     start = {n: torch.randn(s, generator=generator).to(world.device) for n, s in shapes.items()}
 
     def optimizer_of(parameters):
-        group = {"name": "m", "kind": "muon", "params": list(parameters.items()), "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-10}
+        group = {
+            "name": "m",
+            "kind": "muon",
+            "params": list(parameters.items()),
+            "lr": 0.1,
+            "betas": (0.9, 0.95),
+            "eps": 1e-10,
+        }
         return MuonAdamW([{**group, "weight_decay": 0.1}])
 
     plain = {n: torch.nn.Parameter(t.clone()) for n, t in start.items()}
@@ -293,7 +321,11 @@ def check_skipped(world, folder):
     bad = one_step(model, optimizer, micro_batches(world), world)
     assert bad[2] == 0 and numbers[:, 2].eq(1).all()
     for name, tensor in _tensors(model, optimizer).items():
-        same = tensor.to_local().equal(before[name].to_local()) if hasattr(tensor, "to_local") else tensor.equal(before[name])
+        same = (
+            tensor.to_local().equal(before[name].to_local())
+            if hasattr(tensor, "to_local")
+            else tensor.equal(before[name])
+        )
         assert same, name
     if handle is not None:
         handle.remove()
@@ -317,7 +349,9 @@ def check_saved(world, folder):
     saved = torch.load(folder / "parent.pt", weights_only=True)
     assert saved.keys() == read.keys()
     for name, tensor in read.items():
-        assert torch.equal((tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu(), saved[name]), name
+        assert torch.equal((tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu(), saved[name]), (
+            name
+        )
 
 
 def check_export(world, folder):
@@ -333,7 +367,9 @@ def check_export(world, folder):
         assert torch.equal(loaded(batch.input_ids).logits, expected(batch.input_ids).logits)
         scores = model.score(batch.input_ids, batch.targets, lrt.sequential())  # an entry beside forward
     free_gathered(model)
-    torch.testing.assert_close(scores, expected.score(batch.input_ids, batch.targets, lrt.sequential()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scores, expected.score(batch.input_ids, batch.targets, lrt.sequential()), rtol=1e-4, atol=1e-5
+    )
 
 
 def check_mesh(world, folder):
@@ -345,14 +381,17 @@ def check_mesh(world, folder):
             numbers, seen = gradients(recipe, world, micro_batches(world, size=4 // world.size), lrt.interleaved(2))
             torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
             for name, gradient in plain.items():
-                torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+                )
     text = rf"parallel.replicate = 3 x parallel.shard = -1 does not make {world.size} processes: .*divides {world.size}"
     with pytest.raises(ValueError, match=text):
         build_parallel(recipe_of(**{"parallel.replicate": 3}), world)
 
 
 def check_compiled(world, folder):
-    """Compiled blocks under FSDP have the plain model's gradients; on a GPU in half precision, with all its kernels, inside a CUDA graph."""
+    """Compiled blocks under FSDP have the plain model's gradients; on a GPU in half precision, with all its kernels,
+    inside a CUDA graph."""
     (_compiled_on_gpu if world.device.type == "cuda" else _compiled)(world)
 
 
@@ -368,7 +407,9 @@ def _compiled(world):
             torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
             assert seen.keys() == plain.keys()
             for name, gradient in plain.items():
-                torch.testing.assert_close(seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=f"{plan}, {name}": f"{n}: {m}")
+                torch.testing.assert_close(
+                    seen[name], gradient, rtol=1e-8, atol=1e-11, msg=lambda m, n=f"{plan}, {name}": f"{n}: {m}"
+                )
 
 
 def _compiled_on_gpu(world):
@@ -389,10 +430,12 @@ def _compiled_on_gpu(world):
 
 
 def check_bfloat16(world, folder):
-    """Masters stay float32, and so does the sum over micro-batches; the computation in bfloat16 is near the one in float32."""
+    """Masters stay float32, and so does the sum over micro-batches; the computation in bfloat16 is near the one in
+    float32."""
     half, batches = {"parallel.param_dtype": "bfloat16"}, micro_batches(world) * 4
     numbers, seen = gradients(recipe_of(**half), world, batches, lrt.interleaved(2))
-    _, each = gradients(recipe_of(**half, **{"parallel.reshard": "after_forward"}), world, batches, lrt.interleaved(2))  # reduced in each
+    # reduced in each
+    _, each = gradients(recipe_of(**half, **{"parallel.reshard": "after_forward"}), world, batches, lrt.interleaved(2))
     expected, plain = gradients(recipe_of(), alone(world), [rows(world)], lrt.interleaved(2))
     assert all(g.dtype == torch.float32 for g in seen.values()) and seen.keys() == each.keys() == plain.keys()
     for name, gradient in each.items():
@@ -402,7 +445,8 @@ def check_bfloat16(world, folder):
 
 
 def check_decoded(world, folder):
-    """Mode ``decode`` token by token, on a GPU in the kernels of decoding, is the sequential schedule's score; training goes on after it."""
+    """Mode ``decode`` token by token, on a GPU in the kernels of decoding, is the sequential schedule's score;
+    training goes on after it."""
     gpu = world.device.type == "cuda"
     recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "evaluation.modes": '["decode"]'})
     model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
@@ -417,14 +461,21 @@ def check_decoded(world, folder):
         nats = before[1](model, runner=decoding.graphed)(*given)
         free_gathered(model)
         tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
-        batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)][world.rank :: world.size]
+        batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)][
+            world.rank :: world.size
+        ]
         scores, *_ = evaluate(model, recipe, batches, tokenizer, world, progress=lambda: None)
     finally:
         evaluation.accelerate, evaluation._token_by_token = before
     assert asked == ([{"runner": decoding.graphed}] if gpu else [])
     torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-5)
-    assert scores["decode"].value == pytest.approx(float(expected.double().sum()) / scores["decode"].bytes / np.log(2), rel=1e-4)
-    assert one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2] == 1
+    assert scores["decode"].value == pytest.approx(
+        float(expected.double().sum()) / scores["decode"].bytes / np.log(2), rel=1e-4
+    )
+    assert (
+        one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2]
+        == 1
+    )
 
 
 def check_gathered(world, folder):
@@ -432,15 +483,26 @@ def check_gathered(world, folder):
     before, seen = (evaluation.can_fuse, evaluation.accelerate, one_token.launch), []
 
     def launch(name, grid, *args, **settings):
-        for x in (y for given in args for y in (given if isinstance(given, tuple) else (given,)) if isinstance(y, torch.Tensor)):
+        for x in (
+            y
+            for given in args
+            for y in (given if isinstance(given, tuple) else (given,))
+            if isinstance(y, torch.Tensor)
+        ):
             assert not hasattr(x, "full_tensor") and x.untyped_storage().size() >= x.numel() * x.element_size(), name
         seen.append(name)
 
     evaluation.can_fuse = lambda model: True
-    evaluation.accelerate = lambda model: Accelerated(model, one_token=one_token.fuse(model), blocks=list(model.blocks), compiled=lambda f: f)
+    evaluation.accelerate = lambda model: Accelerated(
+        model, one_token=one_token.fuse(model), blocks=list(model.blocks), compiled=lambda f: f
+    )
     one_token.launch = launch
     try:
-        for more in ({}, {"recurrence.sharing": "layerwise"}, {"parallel.activation_checkpointing": "block", "parallel.param_dtype": "bfloat16"}):
+        for more in (
+            {},
+            {"recurrence.sharing": "layerwise"},
+            {"parallel.activation_checkpointing": "block", "parallel.param_dtype": "bfloat16"},
+        ):
             recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, **more})
             model, batch = awake(build_parallel(recipe, world)).train(), rows(world)
             evaluation._token_by_token(model, runner=decoding.eager)(batch.input_ids, batch.targets)
@@ -452,11 +514,18 @@ def check_gathered(world, folder):
 
 
 def check_evaluation(world, folder):
-    """Bits per byte and activations of sharded, checkpointed, compiled blocks are those of a plain model on the same rows."""
+    """Bits per byte and activations of sharded, checkpointed, compiled blocks are those of a plain model on the same
+    rows."""
     batch = rows(world)
-    batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)]  # global row n: rank n // 2 % ranks
+    # global row n: rank n // 2 % ranks
+    batches = [Batch(batch.input_ids[i : i + 2], batch.targets[i : i + 2], ()) for i in (0, 2)]
     tokenizer = SimpleNamespace(token_bytes=lambda: np.ones(37, dtype=np.int64))
-    more = {"parallel.reshard": "after_forward", "parallel.activation_checkpointing": "block", "schedule.kind": "refine", "schedule.passes": 2}
+    more = {
+        "parallel.reshard": "after_forward",
+        "parallel.activation_checkpointing": "block",
+        "schedule.kind": "refine",
+        "schedule.passes": 2,
+    }
     torch._dynamo.config.recompile_limit = parallel.GRAPHS  # as the plan sets it where it compiles
     with float64():
         for sharing in ("shared", "layerwise"):
@@ -465,19 +534,34 @@ def check_evaluation(world, folder):
             for block in model.blocks:
                 block.compile(backend="eager", fullgraph=True, dynamic=False)
             nothing = {"progress": lambda: None}
-            scores, activations, _ = evaluate(model, recipe, batches[world.rank :: world.size], tokenizer, world, **nothing)
+            scores, activations, _ = evaluate(
+                model, recipe, batches[world.rank :: world.size], tokenizer, world, **nothing
+            )
             expected, numbers, _ = evaluate(plain, recipe, batches, tokenizer, alone(world), **nothing)
             for mode, score in scores.items():
                 assert score.value == pytest.approx(expected[mode].value, rel=1e-9)
-            assert {"injection_ratio", "memory_gate", "value_ratio", "source_norm"} <= activations.keys() == numbers.keys()
-            for name, table in numbers.items() if world.main else ():  # rank 0's are recorded; the others saw other rows
+            assert (
+                {"injection_ratio", "memory_gate", "value_ratio", "source_norm"} <= activations.keys() == numbers.keys()
+            )
+            # rank 0's are recorded; the others saw other rows
+            for name, table in numbers.items() if world.main else ():
                 for key, values in table.items():
                     assert activations[name][key] == pytest.approx(values, rel=1e-5, abs=1e-12), (name, key)
             free_gathered(model)
-            assert one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2] == 1
+            assert (
+                one_step(
+                    model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world
+                )[2]
+                == 1
+            )
 
 
-GRADIENTS = [(plan, schedule) for plan in PLANS for schedule in SCHEDULES if plan == "after_step" or schedule in ("interleaved", "refine")]
+GRADIENTS = [
+    (plan, schedule)
+    for plan in PLANS
+    for schedule in SCHEDULES
+    if plan == "after_step" or schedule in ("interleaved", "refine")
+]
 CHECKS = {
     **{f"gradients: {p}, {s}": lambda w, f, p=p, s=s: check_gradients(w, f, p, s) for p, s in GRADIENTS},
     "operator": check_operator,
@@ -522,8 +606,20 @@ def main(folder: Path) -> None:
 
 def launch(folder, *, ranks, gpu):
     """Results of every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent.parent), *sys.path])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        __file__,
+        str(folder),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent.parent), *sys.path]),
+    }
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
@@ -547,7 +643,9 @@ def launched(request, tmp_path_factory):
     return folder, launch(folder, ranks=2, gpu=gpu)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=gpus(4))])
+@pytest.fixture(
+    scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("gpu", marks=gpus(4))]
+)
 def launched_on_four(request, tmp_path_factory):
     return launch(tmp_path_factory.mktemp("four_ranks"), ranks=4, gpu=request.param == "gpu")
 

@@ -1,4 +1,5 @@
-"""Dry runs: what they say without data or a GPU, memory estimates held to measured peaks, and devices whose peak is known."""
+"""Dry runs: what they say without data or a GPU, memory estimates held to measured peaks,
+and devices whose peak is known."""
 
 import os
 import re
@@ -17,7 +18,8 @@ from lrt.train.horizon import plan_horizon, shards_of
 from lrt.train.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("titan_"))  # torchtitan's
+# torchtitan's
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("titan_"))
 
 
 @pytest.mark.parametrize("name", ["lrt_24l", "lrt_tiny"])
@@ -25,7 +27,15 @@ def test_dry_run_answers_without_data(name):
     start = time.perf_counter()
     text = dry_run(load_recipe(name), world_size=8)
     assert time.perf_counter() - start < 15
-    for words in ("tokens_per_parameter", "memory projections", "FLOPs a token", "FLOPs a step", "expected memory of one GPU", "fits", "assumed MFU"):
+    for words in (
+        "tokens_per_parameter",
+        "memory projections",
+        "FLOPs a token",
+        "FLOPs a step",
+        "expected memory of one GPU",
+        "fits",
+        "assumed MFU",
+    ):
         assert words in text
 
 
@@ -39,7 +49,9 @@ def test_dry_run_counts_memory_by_the_plan():
     assert total(**{"parallel.activation_checkpointing": "block"}) < 0.5 * whole
     assert total(**{"training.micro_batch": 32}) > 2 * whole
     assert total(**{"parallel.reshard": "after_forward"}) < whole
-    assert "does not fit: lower training.micro_batch" in dry_run(load_recipe("lrt_24l_paper", overrides=["training.micro_batch=32"]), world_size=8)
+    assert "does not fit: lower training.micro_batch" in dry_run(
+        load_recipe("lrt_24l_paper", overrides=["training.micro_batch=32"]), world_size=8
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in RECIPES if n.startswith(("lrt_", "baseline_"))])
@@ -50,7 +62,10 @@ def test_what_ships_fits_eight_gpus_of_80_gib(name):
 # ------------------------------------------------------------------ how many GPUs
 
 
-@pytest.mark.parametrize(("replicate", "shard", "world_size"), [(1, 3, 8), (4, -1, 1), (2, -1, 1), (3, -1, 8), (2, 8, 8), (1, 2, 1), (16, -1, 8)])
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size"),
+    [(1, 3, 8), (4, -1, 1), (2, -1, 1), (3, -1, 8), (2, 8, 8), (1, 2, 1), (16, -1, 8)],
+)
 def test_a_mesh_that_the_gpus_do_not_make_is_refused_by_runs_and_dry_runs(tmp_path, replicate, shard, world_size):
     mesh = {"parallel.replicate": replicate, "parallel.shard": shard}
     recipe = load_recipe("lrt_tiny", overrides=[f"{k}={v}" for k, v in {**mesh, "run.output": tmp_path}.items()])
@@ -62,7 +77,10 @@ def test_a_mesh_that_the_gpus_do_not_make_is_refused_by_runs_and_dry_runs(tmp_pa
             train(recipe)
 
 
-@pytest.mark.parametrize(("replicate", "shard", "world_size", "shards"), [(1, -1, 8, 8), (2, -1, 8, 4), (8, -1, 8, 1), (2, 3, 6, 3), (1, -1, 1, 1)])
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size", "shards"),
+    [(1, -1, 8, 8), (2, -1, 8, 4), (8, -1, 8, 1), (2, 3, 6, 3), (1, -1, 1, 1)],
+)
 def test_shards(replicate, shard, world_size, shards):
     assert shards_of(ParallelConfig(replicate=replicate, shard=shard), world_size) == shards
 

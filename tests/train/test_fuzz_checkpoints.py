@@ -1,4 +1,5 @@
-"""A fuzzer of damaged checkpoints: whatever happens to the files, what is read is what was written, or is named in one line.
+"""A fuzzer of damaged checkpoints: whatever happens to the files, what is read is what was written,
+or is named in one line.
 
 LRT_FUZZ_SECONDS says for how long (20), LRT_FUZZ_SEED with which seed (0); a finding names its seed and try.
 """

@@ -1,6 +1,7 @@
 """A fuzzer of ends: runs that are stopped or killed at any instant, with any settings, end as if nothing had been.
 
-The folder of the run is compared with that of an uninterrupted one: its newest checkpoint, export and records, bit for bit.
+The folder of the run is compared with that of an uninterrupted one: its newest checkpoint, export and records,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def drawn_settings(folder, drawn: random.Random) -> dict[str, object]:
 
 def interrupted(line, drawn: random.Random) -> int | None:
     """Start a run and end it some seconds later; its exit code, None where a signal ended it."""
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+    with subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
         time.sleep(drawn.uniform(1.0, 9.0))
         how = drawn.choice(SIGNALS)
         if run.poll() is None:

@@ -39,7 +39,9 @@ def test_waiting_is_a_share_of_the_time():
         return {"kind": "train", "schedule": schedule, "tokens_per_second": 64 / seconds, "data_wait": share}
 
     compiles = [step(100, 0.0), step(50, 0.9, "refine(1)")]
-    assert share_waited([*compiles, step(1, 0.5), {"kind": "evaluation"}, step(3, 0.1, "refine(1)")]) == pytest.approx(0.2)
+    assert share_waited([*compiles, step(1, 0.5), {"kind": "evaluation"}, step(3, 0.1, "refine(1)")]) == pytest.approx(
+        0.2
+    )
     assert data_was_the_limit(0.049, workers=0) is None
     assert "20 % of the time" in data_was_the_limit(0.2, workers=3) and "data.workers (now 3)" in data_was_the_limit(
         0.2, workers=3

@@ -35,7 +35,12 @@ def test_compilation_and_bfloat16_on_a_cpu_are_announced():
         ((), {"OMP_NUM_THREADS": "1"}, CPU, r"with 1 thread a process on the host (OMP_NUM_THREADS = 1); parallel"),
         ((), {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}, CPU, "(OMP_NUM_THREADS = 1, as torchrun sets it)"),
         (("parallel.host_threads=3",), {}, CPU, "with 3 threads a process on the host (parallel.host_threads)"),
-        ((), {}, GPU, "computes on cuda:0 with 1 thread a process on the host (because a process with a GPU only copies"),
+        (
+            (),
+            {},
+            GPU,
+            "computes on cuda:0 with 1 thread a process on the host (because a process with a GPU only copies",
+        ),
     ],
 )
 def test_threads_and_why(sets, environment, device, words, monkeypatch):
@@ -49,7 +54,9 @@ def test_threads_and_why(sets, environment, device, words, monkeypatch):
 def test_a_separator_that_is_not_set_is_named():
     said = "recurrence.separator is not set, so memory goes on from one document into the next"
     assert said in notes() and "set recurrence.separator = 256" in notes()
-    assert said not in notes("recurrence.separator=256") and said not in notes("recurrence=false", "schedule.kind=baseline")
+    assert said not in notes("recurrence.separator=256") and said not in notes(
+        "recurrence=false", "schedule.kind=baseline"
+    )
 
 
 def test_a_home_folder_as_output(tmp_path, monkeypatch):
@@ -62,6 +69,8 @@ def test_a_home_folder_as_output(tmp_path, monkeypatch):
 def test_a_run_of_no_steps_says_what_it_does(tmp_path, capsys):
     train(tiny(tmp_path, **{"training.steps": 0, "evaluation.sample_tokens": 0}))
     told = capsys.readouterr().out
-    assert "training.steps = 0: nothing is trained; the initial model is evaluated and exported. tools/evaluate.py" in told
+    assert (
+        "training.steps = 0: nothing is trained; the initial model is evaluated and exported. tools/evaluate.py" in told
+    )
     assert "nothing is trained; runs/a is evaluated" in notes("training.steps=0", "training.init_from=runs/a", steps=0)
     assert "nothing is trained" not in notes()

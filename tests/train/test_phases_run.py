@@ -26,14 +26,6 @@ RAMP = LATE.replace("passes=1", "passes=1, ramp=3")
 MIXED = f'schedule.phases=[{{until=0.25, kind="baseline"}}, {{until=1.0, kind="mixture", mix={MIX}}}]'
 
 
-
-
-
-
-
-
-
-
 # ------------------------------------------------------------------ the timetable
 
 
@@ -158,7 +150,8 @@ def late(tmp_path_factory):
 
 
 def test_a_plain_phase_is_the_plain_twins_training_bit_for_bit(late, tmp_path):
-    """Memory is there and rests: neither its parameters nor their optimizer state move, and the rest moves as if it were not there."""
+    """Memory is there and rests: neither its parameters nor their optimizer state move, and the rest moves as if it
+    were not there."""
     twin = train(
         tiny(tmp_path, "recurrence=false", "schedule.kind=baseline", "checkpoint.every=2", "checkpoint.keep_last=9")
     )
@@ -186,9 +179,7 @@ def test_after_the_border_everything_trains(late):
 
 
 @pytest.mark.parametrize(
-    "sets",
-    [[LATE], [MIXED], [LATE, "recurrence.init=identity"], [RAMP]],
-    ids=["late", "mixed", "identity", "ramp"],
+    "sets", [[LATE], [MIXED], [LATE, "recurrence.init=identity"], [RAMP]], ids=["late", "mixed", "identity", "ramp"]
 )
 def test_resumed_across_a_border_equals_uninterrupted_bit_for_bit(tmp_path, sets):
     whole = train(tiny(tmp_path / "whole", *sets, "checkpoint.every=1", "checkpoint.keep_last=99"))
@@ -271,9 +262,12 @@ def test_a_ramp_brings_the_initial_values_in_equal_parts(tmp_path):
 
 @pytest.mark.parametrize("init", ["paper", "identity"])
 def test_the_memorys_rates_rise_over_the_ramp(tmp_path, init):
-    """An identity start alone disturbed a trained model: the first full steps of the memory took its loss from 1.11 to 2.84."""
+    """An identity start alone disturbed a trained model: the first full steps of the memory took its loss from 1.11 to
+    2.84."""
     result = train(tiny(tmp_path, RAMP, f"recurrence.init={init}"))
-    backbone, memory = ([r["lr"][name] / r["lr_scale"] for r in steps_of(result)] for name in ("matrices", "memory_matrices"))
+    backbone, memory = (
+        [r["lr"][name] / r["lr_scale"] for r in steps_of(result)] for name in ("matrices", "memory_matrices")
+    )
     assert backbone == pytest.approx([backbone[0]] * 8)
     assert memory[4:] == pytest.approx([backbone[0] * share for share in (1 / 3, 2 / 3, 1, 1)])
     gains = [r["lr"]["gains"] / r["lr_scale"] for r in steps_of(result)]

@@ -1,4 +1,5 @@
-"""What a run must never do: export ruined weights, lose a checkpoint, mix two runs in one, or end well with files lost."""
+"""What a run must never do: export ruined weights, lose a checkpoint, mix two runs in one,
+or end well with files lost."""
 
 import json
 import os
@@ -156,7 +157,8 @@ OTHERS = {
     "schedule.subsets=3": "schedule.subsets = 2 there, 3 here",
     "schedule.kind=baseline": "schedule.kind = 'interleaved' there, 'baseline' here",
     "training.steps=6": "training.steps = 8 there, 6 here",
-    "training.steps=none training.tokens=1536": "training.steps = 8 there, 'none' here; training.tokens = 'none' there, 1536 here",
+    "training.steps=none training.tokens=1536": "training.steps = 8 there, 'none' here; "
+    "training.tokens = 'none' there, 1536 here",
     "training.init_from=elsewhere": "training.init_from = 'none' there, 'elsewhere' here",
     "parallel.param_dtype=bfloat16": "parallel.param_dtype = 'float32' there, 'bfloat16' here",
 }
@@ -271,7 +273,10 @@ def test_an_export_that_fails_leaves_the_old_one_whole_and_nothing_beside_it(tmp
     def full(self, place):
         raise OSError(28, "No space left on device", str(place))
 
-    with monkeypatch.context() as patch, pytest.raises(NotSavedError, match="export could not be written .*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NotSavedError, match="export could not be written .*No space left"),
+    ):
         patch.setattr("lrt.data.tokenizer.ByteTokenizer.save", full)
         train(tiny(tmp_path, **QUICK))
     assert {p.name: p.read_bytes() for p in (folder / "export").iterdir()} == before

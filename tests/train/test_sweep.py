@@ -404,7 +404,11 @@ def test_places_are_dealt_over_devices_first():
     assert (str(Slot("3", 0)), str(Slot(None, 1))) == ("GPU 3", "CPU")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "experiments").glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path",
+    sorted((ROOT / "tools" / "experiments").glob("*/*.toml")),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
 def test_the_shipped_sweeps_can_be_run(path):
     if "[[runs]]" in path.read_text(encoding="utf-8"):
         assert read_spec(path).settings

@@ -100,7 +100,9 @@ def backbone_of(model):
 
 def test_a_run_trains_the_decoder_and_its_memory(folder, finished):
     assert finished.stopped is None and finished.step == 4
-    assert set(finished.bpb) == {"zero", "parallel", "decode"} and all(1 < value < 20 for value in finished.bpb.values())
+    assert set(finished.bpb) == {"zero", "parallel", "decode"} and all(
+        1 < value < 20 for value in finished.bpb.values()
+    )
     records = train_records(finished.folder)
     assert records[-1]["loss"] < records[0]["loss"] and set(records[0]["lr"]) == {"backbone", "memory"}
     start, model = read_backbone(recipe_for(folder, "unused")), lrt.load(finished.folder / "export")
@@ -138,7 +140,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, finished, tmp_path):
 
 def test_stage_memory_leaves_the_decoder_bit_for_bit(folder, tmp_path):
     result = train(recipe_for(folder, tmp_path, **{"training.stage": "memory"}))
-    model, before = lrt.load(result.folder / "export"), dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters())
+    model, before = (
+        lrt.load(result.folder / "export"),
+        dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters()),
+    )
     assert all(torch.equal(p, before[name]) for name, p in backbone_of(model).items())
     assert all(not torch.equal(p, before[name]) for name, p in model.memory_parameters().items())
     # Stage 2, from the run's weights or from its export, starts where stage 1 ended.
@@ -159,7 +164,9 @@ def test_the_twin_is_the_decoder_trained_as_it_is(folder, tmp_path):
     # The same steps with transformers and torch alone.
     decoder = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    loader = build_loader(recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed)
+    loader = build_loader(
+        recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed
+    )
     for record in train_records(result.folder):
         batch = next(loader)
         logits = decoder(batch.input_ids).logits.flatten(0, 1)
@@ -187,8 +194,12 @@ def test_memory_trains_as_in_a_loop_of_ones_own(folder, tmp_path):
         memory = name in model.memory_parameters()
         groups[next(end for end in reversed(rates) if end in name) if memory else ""].append(parameter)
     assert all(groups.values())
-    optimizer = torch.optim.AdamW([{"params": groups[end], "lr": 0.0} for end in rates], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    loader = build_loader(recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[end], "lr": 0.0} for end in rates], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    loader = build_loader(
+        recipe.data, tokenizer=load_tokenizer(folder), sequence_length=LENGTH, rows=4, seed=recipe.run.seed
+    )
     for record in train_records(result.folder):
         batch = next(loader)
         loss = model(batch.input_ids, targets=batch.targets, schedule=lrt.refine(1, weights=(0.3, 0.7))).loss
@@ -211,14 +222,20 @@ def test_a_healed_decoder_branches_into_memory_and_twin(folder, tmp_path):
     healed = train(recipe_for(folder, tmp_path, **plain, **{"run.name": "healed"}))
     begin = {"training.lr_schedule": "wsd", "training.branch_from": healed.folder / "checkpoints" / "step_00000002"}
     twin = train(recipe_for(folder, tmp_path, **TWIN, **begin, **{"run.name": "twin"}))
-    files_equal(twin.folder / "checkpoints" / "step_00000004", healed.folder / "checkpoints" / "step_00000004", except_for={"began"})
+    files_equal(
+        twin.folder / "checkpoints" / "step_00000004",
+        healed.folder / "checkpoints" / "step_00000004",
+        except_for={"began"},
+    )
     memory = train(recipe_for(folder, tmp_path, **begin, **{"run.name": "memory"}))
     first, theirs = train_records(memory.folder)[0], train_records(healed.folder)[2]
     assert first["step"] == 3 and first["groups"] == pytest.approx([theirs["loss"]] * 2, rel=1e-5)
     assert all(p.abs().max() > 0 for p in lrt.load(memory.folder / "export").memory_parameters().values())
     # The same in one run of two phases.
     phases = '[{until=0.5, kind="baseline"}, {until=1.0, kind="refine", weights=[0.3, 0.7]}]'
-    whole = train(recipe_for(folder, tmp_path, **{"run.name": "phases", "training.lr_schedule": "wsd", "schedule.phases": phases}))
+    whole = train(
+        recipe_for(folder, tmp_path, **{"run.name": "phases", "training.lr_schedule": "wsd", "schedule.phases": phases})
+    )
     assert [r["loss"] for r in train_records(whole.folder)[:2]] == [r["loss"] for r in train_records(healed.folder)[:2]]
     assert train_records(whole.folder)[2]["groups"] == pytest.approx(first["groups"], rel=1e-5)
 
@@ -242,7 +259,8 @@ def test_compiled_blocks_are_the_same_run_and_resume_bit_for_bit(folder, tmp_pat
 
 @pytest.mark.parametrize("family", ["smollm", "llama", "gemma2"])
 def test_a_scored_loss_is_the_decoders_own(family):
-    """The trainer's compiled parts of the loss make gradients in the forward; a tied head, an untied one, and one with a cap."""
+    """The trainer's compiled parts of the loss make gradients in the forward;
+    a tied head, an untied one, and one with a cap."""
     decoder = make(family)
     model = lrt.adapt(decoder).train()
     size = model.vocab_size
@@ -253,7 +271,8 @@ def test_a_scored_loss_is_the_decoders_own(family):
         model.zero_grad()
         out = model(ids, targets=targets, schedule=lrt.refine(1))
         out.loss.backward()
-        return [out.loss.detach().double(), *(p.grad for p in model.parameters() if p.grad is not None)]  # its own is float32
+        # its own is float32
+        return [out.loss.detach().double(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     model.backbone.loss_chunk = 4
     own = numbers()
@@ -284,7 +303,9 @@ def test_the_working_copy_of_one_gpu_keeps_ties(folder):
     model = build_parallel(recipe, ONE)
     runner = single_device(model, recipe.parallel, ONE)
     assert runner.compute.backbone.head.weight is runner.compute.backbone.embedding.weight
-    assert {p.dtype for p in runner.compute.parameters()} == {torch.bfloat16} and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in runner.compute.parameters()} == {torch.bfloat16} and {
+        p.dtype for p in model.parameters()
+    } == {torch.float32}
     ids = torch.randint(0, 257, (2, LENGTH))
     runner.forward_backward(ids, ids, schedule=lrt.refine(1), seed=0, valid_targets=torch.tensor(ids.numel()))
     reference = read_backbone(recipe)
@@ -299,15 +320,31 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
     """Folders hold models whose memory is awake; each rank takes half the rows through the trainer's plan."""
     for family in ("smollm", "llama"):  # tied and untied heads
         lrt.save(stir(lrt.adapt(make(family, dtype=torch.float32))), tmp_path / family)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        __file__,
+        str(tmp_path),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-2000:]
 
 
 def two_ranks(folder):
     """What each process of the test above runs."""
-    sets = {"recurrence.separator": "none", "parallel.activation_checkpointing": "block", "parallel.timeout_minutes": 0.5}
+    sets = {
+        "recurrence.separator": "none",
+        "parallel.activation_checkpointing": "block",
+        "parallel.timeout_minutes": 0.5,
+    }
     ids = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(0))
     recipes = [recipe_for(f"{folder}/{family}", folder, **sets) for family in ("smollm", "llama")]
     with open_world(recipes[0]) as world:
@@ -322,10 +359,14 @@ def numbers(recipe, world, ids):
     """Losses of two schedules, and every gradient of their sum."""
     model, losses = build_parallel(recipe, world), []
     for schedule in (lrt.refine(2), lrt.interleaved(3)):
-        part = forward_backward(model, ids[:, :-1], ids[:, 1:], schedule=schedule, seed=0, valid_targets=torch.tensor(32))
+        part = forward_backward(
+            model, ids[:, :-1], ids[:, 1:], schedule=schedule, seed=0, valid_targets=torch.tensor(32)
+        )
         losses.append(world.total(part))
     free_gathered(model)
-    return losses + [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for _, p in named_parameters(model)]
+    return losses + [
+        p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for _, p in named_parameters(model)
+    ]
 
 
 # ------------------------------------------------------------------ what is counted
@@ -388,7 +429,8 @@ def test_a_dry_run_of_a_saved_folder(finished, tmp_path):
 
 BAD = {
     "run.backbone=/nowhere": 'run.backbone = "/nowhere" is no folder: use "native", a local Hugging Face folder',
-    "model.n_layers=3 model.softcap=none": "model.n_layers = 3, model.softcap = None would have no effect: the decoder in run.backbone decides this",
+    "model.n_layers=3 model.softcap=none": "model.n_layers = 3, model.softcap = None would have no effect: "
+    "the decoder in run.backbone decides this",
     "model.vocab_size=260": "model.vocab_size = 260 would have no effect",
     "optimizer.kind=muon": 'set optimizer.kind = "adamw" for a decoder from run.backbone',
     "recurrence.init=paper": 'recurrence.init = "paper" would disturb the decoder',
@@ -408,7 +450,10 @@ def test_bad_input_is_one_line(folder, tmp_path, sets):
 def test_tokenizers_that_do_not_fit(folder, tmp_path):
     small = tmp_path / "small"
     make("llama", dtype=torch.float32).save_pretrained(small)
-    with pytest.raises(ValueError, match=r'data.tokenizer = "bytes" has 257 ids, but the decoder in run.backbone = ".*small" a vocabulary of 61'):
+    with pytest.raises(
+        ValueError,
+        match=r'data.tokenizer = "bytes" has 257 ids, but the decoder in run.backbone = ".*small" a vocabulary of 61',
+    ):
         train(recipe_for(small, tmp_path, **{"data.tokenizer": "bytes"}))
     other = tmp_path / "other"
     load_tokenizer("bytes").save(other)
@@ -421,7 +466,10 @@ def test_tokenizers_that_do_not_fit(folder, tmp_path):
 
 
 def test_build_refuses_a_folder(folder):
-    with pytest.raises(ValueError, match=r"run.backbone = .*: lrt.build makes native models: lrt.adapt the decoder, or train the recipe"):
+    with pytest.raises(
+        ValueError,
+        match=r"run.backbone = .*: lrt.build makes native models: lrt.adapt the decoder, or train the recipe",
+    ):
         lrt.build(recipe_for(folder, "unused"))
 
 
@@ -438,7 +486,9 @@ def test_folders_that_hold_something_else(folder, finished, tmp_path):
     assert "was trained with memory, but recurrence is off" in error(export, **TWIN)
     lrt.save(lrt.adapt(AutoModelForCausalLM.from_pretrained(folder)), tmp_path / "memory", adapter_only=True)
     assert "holds the memory alone" in error(tmp_path / "memory")
-    lrt.save(lrt.build(parse_recipe("[model]\nn_layers = 1\nwidth = 16\nn_heads = 2\nvocab_size = 64")), tmp_path / "native")
+    lrt.save(
+        lrt.build(parse_recipe("[model]\nn_layers = 1\nwidth = 16\nn_heads = 2\nvocab_size = 64")), tmp_path / "native"
+    )
     assert 'holds a native model: set run.backbone = "native"' in error(tmp_path / "native")
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "model.safetensors").unlink()
@@ -458,7 +508,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("3", "config.json is not a JSON object"), ("[" * 200_000, "config.json is not valid JSON"),
+        ("3", "config.json is not a JSON object"),
+        ("[" * 200_000, "config.json is not valid JSON"),
         ('{"lrt_format": "1"}', "config.json: lrt_format = '1', but a model that lrt wrote has a whole number there"),
     ],
 )
@@ -470,7 +521,8 @@ def test_a_config_that_cannot_be_read_is_named(text, match, tmp_path):
 
 
 def test_a_dropout_without_a_module_is_drawn_again_alike():
-    """Llama's attention reads its rate from an attribute: computed again with other draws, its gradients were wrong without a word."""
+    """Llama's attention reads its rate from an attribute: computed again with other draws,
+    its gradients were wrong without a word."""
     ids = torch.randint(0, 37, (2, 9), generator=torch.Generator().manual_seed(1))
 
     def gradients(wrap):

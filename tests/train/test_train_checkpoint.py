@@ -87,8 +87,13 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
 def test_another_models_checkpoint_is_refused_with_the_keys(tmp_path):
     saved(tmp_path, [1])
     check_same_model(latest(tmp_path), parse_recipe("", overrides=["training.steps=5"]))
-    with pytest.raises(ValueError, match="another model: model.n_layers = 12 there, 6 here; recurrence.sharing = 'shared' there, 'layerwise' here"):
-        check_same_model(latest(tmp_path), parse_recipe("", overrides=["model.n_layers=6", "recurrence.sharing=layerwise"]))
+    with pytest.raises(
+        ValueError,
+        match="another model: model.n_layers = 12 there, 6 here; recurrence.sharing = 'shared' there, 'layerwise' here",
+    ):
+        check_same_model(
+            latest(tmp_path), parse_recipe("", overrides=["model.n_layers=6", "recurrence.sharing=layerwise"])
+        )
     with pytest.raises(ValueError, match="recurrence = on there, off here"):
         check_same_model(latest(tmp_path), parse_recipe("", overrides=["recurrence=false", "schedule.kind=baseline"]))
 
@@ -147,7 +152,9 @@ print("kept")
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path):
     here = Path(__file__).parent.parent
     code = FULL_DISK.format(tests=str(here / "lib"), root=str(here.parent), folder=str(tmp_path / "disk"))
-    own_mounts = ["unshare", "-rm"] if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0 else []
+    own_mounts = (
+        ["unshare", "-rm"] if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0 else []
+    )
     result = subprocess.run([*own_mounts, sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and "kept" in result.stdout, result.stderr
 

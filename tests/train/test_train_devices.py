@@ -1,4 +1,5 @@
-"""Runs of one process on a CPU, and on a GPU with compiled blocks in half precision inside a CUDA graph: resume, bad numbers, signals."""
+"""Runs of one process on a CPU, and on a GPU with compiled blocks in half precision inside a CUDA graph:
+resume, bad numbers, signals."""
 
 import os
 import signal
@@ -46,7 +47,9 @@ def test_a_stopped_run_goes_on_from_what_it_was(tmp_path, monkeypatch, device):
     real_save, real_loop = trainer._save, trainer._loop
 
     def tensors(run):
-        return {name: tensor.detach().cpu().clone() for name, tensor in trainer._tensors(run.model, run.optimizer).items()}
+        return {
+            name: tensor.detach().cpu().clone() for name, tensor in trainer._tensors(run.model, run.optimizer).items()
+        }
 
     def save(run):
         kept.append(tensors(run))

@@ -16,7 +16,15 @@ from lrt.train.monitor.sinks import TensorBoard
 
 
 def record(step, **more):
-    common = {"kind": "train", "loss": 1.5, "groups": [2.0, 1.0], "lr_scale": 1.0, "grad_norm": 0.5, "tokens_per_second": 1e3, "data_wait": 0.01}
+    common = {
+        "kind": "train",
+        "loss": 1.5,
+        "groups": [2.0, 1.0],
+        "lr_scale": 1.0,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1e3,
+        "data_wait": 0.01,
+    }
     return {**common, "step": step, "peak_memory_gib": 1.0, "skipped": 0, **more}
 
 
@@ -98,7 +106,8 @@ def test_the_clock_tells_waiting_from_working_and_leaves_pauses_out():
 @pytest.mark.parametrize("done, waits", [(False, False), (True, True)])
 def test_nobody_waits_for_data_while_the_device_has_work(done, waits):
     late, clock = LateReader(), Clock()
-    late._waiting.append((1, torch.zeros(1), SimpleNamespace(query=lambda: done), None))  # a step that is queued, as on a GPU
+    # a step that is queued, as on a GPU
+    late._waiting.append((1, torch.zeros(1), SimpleNamespace(query=lambda: done), None))
     with clock.waiting(late):
         time.sleep(0.01)
     assert (clock.lap()[1] > 0) == waits
@@ -130,7 +139,11 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 @pytest.mark.parametrize(
     "package, use, text",
     [
-        ("matplotlib", lambda folder: plot_curves([], folder / "x.png"), r'figures need matplotlib: pip install -e "\.\[plot\]"'),
+        (
+            "matplotlib",
+            lambda folder: plot_curves([], folder / "x.png"),
+            r'figures need matplotlib: pip install -e "\.\[plot\]"',
+        ),
         ("torch.utils.tensorboard", TensorBoard, r'pip install -e "\.\[tensorboard\]"'),
     ],
 )

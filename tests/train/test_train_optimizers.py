@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from lrt.config import ModelConfig, OptimizerConfig, RecurrenceConfig, TrainingConfig, parse_recipe
 from lrt.model import build_model
 from lrt.train.optim import muon
-from lrt.train.optim.groups import MEMORY_GROUPS, MuonAdamW, clip_factor, gradient_norm, group_of, is_memory, parameter_groups
+from lrt.train.optim.groups import (
+    MEMORY_GROUPS,
+    MuonAdamW,
+    clip_factor,
+    gradient_norm,
+    group_of,
+    is_memory,
+    parameter_groups,
+)
 from lrt.train.optim.rates import Rates, lr_scale, rates_at
 
 SHAPES = {
@@ -31,7 +39,14 @@ def small_model(seed=0):
 
 
 def small_recipe(**overrides):
-    sets = {"model.n_layers": 2, "model.width": 8, "model.n_heads": 1, "model.gate_channels": 8, "training.batch_tokens": 524288, **overrides}
+    sets = {
+        "model.n_layers": 2,
+        "model.width": 8,
+        "model.n_heads": 1,
+        "model.gate_channels": 8,
+        "training.batch_tokens": 524288,
+        **overrides,
+    }
     return parse_recipe("", overrides=[f"{k}={v}" for k, v in sets.items()])
 
 
@@ -74,22 +89,29 @@ def test_muon_follows_the_plain_formula(rows, columns, count, seed):
         for p in params:
             p.grad = torch.randn_like(p)
         expected = [
-            plain_muon(w, p.grad, m, s, lr=0.02, beta=0.9, beta2=0.95, weight_decay=0.1) for p, (w, m, s) in zip(params, expected)
+            plain_muon(w, p.grad, m, s, lr=0.02, beta=0.9, beta2=0.95, weight_decay=0.1)
+            for p, (w, m, s) in zip(params, expected)
         ]
         with torch.no_grad():
-            muon.muon_step(params, momenta, seconds, lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.1, finite=torch.ones(()))
+            muon.muon_step(
+                params, momenta, seconds, lr=0.02, momentum=0.9, beta2=0.95, weight_decay=0.1, finite=torch.ones(())
+            )
     for p, (w, _, _) in zip(params, expected):
-        torch.testing.assert_close(p.detach().double(), w, rtol=2e-3, atol=2e-4)  # near-singular draws amplify float32 rounding
+        # near-singular draws amplify float32 rounding
+        torch.testing.assert_close(p.detach().double(), w, rtol=2e-3, atol=2e-4)
 
 
 def test_polar_express_gives_singular_values_near_one():
     for shape in ((3, 12, 12), (2, 8, 24), (2, 24, 8)):
-        values = torch.linalg.svdvals(muon.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+        values = torch.linalg.svdvals(
+            muon.orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        )
         assert values.max() < 1.35 and values.min() > 0.4
 
 
 def test_agrees_with_torch_muon_where_both_do_the_same():
-    """torch.optim.Muon has no second moment and runs in bfloat16: same momentum, coefficients and rate, equal to 3 %."""
+    """torch.optim.Muon has no second moment and runs in bfloat16: same momentum, coefficients and rate,
+    equal to 3 %."""
     coefficients = ((3.4445, -4.7750, 2.0315),) * 5
 
     def same_as_torch(stack, second, *, rate):
@@ -99,7 +121,15 @@ def test_agrees_with_torch_muon_where_both_do_the_same():
     ours = torch.nn.Parameter(torch.randn(24, 16))
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()
-    group = {"name": "m", "kind": "muon", "params": [("w", ours)], "lr": 0.02, "betas": (0.95, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    group = {
+        "name": "m",
+        "kind": "muon",
+        "params": [("w", ours)],
+        "lr": 0.02,
+        "betas": (0.95, 0.95),
+        "eps": 1e-10,
+        "weight_decay": 0.0,
+    }
     optimizer = MuonAdamW([group], direction=same_as_torch)
     reference = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.0)
     for _ in range(4):
@@ -134,8 +164,15 @@ def test_the_table_of_groups_is_the_specification():
     assert groups["embeddings"]["lr"] == pytest.approx(0.3 * batch * width)
     assert groups["head"]["lr"] == pytest.approx(0.004 * batch * width)
     assert groups["residual_scales"]["lr"] == pytest.approx(0.005 * batch)
-    assert groups["embedding_scales"]["lr"] == pytest.approx(0.5 * batch) and groups["embedding_scales"]["betas"] == (0.96, 0.95)
-    assert groups["head"]["betas"] == (0.8, 0.95) and groups["head"]["eps"] == 1e-10 and groups["head"]["weight_decay"] == 0.0
+    assert groups["embedding_scales"]["lr"] == pytest.approx(0.5 * batch) and groups["embedding_scales"]["betas"] == (
+        0.96,
+        0.95,
+    )
+    assert (
+        groups["head"]["betas"] == (0.8, 0.95)
+        and groups["head"]["eps"] == 1e-10
+        and groups["head"]["weight_decay"] == 0.0
+    )
     assert sum(len(g["params"]) for g in groups.values()) == len(SHAPES)
 
 
@@ -172,6 +209,7 @@ def test_maps_gates_and_gains_have_rates_of_their_own(kind):
     config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=32)
     ways = ({}, {"sharing": "layerwise"}, {"projection": "aligned", "residual": "projected"})
     for model in (build_model(config, RecurrenceConfig(**way), device="meta") for way in ways):
+
         def rates(model=model, **sets):
             groups = parameter_groups(model.named_parameters(), small_recipe(**{"optimizer.kind": kind, **sets}))
             return {name: (group["name"], group["lr"]) for group in groups for name, _ in group["params"]}
@@ -188,23 +226,30 @@ def test_maps_gates_and_gains_have_rates_of_their_own(kind):
 
 def test_a_parameter_of_the_memory_that_no_row_matches_is_refused_at_unequal_rates():
     named = [("memory_projection.shift.weight", torch.nn.Parameter(torch.zeros(4, 4)))]
-    with pytest.raises(ValueError, match="parameter 'memory_projection.shift.weight' .* matches none of the optimizer's groups"):
+    with pytest.raises(
+        ValueError, match="parameter 'memory_projection.shift.weight' .* matches none of the optimizer's groups"
+    ):
         parameter_groups(named, small_recipe(**{"optimizer.kind": "adamw", "optimizer.memory_gain_scale": 2.0}))
 
 
 @pytest.mark.parametrize(
-    ("key", "way"), [("map", {"kv_projection": "false"}), ("gate", {"kv_projection": "false"}), ("gain", {"residual": "false"})]
+    ("key", "way"),
+    [("map", {"kv_projection": "false"}), ("gate", {"kv_projection": "false"}), ("gain", {"residual": "false"})],
 )
 def test_rates_of_parts_that_are_not_there_are_refused(key, way):
     sets = {f"recurrence.{name}": value for name, value in way.items()}
-    with pytest.raises(ValueError, match=rf"optimizer.memory_{key}_scale = 2.0 has no effect with recurrence.{next(iter(way))} = false"):
+    with pytest.raises(
+        ValueError, match=rf"optimizer.memory_{key}_scale = 2.0 has no effect with recurrence.{next(iter(way))} = false"
+    ):
         small_recipe(**sets, **{f"optimizer.memory_{key}_scale": 2.0})
     twin = small_recipe(**{"recurrence": "false", "schedule.kind": "baseline", f"optimizer.memory_{key}_scale": 2.0})
     assert twin.recurrence is None
 
 
 def test_compiled_parts_do_the_same_in_place_and_once_for_all_rates():
-    params = [(f"w{i}", torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i)))) for i in range(2)]
+    params = [
+        (f"w{i}", torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i)))) for i in range(2)
+    ]
     twins = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in params]
     group = {"name": "m", "kind": "muon", "lr": 0.02, "betas": (0.95, 0.95), "eps": 1e-10, "weight_decay": 0.5}
     compiled = MuonAdamW([{**group, "params": params}], compile=True)
@@ -215,7 +260,9 @@ def test_compiled_parts_do_the_same_in_place_and_once_for_all_rates():
     before = graphs["unique_graphs"]
     for step, (scale, finite) in enumerate([(1.0, 1.0), (0.25, 1.0), (math.nan, 0.0), (0.5, 1.0)]):
         for optimizer, named in ((compiled, params), (eager, twins)):
-            optimizer.set_rates(Rates(lr_scale=1.0 / (step + 1), momentum=0.85 + 0.03 * step, decay_scale=1.0 - 0.2 * step))
+            optimizer.set_rates(
+                Rates(lr_scale=1.0 / (step + 1), momentum=0.85 + 0.03 * step, decay_scale=1.0 - 0.2 * step)
+            )
             set_gradients(named, step)
             if not finite:
                 named[0][1].grad.fill_(math.nan)
@@ -243,7 +290,10 @@ def test_a_step_that_is_not_finite_changes_nothing(scale):
     norm = gradient_norm(p for _, p in params)
     optimizer.step(finite=torch.isfinite(norm), scale=scale)
     after = [p.detach() for _, p in params] + list(optimizer.named_state().values())
-    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(map(torch.atleast_1d, before), map(torch.atleast_1d, after)))
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(map(torch.atleast_1d, before), map(torch.atleast_1d, after))
+    )
     assert [t.data_ptr() for t in after] == places
     set_gradients(params, 2)
     optimizer.step(finite=torch.isfinite(gradient_norm(p for _, p in params)))

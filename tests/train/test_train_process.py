@@ -20,12 +20,24 @@ def command(folder, *sets):
     recipe = folder / "recipe_in.toml"
     recipe.write_text(TINY)
     pairs = [f"run.output={folder}", "run.name=tiny", *sets]
-    return [sys.executable, str(ROOT / "recipes" / "run.py"), "--recipe", str(recipe), *(x for pair in pairs for x in ("--set", pair))]
+    return [
+        sys.executable,
+        str(ROOT / "recipes" / "run.py"),
+        "--recipe",
+        str(recipe),
+        *(x for pair in pairs for x in ("--set", pair)),
+    ]
 
 
 def run_py(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "recipes" / "run.py"), *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "run.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+    )
 
 
 def test_signals_save_and_exit_0_and_the_same_command_goes_on(tmp_path):
@@ -50,7 +62,9 @@ def test_signals_save_and_exit_0_and_the_same_command_goes_on(tmp_path):
 
 def test_a_signal_to_the_whole_process_group_saves_and_exits_0(tmp_path):
     """As schedulers send it: the loader's workers hear it too, and must go on until the trainer has stopped."""
-    line = command(tmp_path, "training.steps=100000", "checkpoint.every=0", "evaluation.sample_tokens=0", "data.workers=2")
+    line = command(
+        tmp_path, "training.steps=100000", "checkpoint.every=0", "evaluation.sample_tokens=0", "data.workers=2"
+    )
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     rows = 0
     while rows < 3:
@@ -78,7 +92,8 @@ def test_a_signal_to_the_whole_group_while_compiling_saves_and_exits_0(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
     output, errors = process.communicate(timeout=550)
     assert process.returncode == 0, errors
-    assert re.search(r"stopped by SIGTERM at step [12] of 100000", output) and "Traceback" not in errors  # the step after hears it
+    # the step after hears it
+    assert re.search(r"stopped by SIGTERM at step [12] of 100000", output) and "Traceback" not in errors
     assert step_of(latest(tmp_path / "tiny" / "checkpoints")) in (1, 2)
 
 
@@ -119,7 +134,12 @@ with StopSignal() as signals:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_instants_the_end_is_the_same_bit_for_bit(tmp_path, kills):
-    sets = {"training.steps": 15 * kills, "checkpoint.every": 3, "checkpoint.keep_last": 1, "evaluation.sample_tokens": 0}
+    sets = {
+        "training.steps": 15 * kills,
+        "checkpoint.every": 3,
+        "checkpoint.keep_last": 1,
+        "evaluation.sample_tokens": 0,
+    }
     reference = train(tiny(tmp_path / "whole", **sets))
     line = command(tmp_path, *(f"{k}={v}" for k, v in sets.items()))
     drawn, killed = random.Random(kills), 0
@@ -145,7 +165,11 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     (tmp_path / "file").touch()
     result = run_py("--recipe", "r.toml", "--set", "run.output=file", cwd=tmp_path)
-    assert result.returncode == 2 and "choose a folder that can be written" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "choose a folder that can be written" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     listed = run_py("--list", cwd=tmp_path)
     assert listed.returncode == 0 and "lrt_tiny" in listed.stdout and "lrt_24l" in listed.stdout
 
@@ -190,10 +214,16 @@ print("STEPS", len(calls))
 
 def test_a_full_disk_ends_no_run_before_its_end_and_loses_nothing(tmp_path):
     code = FULL_DISK.format(tests=str(ROOT / "tests" / "lib"), root=str(ROOT), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "checkpoint of step 4 was not written" in said and "its records wait in memory until there is room" in said
-    assert re.search(r"SAID the checkpoint at the end \(step 10\) could not be written: make room and give the same command", said)
-    assert re.search(r"SAID .*export could not be written \(.*\): make room .*exports from the checkpoint of step 10", said)
+    assert re.search(
+        r"SAID the checkpoint at the end \(step 10\) could not be written: make room and give the same command", said
+    )
+    assert re.search(
+        r"SAID .*export could not be written \(.*\): make room .*exports from the checkpoint of step 10", said
+    )
     assert "STEPS 12" in said  # the second run did the two after the checkpoint of step 8 again

@@ -50,7 +50,9 @@ def test_metrics_hold_every_step_and_what_the_issue_asks_for(finished):
     steps = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in steps] == list(range(1, 9))
     for record in steps:
-        assert len(record["groups"]) == 2 and record["loss"] == pytest.approx((record["groups"][0] + 2 * record["groups"][1]) / 3, rel=1e-5)
+        assert len(record["groups"]) == 2 and record["loss"] == pytest.approx(
+            (record["groups"][0] + 2 * record["groups"][1]) / 3, rel=1e-5
+        )
         assert record["tokens"] == 256 * record["step"] and record["flops"] > 0 and "mfu" not in record
         assert 0 <= record["data_wait"] <= 1 and record["peak_memory_gib"] > 0 and record["skipped"] == 0
         assert record["lr"]["matrices"] == pytest.approx(0.02 * (256 / 524288) ** 0.5 * record["lr_scale"])
@@ -78,7 +80,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
     copy = tmp_path / "tiny"
     (copy / "checkpoints").mkdir(parents=True)
     shutil.copytree(finished.folder / "checkpoints" / "step_00000004", copy / "checkpoints" / "step_00000004")
-    shutil.copy(finished.folder / "metrics.jsonl", copy / "metrics.jsonl")  # holds steps behind the checkpoint, as after a kill
+    # holds steps behind the checkpoint, as after a kill
+    shutil.copy(finished.folder / "metrics.jsonl", copy / "metrics.jsonl")
     result = train(tiny(tmp_path, **{"evaluation.every": 4}))
     files_equal(copy / "checkpoints" / "step_00000008", finished.folder / "checkpoints" / "step_00000008")
     assert train_records(copy) == train_records(finished.folder)
@@ -86,7 +89,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
-    """The checkpoint comes first; the run that goes on from it begins with the evaluation, so that records are those of a whole run."""
+    """The checkpoint comes first; the run that goes on from it begins with the evaluation,
+    so that records are those of a whole run."""
     sets = {"evaluation.every": 4, "evaluation.sample_tokens": 0, "checkpoint.asynchronous": "false"}
     whole = train(tiny(tmp_path / "whole", **sets))
 
@@ -99,14 +103,19 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
     assert step_of(latest(tmp_path / "cut" / "tiny" / "checkpoints")) == 4
     again = train(tiny(tmp_path / "cut", **sets))
     rows = [
-        [(r["kind"], r["step"], r.get("loss"), r.get("bpb")) for r in read_records(result.folder / "metrics.jsonl")] for result in (whole, again)
+        [(r["kind"], r["step"], r.get("loss"), r.get("bpb")) for r in read_records(result.folder / "metrics.jsonl")]
+        for result in (whole, again)
     ]
     assert rows[0] == rows[1] and [r[1] for r in rows[0] if r[0] == "evaluation"] == [4, 8]
 
 
 @pytest.mark.parametrize("start, count", [(2, 2), (7, 5)])
 def test_a_profile_has_the_steps_asked_for(tmp_path, start, count):
-    result = train(tiny(tmp_path, **{"metrics.profile_start": start, "metrics.profile_steps": count, "evaluation.sample_tokens": 0}))
+    result = train(
+        tiny(
+            tmp_path, **{"metrics.profile_start": start, "metrics.profile_steps": count, "evaluation.sample_tokens": 0}
+        )
+    )
     (trace,) = (result.folder / "profile").iterdir()
     assert trace.name == f"rank0_step{start}.json"
     events = json.loads(trace.read_text())["traceEvents"]
@@ -138,7 +147,9 @@ def test_warm_start_takes_the_weights_alone(finished, tmp_path):
 
 
 def test_only_memory_parameters_train_in_stage_memory(finished, tmp_path):
-    recipe = tiny(tmp_path, **{"training.stage": "memory", "training.init_from": str(finished.folder), "training.steps": 2})
+    recipe = tiny(
+        tmp_path, **{"training.stage": "memory", "training.init_from": str(finished.folder), "training.steps": 2}
+    )
     model, before = lrt.load(train(recipe).folder / "export"), lrt.load(finished.folder / "export")
     moved = {n for (n, p), q in zip(model.named_parameters(), before.parameters()) if not torch.equal(p, q)}
     assert moved and moved <= set(model.memory_parameters())
@@ -147,13 +158,30 @@ def test_only_memory_parameters_train_in_stage_memory(finished, tmp_path):
 def test_accumulation_equals_a_large_batch(tmp_path):
     losses = []
     for rows in (8, 2):
-        result = train(tiny(tmp_path, **{"run.name": f"rows{rows}", "training.micro_batch": rows, "training.steps": 3, "training.clip_norm": 0.5}))
+        result = train(
+            tiny(
+                tmp_path,
+                **{
+                    "run.name": f"rows{rows}",
+                    "training.micro_batch": rows,
+                    "training.steps": 3,
+                    "training.clip_norm": 0.5,
+                },
+            )
+        )
         losses.append([(r["loss"], r["grad_norm"]) for r in train_records(result.folder)])
     for (a, x), (b, y) in zip(*losses):
         assert a == pytest.approx(b, rel=1e-5) and x == pytest.approx(y, rel=1e-3)
 
 
-SCHEDULES = [lrt.baseline(), lrt.interleaved(3), lrt.interleaved(2, kv_refresh=True), lrt.refine(2), lrt.chunked(5), lrt.sequential()]
+SCHEDULES = [
+    lrt.baseline(),
+    lrt.interleaved(3),
+    lrt.interleaved(2, kv_refresh=True),
+    lrt.refine(2),
+    lrt.chunked(5),
+    lrt.sequential(),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -165,7 +193,11 @@ def test_activation_checkpointing_changes_no_gradient(schedule, kind):
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     other = lrt.build(recipe, dtype=torch.float64)
     other.load_state_dict(plain.state_dict())
-    parallelize(other, parse_recipe("", overrides=[f"parallel.activation_checkpointing={kind}", "parallel.compile=false"]).parallel, ONE)
+    parallelize(
+        other,
+        parse_recipe("", overrides=[f"parallel.activation_checkpointing={kind}", "parallel.compile=false"]).parallel,
+        ONE,
+    )
     ids = torch.randint(0, 257, (2, 10), generator=torch.Generator().manual_seed(0))
     for model in (plain, other):
         model.train()(ids[:, :-1], targets=ids[:, 1:], schedule=schedule).loss.backward()
@@ -183,7 +215,11 @@ def test_a_step_with_a_bad_batch_is_skipped_and_named(tmp_path, monkeypatch, cap
     assert [r["skipped"] for r in records] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert records[2]["grad_norm"] is None and result.step == 8
     named = [json.loads(line) for line in (result.folder / "not_finite_rank0.jsonl").read_text().splitlines()]
-    assert [n["step"] for n in named] == [3, 5] and len(named[0]["rows"]) == 8 and all("train" in row for row in named[0]["rows"])
+    assert (
+        [n["step"] for n in named] == [3, 5]
+        and len(named[0]["rows"]) == 8
+        and all("train" in row for row in named[0]["rows"])
+    )
     assert all(torch.isfinite(p).all() for p in lrt.load(result.folder / "export").parameters())
     assert "2 skipped" in capsys.readouterr().out
     assert read_rest(latest(result.folder / "checkpoints")).meta["skipped"] == 2
@@ -191,11 +227,11 @@ def test_a_step_with_a_bad_batch_is_skipped_and_named(tmp_path, monkeypatch, cap
 
 def test_too_many_bad_steps_stop_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, bad={2, 4, 5, 6})
-    with pytest.raises(NonFiniteError, match=r"step 6: .*3 steps in a row were not finite.*max_skipped = 3.*not_finite_rank0.jsonl"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 6: .*3 steps in a row were not finite.*max_skipped = 3.*not_finite_rank0.jsonl"
+    ):
         train(tiny(tmp_path, **{"training.max_skipped": 3}))
     assert step_of(latest(tmp_path / "tiny" / "checkpoints")) == 4
-
-
 
 
 class Reads(TorchDispatchMode):
@@ -217,7 +253,9 @@ def test_a_step_reads_nothing_from_the_device():
     optimizer = MuonAdamW(parameter_groups(model.named_parameters(), recipe))
     ids = torch.zeros(2, 32, dtype=torch.long)
     with Reads() as reads:
-        numbers = train_step(model, optimizer, [Batch(ids, ids, ())] * 2, schedule=lrt.interleaved(2), seed=0, clip_norm=1.0, world=ONE)
+        numbers = train_step(
+            model, optimizer, [Batch(ids, ids, ())] * 2, schedule=lrt.interleaved(2), seed=0, clip_norm=1.0, world=ONE
+        )
         checks = len(reads.places)
         numbers.sum().item()
     assert len(reads.places) == checks + 1
@@ -232,10 +270,13 @@ BAD = {
     "model.vocab_size=64": "vocab",
     "model.sequence_length=1000000 training.batch_tokens=1000000": "longer than the corpus",
     "data.train=/nowhere/*.parquet": "data.train",
-    "recurrence.separator=3": "recurrence.separator = 3, but the tokenizer's separator is 256: set recurrence.separator = 256",
+    "recurrence.separator=3": "recurrence.separator = 3, but the tokenizer's separator is 256: "
+    "set recurrence.separator = 256",
     "training.init_from=/nowhere": "holds no checkpoint",
-    "training.warmup_steps=9": "training.warmup_steps = 9, but the run has 8 steps, so the rates would never be reached: use at most 8",
-    "training.steps=none": "training has no horizon: give exactly one of training.steps, training.tokens, training.tokens_per_parameter",
+    "training.warmup_steps=9": "training.warmup_steps = 9, but the run has 8 steps, so the rates would never be "
+    "reached: use at most 8",
+    "training.steps=none": "training has no horizon: give exactly one of training.steps, training.tokens, "
+    "training.tokens_per_parameter",
 }
 
 
@@ -247,7 +288,9 @@ def test_bad_input_is_one_line(tmp_path, sets):
 
 
 def test_a_foreign_run_folder_is_refused(finished):
-    with pytest.raises(ValueError, match=r"belongs to another model: model.n_layers = 2 there, 3 here.*Choose another run.name"):
+    with pytest.raises(
+        ValueError, match=r"belongs to another model: model.n_layers = 2 there, 3 here.*Choose another run.name"
+    ):
         train(tiny(finished.folder.parent, **{"model.n_layers": 3}))
     with pytest.raises(ValueError, match=r"checkpoint.resume = false, but .* reached step 8: choose another run.name"):
         train(tiny(finished.folder.parent, **{"checkpoint.resume": "false"}))
@@ -255,7 +298,9 @@ def test_a_foreign_run_folder_is_refused(finished):
 
 def test_another_schedule_for_a_finished_run_is_refused(finished):
     """A finished run was exported again under the name of a schedule that had never trained it."""
-    with pytest.raises(ValueError, match=r"has reached its end with another schedule: schedule.kind = .*Choose another run.name"):
+    with pytest.raises(
+        ValueError, match=r"has reached its end with another schedule: schedule.kind = .*Choose another run.name"
+    ):
         train(tiny(finished.folder.parent, **{"schedule.kind": "refine"}))
 
 
@@ -267,7 +312,9 @@ def test_batches_that_ranks_cannot_share_are_refused():
     parameters = count_parameters(lrt.build(recipe, device="meta"))
     assert plan_horizon(recipe, parameters, world_size=1)[1:3] == (4, 3)
     assert plan_horizon(recipe, parameters, world_size=4)[1:3] == (3, 1)
-    with pytest.raises(ValueError, match=r"is 12 rows of 32 tokens, which 5 processes cannot share evenly: choose a multiple of 160"):
+    with pytest.raises(
+        ValueError, match=r"is 12 rows of 32 tokens, which 5 processes cannot share evenly: choose a multiple of 160"
+    ):
         plan_horizon(recipe, parameters, world_size=5)
     by_ratio = tiny("unused", **{"training.steps": "none", "training.tokens_per_parameter": 2.0})
     assert plan_horizon(by_ratio, parameters, world_size=1).steps == round(2 * parameters.scaling / 256)
@@ -300,7 +347,10 @@ def test_a_hang_names_the_step(capsys):
     with Heartbeat(timeout_s=0.4, rank=3, stream=said) as heart:
         heart.beat("step 17")
         time.sleep(0.8)
-    assert "rank 3: step 17: no progress for about" in said.getvalue() and "restart with the same command" in said.getvalue()
+    assert (
+        "rank 3: step 17: no progress for about" in said.getvalue()
+        and "restart with the same command" in said.getvalue()
+    )
     assert said.getvalue().count("no progress") == 1
     quiet = io.StringIO()
     with Heartbeat(timeout_s=0.05, stream=quiet):  # data may be fetched for long before the first step
@@ -335,7 +385,8 @@ def test_the_guard_counts_only_steps_in_a_row(tmp_path):
 
 # ------------------------------------------------------------------ the recipes that ship
 
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("titan_"))  # torchtitan's
+# torchtitan's
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not path.stem.startswith("titan_"))
 
 
 def test_every_recipe_loads_and_says_what_it_is():

@@ -19,7 +19,13 @@ from lrt.train.distributed.gradient_sums import Sums, add_parts, twin_of
 from lrt.train.distributed.graphs import Runner, working_copy
 from lrt.train.distributed.parallel import checkpointed, token_tables
 
-SCHEDULES = [lrt.baseline(), lrt.refine(1, weights=(0.0, 1.0)), lrt.interleaved(2), lrt.interleaved(3, sweeps=2), lrt.chunked(4)]
+SCHEDULES = [
+    lrt.baseline(),
+    lrt.refine(1, weights=(0.0, 1.0)),
+    lrt.interleaved(2),
+    lrt.interleaved(3, sweeps=2),
+    lrt.chunked(4),
+]
 
 
 def small(layers=2, **recurrence):
@@ -32,7 +38,8 @@ def small(layers=2, **recurrence):
 
 
 def runner_of(model, *, gpu, dtype=torch.float64):
-    """A runner as ``single_device`` makes it, on a GPU or not; a lookup that is not the plain one stands for the compiled one."""
+    """A runner as ``single_device`` makes it, on a GPU or not; a lookup that is not the plain one stands for the
+    compiled one."""
     work = working_copy(model, dtype=dtype)
     for table in token_tables(work) if gpu else ():
         table.lookup = lambda *args: lookup(*args)
@@ -61,13 +68,19 @@ def assert_same(model, plain):
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
         assert (ours.grad is None) == (theirs.grad is None), name
         if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours.grad, theirs.grad, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
-@given(steps=st.lists(st.lists(st.sampled_from(SCHEDULES), min_size=1, max_size=3), min_size=1, max_size=2), gpu=st.booleans())
+@given(
+    steps=st.lists(st.lists(st.sampled_from(SCHEDULES), min_size=1, max_size=3), min_size=1, max_size=2),
+    gpu=st.booleans(),
+)
 @settings(max_examples=15, deadline=None)
 def test_sums_are_the_gradients_of_the_model(steps, gpu):
-    """Over steps of several micro-batches, also of different schedules, which give gradients to different parameters."""
+    """Over steps of several micro-batches, also of different schedules, which give gradients to different
+    parameters."""
     model = small()
     plain, runner = copy.deepcopy(model), runner_of(model, gpu=gpu)
     for step in steps:
@@ -132,7 +145,8 @@ def test_frozen_parameters_cost_nothing():
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_an_exception_loses_no_earlier_micro_batch_or_the_whole_step(gpu):
-    """In the forward nothing has been added yet; in the backward a part has, so nothing of the step is left, in no parameter."""
+    """In the forward nothing has been added yet; in the backward a part has, so nothing of the step is left,
+    in no parameter."""
     model = small()
     plain, runner = copy.deepcopy(model), runner_of(model, gpu=gpu)
     for seed in (0, 2):
@@ -144,7 +158,10 @@ def test_an_exception_loses_no_earlier_micro_batch_or_the_whole_step(gpu):
     add_ours(runner, 2, SCHEDULES[2])
     assert_same(model, plain)
 
-    with mock.patch("lrt.engine.plain.reset_memory", lambda received, starts: Failing.apply(received)), pytest.raises(RuntimeError, match="cut"):
+    with (
+        mock.patch("lrt.engine.plain.reset_memory", lambda received, starts: Failing.apply(received)),
+        pytest.raises(RuntimeError, match="cut"),
+    ):
         add_ours(runner, 0, SCHEDULES[2])  # after the last pass, whose blocks have their gradients
     assert all(p.grad is None for p in (*model.parameters(), *runner.compute.parameters()))
     plain.zero_grad(set_to_none=True)
@@ -213,7 +230,12 @@ def played(runner):
 
     stream = mock.Mock()
     with contextlib.ExitStack() as stack:
-        for name, value in {"graph": capture, "CUDAGraph": Graph, "Stream": stream, "stream": lambda s: contextlib.nullcontext()}.items():
+        for name, value in {
+            "graph": capture,
+            "CUDAGraph": Graph,
+            "Stream": stream,
+            "stream": lambda s: contextlib.nullcontext(),
+        }.items():
             stack.enter_context(mock.patch(f"torch.cuda.{name}", value))
         for name in ("current_stream", "synchronize", "empty_cache"):
             stack.enter_context(mock.patch(f"torch.cuda.{name}", stream))
@@ -261,7 +283,9 @@ def test_a_twin_shares_weights_and_compiled_graphs_and_nothing_else():
     apart = {name for (name, p), (_, q) in pairs if p is not q}
     assert apart == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     assert all(own[id(p)] is q for (_, p), (_, q) in pairs if p is not q)
-    assert all(map(is_compiled, twin.blocks)) and twin.blocks[0] is not model.blocks[0] and twin.backbone is model.backbone
+    assert (
+        all(map(is_compiled, twin.blocks)) and twin.blocks[0] is not model.blocks[0] and twin.backbone is model.backbone
+    )
     graphs = []
     for one in (model, twin, model):
         add_plain(one, 0, SCHEDULES[2])
@@ -270,7 +294,8 @@ def test_a_twin_shares_weights_and_compiled_graphs_and_nothing_else():
 
 
 def test_passes_are_added_up_in_the_precision_of_the_masters():
-    """Gradients of three passes in half precision: their sum is rounded nowhere, where autograd rounds every addition."""
+    """Gradients of three passes in half precision: their sum is rounded nowhere, where autograd rounds every
+    addition."""
     model = small().float()
     tokens, targets = batch(0)
     together, apart = (runner_of(copy.deepcopy(model), gpu=gpu, dtype=torch.bfloat16) for gpu in (False, True))
@@ -301,7 +326,9 @@ def test_many_passes_share_the_last_twin():
     add_ours(runner, 0, schedule)
     tokens, targets = batch(0)
     generator = torch.Generator().manual_seed(0)
-    plain(tokens, targets=targets, schedule=schedule, valid_targets=torch.tensor(16), generator=generator).loss.backward()
+    plain(
+        tokens, targets=targets, schedule=schedule, valid_targets=torch.tensor(16), generator=generator
+    ).loss.backward()
     assert_same(model, plain)
     assert len(runner.compute.twins.made) == 3 and max(map(len, runner.sums._leaves)) == 4
 
@@ -309,7 +336,9 @@ def test_many_passes_share_the_last_twin():
 def test_narrow_passes_have_twins_and_the_blocks_that_they_share_have_none():
     model = small(layers=4, blocks=(3, 4))
     plain, runner = copy.deepcopy(model), runner_of(model, gpu=True)
-    for seed, schedule in enumerate([lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(3, sweeps=2), lrt.interleaved(2, kv_refresh=True)]):
+    for seed, schedule in enumerate(
+        [lrt.refine(2, weights=(0.3, 0, 0.7)), lrt.interleaved(3, sweeps=2), lrt.interleaved(2, kv_refresh=True)]
+    ):
         add_plain(plain, seed, schedule)
         add_ours(runner, seed, schedule)
         assert_same(model, plain)

@@ -1,4 +1,5 @@
-"""Supervised tuning: conversations packed without leakage, a run from end to end, LoRA beside the memory, and a chat with the result."""
+"""Supervised tuning: conversations packed without leakage, a run from end to end, LoRA beside the memory,
+and a chat with the result."""
 
 from __future__ import annotations
 
@@ -31,9 +32,17 @@ from lrt.model import build_model
 from lrt.train.checkpoint.starting_model import read_backbone
 from lrt.train.trainer import train
 
-PAIRS = [{"prompt": f"{a}+{b}?", "completion": f"#### {a + b}", "steps": 1 + (b > 1)} for a in range(4) for b in range(4)]
+PAIRS = [
+    {"prompt": f"{a}+{b}?", "completion": f"#### {a + b}", "steps": 1 + (b > 1)} for a in range(4) for b in range(4)
+]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-NATIVE = {"model.attention_reset": 256, "schedule.kind": "refine", "tuning.problems": 6, "tuning.answer_tokens": 4, "training.steps": 4}
+NATIVE = {
+    "model.attention_reset": 256,
+    "schedule.kind": "refine",
+    "tuning.problems": 6,
+    "tuning.answer_tokens": 4,
+    "training.steps": 4,
+}
 NO_ANSWERS = {"tuning.answer_tokens": 96}  # the default, which has no effect without problems
 
 
@@ -50,7 +59,9 @@ def decoder(tmp_path_factory):
     place = tmp_path_factory.mktemp("hub") / "decoder"
     make("smollm", vocab_size=264, dtype=torch.float32).save_pretrained(place)
     special = ("<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-    (place / "tokenizer.json").write_text(tokenizer_json({bytes([i]): i for i in range(256)}, pattern=r"\S+|\s+", special=special))
+    (place / "tokenizer.json").write_text(
+        tokenizer_json({bytes([i]): i for i in range(256)}, pattern=r"\S+|\s+", special=special)
+    )
     names = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
     (place / "tokenizer_config.json").write_text(json.dumps(names))
     return place
@@ -62,10 +73,23 @@ def native(talks, folder, **sets):
 
 def adapted(talks, decoder, folder, **sets):
     recipe = native(talks, folder)
-    text = {"run.backbone": decoder, "data.tokenizer": decoder, "optimizer.kind": "adamw", "optimizer.adamw_lr": 1e-2, "recurrence.init": "identity"}
+    text = {
+        "run.backbone": decoder,
+        "data.tokenizer": decoder,
+        "optimizer.kind": "adamw",
+        "optimizer.adamw_lr": 1e-2,
+        "recurrence.init": "identity",
+    }
     defaults = {f"model.{key}": getattr(ModelConfig(), key) for key in ("n_layers", "vocab_size")}
-    free = {"model.width": "none", "model.n_heads": "none", "model.gate_channels": "none", "recurrence.gate_channels": "none"}
-    return native(talks, folder, **{**defaults, **free, **text, "model.sequence_length": recipe.model.sequence_length, **sets})
+    free = {
+        "model.width": "none",
+        "model.n_heads": "none",
+        "model.gate_channels": "none",
+        "recurrence.gate_channels": "none",
+    }
+    return native(
+        talks, folder, **{**defaults, **free, **text, "model.sequence_length": recipe.model.sequence_length, **sets}
+    )
 
 
 # ------------------------------------------------------------------ rows
@@ -74,13 +98,25 @@ def adapted(talks, decoder, folder, **sets):
 @pytest.mark.parametrize("schedule", [lrt.baseline(), lrt.refine(2)], ids=str)
 @pytest.mark.parametrize("kind", ["native", "llama"])
 def test_a_packed_row_is_its_conversations_run_apart(kind, schedule):
-    """Memory and attention begin anew at every separator, and only answers are scored: loss and gradients are those of each by itself."""
+    """Memory and attention begin anew at every separator, and only answers are scored:
+    loss and gradients are those of each by itself."""
     tokenizer = load_tokenizer("bytes")
     chat = open_chat(tokenizer, "bytes")
-    talks = [Example((Message("user", "ab"[: 1 + i % 2]), Message("assistant", "xyz"[: 1 + i % 3])), "", None) for i in range(12)]
+    talks = [
+        Example((Message("user", "ab"[: 1 + i % 2]), Message("assistant", "xyz"[: 1 + i % 3])), "", None)
+        for i in range(12)
+    ]
     recurrence = RecurrenceConfig(separator=256, source_layer=1)
     if kind == "native":
-        config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=108, window_pattern="L", attention_reset=256)
+        config = ModelConfig(
+            n_layers=2,
+            width=16,
+            n_heads=2,
+            vocab_size=257,
+            sequence_length=108,
+            window_pattern="L",
+            attention_reset=256,
+        )
         model = randomized(build_model(config, recurrence, dtype=torch.float64), 1, 0.3)
     else:
         model = stir(lrt.adapt(make("llama", vocab_size=260), recurrence))
@@ -92,7 +128,10 @@ def test_a_packed_row_is_its_conversations_run_apart(kind, schedule):
 
     def gradients(rows):
         model.zero_grad()
-        total = sum(model(ids[None], targets=targets[None], schedule=schedule, valid_targets=valid).loss for ids, targets in rows)
+        total = sum(
+            model(ids[None], targets=targets[None], schedule=schedule, valid_targets=valid).loss
+            for ids, targets in rows
+        )
         total.backward()
         return [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -121,7 +160,10 @@ def test_a_run_learns_answers_and_is_asked_for_some(finished):
     asked = [r for r in records if r["kind"] == "evaluation"]
     assert [r["step"] for r in asked] == [2, 4]
     for record in asked:
-        assert set(record["exact_match"]) == {"zero", "decode"} and set(record["exact_match_by_steps"]["decode"]) <= {"1", "2"}
+        assert set(record["exact_match"]) == {"zero", "decode"} and set(record["exact_match_by_steps"]["decode"]) <= {
+            "1",
+            "2",
+        }
         assert set(record["bpb"]) == {"zero", "parallel", "decode"}
     assert train_records(finished.folder)[-1]["loss"] < train_records(finished.folder)[0]["loss"]
     assert not (finished.folder / "export" / "chat_template.jinja").exists()
@@ -144,32 +186,54 @@ def test_a_tuned_folder_is_scored_on_the_conversations_that_its_run_held_out(tal
         record = [r for r in read_records(run.folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
         for mode in ("zero", "decode"):
             found = evaluate_folder(run.folder, Settings(memory=mode), device=torch.device("cpu")).scores[mode]
-            assert found.value == pytest.approx(record["bpb"][mode], rel=1e-5) and found.tokens == record["scored"]["tokens"]
+            assert (
+                found.value == pytest.approx(record["bpb"][mode], rel=1e-5)
+                and found.tokens == record["scored"]["tokens"]
+            )
 
 
 def test_answers_of_a_folder_are_counted(talks, finished, capsys):
     record = [r for r in read_records(finished.folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
     held_out = finished.folder / "held_out.jsonl"
     examples = open_examples(TuningConfig(train=str(talks)), split="validation")[:6]
-    lines = [{"messages": [m._asdict() for m in one.messages], "answer": one.answer, "steps": one.steps} for one in examples]
+    lines = [
+        {"messages": [m._asdict() for m in one.messages], "answer": one.answer, "steps": one.steps} for one in examples
+    ]
     held_out.write_text("\n".join(map(json.dumps, lines)))
     options = [str(finished.folder), "--answers", str(held_out), "--answer-tokens", "4", "--device", "cpu"]
     assert evaluate.main(options) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["answers"] == len(examples) and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
-    assert evaluate.main([*options, "--memory", "parallel"]) == 2 and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+    assert (
+        found["answers"] == len(examples)
+        and {mode: one["value"] for mode, one in found["exact_match"].items()} == record["exact_match"]
+    )
+    assert (
+        evaluate.main([*options, "--memory", "parallel"]) == 2
+        and "an answer is decoded: use decode, zero or all" in capsys.readouterr().err
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        assert evaluate.main(options) == 2 and "given by one process: start it without torchrun" in capsys.readouterr().err
+        assert (
+            evaluate.main(options) == 2 and "given by one process: start it without torchrun" in capsys.readouterr().err
+        )
     for idle in (["--data", "demo"], ["--documents", "documents.npz"], ["--tokens", "5"], ["--decode", "refine:1"]):
-        assert evaluate.main([*options, *idle]) == 2 and f"{idle[0]} has no effect with --answers" in capsys.readouterr().err
+        assert (
+            evaluate.main([*options, *idle]) == 2
+            and f"{idle[0]} has no effect with --answers" in capsys.readouterr().err
+        )
     assert evaluate.main([str(finished.folder), "--answer-tokens", "4"]) == 2
     assert "--answer-tokens has no effect without --answers" in capsys.readouterr().err
 
 
 def test_the_template_of_a_run_that_has_no_export_is_that_of_its_tokenizer(talks, decoder, tmp_path):
     """Hugging Face keeps many templates in tokenizer_config.json; a checkpoint holds no tokenizer."""
-    sets = {"evaluation.modes": '["zero"]', "training.steps": 1, "tuning.problems": 0, "checkpoint.export_at_end": "false", **NO_ANSWERS}
+    sets = {
+        "evaluation.modes": '["zero"]',
+        "training.steps": 1,
+        "tuning.problems": 0,
+        "checkpoint.export_at_end": "false",
+        **NO_ANSWERS,
+    }
     opened = open_model(train(adapted(talks, decoder, tmp_path, **sets)).folder, device="cpu")
     messages = [Message("user", "1+1?")]
     found = template_of(opened, load_tokenizer(decoder), name=None)
@@ -178,7 +242,8 @@ def test_the_template_of_a_run_that_has_no_export_is_that_of_its_tokenizer(talks
 
 
 def test_right_answers_are_counted_by_mode_and_number_of_steps():
-    """What the model writes greedily, token by token, under true recurrence or without memory, is taken for right; then one is not."""
+    """What the model writes greedily, token by token, under true recurrence or without memory, is taken for right;
+    then one is not."""
     tokenizer = load_tokenizer("bytes")
     chat = open_chat(tokenizer, "bytes")
     config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=64, window_pattern="L")
@@ -195,7 +260,10 @@ def test_right_answers_are_counted_by_mode_and_number_of_steps():
 
     questions = {"a": 1, "bcd": 2, "e": 2}
     for mode, schedule in (("decode", lrt.sequential()), ("zero", lrt.baseline())):
-        right = [Example((Message("user", q), Message("assistant", "")), greedy(q, schedule), steps) for q, steps in questions.items()]
+        right = [
+            Example((Message("user", q), Message("assistant", "")), greedy(q, schedule), steps)
+            for q, steps in questions.items()
+        ]
         found = exact_match(model, right, chat, tokenizer, max_new_tokens=4)[mode]
         assert found.value == 1.0 and found.describe() == "100.0 % (1 step 100.0 %, 2 steps 100.0 %)"
         wrong = [*right[:2], right[2]._replace(answer="another")]
@@ -220,7 +288,9 @@ def test_lora_trains_beside_the_memory_and_leaves_the_decoder(talks, decoder, tm
         theirs = {name.replace("model.layers.", "blocks."): p for name, p in before.items()}
         kept = [n for n in named if n.endswith("q_proj.base_layer.weight")]
         assert len(kept) == len(model.blocks)
-        assert all(torch.equal(named[n], theirs[n.replace(".block.layer", "").replace(".base_layer", "")]) for n in kept)
+        assert all(
+            torch.equal(named[n], theirs[n.replace(".block.layer", "").replace(".base_layer", "")]) for n in kept
+        )
     else:
         merged = dict(AutoModelForCausalLM.from_pretrained(export).named_parameters())
         moved = {name for name, p in merged.items() if not torch.equal(p, before[name])}
@@ -240,10 +310,14 @@ def test_compiled_tuning_is_the_same_run(talks, decoder, tmp_path, monkeypatch, 
 
 def test_lora_goes_on_from_a_memory_that_has_learned(talks, decoder, tmp_path):
     """The backbone is a folder of ``lrt.save``: its decoder gets the adapters, and its memory is not begun afresh."""
-    first = stir(lrt.adapt(AutoModelForCausalLM.from_pretrained(decoder), RecurrenceConfig(init="identity", separator=256)))
+    first = stir(
+        lrt.adapt(AutoModelForCausalLM.from_pretrained(decoder), RecurrenceConfig(init="identity", separator=256))
+    )
     lrt.save(first, tmp_path / "first")
     shutil.copy(decoder / "tokenizer.json", tmp_path / "first")
-    recipe = adapted(talks, decoder, tmp_path, **{"run.backbone": tmp_path / "first", "tuning.lora_rank": 2, "training.steps": 0})
+    recipe = adapted(
+        talks, decoder, tmp_path, **{"run.backbone": tmp_path / "first", "tuning.lora_rank": 2, "training.steps": 0}
+    )
     model = read_backbone(recipe)
     memory = first.memory_parameters()
     assert all(torch.equal(p, memory[name]) for name, p in model.memory_parameters().items()) and len(memory) > 2
@@ -258,16 +332,32 @@ def test_lora_goes_on_from_a_memory_that_has_learned(talks, decoder, tmp_path):
 
 def test_a_model_answers_in_its_template(talks, finished, decoder, tmp_path, monkeypatch, capsys):
     """An empty line begins anew: the third line is asked as the first was, the second after it."""
-    result = train(adapted(talks, decoder, tmp_path, **{"evaluation.modes": '["zero"]', "training.steps": 1, "tuning.problems": 0, **NO_ANSWERS}))
+    result = train(
+        adapted(
+            talks,
+            decoder,
+            tmp_path,
+            **{"evaluation.modes": '["zero"]', "training.steps": 1, "tuning.problems": 0, **NO_ANSWERS},
+        )
+    )
     asked = []
-    monkeypatch.setattr(generate, "start", lambda model, ids, **more: (asked.append(ids[0].tolist()), start(model, ids, **more))[1])
+    monkeypatch.setattr(
+        generate, "start", lambda model, ids, **more: (asked.append(ids[0].tolist()), start(model, ids, **more))[1]
+    )
     for folder, template in ((finished.folder, "bytes"), (result.folder, decoder)):
         lines = iter(["1+1?", "2?", "", "1+1?"])
         monkeypatch.setattr(generate, "read_line", lambda lines=lines: next(lines, None))
-        assert generate.main([str(folder), "--chat", "--max-new-tokens", "3", "--prefill", "exact", "--device", "cpu"]) == 0
+        assert (
+            generate.main([str(folder), "--chat", "--max-new-tokens", "3", "--prefill", "exact", "--device", "cpu"])
+            == 0
+        )
         chat = open_chat(load_tokenizer(template), template)
         first, second, third = asked[-3:]
-        assert first == third == chat.prompt([Message("user", "1+1?")]) and second[: len(first)] == first and len(second) > len(first) + 3
+        assert (
+            first == third == chat.prompt([Message("user", "1+1?")])
+            and second[: len(first)] == first
+            and len(second) > len(first) + 3
+        )
         again = iter(["1+1?", "2?", "2?"])
         monkeypatch.setattr(generate, "read_line", lambda lines=again: next(lines, None))
         options = ["--chat", "--single-turn", "--max-new-tokens", "3", "--prefill", "exact", "--device", "cpu"]

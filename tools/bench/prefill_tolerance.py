@@ -1,4 +1,5 @@
-"""``lrt bench prefill_tolerance`` from a checkout, installed or not: what it does is in lrt.commands.bench.prefill_tolerance."""
+"""``lrt bench prefill_tolerance`` from a checkout, installed or not: what it does is in
+lrt.commands.bench.prefill_tolerance."""
 
 import sys
 from pathlib import Path

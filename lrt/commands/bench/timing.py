@@ -1,4 +1,5 @@
-"""A part of training.py, no command: a training step as a subject of measurement, warmed up, timed in turns, profiled."""
+"""A part of training.py, no command: a training step as a subject of measurement, warmed up, timed in turns,
+profiled."""
 
 from __future__ import annotations
 
@@ -18,8 +19,17 @@ from lrt.train.distributed.world import World
 class Subject:
     """A name and a function that does one forward and backward."""
 
-    def __init__(self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int) -> None:
-        self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = name, step, own_bytes, flops, world, tokens
+    def __init__(
+        self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int
+    ) -> None:
+        self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = (
+            name,
+            step,
+            own_bytes,
+            flops,
+            world,
+            tokens,
+        )
         self.times: list[float] = []
         self.peak_gib: float | None = None
         self.compile_s = 0.0
@@ -27,7 +37,8 @@ class Subject:
         self.syncs: str = ""
 
     def warm_up(self, steps: int = 3) -> None:
-        """Compile, then see what the steady state costs: graphs, recompiles, host syncs; peak memory from the first pass on."""
+        """Compile, then see what the steady state costs: graphs, recompiles, host syncs;
+        peak memory from the first pass on."""
         cuda = self.world.device.type == "cuda"
         held = 0
         if cuda:
@@ -65,8 +76,18 @@ class Subject:
 
     def row(self) -> dict[str, Any]:
         ms = statistics.median(self.times)
-        row = {"variant": self.name, "ms": ms, "spread_ms": max(self.times) - min(self.times), "peak_gib": self.peak_gib}
-        row |= {"compile_s": self.compile_s, "graphs": self.graphs, "recompiles": self.recompiles, "host_syncs": self.syncs or "none"}
+        row = {
+            "variant": self.name,
+            "ms": ms,
+            "spread_ms": max(self.times) - min(self.times),
+            "peak_gib": self.peak_gib,
+        }
+        row |= {
+            "compile_s": self.compile_s,
+            "graphs": self.graphs,
+            "recompiles": self.recompiles,
+            "host_syncs": self.syncs or "none",
+        }
         row["tokens_per_second"] = self.tokens * self.world.size / ms * 1e3
         if self.flops is not None:
             row["mfu"] = mfu(self.flops * self.tokens / ms * 1e3, device_name(self.world))

@@ -1,14 +1,18 @@
 """Time training steps: variants x shapes in one process, interleaved in time; docs/benchmarks.md is made from it.
 
 examples:
-  python tools/bench/training.py --suites tiny                         # CPU: does it run, are the graph counts as expected
-  python tools/bench/training.py --suites d12 d20 --out one.json       # one GPU: forward + backward
+  python tools/bench/training.py --suites tiny                         # CPU:
+  does it run, are the graph counts as expected python tools/bench/training.py --suites d12 d20 --out one.json       #
+  one GPU: forward + backward
   python tools/bench/training.py --suites d12 --reference ../official  # also the official code, from your checkout
-  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2; throughput against one GPU
+  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2;
+  throughput against one GPU
 
 The last line printed is one JSON object. Milliseconds are medians of single steps between device events; peak memory is
-that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1: a row failed, or a CPU run compiled more or
-fewer graphs than expected (the counts hold for the default variants, or the first of them); 2: bad input, nothing was run.
+that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1:
+a row failed, or a CPU run compiled more or
+fewer graphs than expected (the counts hold for the default variants, or the first of them); 2:
+bad input, nothing was run.
 """
 
 from __future__ import annotations
@@ -65,7 +69,11 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
     """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
     parameters = list(built.model.parameters())
-    options = {"schedule": schedule, "seed": 1, "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device)}
+    options = {
+        "schedule": schedule,
+        "seed": 1,
+        "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device),
+    }
 
     def step() -> None:
         for index in range(accumulation):
@@ -82,16 +90,28 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
     return step
 
 
-def whole_step(built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int) -> Callable[[], None]:
+def whole_step(
+    built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
+) -> Callable[[], None]:
     """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     rows = recipe.training.micro_batch
-    options = {"sequence_length": recipe.model.sequence_length, "rows": rows, "rank": world.rank, "world_size": world.size, "seed": 1}
+    options = {
+        "sequence_length": recipe.model.sequence_length,
+        "rows": rows,
+        "rank": world.rank,
+        "world_size": world.size,
+        "seed": 1,
+    }
     loader = iter(build_loader(recipe.data, tokenizer=load_tokenizer(recipe.data.tokenizer), **options))
 
     def step() -> None:
         rows = [next(loader) for _ in range(accumulation)]
-        batches = [Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows]
-        train_step(built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner)
+        batches = [
+            Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows
+        ]
+        train_step(
+            built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner
+        )
 
     return step
 
@@ -163,7 +183,12 @@ def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: A
 
 
 def run_suite(
-    name: str, world: World, options: argparse.Namespace, *, one: dict[tuple[str, str], float], keep: Callable[[dict[str, Any]], None]
+    name: str,
+    world: World,
+    options: argparse.Namespace,
+    *,
+    one: dict[tuple[str, str], float],
+    keep: Callable[[dict[str, Any]], None],
 ) -> None:
     """Build every model of a shape, warm up, then take turns.
 
@@ -201,7 +226,11 @@ def run_suite(
 
     def warm_up(subject: Subject) -> None:
         subject.warm_up()
-        say(world, f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: {subject.syncs or 'none'}")
+        say(
+            world,
+            f"{name}: {subject.name}: warm after {subject.compile_s:.1f} s, {subject.graphs} graphs, syncs: "
+            f"{subject.syncs or 'none'}",
+        )
 
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
     models: dict[RecurrenceConfig | None, Built] = {}
@@ -234,7 +263,13 @@ def run_suite(
         attempt(lambda subject: subject.measure(options.steps), everywhere=False)
     rows = [subject.row() for subject in subjects]
     shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
-    result: dict[str, Any] = {"suite": name, **shape, "rows": rows, "failed": failed, "recompiles_while_timing": graph_count() - ours}
+    result: dict[str, Any] = {
+        "suite": name,
+        **shape,
+        "rows": rows,
+        "failed": failed,
+        "recompiles_while_timing": graph_count() - ours,
+    }
     if options.backend is not None:
         result |= {"graphs": sum(s.graphs for s in subjects), "graphs_expected": expected}
     fastest = min((r["ms"] for r in rows if r["variant"] in ("baseline", OFFICIAL)), default=None)
@@ -278,11 +313,14 @@ def whole_steps(
     recipe = recipe_of(suite, variant.recurrence(suite), parallel)
     built = models[recipe.recurrence]
     optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), compile=options.backend is None)
-    micro_batches = max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
+    micro_batches = (
+        max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
+    )
     options_of: dict[str, Any] = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
     bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
     one, many = (
-        Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of) for count in (1, micro_batches)
+        Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of)
+        for count in (1, micro_batches)
     )
     for whole in (one, many):
         whole.warm_up()
@@ -337,8 +375,8 @@ def details(result: dict[str, Any]) -> list[str]:
     for w in result.get("whole_steps", ()):
         lines.append(
             f"whole step, {w['variant']}: {w['ms']:.2f} ms, forward + backward {w['forward_backward_ms']:.2f}; "
-            f"outside {100 * w['outside_share']:.1f} %; of {w['micro_batches']} micro-batches: {w['ms_of_many']:.1f} ms, "
-            f"outside {100 * w['outside_share_of_many']:.2f} %; host syncs: {w['host_syncs']}"
+            f"outside {100 * w['outside_share']:.1f} %; of {w['micro_batches']} micro-batches: "
+            f"{w['ms_of_many']:.1f} ms, outside {100 * w['outside_share_of_many']:.2f} %; host syncs: {w['host_syncs']}"
         )
         if w["kernels_outside"]:
             lines.append(f"kernels outside forward and backward: {sum(k[2] for k in w['kernels_outside']):.2f} ms")
@@ -387,7 +425,10 @@ def main(arguments: list[str] | None = None) -> int:
                 run_suite(name, world, options, one=one, keep=keep)
         finally:
             for result in results:
-                for kernels in (*result.get("profiles", {}).values(), *(w["kernels_outside"] for w in result.get("whole_steps", ()))):
+                for kernels in (
+                    *result.get("profiles", {}).values(),
+                    *(w["kernels_outside"] for w in result.get("whole_steps", ())),
+                ):
                     del kernels[40:]
             say(world, json.dumps(summary))
     return int(any(r["failed"] or r.get("graphs") != r.get("graphs_expected") for r in results))

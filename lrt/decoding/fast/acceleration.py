@@ -22,10 +22,13 @@ class Accelerated:
         one_token: the decoder that runs single tokens.
         blocks: the blocks that run passes over many positions.
         compiled: makes a function of tensors faster.
-        recorded: whether passes over short prompts become CUDA graphs; on the CPU they run the same way, without a graph.
+        recorded: whether passes over short prompts become CUDA graphs; on the CPU they run the same way,
+            without a graph.
     """
 
-    def __init__(self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False
+    ) -> None:
         self.plain, self.one_token, self.blocks, self.compiled = model, one_token, blocks, compiled
         self.recorder = Recorder(self, record=next(model.parameters()).is_cuda) if recorded else None
 
@@ -36,9 +39,11 @@ class Accelerated:
 def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
     """Make a model fast at decoding and prefill, to be used in its place; compiling takes place at the first calls.
 
-    On CUDA a native model's single tokens run in hand-written kernels (``lrt.decoding.fast.one_token``), where triton is
-    installed, and its passes over short prompts as CUDA graphs (``lrt.decoding.fast.prefill_graphs``); other models' blocks are
-    compiled, one graph for all blocks of a kind. Parameters are shared with the model, so an update is seen
+    On CUDA a native model's single tokens run in hand-written kernels (``lrt.decoding.fast.one_token``),
+    where triton is
+    installed, and its passes over short prompts as CUDA graphs (``lrt.decoding.fast.prefill_graphs``);
+    other models' blocks are compiled, one graph for all blocks of a kind. Parameters are shared with the model,
+    so an update is seen
     at once.
 
     Args:
@@ -51,16 +56,26 @@ def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
     if isinstance(model, Accelerated):
         raise ValueError("this model is accelerated already: accelerate the model itself, once")
     on_gpu = next(model.parameters()).device.type == "cuda"
-    decoder = one_token.fuse(model) if on_gpu and one_token.can_fuse(model) else compiled_decoder(model, backend=backend)
+    decoder = (
+        one_token.fuse(model) if on_gpu and one_token.can_fuse(model) else compiled_decoder(model, backend=backend)
+    )
     recorded = on_gpu and type(model.backbone) is Decoder
     blocks = list(model.blocks) if recorded else compiled_blocks(model, dynamic=True, backend=backend)
-    return Accelerated(model, one_token=decoder, blocks=blocks, compiled=torch.compile(dynamic=False, backend=backend), recorded=recorded)
+    return Accelerated(
+        model,
+        one_token=decoder,
+        blocks=blocks,
+        compiled=torch.compile(dynamic=False, backend=backend),
+        recorded=recorded,
+    )
 
 
 def compiled_decoder(model: Any, *, backend: str) -> Any:
     """A RecurrentDecoder whose blocks are compiled for static shapes."""
     names = ("backbone", "memory_projection", "injection", "source", "receivers", "recurrence", "memory_of")
-    return SimpleNamespace(blocks=compiled_blocks(model, dynamic=False, backend=backend), **{name: getattr(model, name) for name in names})
+    return SimpleNamespace(
+        blocks=compiled_blocks(model, dynamic=False, backend=backend), **{name: getattr(model, name) for name in names}
+    )
 
 
 def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[CompiledBlock]:

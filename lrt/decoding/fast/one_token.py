@@ -27,7 +27,8 @@ EPS = torch.finfo(torch.float32).eps  # of every norm, in half precision too
 
 
 def can_fuse(model: Any) -> bool:
-    """Whether the kernels fit: a native model of a power-of-two head width with projections of the memory's own, and triton installed."""
+    """Whether the kernels fit: a native model of a power-of-two head width with projections of the memory's own,
+    and triton installed."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -36,11 +37,16 @@ def can_fuse(model: Any) -> bool:
     if type(backbone) is not Decoder or not _knows(model.recurrence):
         return False
     width = backbone.head_dim
-    return width >= 16 and width & (width - 1) == 0 and next(model.parameters()).dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return (
+        width >= 16
+        and width & (width - 1) == 0
+        and next(model.parameters()).dtype in (torch.bfloat16, torch.float16, torch.float32)
+    )
 
 
 def _knows(recurrence: RecurrenceConfig | None) -> bool:
-    """Whether the kernels compute this recurrence; of an aligned projection and a projected residual they know nothing."""
+    """Whether the kernels compute this recurrence; of an aligned projection and a projected residual they know
+    nothing."""
     return recurrence is None or recurrence.projection == "separate" and recurrence.residual != "projected"
 
 
@@ -62,7 +68,8 @@ class Tile(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How attention is divided: slots a turn, warps, turns in flight, programs wanted in all, registers a thread at most."""
+    """How attention is divided: slots a turn, warps, turns in flight, programs wanted in all,
+    registers a thread at most."""
 
     slots: int
     warps: int
@@ -71,7 +78,8 @@ class Share(NamedTuple):
     registers: int | None = None
 
 
-# Each table: up to these numbers, this choice; the first line that fits counts. Swept on one NVIDIA H200 at context 1024 in
+# Each table: up to these numbers, this choice; the first line that fits counts.
+# Swept on one NVIDIA H200 at context 1024 in
 # whole steps: 1, 8 and 64 rows of 20 blocks of 1280, 8 rows of 12 blocks of 768 (docs/log.md, 9 and 14).
 ANY = 1 << 40
 VECTOR_OUTPUTS = ((ANY, 2047, 4), (ANY, ANY, 2))  # one row: outputs, inputs -> outputs of a program
@@ -148,7 +156,9 @@ class FusedDecoder:
     def __init__(self, model: Any) -> None:
         self.model, self.backbone = model, self
         self.config, self.vocab_size = model.backbone.config, model.backbone.vocab_size
-        channels = torch.arange(0, model.backbone.head_dim, 2, dtype=torch.float32, device=model.backbone.head.weight.device)
+        channels = torch.arange(
+            0, model.backbone.head_dim, 2, dtype=torch.float32, device=model.backbone.head.weight.device
+        )
         self.frequencies = 1.0 / (self.config.rope_base ** (channels / model.backbone.head_dim))
 
     @torch.no_grad()
@@ -168,7 +178,14 @@ class FusedDecoder:
             if projection is None and receives and shared is None:
                 projection = model.memory_projection  # the first receiver projects for all
             fed = (projection.key, projection.value) if receives and projection is not None else ()
-            layers = (wrapper.block.query, wrapper.block.key, wrapper.block.value, *fed, wrapper.gate, wrapper.block.value_gate)
+            layers = (
+                wrapper.block.query,
+                wrapper.block.key,
+                wrapper.block.value,
+                *fed,
+                wrapper.gate,
+                wrapper.block.value_gate,
+            )
             projected, _ = linear(x, layers, fed=(3, 3 + len(fed)), token=token, norm=True, aligned=True)
             if fed:
                 begin, size = sum(layer.weight.shape[0] for layer in layers[:3]), fed[0].weight.shape[0]
@@ -179,18 +196,37 @@ class FusedDecoder:
             inner, _ = linear(x, [wrapper.block.mlp_in], norm=True, relu2=True)
             last = i + 1 == stop
             keep = not last and token.memory is not None and i + 1 == model.source
-            x, hidden = linear(inner, [wrapper.block.mlp_out], residual=x, token=token, mix=Mix() if last else self._mix(i + 1, token), keep=keep)
+            x, hidden = linear(
+                inner,
+                [wrapper.block.mlp_out],
+                residual=x,
+                token=token,
+                mix=Mix() if last else self._mix(i + 1, token),
+                keep=keep,
+            )
             source = hidden if keep else source if i + 1 != model.source else x
         if state.memory is not None and token.memory is not None:
             width = x.shape[1]
-            launch("memory_kernel", (len(x),), source, state.memory, active, EPS, K=width, BLOCK_K=_power(width), num_warps=4)
+            launch(
+                "memory_kernel",
+                (len(x),),
+                source,
+                state.memory,
+                active,
+                EPS,
+                K=width,
+                BLOCK_K=_power(width),
+                num_warps=4,
+            )
             keep_memory(state)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, 1, V) in float32 of the last block's output (B, 1, D)."""
         head = self.model.backbone.head
-        return linear(hidden[:, 0], [head.weight[: head.vocab_size]], norm=True, cap=head.softcap, dtype=torch.float32)[0][:, None]
+        return linear(hidden[:, 0], [head.weight[: head.vocab_size]], norm=True, cap=head.softcap, dtype=torch.float32)[
+            0
+        ][:, None]
 
     def _enter(self, index: int, hidden: Tensor, token: Token) -> Tensor:
         """The input of block ``index`` from the output (B, D) of the block before, which was not computed here."""
@@ -203,7 +239,9 @@ class FusedDecoder:
 
     def _mix(self, index: int, token: Token) -> Mix:
         model, backbone = self.model, self.model.backbone
-        scales = [None if s is None else s[index : index + 1] for s in (backbone.residual_scales, backbone.embedding_scales)]
+        scales = [
+            None if s is None else s[index : index + 1] for s in (backbone.residual_scales, backbone.embedding_scales)
+        ]
         if token.memory is None or model.injection is None or index not in model.receivers:
             return Mix(*scales)
         place = model.receivers.index(index)
@@ -233,7 +271,15 @@ class FusedDecoder:
         )  # fmt: skip
         return x, token
 
-    def _attend(self, index: int, projected: Tensor, gates: int, memory: tuple[Tensor, Tensor] | None, state: DecodeState, token: Token) -> Tensor:
+    def _attend(
+        self,
+        index: int,
+        projected: Tensor,
+        gates: int,
+        memory: tuple[Tensor, Tensor] | None,
+        state: DecodeState,
+        token: Token,
+    ) -> Tensor:
         """Attention (B, H W) of block ``index``, whose cache takes the fresh key and value.
 
         Args:
@@ -319,7 +365,9 @@ def linear(
     return out, hidden
 
 
-def launch(name: str, grid: tuple[int, ...], *args: Any, first: bool = False, registers: int | None = None, **settings: Any) -> None:
+def launch(
+    name: str, grid: tuple[int, ...], *args: Any, first: bool = False, registers: int | None = None, **settings: Any
+) -> None:
     """Run a kernel behind the one in front; the ``first`` of a step waits for whatever came before."""
     from lrt.decoding.fast import one_token_triton
 

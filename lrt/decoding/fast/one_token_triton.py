@@ -37,7 +37,9 @@ def _held(x, DEPENDENT: tl.constexpr):
 @triton.jit
 def _prefetch(address):
     """Ask for the lines at these addresses to be brought into the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # ------------------------------------------------------------------ the first and the last kernel of a step
@@ -107,7 +109,8 @@ def memory_kernel(hidden, memory, active, eps, K: tl.constexpr, BLOCK_K: tl.cons
 
 @triton.jit
 def _section(weights, SIZES: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The matrix, of those side by side, for this program: (matrix, its outputs here, its size and width, first output, index)."""
+    """The matrix, of those side by side, for this program: (matrix, its outputs here, its size and width, first output,
+    index)."""
     # Selects, not branches: the compiler keeps track of alignment only through these.
     block = tl.program_id(0)
     weight, size, width, index, before, base = weights[0], SIZES[0], WIDTHS[0], 0, 0, 0
@@ -128,7 +131,8 @@ def _next_input(
     place, inside, residual, embedding, memory, scale, embedding_scale, gain,
     RESIDUAL: tl.constexpr, SCALE: tl.constexpr, EMBED: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
-    """(r, a, c): what turns a product p into the output h = p + r and into the next block's input a h + c, c = b x_0 + g m."""
+    """(r, a, c): what turns a product p into the output h = p + r and into the next block's input a h + c,
+    c = b x_0 + g m."""
     zero = place.to(tl.float32) * 0.0
     r, c, a = zero, zero, 1.0
     if RESIDUAL:
@@ -143,7 +147,9 @@ def _next_input(
 
 
 @triton.jit
-def _write(product, r, a, c, place, inside, hidden, out, cap, KEEP: tl.constexpr, RELU2: tl.constexpr, CAP: tl.constexpr):
+def _write(
+    product, r, a, c, place, inside, hidden, out, cap, KEEP: tl.constexpr, RELU2: tl.constexpr, CAP: tl.constexpr
+):
     if RELU2:
         product = tl.maximum(product, 0.0)
         product = product * product
@@ -193,9 +199,12 @@ def vector_kernel(
     for i in tl.static_range(CHUNKS):
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
         seen = (column < size)[:, None] & (k < width)[None, :]
-        tiles += (tl.load(weight + column[:, None] * width + k[None, :], mask=seen, other=0),)  # type: ignore[assignment]
+        tile = tl.load(weight + column[:, None] * width + k[None, :], mask=seen, other=0)
+        tiles += (tile,)  # type: ignore[assignment]
     place, inside = base + column, column < size
-    r, a, c = _next_input(place, inside, residual, embedding, memory, scale, embedding_scale, gain, RESIDUAL, SCALE, EMBED, INJECT)
+    r, a, c = _next_input(
+        place, inside, residual, embedding, memory, scale, embedding_scale, gain, RESIDUAL, SCALE, EMBED, INJECT
+    )
     if AHEAD > 0 and DEPENDENT:
         each: tl.constexpr = 128
         for i in range(tl.program_id(0) * each, AHEAD, tl.num_programs(0) * each):
@@ -246,7 +255,9 @@ def matrix_kernel(
         for first in tl.static_range(0, K, 8 * LINE):
             line = tl.minimum(first + LINE * tl.arange(0, 8), width - 1)
             _prefetch(weight + tl.minimum(column, size - 1)[:, None] * width + line[None, :])
-    r, a, c = _next_input(place, inside, residual, embedding, memory, scale, embedding_scale, gain, RESIDUAL, SCALE, EMBED, INJECT)
+    r, a, c = _next_input(
+        place, inside, residual, embedding, memory, scale, embedding_scale, gain, RESIDUAL, SCALE, EMBED, INJECT
+    )
     _wait(DEPENDENT)
     source = x
     if FED[0] < FED[1]:
@@ -255,7 +266,11 @@ def matrix_kernel(
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        w = tl.load(weight + column[:, None] * width + k[None, :], mask=(column < size)[:, None] & (k < width)[None, :], other=0.0)
+        w = tl.load(
+            weight + column[:, None] * width + k[None, :],
+            mask=(column < size)[:, None] & (k < width)[None, :],
+            other=0.0,
+        )
         v = tl.load(source + row[:, None] * K + k[None, :], mask=(row < rows)[:, None] & (k < K)[None, :], other=0.0)
         if NORM:
             wide = v.to(tl.float32)
@@ -277,7 +292,8 @@ def _gate(x):
 
 @triton.jit
 def _rotated(x, partner, cos, sin, eps, W: tl.constexpr, QK_NORM: tl.constexpr, dtype: tl.constexpr):
-    """A head, once a row of (ROWS, W), turned by its position, and normed; ``partner`` is it with its halves exchanged."""
+    """A head, once a row of (ROWS, W), turned by its position, and normed;
+    ``partner`` is it with its halves exchanged."""
     x = (x * cos + partner * sin).to(dtype).to(tl.float32)
     if QK_NORM:
         x = (x * tl.rsqrt(tl.sum(x * x, axis=1) / W + eps)[:, None]).to(dtype).to(tl.float32)
@@ -339,7 +355,10 @@ def attention_kernel(
     own = projected + b * projected_stride
     q, k, v, gates = own + h * W, own + (H + g) * W, own + (H + G + g) * W, own + GATES
     query, opposite = tl.load(q + whole).to(tl.float32), tl.load(q + partner).to(tl.float32)
-    key, other = tl.load(k + whole, mask=makes, other=0.0).to(tl.float32), tl.load(k + partner, mask=makes, other=0.0).to(tl.float32)
+    key, other = (
+        tl.load(k + whole, mask=makes, other=0.0).to(tl.float32),
+        tl.load(k + partner, mask=makes, other=0.0).to(tl.float32),
+    )
     value = tl.load(v + whole, mask=makes, other=0.0).to(tl.float32)
     if MEMORY:
         mk, mv = memory_key + b * memory_stride + g * W, memory_value + b * memory_stride + g * W
@@ -394,7 +413,12 @@ def attention_kernel(
             index = head * SPLITS + part
             peaks = tl.load(summary + index * 2, mask=part < SPLITS, other=float("-inf"), cache_modifier=".cg")
             masses = tl.load(summary + index * 2 + 1, mask=part < SPLITS, other=0.0, cache_modifier=".cg")
-            parts = tl.load(partial + index[:, None] * W + whole[None, :], mask=(part < SPLITS)[:, None], other=0.0, cache_modifier=".cg")
+            parts = tl.load(
+                partial + index[:, None] * W + whole[None, :],
+                mask=(part < SPLITS)[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
             weights = tl.exp2(peaks - tl.max(peaks, axis=0))
             mixed = tl.sum(parts * weights[:, None], axis=0) / tl.sum(masses * weights, axis=0)
             tl.store(out + head * W + whole, mixed.to(out.dtype.element_ty))

@@ -60,7 +60,9 @@ class Recorder:
         # Weights that moved, or changed their dtype, are other weights.
         key = (batch, length, kind, next(self.model.parameters()).data_ptr(), state.keys[0].dtype)
         if key not in self.shapes:
-            self.shapes[key] = RecordedSpan(self.model, state.memory, batch=batch, length=length, device=tokens.device, pool=self.pool)
+            self.shapes[key] = RecordedSpan(
+                self.model, state.memory, batch=batch, length=length, device=tokens.device, pool=self.pool
+            )
             if len(self.shapes) > SHAPES:
                 self.shapes.popitem(last=False)
         self.shapes.move_to_end(key)
@@ -86,7 +88,9 @@ class RecordedSpan(Span):
         pool: of the graphs' memory; None = run without graphs.
     """
 
-    def __init__(self, model: Any, memory: Tensor | None, *, batch: int, length: int, device: torch.device, pool: Any) -> None:
+    def __init__(
+        self, model: Any, memory: Tensor | None, *, batch: int, length: int, device: torch.device, pool: Any
+    ) -> None:
         integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self._begin(model, torch.zeros(batch, length, **integers), torch.zeros(batch, **integers))
         self._nothing = None if memory is None else torch.zeros_like(memory)
@@ -119,7 +123,8 @@ class RecordedSpan(Span):
     def _first(self) -> None:
         self._embed(self._nothing, None)
         super()._first()
-        self._open(range(self.entry, self.model.source))  # here, once: what sweeps write must not be made again by a replay
+        # here, once: what sweeps write must not be made again by a replay
+        self._open(range(self.entry, self.model.source))
 
     def _whole(self) -> Tensor:
         self._embed(None, None)

@@ -40,7 +40,8 @@ def find_branch(recipe: Recipe, world: World) -> Resumed | None:
         world: the processes.
 
     Raises:
-        ValueError: there is no such checkpoint, or its run differs in more than a branch may change; the keys are named.
+        ValueError: there is no such checkpoint, or its run differs in more than a branch may change;
+            the keys are named.
     """
     path = recipe.training.branch_from
     if path is None:
@@ -117,7 +118,8 @@ def begin_ramp(entrance: Entrance, tensors: Mapping[str, Tensor], world: World) 
     moved = world.total(torch.stack([local(tensor).any() for tensor in states]).any().float())
     if moved.item():
         raise ValueError(
-            "schedule ramp begins from a memory of zero, but the run that training.branch_from names has trained its memory: leave ramp out"
+            "schedule ramp begins from a memory of zero, but the run that training.branch_from names has "
+            "trained its memory: leave ramp out"
         )
     entrance.clear()
 

@@ -112,7 +112,8 @@ class _Files(FileSystem):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """DCP's safetensors writer; its protocol carries an error on any rank to all, so everything is written inside it."""
+    """DCP's safetensors writer; its protocol carries an error on any rank to all, so everything is written inside
+    it."""
 
     def __init__(
         self, folder: Path, *, rank_state: tuple[str, bytes], publish: Callable[[Path, dict[str, Written]], None]
@@ -234,7 +235,8 @@ class CheckpointManager:
             shutil.rmtree(self.folder / f".writing_step_{step:08d}", ignore_errors=True)
             kept = next((folder for folder in reversed(candidates(self.folder)) if incomplete(folder) is None), None)
             self._report(
-                f"checkpoint of step {step} was not written ({'; '.join(dict.fromkeys(causes))}); newest whole one: {kept or 'none'}"
+                f"checkpoint of step {step} was not written ({'; '.join(dict.fromkeys(causes))}); "
+                f"newest whole one: {kept or 'none'}"
             )
         return False
 
@@ -259,7 +261,8 @@ class CheckpointManager:
             self._prune(step_of(target))
 
     def _prune(self, newest: int) -> None:
-        """Drop old checkpoints; one behind the newest belongs to a run that did not come to be, and none that is damaged is counted."""
+        """Drop old checkpoints; one behind the newest belongs to a run that did not come to be,
+        and none that is damaged is counted."""
         found = [
             folder for folder in candidates(self.folder) if step_of(folder) <= newest and incomplete(folder) is None
         ]

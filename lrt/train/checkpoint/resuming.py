@@ -63,12 +63,15 @@ def state_of(folder: Path, rest: Loaded) -> TrainState:
 
 
 def check_past(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameters: Parameters, *, steps: int) -> None:
-    """Refuse what would make one run of two: other settings, or a horizon that moves borders of phases among the steps that are done."""
+    """Refuse what would make one run of two: other settings, or a horizon that moves borders of phases among the steps
+    that are done."""
     step, planned = resumed.state.step, resumed.rest.meta.get("planned_steps")
     stored = stored_recipe(resumed.folder)
     before = plan_timetable(stored, steps=planned or steps_of(stored, parameters))
     same_past = timetable.past(step) == before.past(step)
-    check_same_run(resumed.folder, recipe, step=step, steps=steps, planned=planned, finished=step >= steps, same_past=same_past)
+    check_same_run(
+        resumed.folder, recipe, step=step, steps=steps, planned=planned, finished=step >= steps, same_past=same_past
+    )
     if stored.schedule.phases is not None and stored.schedule == recipe.schedule:
         check_borders(timetable, before=before, step=step)
 

@@ -75,7 +75,8 @@ def stored_recipe(folder: Path) -> Recipe:
         return parse_recipe(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read ({(str(error).splitlines() or ['empty'])[0]}): it is damaged, or of another version of lrt"
+            f"{path} cannot be read ({(str(error).splitlines() or ['empty'])[0]}): "
+            "it is damaged, or of another version of lrt"
         ) from None
 
 
@@ -128,7 +129,8 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
         ]
     if different:
         raise ValueError(
-            f"{folder} belongs to another model: {'; '.join(different)}. Choose another run.name, or set checkpoint.resume = false and "
+            f"{folder} belongs to another model: {'; '.join(different)}. "
+            "Choose another run.name, or set checkpoint.resume = false and "
             f"training.init_from for a warm start"
         )
 
@@ -161,7 +163,8 @@ def check_same_run(
     on = f'training.branch_from = "{folder}" goes on from there with other rates, another schedule or another horizon'
     if finished and refused and all(c.key.startswith("schedule.") for c in refused):
         raise ValueError(
-            f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. Choose another run.name: {on}"
+            f"{folder} has reached its end with another schedule: {'; '.join(map(str, refused))}. "
+            f"Choose another run.name: {on}"
         )
     if _is_shorter(there, recipe, step=step, steps=steps, planned=planned):
         by_cost = "schedule" if recipe.training.compute is not None else None  # dearer phases bring the end nearer
@@ -169,7 +172,8 @@ def check_same_run(
         refused += [c for c in of_length if c not in refused]
     if refused:
         raise ValueError(
-            f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. Going on would record a mixture of both as one run: "
+            f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. "
+            "Going on would record a mixture of both as one run: "
             f"give the settings that it had, or choose another run.name, where {on}"
         )
 
@@ -184,7 +188,8 @@ def _is_shorter(there: Recipe, here: Recipe, *, step: int, steps: int, planned: 
         return planned is not None and steps < planned
     if planned is None:
         return False
-    # What the phases cost decides on the steps too. Of larger batches fewer make as long a run, give or take the rounding.
+    # What the phases cost decides on the steps too. Of larger batches fewer make as long a run,
+    # give or take the rounding.
     before, now = there.training.batch_tokens, here.training.batch_tokens
     rounding = 0 if now == before else 2 * max(now, before)
     return (steps - step) * now + rounding < (planned - step) * before

@@ -28,7 +28,8 @@ def is_native(recipe: Recipe) -> bool:
 
 
 def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
-    """The recipe's model on the meta device, what does not train frozen: to count and to plan with; no weights are read.
+    """The recipe's model on the meta device, what does not train frozen: to count and to plan with;
+    no weights are read.
 
     Raises:
         ValueError: as ``read_backbone``.
@@ -65,7 +66,9 @@ def freeze(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
     """
     if recipe.training.stage == "memory":
         if recipe.recurrence is None:
-            raise ValueError('training.stage = "memory", but recurrence is off: use stage = "all", or switch recurrence on')
+            raise ValueError(
+                'training.stage = "memory", but recurrence is off: use stage = "all", or switch recurrence on'
+            )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_memory(name))
     return model
@@ -87,7 +90,9 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
     folder = local_path(recipe.run.backbone, key="run.backbone")
     given, mend = f'data.tokenizer = "{recipe.data.tokenizer}"', f'set data.tokenizer = "{recipe.run.backbone}"'
     if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f'{given} is not the tokenizer of run.backbone = "{folder}", whose token ids mean other words: {mend}')
+        raise ValueError(
+            f'{given} is not the tokenizer of run.backbone = "{folder}", whose token ids mean other words: {mend}'
+        )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of {vocab_size}: use the '
@@ -106,7 +111,9 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
         settings["recurrence.separator"] = recipe.recurrence.separator
     for key, value in settings.items():
         if value is not None and value != tokenizer.bos_id:
-            raise ValueError(f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}")
+            raise ValueError(
+                f"{key} = {value}, but the tokenizer's separator is {tokenizer.bos_id}: set {key} = {tokenizer.bos_id}"
+            )
 
 
 # ------------------------------------------------------------------ folders
@@ -118,13 +125,17 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
     key = f'run.backbone = "{recipe.run.backbone}"'
     if not config_file(folder).is_file():
         what = "holds no config.json" if folder.is_dir() else "is no folder"
-        raise ValueError(f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model')
+        raise ValueError(
+            f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model'
+        )
     config = read_json(folder / "config.json", where=key)
     _check_settings(recipe)
     if "lrt_format" in config:
         _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
-        raise ValueError(f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"')
+        raise ValueError(
+            f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"'
+        )
     if "quantization_config" in config:
         raise ValueError(f"{key} is quantized, and its matrices cannot train: save it dequantized first")
     return folder, config
@@ -133,10 +144,15 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
 def _check_settings(recipe: Recipe) -> None:
     """Refuse what the decoder in the folder decides itself."""
     default = ModelConfig()
-    given = {f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(default) if f.name not in OF_ANY_BACKBONE}
+    given = {
+        f.name: getattr(recipe.model, f.name) for f in dataclasses.fields(default) if f.name not in OF_ANY_BACKBONE
+    }
     idle = [f"model.{name} = {value}" for name, value in given.items() if value != getattr(default, name)]
     if idle:
-        raise ValueError(f"{', '.join(idle)} would have no effect: the decoder in run.backbone decides this; leave it out of the recipe")
+        raise ValueError(
+            f"{', '.join(idle)} would have no effect: the decoder in run.backbone decides this; "
+            "leave it out of the recipe"
+        )
     if recipe.optimizer.kind != "adamw":
         raise ValueError(
             f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: set optimizer.kind = "adamw" '
@@ -147,16 +163,27 @@ def _check_settings(recipe: Recipe) -> None:
 def _check_saved(recipe: Recipe, config: dict[str, Any], key: str) -> None:
     """Refuse a folder of ``lrt.save`` that holds another model than the recipe describes."""
     if "adapted" not in config:
-        raise ValueError(f'{key} holds a native model: set run.backbone = "native" and training.init_from to this folder')
+        raise ValueError(
+            f'{key} holds a native model: set run.backbone = "native" and training.init_from to this folder'
+        )
     if config.get("adapter_only"):
-        raise ValueError(f"{key} holds the memory alone: lrt.load it with base=, lrt.save the whole model, and give that folder")
+        raise ValueError(
+            f"{key} holds the memory alone: lrt.load it with base=, lrt.save the whole model, and give that folder"
+        )
     if recipe.recurrence is None:
-        raise ValueError(f"{key} was trained with memory, but recurrence is off: give the decoder's own folder, or switch recurrence on")
+        raise ValueError(
+            f"{key} was trained with memory, but recurrence is off: "
+            "give the decoder's own folder, or switch recurrence on"
+        )
     stored = dataclasses.asdict(RecurrenceConfig(**config["recurrence"]))
     here = dataclasses.asdict(recipe.recurrence)
-    different = [f"recurrence.{k} = {stored[k]!r} there, {v!r} here" for k, v in here.items() if k != "init" and v != stored[k]]
+    different = [
+        f"recurrence.{k} = {stored[k]!r} there, {v!r} here" for k, v in here.items() if k != "init" and v != stored[k]
+    ]
     if different:
-        raise ValueError(f"{key} holds another recurrence than the recipe: {'; '.join(different)}: use the folder's settings")
+        raise ValueError(
+            f"{key} holds another recurrence than the recipe: {'; '.join(different)}: use the folder's settings"
+        )
 
 
 def _where(folder: Path) -> str:
@@ -164,7 +191,8 @@ def _where(folder: Path) -> str:
 
 
 def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
-    """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero, so only LoRA draws from the seed."""
+    """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero,
+    so only LoRA draws from the seed."""
     if recipe.tuning is not None and recipe.tuning.lora_rank:
         decoder = with_lora(decoder, recipe.tuning, seed=recipe.run.seed)
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
@@ -177,7 +205,9 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
         return model
     assert model.original is not None
     if getattr(model.original[0], "peft_config", None):
-        raise ValueError(f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out')
+        raise ValueError(
+            f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out'
+        )
     memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
     again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)
     with torch.no_grad():
@@ -202,7 +232,12 @@ def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
     except ImportError:
         raise ValueError('tuning.lora_rank needs PEFT: pip install -e ".[peft]" in a checkout of lrt') from None
     targets = list(tuning.lora_targets) or "all-linear"
-    config = peft.LoraConfig(r=tuning.lora_rank, lora_alpha=tuning.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = peft.LoraConfig(
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)

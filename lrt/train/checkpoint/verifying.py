@@ -1,4 +1,5 @@
-"""Whether a folder is a checkpoint: exactly the files that were written, each with its checksum, and all of them readable."""
+"""Whether a folder is a checkpoint: exactly the files that were written, each with its checksum,
+and all of them readable."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def damage(folder: Path) -> str | None:
 
 
 def incomplete(folder: Path) -> str | None:
-    """Why a folder does not hold exactly the files that were written, by their names and sizes alone; None when it does."""
+    """Why a folder does not hold exactly the files that were written, by their names and sizes alone;
+    None when it does."""
     try:
         files = _listed(folder)
         there = {
@@ -175,7 +177,8 @@ def read_rest(folder: Path) -> Loaded:
         ) from None
     if size != ranks or step_of(folder) >= 0 and step != step_of(folder):
         raise ValueError(
-            f"{path} speaks of step {step} on {size} ranks, but {folder} holds {ranks} rank files: the checkpoint is damaged"
+            f"{path} speaks of step {step} on {size} ranks, but {folder} holds {ranks} rank files: "
+            "the checkpoint is damaged"
         )
     return Loaded(meta, [_rank_state(folder / rank_file(rank)) for rank in range(ranks)])
 
@@ -185,7 +188,8 @@ def _rank_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # zip, pickle and torch have an exception each for a damaged file
         raise ValueError(
-            f"{path} cannot be read with weights_only ({_one_line(error)}): it is damaged, or was not written by this trainer"
+            f"{path} cannot be read with weights_only ({_one_line(error)}): "
+            "it is damaged, or was not written by this trainer"
         ) from None
     if not isinstance(state, Mapping):
         raise ValueError(
@@ -251,7 +255,7 @@ def find_checkpoint(path: str | Path) -> Path:
     found = latest(path) or latest(path / "checkpoints")
     if found is None:
         raise ValueError(
-            f"{path} holds no checkpoint (no folder step_NNNNNNNN with {COMPLETE}): name a run folder, a checkpoint of it, or a folder "
-            "that was exported (with config.json)"
+            f"{path} holds no checkpoint (no folder step_NNNNNNNN with {COMPLETE}): "
+            "name a run folder, a checkpoint of it, or a folder that was exported (with config.json)"
         )
     return found

@@ -48,7 +48,10 @@ def build_parallel(recipe: Recipe, world: World) -> LatentRecurrentModel:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under the names that the plain model gives them."""
-    return {**dict(named_parameters(model)), **{name.replace(WRAPPED, ""): buffer for name, buffer in model.named_buffers()}}
+    return {
+        **dict(named_parameters(model)),
+        **{name.replace(WRAPPED, ""): buffer for name, buffer in model.named_buffers()},
+    }
 
 
 @torch.no_grad()
@@ -62,7 +65,10 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         whole = tensors.get(name)
         if whole is None or whole.shape != parameter.shape:
             got = "nothing" if whole is None else f"shape {tuple(whole.shape)}"
-            raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be filled from {got}: the weights belong to another model")
+            raise ValueError(
+                f"{name} of shape {tuple(parameter.shape)} cannot be filled from {got}: "
+                "the weights belong to another model"
+            )
         layout = layout_of(parameter)
         if layout is not None:
             counts = layout.rows(whole.shape[0])
@@ -71,7 +77,8 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
-    """Take the weights of a training checkpoint, of an exported folder or of a safetensors file with the model's own names, and nothing else.
+    """Take the weights of a training checkpoint, of an exported folder or of a safetensors file with the model's own
+    names, and nothing else.
 
     Raises:
         ValueError: it is none of these, or holds another model.
@@ -83,7 +90,9 @@ def warm_start(model: nn.Module, path: str | Path, world: World) -> None:
         if config_file(path).is_file():  # written by lrt.save, whole or in shards
             fill(model, named_tensors(load(path, device="cpu")))
             return
-        tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)}
+        tensors: dict[str, Tensor] = {
+            f"model.{name}": parameter.detach() for name, parameter in named_parameters(model)
+        }
         read_tensors(find_checkpoint(path), tensors, process_group=world.checkpoint_group)
     except ValueError as error:
         raise ValueError(f"training.init_from = {path}: {error}") from None
@@ -123,7 +132,8 @@ def copy_on_every_rank(model: nn.Module, recipe: Recipe, world: World) -> Latent
 
 
 def not_finite(tensors: Mapping[str, Tensor], world: World) -> str | None:
-    """Which tensors hold numbers that are not finite, in words ("a and 2 more are"), the same on every rank; None = none does."""
+    """Which tensors hold numbers that are not finite, in words ("a and 2 more are"), the same on every rank;
+    None = none does."""
     names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
     rows = [local(tensors[name]) for name in names]
     flags = [~torch.linalg.vector_norm(row, math.inf).isfinite() if row.numel() else row.new_zeros(()) for row in rows]
@@ -137,7 +147,11 @@ def refuse_non_finite(model: nn.Module, recipe: Recipe, world: World) -> None:
     """Refuse weights to start from with which a run could only skip every step."""
     bad = not_finite(dict(named_parameters(model)), world)
     if bad:
-        start = f"training.init_from = {recipe.training.init_from}" if recipe.training.init_from else f"run.backbone = {recipe.run.backbone}"
+        start = (
+            f"training.init_from = {recipe.training.init_from}"
+            if recipe.training.init_from
+            else f"run.backbone = {recipe.run.backbone}"
+        )
         raise ValueError(f"{start}: {bad} not finite: start from weights that are")
 
 
@@ -150,8 +164,8 @@ def export(
     tokenizer: Tokenizer | None = None,
     step: int | None = None,
 ) -> LatentRecurrentModel | None:
-    """Make the plain model, and write it in place of an earlier export: with ``lrt.save``, or as a Hugging Face folder where
-    the recipe continues a decoder without memory.
+    """Make the plain model, and write it in place of an earlier export: with ``lrt.save``,
+    or as a Hugging Face folder where the recipe continues a decoder without memory.
 
     Args:
         model: plain or parallel; every rank must call this.
@@ -191,7 +205,9 @@ def _without_lora(model: LatentRecurrentModel) -> Any:
 
 
 def _add_step(config: Path, step: int) -> None:
-    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"step": step}, indent=2) + "\n", encoding="utf-8")
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"step": step}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _plain(recipe: Recipe, tensors: Mapping[str, Tensor]) -> LatentRecurrentModel:

@@ -42,7 +42,14 @@ class _LookUp(torch.autograd.Function):
     """Rows of a table whose gradients go to ``add``; autograd hears of none."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor, dtype: torch.dtype, look_up: Callable[..., Tensor], add: Callable[..., None]) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        tokens: Tensor,
+        dtype: torch.dtype,
+        look_up: Callable[..., Tensor],
+        add: Callable[..., None],
+    ) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.add = add
         return look_up(tokens, weight, dtype)
@@ -53,7 +60,9 @@ class _LookUp(torch.autograd.Function):
         return (None,) * 5
 
 
-def _look_up(look_up: Callable[..., Tensor], add: Callable[..., None], tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _look_up(
+    look_up: Callable[..., Tensor], add: Callable[..., None], tokens: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Tensor:
     return _LookUp.apply(weight, tokens, dtype, look_up, add)
 
 
@@ -80,10 +89,12 @@ def add_parts(total: Tensor, parts: Sequence[Tensor], *, add: bool) -> None:
 
 
 def twin_of(model: Any) -> tuple[Any, dict[int, nn.Parameter]]:
-    """A model with the same weights, whose blocks and memory have parameters of their own for the gradients; the rest is the model's.
+    """A model with the same weights, whose blocks and memory have parameters of their own for the gradients;
+    the rest is the model's.
 
     Returns:
-        The twin, as it is now: ``eval()`` of the model does not reach it; and its parameters by the identity of the model's.
+        The twin, as it is now: ``eval()`` of the model does not reach it; and its parameters by the identity of the
+        model's.
     """
     own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()} | own
@@ -131,10 +142,10 @@ class Sums:
 
     Args:
         masters: what the gradients are for.
-        compute: the working copy, with a parameter for each master; token tables may be the masters themselves. It is not to be
-            copied afterwards, nor differentiated but between ``begin`` and ``end``.
-        apart: give passes after the first twins of ``compute``, so that autograd hands out the gradients of each, and they are
-            added here in one kernel, unrounded; otherwise it adds them one by one in the copy's dtype.
+        compute: the working copy, with a parameter for each master; token tables may be the masters themselves.
+            It is not to be copied afterwards, nor differentiated but between ``begin`` and ``end``.
+        apart: give passes after the first twins of ``compute``, so that autograd hands out the gradients of each,
+            and they are added here in one kernel, unrounded; otherwise it adds them one by one in the copy's dtype.
     """
 
     def __init__(self, masters: Sequence[Tensor], compute: Any, *, apart: bool = False) -> None:
@@ -194,7 +205,8 @@ class Sums:
         return tuple(total if index in given else None for index, total in enumerate(self._totals))
 
     def abandon(self) -> None:
-        """After an exception: gradients of earlier micro-batches stay, unless the backward has begun; then all are gone."""
+        """After an exception: gradients of earlier micro-batches stay, unless the backward has begun;
+        then all are gone."""
         begun = bool(self._read) or any(leaf.grad is not None for leaf in chain(*self._leaves))
         self._restore()
         for master in self._masters if begun else ():

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from lrt.config import ParallelConfig
 from lrt.train.distributed.gradient_sums import Sums
-from lrt.train.distributed.parallel import DTYPES, free_gathered, named_parameters, parallelize, reduce_gradients, token_tables
+from lrt.train.distributed.parallel import (
+    DTYPES,
+    free_gathered,
+    named_parameters,
+    parallelize,
+    reduce_gradients,
+    token_tables,
+)
 from lrt.train.distributed.world import World, register_graph
 from lrt.types import Pass, Schedule
 
@@ -41,8 +48,8 @@ def forward_backward(
 class Place(NamedTuple):
     """Where a micro-batch stands in its step.
 
-    With FSDP the first gathers parameters, and the last reduces gradients and frees both. With a working copy the first is the
-    one that finds no gradients: it writes the sums, the others add to them.
+    With FSDP the first gathers parameters, and the last reduces gradients and frees both.
+    With a working copy the first is the one that finds no gradients: it writes the sums, the others add to them.
     """
 
     first: bool = True
@@ -95,19 +102,28 @@ class Runner:
         return self.compute
 
     def forward_backward(
-        self, input_ids: Tensor, targets: Tensor, *, schedule: Schedule, seed: int, valid_targets: Tensor, first: bool = True, last: bool = True
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        *,
+        schedule: Schedule,
+        seed: int,
+        valid_targets: Tensor,
+        first: bool = True,
+        last: bool = True,
     ) -> Tensor:
         """Add the gradients of one micro-batch to the masters'.
 
-        With a working copy these are buffers that the next step overwrites. After an exception in the backward they are gone.
+        With a working copy these are buffers that the next step overwrites.
+        After an exception in the backward they are gone.
 
         Args:
             input_ids, targets: (B, T).
             schedule: passes of the forward.
             seed: for schedules that draw their order.
             valid_targets: number of targets that normalises the loss.
-            first, last: of the step's micro-batches; with FSDP all are of one shape and seed, and the gradients may be there only
-                after the last.
+            first, last: of the step's micro-batches; with FSDP all are of one shape and seed,
+                and the gradients may be there only after the last.
 
         Returns:
             1-D: the loss, then the loss of every group.
@@ -126,12 +142,17 @@ class Runner:
         if first or places is not ACCUMULATED:
             self._begun = key
         elif key != self._begun:
-            raise ValueError("a micro-batch has another shape, schedule or plan than the first of its step, whose gradients wait for it")
+            raise ValueError(
+                "a micro-batch has another shape, schedule or plan than the first of its step, "
+                "whose gradients wait for it"
+            )
         beyond = self._graphs is not None and key not in self._graphs and len(self._graphs) >= GRAPHS
         if beyond and self._report is not None:
             self._report(
-                f"more than {GRAPHS} plans of passes: the first {GRAPHS} are CUDA graphs, the others run slower, launched kernel by kernel; "
-                f"fewer kinds in schedule.mix or schedule.phases, or fewer orders (schedule.order, schedule.subsets), avoid it"
+                f"more than {GRAPHS} plans of passes: the first {GRAPHS} are CUDA graphs, "
+                "the others run slower, launched kernel by kernel; "
+                "fewer kinds in schedule.mix or schedule.phases, or fewer orders (schedule.order, "
+                "schedule.subsets), avoid it"
             )
             self._report = None
         if self._graphs is None or beyond:
@@ -160,7 +181,9 @@ class Runner:
             self.sums.begin(add=not place.first)
         reduce_gradients(self.compute, schedule, now=place.last)
         try:
-            scores = forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
+            scores = forward_backward(
+                self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid
+            )
         except BaseException:
             if self.sums is not None:
                 self.sums.abandon()
@@ -175,9 +198,12 @@ class Runner:
         return scores, gradients
 
     def _keep_apart(self) -> None:
-        """Copy gradients that lie where a graph has its own: the replay may overwrite them, since graphs share their memory."""
+        """Copy gradients that lie where a graph has its own: the replay may overwrite them,
+        since graphs share their memory."""
         assert self._graphs is not None
-        for master, *known in zip(self._masters, *(one.gradients for places in self._graphs.values() for one in places.values())):
+        for master, *known in zip(
+            self._masters, *(one.gradients for places in self._graphs.values() for one in places.values())
+        ):
             if master.grad is not None and any(master.grad is gradient for gradient in known):
                 master.grad = master.grad.clone()
 
@@ -195,9 +221,18 @@ class Runner:
             torch._foreach_add_([old for old, _ in more], [new for _, new in more])
 
     def _capture(
-        self, places: tuple[Place, ...], input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, warm: bool
+        self,
+        places: tuple[Place, ...],
+        input_ids: Tensor,
+        targets: Tensor,
+        schedule: Schedule,
+        seed: int,
+        valid: Tensor,
+        *,
+        warm: bool,
     ) -> dict[Place, Captured]:
-        """One graph for each place, in the order in which they will be replayed: what one leaves behind the next takes up."""
+        """One graph for each place, in the order in which they will be replayed:
+        what one leaves behind the next takes up."""
         kept = [p.grad for p in self._masters]
         if self.sums is not None and not warm:  # the passes below overwrite the sums
             kept = [None if gradient is None else gradient.clone() for gradient in kept]
@@ -242,7 +277,8 @@ def _graphed(config: ParallelConfig, world: World) -> bool:
 def single_device(
     model: nn.Module, config: ParallelConfig, world: World, *, report: Callable[[str], None] = warnings.warn
 ) -> Runner:
-    """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled, with CUDA graphs on a GPU."""
+    """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled,
+    with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
     parallelize(compute, config, dataclasses.replace(world, sharded=False))
     return Runner(model, compute, graphs=_graphed(config, world), report=report)

@@ -53,7 +53,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
             model.blocks[index] = checkpointed(block, selective=config.activation_checkpointing == "selective")
     if config.compile:
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-        # Torch 2.13's default. Before, gradients in FlexAttention's order were copied on their way into a block (lrt.attention.gradient_spacing).
+        # Torch 2.13's default. Before, gradients in FlexAttention's order were copied on their way into a block
+        # (lrt.attention.gradient_spacing).
         if not getattr(torch._functorch.config, "guess_tangent_strides_as_outputs", True):
             torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
@@ -61,7 +62,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         if isinstance(getattr(model.backbone, "head", None), Head):
             model.backbone.head.scorer = Scorer(*compiled)
         elif getattr(model.backbone, "is_linear", False) and (_is_tied(model) or not world.sharded):
-            model.backbone.scorer = Scorer(*compiled)  # an untied head that FSDP shards is gathered by its own call alone
+            # an untied head that FSDP shards is gathered by its own call alone
+            model.backbone.scorer = Scorer(*compiled)
         if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
             compiled_lookup = torch.compile(lookup, dynamic=False)
             for table in token_tables(model):
@@ -69,9 +71,12 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
     if not world.sharded:
         return
     mesh = make_mesh(config, world) if mesh is None else mesh
-    # RoPE tables must stay float32 and token ids integers, so inputs are cast nowhere: they are in the right dtype already.
+    # RoPE tables must stay float32 and token ids integers, so inputs are cast nowhere:
+    # they are in the right dtype already.
     precision = MixedPrecisionPolicy(DTYPES[config.param_dtype], DTYPES[config.reduce_dtype], cast_forward_inputs=False)
-    shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward")
+    shard = partial(
+        fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=config.reshard == "after_forward"
+    )
     backbone = model.backbone
     ends = () if _is_tied(model) else (backbone.embedding, backbone.head)
     for part in (*ends, *backbone.value_embeddings.values(), *model.blocks, model.memory_projection):
@@ -79,7 +84,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
             shard(part)
     for table in backbone.value_embeddings.values():
         table.register_forward_pre_hook(_anchored, prepend=True, with_kwargs=True)
-    # The rest: scales and gains. They stay: FSDP finds no tensors in the model's output (torch 2.11), so nothing would gather them again.
+    # The rest: scales and gains. They stay: FSDP finds no tensors in the model's output (torch 2.11),
+    # so nothing would gather them again.
     shard(model, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)  # the loss is already divided by the valid targets of all ranks
@@ -95,7 +101,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
 
 
 def _is_tied(model: Any) -> bool:
-    """Whether head and embedding are one parameter, as those of an adapted decoder may be; it then stays with the root."""
+    """Whether head and embedding are one parameter, as those of an adapted decoder may be;
+    it then stays with the root."""
     return bool(model.backbone.head.weight is model.backbone.embedding.weight)
 
 
@@ -119,15 +126,17 @@ def _anchored(table: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[
 def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
     """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
 
-    Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of blocks with
-    several passes in two parts, what the micro-batches before left going ahead). ``reshard = "after_forward"`` needs less
-    memory and always reduces.
+    Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
+    blocks with
+    several passes in two parts, what the micro-batches before left going ahead).
+    ``reshard = "after_forward"`` needs less memory and always reduces.
     """
     if not getattr(model, "reduces_once", False):
         return
     model.set_requires_gradient_sync(now)
     if not now and schedule.token_compute == 1 and model.memory_projection is not None:
-        model.memory_projection.unshard()  # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
+        # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
+        model.memory_projection.unshard()
 
 
 def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
@@ -156,9 +165,15 @@ def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
 
 
 def draws(block: nn.Module) -> bool:
-    """Whether a block drops numbers in training: by a module, or by a rate that its attention reads, such as ``attention_dropout``."""
+    """Whether a block drops numbers in training: by a module, or by a rate that its attention reads,
+    such as ``attention_dropout``."""
     modules = list(block.modules())
-    rates = (value for module in modules for name, value in vars(module).items() if "dropout" in name and isinstance(value, float))
+    rates = (
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if "dropout" in name and isinstance(value, float)
+    )
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules) or any(rate > 0 for rate in rates)
 
 

@@ -97,8 +97,8 @@ def open_world(recipe: Recipe) -> Iterator[World]:
     if torch.cuda.is_available():
         if place.local >= torch.cuda.device_count():
             raise ValueError(
-                f"process {place.local} of this machine has no GPU of its own, because it has {torch.cuda.device_count()}: "
-                f"use torchrun --nproc_per_node={torch.cuda.device_count()}, or less"
+                f"process {place.local} of this machine has no GPU of its own, because it has "
+                f"{torch.cuda.device_count()}: use torchrun --nproc_per_node={torch.cuda.device_count()}, or less"
             )
         device = torch.device("cuda", place.local)
         torch.cuda.set_device(device)
@@ -110,10 +110,17 @@ def open_world(recipe: Recipe) -> Iterator[World]:
     timeout = timedelta(minutes=recipe.parallel.timeout_minutes)
     store = _store(timeout) if size > 1 else dist.HashStore()
     dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=rank, world_size=size, device_id=device if device.type == "cuda" else None
+        backend,
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield World(rank, size, device, sharded, dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30))))
+        yield World(
+            rank, size, device, sharded, dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30)))
+        )
     except HangError:
         raise  # leaving the group would wait for the rank that is gone
     except BaseException:
@@ -140,14 +147,17 @@ def check_same_on_all(recipe: Recipe, world: World) -> None:
     dist.all_gather_object(texts, text, group=world.checkpoint_group)
     found = changes(parse_recipe(texts[0]), parse_recipe(texts[other]))
     different = "; ".join(f"{c.key} = {c.there!r} on rank 0, {c.here!r} on rank {other}" for c in found)
-    raise ValueError(f"the ranks have different settings: {different}: start all with the same recipe and the same --set")
+    raise ValueError(
+        f"the ranks have different settings: {different}: start all with the same recipe and the same --set"
+    )
 
 
 _GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def register_graph(graph: torch.cuda.CUDAGraph) -> None:
-    """Have a graph reset when its process group is left, for NCCL waits until no graph holds one of its collectives (pytorch issue 115388)."""
+    """Have a graph reset when its process group is left, for NCCL waits until no graph holds one of its collectives
+    (pytorch issue 115388)."""
     _GRAPHS.add(graph)
 
 

@@ -67,9 +67,11 @@ class StopSignal:
 
     @contextmanager
     def unheard(self) -> Iterator[None]:
-        """Processes that are started inside never hear these signals, which reach a whole process group: they end with this one.
+        """Processes that are started inside never hear these signals, which reach a whole process group:
+        they end with this one.
 
-        They inherit that the signals are blocked here; what comes meanwhile this process hears, at the end at the latest.
+        They inherit that the signals are blocked here; what comes meanwhile this process hears,
+        at the end at the latest.
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
         try:
@@ -87,7 +89,8 @@ class StopSignal:
 
 
 def start_compile_workers() -> None:
-    """Start the processes in which the compiler makes kernels, where it uses any; otherwise the first compilation does."""
+    """Start the processes in which the compiler makes kernels, where it uses any;
+    otherwise the first compilation does."""
     from torch._inductor.async_compile import AsyncCompile
 
     AsyncCompile.warm_pool()
@@ -129,9 +132,10 @@ class FiniteGuard:
             print(f"{self._path} cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
         if self._row >= self._limit:
             raise NonFiniteError(
-                f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite and were skipped "
-                f"(training.max_skipped = {self._limit}). Their rows are named in {self._path}. Lower the learning rates or look at the data; "
-                f"the checkpoints before are whole"
+                f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite "
+                "and were skipped "
+                f"(training.max_skipped = {self._limit}). Their rows are named in {self._path}. "
+                f"Lower the learning rates or look at the data; the checkpoints before are whole"
             )
 
 
@@ -148,7 +152,8 @@ class Heartbeat:
 
     def __init__(self, *, timeout_s: float, rank: int = 0, stream: Any = None) -> None:
         self._timeout, self._rank, self._stream = timeout_s, rank, stream
-        self._last, self._where, self._said = math.inf, "start", False  # reading and fetching data before the first beat may take long
+        # reading and fetching data before the first beat may take long
+        self._last, self._where, self._said = math.inf, "start", False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="heartbeat")
 
@@ -179,7 +184,11 @@ class Heartbeat:
             if silent > 0.9 * self._timeout and not self._said:
                 self._said = True
                 stream = self._stream or sys.stderr
-                print(f"rank {self._rank}: {hang_message(self._where, self._timeout)}; stacks of this rank follow", file=stream, flush=True)
+                print(
+                    f"rank {self._rank}: {hang_message(self._where, self._timeout)}; stacks of this rank follow",
+                    file=stream,
+                    flush=True,
+                )
                 if self._stream is None:
                     faulthandler.dump_traceback(file=stream)
 
@@ -198,6 +207,6 @@ def hang_message(where: str, timeout_s: float, *, silent_s: float = math.inf) ->
             f"restart with the same command to go on from the newest checkpoint"
         )
     return (
-        f"{where}: no progress for about {timeout_s / 60:.3g} minutes (parallel.timeout_minutes): a rank has died or hangs; "
-        f"restart with the same command to go on from the newest checkpoint"
+        f"{where}: no progress for about {timeout_s / 60:.3g} minutes (parallel.timeout_minutes): "
+        f"a rank has died or hangs; restart with the same command to go on from the newest checkpoint"
     )

@@ -63,6 +63,6 @@ def data_was_the_limit(share: float, *, workers: int) -> str | None:
     if share < LIMIT:
         return None
     return (
-        f"data were a limit of this run: {100 * share:.0f} % of the time went into waiting for them. Raise data.workers "
-        f"(now {workers}), or tokenize once: python tools/prepare_data.py tokenize"
+        f"data were a limit of this run: {100 * share:.0f} % of the time went into waiting for them. "
+        f"Raise data.workers (now {workers}), or tokenize once: python tools/prepare_data.py tokenize"
     )

@@ -25,7 +25,8 @@ from lrt.train.monitor.faults import NotSavedError
 
 
 class Sink(Protocol):
-    """Somewhere that records go: those of steps, evaluations and samples, told apart by ``kind``, each with its ``step``."""
+    """Somewhere that records go: those of steps, evaluations and samples, told apart by ``kind``,
+    each with its ``step``."""
 
     def write(self, record: Record) -> None: ...
 
@@ -135,7 +136,9 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, report: Callable[[str], None] = print) -> None:
-        kept = [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
+        kept = (
+            [r for r in read_records(path) if r.get("step", 0) <= resume_step] if resume_step and path.is_file() else []
+        )
         _replace(path, kept)
         self._file = open(path, "ab", buffering=0)
         self._path, self._report, self._unwritten = path, report, b""
@@ -155,7 +158,9 @@ class JsonLines:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not waits:
-                self._report(f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room")
+                self._report(
+                    f"{self._path} cannot be written ({error.strerror}): its records wait in memory until there is room"
+                )
 
     def check(self) -> None:
         """Try once more to write what waits.
@@ -266,7 +271,8 @@ class Console:
         skipped = f"  {record['skipped']} skipped" if record["skipped"] else ""
         self.say(
             f"{step:>8} {record['loss']:>8.4f}  {groups:<20} {record['lr_scale']:>7.4f} {record['grad_norm']:>9.3g} "
-            f"{record['tokens_per_second']:>10,.0f} {mfu:>6} {100 * record['data_wait']:>5.1f}% {record['peak_memory_gib']:>6.2f}{skipped}"
+            f"{record['tokens_per_second']:>10,.0f} {mfu:>6} {100 * record['data_wait']:>5.1f}% "
+            f"{record['peak_memory_gib']:>6.2f}{skipped}"
         )
 
     def close(self) -> None:
@@ -312,7 +318,11 @@ def memory_table(record: Record) -> list[str]:
     """
     activations, parameters = record.get("activations") or {}, record.get("recurrence") or {}
     rows = [(title, activations[key][of]) for title, key, of in TABLE if key in activations]
-    rows += [(title, parameters[key]) for title, key in (("gain g", "gains"), ("residual scale a", "residual_scales")) if key in parameters]
+    rows += [
+        (title, parameters[key])
+        for title, key in (("gain g", "gains"), ("residual scale a", "residual_scales"))
+        if key in parameters
+    ]
     if not activations:
         return []
     lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]

@@ -23,8 +23,8 @@ def opening_notes(recipe: Recipe, tokenizer: Tokenizer, device: torch.device, *,
     parallel = recipe.parallel
     if device.type == "cpu" and parallel.compile and steps:
         notes.append(
-            "parallel.compile = true on a CPU: the first step compiles for up to minutes, and small models gain nothing; "
-            "set parallel.compile = false for a run of minutes"
+            "parallel.compile = true on a CPU: the first step compiles for up to minutes, "
+            "and small models gain nothing; set parallel.compile = false for a run of minutes"
         )
     if device.type == "cpu" and parallel.param_dtype != "float32" and steps:
         notes.append(
@@ -33,7 +33,8 @@ def opening_notes(recipe: Recipe, tokenizer: Tokenizer, device: torch.device, *,
         )
     if recipe.recurrence is not None and recipe.recurrence.separator is None:
         notes.append(
-            f"recurrence.separator is not set, so memory goes on from one document into the next, although the data have "
+            "recurrence.separator is not set, so memory goes on from one document into the next, "
+            "although the data have "
             f"a separator between them: set recurrence.separator = {tokenizer.bos_id}, unless that is what you want"
         )
     if recipe.training.steps == 0:

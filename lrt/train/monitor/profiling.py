@@ -14,7 +14,8 @@ from lrt.train.distributed.world import World
 
 @contextlib.contextmanager
 def profiler(recipe: Recipe, folder: Path, world: World) -> Iterator[Callable[[int], None]]:
-    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside it has of it."""
+    """A function to call before every step; records the window that the recipe asks for, or what a run that ends inside
+    it has of it."""
     start, count = recipe.metrics.profile_start, recipe.metrics.profile_steps
     running: torch.profiler.profile | None = None
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lrt.config import OptimizerConfig, Recipe
-from lrt.train.optim.muon import Direction, Parts, direction, gradient_of, layout_of, local, muon_step, second_moment_like
+from lrt.train.optim.muon import (
+    Direction,
+    Parts,
+    direction,
+    gradient_of,
+    layout_of,
+    local,
+    muon_step,
+    second_moment_like,
+)
 from lrt.train.optim.rates import Rates
 
 # ------------------------------------------------------------------ the table of parameter groups
@@ -30,7 +39,8 @@ class Group(NamedTuple):
     betas: tuple[float, float] | None = None  # None = optimizer.betas
 
 
-# Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens / reference_batch_tokens).
+# Spec section 5. Weight decay is Muon's alone; all rates are times rate_scale sqrt(batch_tokens /
+# reference_batch_tokens).
 NATIVE: tuple[Group, ...] = (
     Group("matrices", r"blocks\.\d+\.block\..*\.weight", "muon", "matrix_lr"),  # the token value's gate too
     Group(
@@ -44,8 +54,10 @@ NATIVE: tuple[Group, ...] = (
     Group("embedding_scales", r"backbone\.embedding_scales", "adamw", "injection_lr", betas=(0.96, 0.95)),
     Group("gains", r"injection\.gains", "adamw", "injection_lr", scale="memory_gain_scale"),
 )  # fmt: skip
-MEMORY_GROUPS = ("memory_matrices", "memory_gates", "gains", "memory")  # the last where AdamW has everything at one rate
-MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"  # what exists only because of the recurrence
+# the last where AdamW has everything at one rate
+MEMORY_GROUPS = ("memory_matrices", "memory_gates", "gains", "memory")
+# what exists only because of the recurrence
+MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"
 
 
 def rate_of(group: dict[str, Any], rates: Rates) -> float:
@@ -69,10 +81,13 @@ def group_of(name: str, parameter: Tensor, table: Sequence[Group] = NATIVE) -> G
         names = ", ".join(row.name for row in rows) or "none"
         raise ValueError(
             f"parameter {name!r} of shape {tuple(parameter.shape)} matches {names} of the optimizer's groups "
-            f"({', '.join(row.name for row in table)}): add it to the table in lrt/train/optim/groups.py, or set optimizer.kind = \"adamw\""
+            f'({", ".join(row.name for row in table)}): add it to the table in lrt/train/optim/groups.py, or set optimizer.kind = "adamw"'
         )
     if rows[0].kind == "muon" and parameter.ndim != 2:
-        raise ValueError(f"parameter {name!r} has shape {tuple(parameter.shape)}, but Muon takes matrices: give it an adamw row in the table")
+        raise ValueError(
+            f"parameter {name!r} has shape {tuple(parameter.shape)}, but Muon takes matrices: "
+            "give it an adamw row in the table"
+        )
     return rows[0]
 
 
@@ -97,7 +112,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
             "name": row.name,
             "kind": row.kind,
             "params": members[row.name],
-            "lr": getattr(config, row.lr) * scale * (width if row.by_width else 1.0) * (getattr(config, row.scale) if row.scale else 1.0),
+            "lr": getattr(config, row.lr)
+            * scale
+            * (width if row.by_width else 1.0)
+            * (getattr(config, row.scale) if row.scale else 1.0),
             "betas": (config.momentum, config.second_moment) if row.kind == "muon" else row.betas or config.betas,
             "eps": config.eps,
             "weight_decay": config.weight_decay * (12 / recipe.model.n_layers) ** 2 if row.kind == "muon" else 0.0,
@@ -107,7 +125,9 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
     ]
 
 
-def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, scale: float) -> list[dict[str, Any]]:
+def _adamw_groups(
+    trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, scale: float
+) -> list[dict[str, Any]]:
     memory_lr = config.adamw_lr if config.adamw_memory_lr is None else config.adamw_memory_lr
     common = {"kind": "adamw", "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     backbone = [(name, p) for name, p in trained if not is_memory(name)]
@@ -139,7 +159,9 @@ class MuonAdamW(torch.optim.Optimizer):
         compile: run Muon's parts compiled, each once a shape.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, direction: Direction = direction, compile: bool = False) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, direction: Direction = direction, compile: bool = False
+    ) -> None:
         super().__init__(groups, defaults={})
         parts = Parts(direction=direction)
         self._parts = parts.compiled() if compile else parts

@@ -54,7 +54,10 @@ def layout_of(parameter: Tensor) -> Layout | None:
         return None
     sharded = [(dim, placement) for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
     if len(sharded) > 1 or any(placement != Shard(0) for _, placement in sharded):
-        raise ValueError(f"optimizer: placements {parameter.placements} are not supported: shard parameters by rows over one mesh dimension")
+        raise ValueError(
+            f"optimizer: placements {parameter.placements} are not supported: "
+            "shard parameters by rows over one mesh dimension"
+        )
     if not sharded:
         return None
     dim = sharded[0][0]
@@ -127,13 +130,16 @@ def second_moment_like(parameter: Tensor) -> Tensor:
 # ------------------------------------------------------------------ number by number, on this rank's rows
 
 
-def averages(gradients: Sequence[Tensor], momenta: Sequence[Tensor], *, momentum: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def averages(
+    gradients: Sequence[Tensor], momenta: Sequence[Tensor], *, momentum: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
     """Update running means in place, and stack the Nesterov averages that follow from them.
 
     Args:
         gradients, momenta: N of one shape (r, C).
         momentum: 0-D, coefficient of the running mean.
-        scale: 0-D, factor of the gradients; at 0 a mean takes the place of its gradient, and so stays exactly what it was.
+        scale: 0-D, factor of the gradients; at 0 a mean takes the place of its gradient, and so stays exactly what it
+            was.
         dtype: of the stack.
 
     Returns:
@@ -216,7 +222,9 @@ def muon_step(
 
     moments = torch.stack(list(second_moments))
     rate = (1.0 - beta2) * finite
-    update, moments = _on_owners(nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: parts.direction(g, m, rate=rate))
+    update, moments = _on_owners(
+        nesterov, moments, layout=layout, rows=rows, apply=lambda g, m: parts.direction(g, m, rate=rate)
+    )
     torch._foreach_copy_(list(second_moments), list(moments.unbind()))
 
     lr = lr * max(1.0, rows / columns) ** 0.5
@@ -225,7 +233,12 @@ def muon_step(
 
 
 def _on_owners(
-    stack_NrC: Tensor, moments: Tensor, *, layout: Layout | None, rows: int, apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    stack_NrC: Tensor,
+    moments: Tensor,
+    *,
+    layout: Layout | None,
+    rows: int,
+    apply: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """``apply`` to whole matrices: each rank gathers its share of the stack, computes, and scatters it back."""
     if layout is None:
@@ -240,7 +253,9 @@ def _on_owners(
 
     here, there = [share * mine * columns] * layout.world, [share * r * columns for r in row_counts]
     received = stack_NrC.new_empty(sum(there))
-    dist.all_to_all_single(received, padded(stack_NrC).flatten(), output_split_sizes=there, input_split_sizes=here, group=layout.group)
+    dist.all_to_all_single(
+        received, padded(stack_NrC).flatten(), output_split_sizes=there, input_split_sizes=here, group=layout.group
+    )
     whole = torch.cat([part.view(share, r, columns) for part, r in zip(received.split(there), row_counts)], dim=1)
 
     own = slice(layout.rank * share, (layout.rank + 1) * share)

@@ -49,7 +49,8 @@ class Results:
         return self._found.get(run.name)
 
     def adopt(self, run: PlannedRun) -> bool:
-        """Take the result of a run that is done and had the very same settings under another name; False = there is none."""
+        """Take the result of a run that is done and had the very same settings under another name;
+        False = there is none."""
         same = (r for r in self._found.values() if r["state"] == "done" and r["fingerprint"] == run.fingerprint)
         record = None if self.done(run) else next(same, None)
         if record is not None:

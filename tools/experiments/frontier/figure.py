@@ -3,8 +3,9 @@
     python tools/experiments/frontier/figure.py                  # prints the table
     python tools/experiments/frontier/figure.py docs/images/frontier.png
 
-A line of results.jsonl is one run: ``cost`` is its training FLOPs, every block of every pass counted, over those of the plain
-run of 2,563 steps; ``bpb`` has bits per byte by memory mode; ``set`` has what it changed in d4.toml.
+A line of results.jsonl is one run: ``cost`` is its training FLOPs, every block of every pass counted,
+over those of the plain run of 2,563 steps; ``bpb`` has bits per byte by memory mode;
+``set`` has what it changed in d4.toml.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown: every run against the plain model of equal compute and of equal tokens."""
     plain, steps = curve(records), {r["steps"]: r["cost"] for r in records if r["label"] == "plain"}
     lines = [
-        "| schedule | steps | cost | zero | parallel | **decode** | plain at this cost | at equal compute | at equal tokens |",
+        "| schedule | steps | cost | zero | parallel | **decode** | plain at this cost | at equal compute | at "
+        "equal tokens |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
@@ -75,10 +77,16 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             for (label, marker), colour in zip(SHOWN.items(), COLOURS):
                 points = sorted((r[by] / unit, r["bpb"]["decode"]) for r in records if r["label"] == label)
                 panel.plot(*zip(*points), color=colour, marker=marker, label=f"LRT: {label}")
-            panel.set(xscale="log", ylabel="bits per byte, decode", ylim=(min(plain.values()) - 0.003, max(plain.values()) + 0.003))
+            panel.set(
+                xscale="log",
+                ylabel="bits per byte, decode",
+                ylim=(min(plain.values()) - 0.003, max(plain.values()) + 0.003),
+            )
             panel.set_xticks([1, 1.5, 2, 2.5, 3], ["1", "1.5", "2", "2.5", "3"])
             panel.minorticks_off()
-        axes[0][0].set(title="Equal training compute", xlabel="training FLOPs of every pass (1 = plain, 54 tokens a parameter)")
+        axes[0][0].set(
+            title="Equal training compute", xlabel="training FLOPs of every pass (1 = plain, 54 tokens a parameter)"
+        )
         axes[0][1].set(title="Equal tokens", xlabel="tokens (1 = 168 M)")
         axes[0][0].figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
