@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lrt.schedules import only_feeds
+from lrt.plans import only_feeds
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;

@@ -1,8 +1,10 @@
-"""Which plans of passes the loops of ``lrt.passes`` can run; a schedule of one's own may give any."""
+"""Which plans of passes the loops of ``lrt.passes`` can run, since a schedule of one's own may give any; and where a pass may
+end early."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from lrt.types import Pass
 
@@ -33,6 +35,19 @@ def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
             "followed by others over all, or by sweeps over the residues 0..S-1 of one step S, "
             f"and contiguous chunks from left to right; the first receives no memory"
         )
+
+
+def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], length: int) -> bool:
+    """Whether a pass gives nothing but the memory of the next one, so that it ends at the source block.
+
+    Args:
+        plan: of full refinements; under any other, later passes read every block's keys and values.
+        step: one of its passes.
+        weights: of the loss groups.
+        length: tokens a row.
+    """
+    unscored = step.group < 0 or weights[step.group] == 0
+    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)
 
 
 def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:

@@ -152,19 +152,6 @@ def _residues(subsets: int, order: Order, generator: torch.Generator | None) -> 
     return [(offset + r) % subsets for r in range(subsets)]
 
 
-def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], length: int) -> bool:
-    """Whether a pass gives nothing but the memory of the next one, so that it ends at the source block.
-
-    Args:
-        plan: of full refinements; under any other, later passes read every block's keys and values.
-        step: one of its passes.
-        weights: of the loss groups.
-        length: tokens a row.
-    """
-    unscored = step.group < 0 or weights[step.group] == 0
-    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)
-
-
 # ------------------------------------------------------------------ the public constructors
 
 

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from lrt import serialization
+from lrt.arguments import alignment, as_ids
 from lrt.config import RecurrenceConfig
 from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
@@ -48,7 +49,8 @@ from lrt.huggingface.output import LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
-from lrt.padding import alignment, as_ids, columns, packed_documents
+from lrt.outcome import columns
+from lrt.padding import packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
