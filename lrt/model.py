@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrt.arguments import begin_at_zero, checked_rows
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
 from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
+from lrt.padding import columns, either, final_lengths, restarts
 from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
 from lrt.recurrence import (
     AlignedBlock,
@@ -161,53 +162,36 @@ class LatentRecurrentModel(nn.Module):
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
-        _check_tensors(input_ids=input_ids, targets=targets, labels=labels, attention_mask=attention_mask)
-        input_ids = as_ids(input_ids)
-        targets, labels = (None if given is None else as_ids(given) for given in (targets, labels))
-        if attention_mask is not None:
-            _check_mask(attention_mask, input_ids)
-            labels = (
-                None
-                if labels is None or labels.shape != input_ids.shape
-                else labels.masked_fill(~attention_mask.bool(), IGNORE)
-            )
-        targets = self._check(input_ids, targets, labels)
-        document_ids, position_ids = (
-            _as_rows("document_ids", document_ids, input_ids),
-            _as_rows("position_ids", position_ids, input_ids),
-        )
-        length = input_ids.shape[1]
-        back = real = None
-        if attention_mask is not None:
-            forth, real, back = alignment(attention_mask)
-            input_ids = input_ids.gather(1, forth)
-            targets = None if targets is None else targets.gather(1, forth).masked_fill(~real, IGNORE)
-            document_ids = None if document_ids is None else document_ids.gather(1, forth)
-            position_ids = None if position_ids is None else position_ids.gather(1, forth)
+        rows = begin_at_zero(
+            input_ids, targets=targets, labels=labels, document_ids=document_ids, attention_mask=attention_mask,
+            position_ids=position_ids, vocab_size=self.vocab_size,
+        )  # fmt: skip
         chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
             raise ValueError(
                 f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), "
                 "sequential() or a mixture"
             )
-        more: dict[str, Any] = {"generator": generator, "keep_inputs": output_hidden_states}
-        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, real=real, **more)
-        weights = chosen.group_weights(length)
+        results = self.run(
+            rows.input_ids, chosen, document_ids=rows.document_ids, position_ids=rows.position_ids, real=rows.real,
+            generator=generator, keep_inputs=output_hidden_states,
+        )  # fmt: skip
+        weights = chosen.group_weights(rows.input_ids.shape[1])
         groups = by_group(results, len(weights))
         final, places = groups[-1]
         logits = None
-        if return_logits or (return_logits is None and targets is None):
-            logits = self.backbone.logits(columns(_restore(in_order(final, places), back), logits_to_keep))
+        if return_logits or (return_logits is None and rows.targets is None):
+            logits = self.backbone.logits(columns(rows.restore(in_order(final, places)), logits_to_keep))
         hidden = None
-        if output_hidden_states or logits is None and targets is None:
-            hidden = _restore(in_order(self.backbone.final_norm(final), places), back)
+        if output_hidden_states or logits is None and rows.targets is None:
+            hidden = rows.restore(in_order(self.backbone.final_norm(final), places))
         memory = last_memory(results, len(weights) - 1)
         loss: Tensor | None = None
         losses: tuple[Tensor, ...] = ()
-        if targets is not None:
-            count = (targets != IGNORE).sum() if valid_targets is None else valid_targets
+        if rows.targets is not None:
+            count = (rows.targets != IGNORE).sum() if valid_targets is None else valid_targets
             sums = [
-                self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(())
+                self.backbone.loss(h, rows.targets[:, p])[0] if w > 0 else h.new_zeros(())
                 for (h, p), w in zip(groups, weights)
             ]
             means = group_losses(sums, count)
@@ -216,8 +200,8 @@ class LatentRecurrentModel(nn.Module):
         states: tuple[Tensor, ...] = ()
         if output_hidden_states:
             assert hidden is not None
-            states = (*(_restore(in_order(x, places), back) for x in block_inputs(results, len(weights) - 1)), hidden)
-        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, hidden, states)
+            states = (*(rows.restore(in_order(x, places)) for x in block_inputs(results, len(weights) - 1)), hidden)
+        return Output(loss, logits, None if memory is None else rows.restore(memory), losses, hidden, states)
 
     def run(
         self,
@@ -253,9 +237,9 @@ class LatentRecurrentModel(nn.Module):
         ``real`` is false where there is padding."""
         separator = self.recurrence.separator if self.recurrence is not None else None
         cut = getattr(self.backbone, "attention_reset", None)
-        changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
-        starts = _either(changed, None if separator is None else input_ids == separator)
-        borders = _either(changed, None if cut is None else input_ids == cut)
+        changed = either(restarts(document_ids, step=0), restarts(position_ids, step=1))
+        starts = either(changed, None if separator is None else input_ids == separator)
+        borders = either(changed, None if cut is None else input_ids == cut)
         documents = None if borders is None else borders.cumsum(1)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         by_length = getattr(self.backbone, "by_length", None)
@@ -284,15 +268,15 @@ class LatentRecurrentModel(nn.Module):
         Returns:
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
-        input_ids, targets = as_ids(input_ids), as_ids(targets)
-        self._check(input_ids, targets, None)
+        input_ids, scored = checked_rows(input_ids, targets, None, vocab_size=self.vocab_size)
+        assert scored is not None
         schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
         groups = by_group(
             self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1]))
         )
-        return torch.stack([in_order(self.backbone.loss(h, targets[:, p])[1], p) for h, p in groups])
+        return torch.stack([in_order(self.backbone.loss(h, scored[:, p])[1], p) for h, p in groups])
 
     def default_schedule(self) -> Schedule | Mixture:
         """The schedule of a call that names none."""
@@ -361,35 +345,6 @@ class LatentRecurrentModel(nn.Module):
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
 
-    def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token"
-            )
-        if input_ids.dtype != torch.int64:
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}: expected token ids, int64 or int32")
-        _check_range("token id", input_ids, self.vocab_size)
-        if targets is not None and labels is not None:
-            raise ValueError(
-                "both targets and labels were given: pass targets (already shifted) or labels (shifted "
-                "inside), not both"
-            )
-        if labels is not None:
-            targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(
-                f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
-            )
-        if targets is not None and targets.dtype != torch.int64:
-            raise ValueError(
-                f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, "
-                "-100 where nothing is scored"
-            )
-        if targets is not None:
-            _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)
-        return targets
-
 
 # ------------------------------------------------------------------ building
 
@@ -435,58 +390,3 @@ def _place(block: Any) -> dict[str, Any]:
     """Device and dtype of a block's own parameters."""
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}
-
-
-def _check_tensors(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])"
-            )
-
-
-def _check_range(name: str, ids: Tensor, size: int) -> None:
-    """On the CPU only: elsewhere the answer would be a host sync in every step."""
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{name} {wrong}, but the vocabulary has {size} entries (0..{size - 1}): "
-                "check the tokenizer, or set model.vocab_size"
-            )
-
-
-# ------------------------------------------------------------------ padding
-
-
-def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
-        raise ValueError(f"attention_mask has shape {shapes}: give (batch, tokens), 0 where a token is padding")
-    real = attention_mask.bool()
-    if real.device.type == "cpu" and bool(((real[:, 1:] != real[:, :-1]).sum(1) > 1 + ~real[:, 0]).any()):
-        raise ValueError(
-            "attention_mask has zeros between ones: padding may stand on the left or on the right of a row only"
-        )
-
-
-def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """One number a token (B, T), from that or from one row for all."""
-    if values is None:
-        return None
-    length = input_ids.shape[-1]
-    if values.shape not in (input_ids.shape, (1, length), (length,)):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
-        )
-    return values.expand(input_ids.shape)
-
-
-def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a | b
-
-
-def _restore(values: Tensor, back: Tensor | None) -> Tensor:
-    """Undo the alignment of (B, T, ...); padding on the left repeats the first position."""
-    return values if back is None else values.gather(1, back[..., None].expand_as(values))

@@ -60,6 +60,11 @@ def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
     return F.pad(border, (1, 0), value=True)
 
 
+def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Where one of two masks is true; None is a mask without."""
+    return b if a is None else a if b is None else a | b
+
+
 def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | None) -> Tensor:
     """Tokens of the row or document that each position belongs to: (B, 1), or (B, T) with documents.
 

@@ -327,7 +327,7 @@ TIERS = [
     ["attention", "data"],
     ["recurrence"],
     ["loss", "plans", "schedules"],
-    ["accounting", "forward"],
+    ["accounting", "arguments", "forward"],
     ["engine"],
     ["backbone", "families", "passes"],
     ["lora"],

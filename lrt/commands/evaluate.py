@@ -4,8 +4,7 @@
     python tools/evaluate.py runs/lrt_tiny/export --data my_text.txt --json scores.json
     python tools/evaluate.py FOLDER --data a.parquet b.parquet --memory decode --documents documents.npz
     torchrun --nproc_per_node=8 tools/evaluate.py FOLDER --data tokenized
-    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match of answers,
-    in place of bits per byte
+    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match, in place of bits per byte
 
 The last line of stdout is one JSON object. decode is exact unless --decode names a faster way,
 whose error on a sample of rows is printed beside the score.

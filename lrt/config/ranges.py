@@ -1,5 +1,4 @@
-"""Rules of a recipe that types cannot say, as tables: what each number may be, and which keys a choice leaves unused;
-no torch."""
+"""What types cannot say of a recipe, as tables: the range of each number, the keys a choice leaves unused; no torch."""
 
 from __future__ import annotations
 
@@ -142,6 +141,12 @@ USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("training", "lr_schedule"): {"warmdown": ("warmdown_fraction",), "wsd": ("warmdown_fraction",), "cosine": ()},
 }
 HORIZON = ("steps", "tokens", "tokens_per_parameter", "compute")  # of training: exactly one
+
+
+def raise_all(errors: list[str]) -> None:
+    """Raises ValueError with every error in one message, if there is one."""
+    if errors:
+        raise ValueError("; ".join(errors))
 
 
 def choice_errors(section: str, c: Any) -> list[str]:
