@@ -362,7 +362,8 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
     """
     if recipe.run.backbone != "native":
         raise ValueError(
-            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe'
+            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, '
+            "or train the recipe"
         )
     model = build_model(
         recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk

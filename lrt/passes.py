@@ -17,9 +17,8 @@ from torch import Tensor
 from lrt.engine import Engine, engine_of
 from lrt.forward import Row
 from lrt.kernels.attention import natural_order
-from lrt.plans import check_plan
+from lrt.plans import check_plan, only_feeds
 from lrt.recurrence import reset_memory, shift_right
-from lrt.schedules import only_feeds
 from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 

@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(data=tuple(args.data), sequence_length=args.sequence_length, text_column=args.text_column)
     batch = next(iter(held_out_rows(opened, settings, tokenizer, length=row_length(opened, settings), rows=args.rows)))
     report = diagnose(
-        opened.model, batch, separator=tokenizer.bos_id, sweeps=args.sweeps, decode_tokens=args.decode_tokens, seed=args.seed,
-        progress=lambda part: print(f"{part} ...", file=sys.stderr, flush=True),
+        opened.model, batch, separator=tokenizer.bos_id, sweeps=args.sweeps, decode_tokens=args.decode_tokens,
+        seed=args.seed, progress=lambda part: print(f"{part} ...", file=sys.stderr, flush=True),
     )  # fmt: skip
     report = {"model": str(opened.folder), **report}
     out.mkdir(parents=True, exist_ok=True)

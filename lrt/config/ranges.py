@@ -255,7 +255,8 @@ def entry_errors(c: Any) -> list[str]:
     aligned = 'recurrence.projection = "aligned"'
     if c.projection == "aligned" and c.sharing == "layerwise":
         errors.append(
-            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"'
+            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, '
+            'or use "separate"'
         )
     if c.projection == "aligned" and not c.kv_projection:
         errors.append(

@@ -159,7 +159,8 @@ def open_tokenizer(opened: Opened, *, name: str | None = None, base: str | Path 
     found = found or (str(description_of(opened.folder)["tokenizer"]) if opened.kind == "titan" else None)
     if found is None:
         raise ValueError(
-            f'{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe\'s data.tokenizer; "bytes" for bytes)'
+            f"{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe's data.tokenizer; "
+            '"bytes" for bytes)'
         )
     tokenizer = load_tokenizer(found)
     try:

@@ -33,7 +33,10 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         dtype = str(self.compute).removeprefix("torch.")
         sign = "<=" if self.agrees else ">"
-        return f"{self.mode}, {dtype}: largest logit difference {self.difference:.2e} {sign} {self.bound:.2e} over {self.tokens} tokens"
+        return (
+            f"{self.mode}, {dtype}: largest logit difference {self.difference:.2e} {sign} {self.bound:.2e} over "
+            f"{self.tokens} tokens"
+        )
 
 
 class Verification(NamedTuple):

@@ -113,7 +113,8 @@ def check_shard(path: Path, *, manifest: dict[str, Any]) -> tuple[Path, dict[str
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
             raise CorruptShard(
-                f'{file} has {found} bytes, the manifest says {size}: copy or tokenize it again, or set data.on_corrupt = "skip"'
+                f"{file} has {found} bytes, the manifest says {size}: copy or tokenize it again, "
+                'or set data.on_corrupt = "skip"'
             )
     return path, entry
 

@@ -206,7 +206,8 @@ def run(args: argparse.Namespace) -> None:
     name = recipe.data.train.removeprefix("task:")
     if name not in TASKS or recipe.training.steps is None:
         raise ValueError(
-            f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: use "task:" and one of {", ".join(TASKS)}'
+            f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: '
+            f'use "task:" and one of {", ".join(TASKS)}'
         )
     length = args.train_length or recipe.training.batch_tokens // recipe.training.micro_batch
     recipes = {variant: variant_of(recipe, variant) for variant in args.variants}

@@ -95,7 +95,8 @@ class Parts:
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant") or offload:
             raise ValueError(
-                'blocks are checkpointed with use_reentrant=False and without offloading: leave both out, or {"use_reentrant": False}'
+                "blocks are checkpointed with use_reentrant=False and without offloading: leave both out, "
+                'or {"use_reentrant": False}'
             )
         self.gradient_checkpointing_disable()
         # their forward alone, not a module around each: PEFT reads names of modules

@@ -142,7 +142,8 @@ def config_from_table(table: dict[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         version = transformers().__version__
         raise ValueError(
-            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved with'
+            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved '
+            "with"
         )
     return CONFIG_MAPPING[kind].from_dict(table)
 

@@ -80,10 +80,10 @@ T = 10
 
 def recipe_of(**overrides):
     sets = {
-        "model.n_layers": 3, "model.width": 12, "model.n_heads": 3, "model.n_kv_heads": 1, "model.vocab_size": 37, "model.vocab_multiple": 1,
-        "model.sequence_length": T, "model.gate_channels": 4, "recurrence.gate_channels": 4, "recurrence.separator": 0,
-        "parallel.param_dtype": "float32", "parallel.compile": "false", "training.batch_tokens": 4 * T, "training.steps": 10,
-        "parallel.timeout_minutes": 0.3, **overrides,
+        "model.n_layers": 3, "model.width": 12, "model.n_heads": 3, "model.n_kv_heads": 1, "model.vocab_size": 37,
+        "model.vocab_multiple": 1, "model.sequence_length": T, "model.gate_channels": 4, "recurrence.gate_channels": 4,
+        "recurrence.separator": 0, "parallel.param_dtype": "float32", "parallel.compile": "false",
+        "training.batch_tokens": 4 * T, "training.steps": 10, "parallel.timeout_minutes": 0.3, **overrides,
     }  # fmt: skip
     return parse_recipe("", overrides=[f"{k}={v}" for k, v in sets.items()])
 

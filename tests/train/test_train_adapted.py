@@ -182,8 +182,8 @@ def test_the_twin_is_the_decoder_trained_as_it_is(folder, tmp_path):
 def test_memory_trains_as_in_a_loop_of_ones_own(folder, tmp_path):
     """Narrow aligned memory with rates of its own: the trainer's steps are those of ``lrt.adapt`` and torch's AdamW."""
     sets = {
-        "recurrence.projection": "aligned", "recurrence.residual": "projected", "recurrence.blocks": "[2, 3]", "optimizer.memory_gate_scale": 2.0,
-        "optimizer.memory_gain_scale": 3.0,
+        "recurrence.projection": "aligned", "recurrence.residual": "projected", "recurrence.blocks": "[2, 3]",
+        "optimizer.memory_gate_scale": 2.0, "optimizer.memory_gain_scale": 3.0,
     }  # fmt: skip
     recipe = recipe_for(folder, tmp_path, **sets)
     result = train(recipe)

@@ -108,8 +108,9 @@ def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> 
     with torch.device("meta"):
         model = GPT(
             GPTConfig(
-                sequence_len=suite.length, vocab_size=suite.vocabulary, n_layer=suite.layers, n_head=config.heads, n_kv_head=config.heads,
-                n_embd=config.d_model, window_pattern=suite.pattern, ve_every_layer=True, use_interleaved=recurrent,
+                sequence_len=suite.length, vocab_size=suite.vocabulary, n_layer=suite.layers, n_head=config.heads,
+                n_kv_head=config.heads, n_embd=config.d_model, window_pattern=suite.pattern, ve_every_layer=True,
+                use_interleaved=recurrent,
             )
         )  # fmt: skip
     model.to_empty(device=world.device)

@@ -210,8 +210,9 @@ def whole_steps(
     ms, whole_ms, many_ms = (subject.row()["ms"] for subject in (bare, one, many))
     return {
         "variant": key, "forward_backward_ms": ms, "ms": whole_ms, "outside_share": 1 - ms / whole_ms,
-        "micro_batches": micro_batches, "ms_of_many": many_ms, "outside_share_of_many": 1 - micro_batches * ms / many_ms,
-        "host_syncs": one.syncs or many.syncs or "none", "recompiles": one.recompiles + many.recompiles,
+        "micro_batches": micro_batches, "ms_of_many": many_ms,
+        "outside_share_of_many": 1 - micro_batches * ms / many_ms, "host_syncs": one.syncs or many.syncs or "none",
+        "recompiles": one.recompiles + many.recompiles,
         "kernels_outside": outside(profiled(one), profiled(bare)) if options.profile else [],
     }  # fmt: skip
 
@@ -287,8 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch._dynamo.config.recompile_limit = 128
         results: list[dict[str, Any]] = []
         summary = {
-            "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,
+            "device": device_name(world), "gpus": world.size, "torch": torch.__version__,
+            "peak_flops": peak_flops(device_name(world)), "accumulation": options.accumulation, "plan": options.plan,
+            "reshard": options.reshard, "suites": results,
         }  # fmt: skip
 
         def keep(result: dict[str, Any]) -> None:
