@@ -52,10 +52,10 @@ class RecurrenceConfig:
             )
         if number < first:
             raise ValueError(
-                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives "
-                f"memory, {first} "
-                "(recurrence.blocks): what it computes would never depend on memory, which is no recurrence. "
-                f"Use a source of {first}..{n_layers}, leave it out, or let memory enter a lower block"
+                f"recurrence.source_layer = {source}, block {number}, lies below the first block that receives memory, "
+                f"{first} (recurrence.blocks): what it computes would never depend on memory, "
+                f"which is no recurrence. Use a source of {first}..{n_layers}, leave it out, "
+                "or let memory enter a lower block"
             )
         return number
 

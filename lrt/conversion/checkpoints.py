@@ -285,9 +285,8 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file}: refused, not a whole file of tensors alone ({reason}). "
-            "Where you trust it, load it with the code that wrote it and save "
-            "{name: tensor} with torch.save"
+            f"{file}: refused, not a whole file of tensors alone ({reason}). Where you trust it, "
+            "load it with the code that wrote it and save {name: tensor} with torch.save"
         ) from None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()

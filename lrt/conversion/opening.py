@@ -183,8 +183,8 @@ def check_finite(model: LatentRecurrentModel, *, where: str | Path) -> None:
     if damaged:
         raise ValueError(
             f"{where}: {damaged[0]} holds NaN or infinite weights ({len(damaged)} of "
-            f"{sum(1 for _ in model.parameters())} tensors do), so "
-            "no score would mean anything: use an earlier checkpoint"
+            f"{sum(1 for _ in model.parameters())} tensors do), so no score would mean anything: "
+            "use an earlier checkpoint"
         )
 
 

@@ -170,8 +170,7 @@ class TokenizedDocuments:
             if _checksum(tokens[borders[0] : borders[-1]], borders) != entry["checksums"][part]:
                 raise CorruptShard(
                     f"{path} does not have the checksum of its manifest in documents {first}..: "
-                    "copy or tokenize it again, "
-                    f'or set data.on_corrupt = "skip"'
+                    'copy or tokenize it again, or set data.on_corrupt = "skip"'
                 )
             self._verified.add(group)
         return [tokens[offsets[first + i] : offsets[first + i + 1]] for i in documents]

@@ -219,9 +219,8 @@ class FileTokenizer:
             counted, size = int(self._table[self.encode(sample)].sum()), len(sample.encode())
             if counted != size:
                 raise ValueError(
-                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be "
-                    f"counted for the {size} of "
-                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: "
+                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be counted "
+                    f"for the {size} of {sample!r}), so bits per byte of tokenized folders would be wrong: "
                     "evaluate text or parquet files, whose bytes are counted"
                 )
         return self._table.copy()
@@ -271,9 +270,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         folder = path.parent if path.suffix in (".json", ".tiktoken") else path
         raise ValueError(
             f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, '
-            "or a .tiktoken file, or "
-            f"train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N --limit-mb 2000 "
-            f"--output {shlex.quote(str(folder))} (DATA as in data.train, N = model.vocab_size)"
+            "or a .tiktoken file, or train one: python tools/prepare_data.py train-tokenizer --train DATA "
+            f"--vocab-size N --limit-mb 2000 --output {shlex.quote(str(folder))} (DATA as in data.train, "
+            "N = model.vocab_size)"
         )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))

@@ -334,8 +334,8 @@ def findings(report: Report) -> list[str]:
     if two_states(report):
         found.append(
             f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by "
-            f"{change:.2f} in one sweep but by "
-            f"{over_two:.2f} in two; train on settled memory (recipes/settle_memory.toml), or weight the initialization"
+            f"{change:.2f} in one sweep but by {over_two:.2f} in two; train on settled memory "
+            "(recipes/settle_memory.toml), or weight the initialization"
         )
     elif sweeps["largest_change"][-1] > UNSETTLED:
         largest = sweeps["largest_change"][-1]

@@ -86,9 +86,8 @@ def fitting(decoder: nn.Module) -> list[Family]:
         else " No known family keeps its blocks there."
     )
     raise ValueError(
-        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}).{near} "
-        "Describe it: "
-        f"lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
+        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}).{near} Describe "
+        f"it: lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
         "docs/adapt.md shows one"
     )
 
@@ -140,8 +139,7 @@ def _refuse_other_kinds(decoder: nn.Module) -> None:
     if state_space:
         raise ValueError(
             f"{kind} is a state-space or hybrid model ({state_space[0]}): "
-            "it has a recurrence of its own and no keys and values in those "
-            "blocks; lrt.adapt takes attention decoders"
+            "it has a recurrence of its own and no keys and values in those blocks; lrt.adapt takes attention decoders"
         )
     other = set(getattr(text_config(decoder), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:

@@ -126,8 +126,8 @@ class FamilyBlock(nn.Module):
         if self.norm is not None and self.weight_offset is None:
             raise ValueError(
                 'recurrence.projection = "aligned" does not fit this block: the norm before the attention, '
-                f"{type(self.norm).__name__}, "
-                'multiplies by neither its weight nor 1 + its weight; use projection = "separate"'
+                f"{type(self.norm).__name__}, multiplies by neither its weight nor 1 + its weight; "
+                'use projection = "separate"'
             )
 
     def _weighted(self, aligned: Tensor) -> Tensor:

@@ -178,9 +178,8 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             error,
             f"in training mode it computes something else (logits differ by {error:.1e} of their size), "
-            "so it has a dropout or another noise that "
-            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; "
-            "or set its rate to 0 in the config",
+            "so it has a dropout or another noise that no module shows: output_dropout, embedding_dropout, dropout, "
+            "mlp_dropout; or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:
@@ -191,9 +190,8 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             float("inf"),
             f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: "
-            "it adds a loss of its own, which would "
-            "be left out here. A mixture of experts adds its router's balance loss: "
-            "set config.output_router_logits = False",
+            "it adds a loss of its own, which would be left out here. A mixture of experts adds its router's balance "
+            "loss: set config.output_router_logits = False",
         )
     return Departure(error, None)
 

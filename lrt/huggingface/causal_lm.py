@@ -220,10 +220,9 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             result = face_of(out)
         elif scored or schedule is not None or document_ids is not None or output_attentions and self.training:
             raise ValueError(
-                "with a cache, and where attention weights are asked for, tokens are decoded one after the "
-                "other: evaluation mode only, and "
-                "labels, targets, schedule and document_ids do not apply, nor do seq_idx and cu_seq_lens_q; "
-                "pass use_cache=False"
+                "with a cache, and where attention weights are asked for, tokens are decoded one after the other: "
+                "evaluation mode only, and labels, targets, schedule and document_ids do not apply, "
+                "nor do seq_idx and cu_seq_lens_q; pass use_cache=False"
             )
         else:
             held = RecurrentCache() if held is None else held

@@ -88,9 +88,8 @@ def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
         value = getattr(config, name, None)
         if name in stored and value != stored[name]:
             raise ValueError(
-                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or "
-                f"config.adapted says ({stored[name]!r}): "
-                "build a model of another ModelConfig, or change the decoder and lrt.adapt it"
+                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or config.adapted "
+                f"says ({stored[name]!r}): build a model of another ModelConfig, or change the decoder and lrt.adapt it"
             )
 
 

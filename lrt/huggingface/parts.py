@@ -131,6 +131,6 @@ def _check_same_kind(what: str, before: Any, after: Any) -> None:
         found = f"{type(after).__name__} of {tuple(after.weight.shape)}"
         raise ValueError(
             f"the new {what} are a {found}, but this model has a {type(before).__name__} of "
-            f"{tuple(before.weight.shape)}: they must be alike; to "
-            "change the vocabulary, lrt.release(model), resize the decoder's embeddings, and adapt again"
+            f"{tuple(before.weight.shape)}: they must be alike; to change the vocabulary, lrt.release(model), "
+            "resize the decoder's embeddings, and adapt again"
         )

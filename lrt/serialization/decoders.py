@@ -190,9 +190,9 @@ def check_attention(table: Mapping[str, Any], *, where: str) -> None:
     for path, value in _leaves(table):
         if value is not None and value not in ATTENTIONS and any(part.endswith("attn_implementation") for part in path):
             raise ValueError(
-                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the "
-                "hub where it is not installed: leave it "
-                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, "
+                "a kernel to be fetched from the hub where it is not installed: "
+                f"leave it out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
                 "set_attn_implementation"
             )
 

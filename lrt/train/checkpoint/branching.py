@@ -99,8 +99,7 @@ def check_length(branch: Resumed, recipe: Recipe, *, steps: int) -> None:
     if steps <= branch.state.step:
         raise ValueError(
             f'training.branch_from = "{recipe.training.branch_from}" has done {branch.state.step} steps, '
-            "and the horizon is "
-            f"{steps}: use a longer one, which counts them too"
+            f"and the horizon is {steps}: use a longer one, which counts them too"
         )
 
 

@@ -96,8 +96,7 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of '
-            f"{vocab_size}: use the "
-            "tokenizer that it was trained with"
+            f"{vocab_size}: use the tokenizer that it was trained with"
         )
 
 
@@ -158,8 +157,7 @@ def _check_settings(recipe: Recipe) -> None:
     if recipe.optimizer.kind != "adamw":
         raise ValueError(
             f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: '
-            'set optimizer.kind = "adamw" '
-            "for a decoder from run.backbone"
+            'set optimizer.kind = "adamw" for a decoder from run.backbone'
         )
 
 
