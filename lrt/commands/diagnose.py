@@ -3,9 +3,8 @@
     python tools/diagnose.py runs/lrt_tiny --out diagnosis
     python tools/diagnose.py FOLDER --data my_text.txt --out diagnosis --decode-tokens 0
 
-Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains;
-how the memory settles over sweeps; decode minus parallel by position and residue class;
-the memory's drift over drawn text; gain by position.
+Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains; how the memory settles
+over sweeps; decode minus parallel by position and residue class; the memory's drift over drawn text; gain by position.
 Writes OUT/diagnosis.png and OUT/diagnosis.json; the last line of stdout is {"findings": [...], "report": OUT}.
 """
 

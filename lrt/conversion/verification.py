@@ -57,8 +57,7 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen, not finite or not equal, or the logits differ by more
-            than
-            the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32
+            than the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32
             fails.
     """
     compare_tensors(source, target)

@@ -204,9 +204,8 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
 
     Returns:
         One number a refinement: ``change`` to the pass before and ``change_over_two`` to the one before that (the mean
-        over
-        positions; a memory that jumps between two states changes much in one sweep and little in two),
-        the largest change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
+        over positions; a memory that jumps between two states changes much in one sweep and little in two), the largest
+        change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
     """
     results = model.run(tokens, Refine(count))
     passes = [at_least_float32(result.memory) for result in results]

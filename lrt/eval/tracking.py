@@ -1,8 +1,7 @@
 """State tracking: what the recurrence can do that a transformer of fixed depth cannot.
 
-An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row,
-so it
-must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric
+An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row, so
+it must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric
 group S5.
 
     python -m lrt.eval.tracking --recipe tracking_parity --out tracking          # minutes on a CPU

@@ -242,9 +242,8 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...)
                 are kept.
             kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation,
-                subfolder,
-                generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only,
-                force_download.
+                subfolder, generation_config, output_loading_info, and of the hub revision, token, cache_dir,
+                local_files_only, force_download.
 
         Returns:
             The model; with ``output_loading_info`` also what was missing and unexpected, which is nothing:
