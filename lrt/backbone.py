@@ -264,12 +264,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.width, self.kv_heads, self.head_dim, self.vocab_size = (
-            config.d_model,
-            config.kv_heads,
-            config.head_dim,
-            config.vocab_size,
-        )
+        self.width, self.kv_heads, self.head_dim = config.d_model, config.kv_heads, config.head_dim
+        self.vocab_size = config.vocab_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)

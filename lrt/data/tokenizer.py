@@ -116,10 +116,8 @@ class ByteTokenizer:
 
         # The same ids as a tokenizer.json, for programs that know only those.
         twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in byte_characters().items()}, merges=[]))
-        twin.pre_tokenizer, twin.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            decoders.ByteLevel(),
-        )
+        twin.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        twin.decoder = decoders.ByteLevel()
         twin.add_special_tokens([BOS])
         _write(Path(folder), twin.to_str(), {"kind": "bytes"})
 

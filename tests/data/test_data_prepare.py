@@ -136,10 +136,8 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
 def test_damaged_token_files_are_named_or_skipped(shards, tmp_path):
     out = tmp_path / "tokens"
     kept = 30 - tokenized(shards, out)["shards"][1]["documents"]
-    data, skipping = (
-        DataConfig(train=str(out), validation="demo"),
-        DataConfig(train=str(out), validation="demo", on_corrupt="skip"),
-    )
+    data = DataConfig(train=str(out), validation="demo")
+    skipping = DataConfig(train=str(out), validation="demo", on_corrupt="skip")
     content = np.fromfile(out / "shard_00001.bin", dtype="<u2")
     content[5] += 1
     content.tofile(out / "shard_00001.bin")

@@ -69,11 +69,8 @@ def test_numbers_are_those_of_the_formulas(sharing):
     check(found["memory_norm"], 0, F.rms_norm(last, (12,), eps=torch.finfo(torch.float64).eps).norm(dim=-1)[counted])
     for layer, block in enumerate(model.blocks):
         hidden, _, context, _, _ = calls[3 + layer]
-        a, b, g = (
-            model.backbone.residual_scales[layer],
-            model.backbone.embedding_scales[layer],
-            model.injection.gains[layer],
-        )
+        a, b = model.backbone.residual_scales[layer], model.backbone.embedding_scales[layer]
+        g = model.injection.gains[layer]
         stream = a * hidden + b * context.embedding
         check(found["injection_ratio"], layer, ((g * m).norm(dim=-1) / stream.norm(dim=-1))[received])
         normed = F.rms_norm(stream + g * m, (12,))

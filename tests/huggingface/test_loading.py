@@ -241,10 +241,8 @@ def test_a_config_is_saved_by_itself(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "smollm"])
 def test_a_config_says_what_the_decoder_s_says(family: str, tmp_path: Path) -> None:
     decoder = make(family)
-    theirs, shape = (
-        decoder.config,
-        {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8},
-    )
+    theirs = decoder.config
+    shape = {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8}
     model = lrt.adapt(decoder)
     lrt.save(model, tmp_path / "m")
     for config in (model.config, AutoConfig.from_pretrained(tmp_path / "m")):

@@ -148,10 +148,8 @@ def float64():
 
 
 def check_gradients(world, folder, plan, schedule):
-    recipe, plain_recipe = (
-        recipe_of(**PLANS[plan]),
-        recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")}),
-    )
+    recipe = recipe_of(**PLANS[plan])
+    plain_recipe = recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")})
     with float64():
         numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
         expected, plain = gradients(plain_recipe, alone(world), [rows(world)], SCHEDULES[schedule])

@@ -140,10 +140,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, finished, tmp_path):
 
 def test_stage_memory_leaves_the_decoder_bit_for_bit(folder, tmp_path):
     result = train(recipe_for(folder, tmp_path, **{"training.stage": "memory"}))
-    model, before = (
-        lrt.load(result.folder / "export"),
-        dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters()),
-    )
+    model = lrt.load(result.folder / "export")
+    before = dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in backbone_of(model).items())
     assert all(not torch.equal(p, before[name]) for name, p in model.memory_parameters().items())
     # Stage 2, from the run's weights or from its export, starts where stage 1 ended.
