@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrt.arguments import begin_at_zero, checked_rows
+from lrt.arguments import as_ids, check_ids, find_borders, read_rows
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
-from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import columns, either, final_lengths, restarts
-from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
+from lrt.outcome import by_group, in_order, outcome
+from lrt.passes import PassResult, run_schedule
 from lrt.recurrence import (
     AlignedBlock,
     AlignedProjection,
@@ -162,7 +161,7 @@ class LatentRecurrentModel(nn.Module):
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
-        rows = begin_at_zero(
+        rows = read_rows(
             input_ids, targets=targets, labels=labels, document_ids=document_ids, attention_mask=attention_mask,
             position_ids=position_ids, vocab_size=self.vocab_size,
         )  # fmt: skip
@@ -176,32 +175,11 @@ class LatentRecurrentModel(nn.Module):
             rows.input_ids, chosen, document_ids=rows.document_ids, position_ids=rows.position_ids, real=rows.real,
             generator=generator, keep_inputs=output_hidden_states,
         )  # fmt: skip
-        weights = chosen.group_weights(rows.input_ids.shape[1])
-        groups = by_group(results, len(weights))
-        final, places = groups[-1]
-        logits = None
-        if return_logits or (return_logits is None and rows.targets is None):
-            logits = self.backbone.logits(columns(rows.restore(in_order(final, places)), logits_to_keep))
-        hidden = None
-        if output_hidden_states or logits is None and rows.targets is None:
-            hidden = rows.restore(in_order(self.backbone.final_norm(final), places))
-        memory = last_memory(results, len(weights) - 1)
-        loss: Tensor | None = None
-        losses: tuple[Tensor, ...] = ()
-        if rows.targets is not None:
-            count = (rows.targets != IGNORE).sum() if valid_targets is None else valid_targets
-            sums = [
-                self.backbone.loss(h, rows.targets[:, p])[0] if w > 0 else h.new_zeros(())
-                for (h, p), w in zip(groups, weights)
-            ]
-            means = group_losses(sums, count)
-            loss = weighted_loss(means, weights)
-            losses = tuple(mean.detach() for mean in means)
-        states: tuple[Tensor, ...] = ()
-        if output_hidden_states:
-            assert hidden is not None
-            states = (*(rows.restore(in_order(x, places)) for x in block_inputs(results, len(weights) - 1)), hidden)
-        return Output(loss, logits, None if memory is None else rows.restore(memory), losses, hidden, states)
+        return outcome(
+            self.backbone, results, rows, weights=chosen.group_weights(rows.input_ids.shape[1]),
+            valid_targets=valid_targets, return_logits=return_logits, logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+        )  # fmt: skip
 
     def run(
         self,
@@ -235,21 +213,17 @@ class LatentRecurrentModel(nn.Module):
     ) -> Row:
         """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents;
         ``real`` is false where there is padding."""
-        separator = self.recurrence.separator if self.recurrence is not None else None
-        cut = getattr(self.backbone, "attention_reset", None)
-        changed = either(restarts(document_ids, step=0), restarts(position_ids, step=1))
-        starts = either(changed, None if separator is None else input_ids == separator)
-        borders = either(changed, None if cut is None else input_ids == cut)
-        documents = None if borders is None else borders.cumsum(1)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         by_length = getattr(self.backbone, "by_length", None)
-        if by_length is None or position_ids is None and input_ids.shape[1] <= by_length.border:
-            hidden, contexts = self.backbone.embed(input_ids, positions)
-        else:
-            hidden, contexts = self.backbone.embed(
-                input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real)
-            )
-        return Row(hidden, contexts, starts, documents)
+        borders = find_borders(
+            input_ids, document_ids=document_ids, position_ids=position_ids, real=real,
+            separator=None if self.recurrence is None else self.recurrence.separator,
+            cut=getattr(self.backbone, "attention_reset", None),
+            longest=None if by_length is None else by_length.border,
+        )  # fmt: skip
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        more = () if borders.lengths is None else (borders.lengths,)
+        hidden, contexts = self.backbone.embed(input_ids, positions, *more)
+        return Row(hidden, contexts, borders.starts, borders.documents)
 
     def score(
         self,
@@ -268,15 +242,15 @@ class LatentRecurrentModel(nn.Module):
         Returns:
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
-        input_ids, scored = checked_rows(input_ids, targets, None, vocab_size=self.vocab_size)
-        assert scored is not None
+        input_ids, targets = as_ids(input_ids), as_ids(targets)
+        check_ids(input_ids, targets, vocab_size=self.vocab_size)
         schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
         groups = by_group(
             self.run(input_ids, schedule, generator=generator), len(schedule.group_weights(input_ids.shape[1]))
         )
-        return torch.stack([in_order(self.backbone.loss(h, scored[:, p])[1], p) for h, p in groups])
+        return torch.stack([in_order(self.backbone.loss(h, targets[:, p])[1], p) for h, p in groups])
 
     def default_schedule(self) -> Schedule | Mixture:
         """The schedule of a call that names none."""

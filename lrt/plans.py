@@ -1,4 +1,5 @@
-"""Plans of passes: which ones the loops of ``lrt.passes`` can run, since a schedule of one's own may give any."""
+"""Which plans of passes the loops of ``lrt.passes`` can run, since a schedule of one's own may give any; and where a pass may
+end early."""
 
 from __future__ import annotations
 
@@ -36,6 +37,19 @@ def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
         )
 
 
+def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], length: int) -> bool:
+    """Whether a pass gives nothing but the memory of the next one, so that it ends at the source block.
+
+    Args:
+        plan: of full refinements; under any other, later passes read every block's keys and values.
+        step: one of its passes.
+        weights: of the loss groups.
+        length: tokens a row.
+    """
+    unscored = step.group < 0 or weights[step.group] == 0
+    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)
+
+
 def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
     """What is wrong with the shape of a plan."""
     if not plan:
@@ -69,16 +83,3 @@ def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
         if whole and all(sweep == list(range(stride)) for sweep in sweeps)
         else "after the first pass it has no whole sweeps"
     )
-
-
-def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], length: int) -> bool:
-    """Whether a pass gives nothing but the memory of the next one, so that it ends at the source block.
-
-    Args:
-        plan: of full refinements; under any other, later passes read every block's keys and values.
-        step: one of its passes.
-        weights: of the loss groups.
-        length: tokens a row.
-    """
-    unscored = step.group < 0 or weights[step.group] == 0
-    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)

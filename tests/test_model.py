@@ -320,15 +320,15 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "installed", "types", "padding", "rotary", "huggingface.registration"],
+    ["config", "installed", "types", "rotary", "huggingface.registration"],
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],
     ["loss", "plans", "schedules"],
-    ["accounting", "arguments", "forward"],
+    ["accounting", "arguments", "forward", "padding"],
     ["engine"],
     ["backbone", "families", "passes"],
-    ["lora"],
+    ["lora", "outcome"],
     ["model"],
     ["adaptation"],
     ["serialization"],

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrt.arguments import alignment
 from lrt.decoding.lengths import lengthen
 from lrt.decoding.step import absorb, consume
 from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.output import LRTOutput
 from lrt.model import LatentRecurrentModel
-from lrt.padding import alignment, columns
+from lrt.outcome import columns
 
 
 @torch.no_grad()

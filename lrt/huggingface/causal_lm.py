@@ -25,6 +25,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from lrt import serialization
+from lrt.arguments import as_ids
 from lrt.config import RecurrenceConfig
 from lrt.huggingface.cache import RecurrentCache
 from lrt.huggingface.cached_call import decode_columns
@@ -35,7 +36,7 @@ from lrt.huggingface.output import LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
-from lrt.padding import as_ids, packed_documents
+from lrt.padding import packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder

@@ -11,7 +11,7 @@ row, and its gradients are exact, not approximate.
 Groups may be strided views (key[:, g::S]), so nothing is gathered, and writing a pass back is replacing one
 entry of a tuple. A pass over all positions is the case S = 1.
 
-Which kernel was fastest where is measured in docs/benchmarks.md ("Attention").
+Which kernel was fastest where is measured in docs/attention.md.
 
 Legend: B batch, T positions, n_g positions of group g, H query heads, G key/value heads, K head width, S groups.
 """

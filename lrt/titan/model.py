@@ -22,7 +22,7 @@ from lrt.accounting import count_parameters
 from lrt.backbone import Decoder
 from lrt.config import ParallelConfig, Recipe
 from lrt.model import LatentRecurrentModel, build
-from lrt.passes import by_group
+from lrt.outcome import by_group
 from lrt.schedules import from_config, single
 from lrt.serialization.description import config_of
 from lrt.titan.settings import NATIVE
