@@ -1,5 +1,4 @@
-"""Which plans of passes the loops of ``lrt.passes`` can run, since a schedule of one's own may give any; and where a pass may
-end early."""
+"""Plans of passes: which ones ``lrt.passes`` can run, since a schedule of one's own may give any, and where a pass ends."""
 
 from __future__ import annotations
 

@@ -239,7 +239,8 @@ def table(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         share, ratio, memory = r.get("mfu"), r["ratio"], r["memory_ratio"]
         lines.append(
-            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
+            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}"
+            f"{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
