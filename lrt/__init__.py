@@ -19,10 +19,10 @@ from lrt.types import MemoryInput, Output, Pass, Projection, Schedule  # noqa: E
 
 __version__ = "0.1.0"
 __all__ = [
-    "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "MemoryInput", "Output", "Pass", "Projection",
-    "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection", "Schedule",
-    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill", "refine", "release", "save",
-    "sequential",
+    "DecodeState", "Family", "Gate", "KVProjection", "LatentRecurrentModel", "MemoryInput", "Output", "Pass",
+    "Projection", "RecipeError", "RecurrenceConfig", "RecurrentBlock", "ResidualInjection", "Schedule",
+    "adapt", "baseline", "build", "chunked", "generate", "interleaved", "load", "load_recipe", "mixture", "prefill",
+    "refine", "release", "save", "sequential",
 ]  # fmt: skip
 
 register_lazily()

@@ -110,8 +110,8 @@ class DecoderBlock(nn.Module):
         return usable(hidden, self.head_dim) and all(map(_readable, (self.query, self.key, self.value)))
 
     def project_mixed(
-        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None,
-        hand_on: int = 0,
+        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None,
+        memory_value: Tensor | None, hand_on: int = 0,
     ) -> Mixed:  # fmt: skip
         """``project``, the gates of the memory, and ``finish_kv`` at once: one product and one kernel.
 
@@ -133,9 +133,9 @@ class DecoderBlock(nn.Module):
         if total > used:
             weights.append(hidden.new_zeros(total - used, hidden.shape[-1]))
         return mix(
-            F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads, groups=groups,
-            local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value, token_value=token_value,
-            hand_on=hand_on,
+            F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads,
+            groups=groups, local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value,
+            token_value=token_value, hand_on=hand_on,
         )  # fmt: skip
 
     def finish_kv(self, projection: Projection | Mixed, context: Context) -> KV:
@@ -264,12 +264,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.width, self.kv_heads, self.head_dim, self.vocab_size = (
-            config.d_model,
-            config.kv_heads,
-            config.head_dim,
-            config.vocab_size,
-        )
+        self.width, self.kv_heads, self.head_dim = config.d_model, config.kv_heads, config.head_dim
+        self.vocab_size = config.vocab_size
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)

@@ -16,8 +16,7 @@ def check_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"lrt needs {', '.join(missing)}, which this Python does not have. "
-            "Activate the environment of the checkout "
-            "(. .venv/bin/activate), or make it: python3 -m venv .venv && . "
-            ".venv/bin/activate && pip install torch && pip install -e ."
+            f"lrt needs {', '.join(missing)}, which this Python does not have. Activate the environment of the "
+            "checkout (. .venv/bin/activate), or make it: python3 -m venv .venv && . .venv/bin/activate && pip "
+            "install torch && pip install -e ."
         )

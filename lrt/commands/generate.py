@@ -171,9 +171,9 @@ def stream(
     sampling = Sampling(temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     stops = (*ends, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,)))
     session, report = start(
-        model, torch.tensor([prompt]), max_new_tokens=args.max_new_tokens, sampling=sampling, stop_ids=(*stops, tokenizer.bos_id),
-        stop_when=stop_at(tokenizer.decode, args.stop) if args.stop else None, generator=torch.Generator().manual_seed(args.seed),
-        prefill=parse_prefill(args.prefill),
+        model, torch.tensor([prompt]), max_new_tokens=args.max_new_tokens, sampling=sampling,
+        stop_ids=(*stops, tokenizer.bos_id), stop_when=stop_at(tokenizer.decode, args.stop) if args.stop else None,
+        generator=torch.Generator().manual_seed(args.seed), prefill=parse_prefill(args.prefill),
     )  # fmt: skip
     print(text, end="", flush=True)
     shown, began, first = "", None, 0

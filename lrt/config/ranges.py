@@ -1,5 +1,4 @@
-"""Rules of a recipe that types cannot say, as tables: what each number may be, and which keys a choice leaves unused;
-no torch."""
+"""What types cannot say of a recipe, as tables: the range of each number, the keys a choice leaves unused; no torch."""
 
 from __future__ import annotations
 
@@ -144,6 +143,12 @@ USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
 HORIZON = ("steps", "tokens", "tokens_per_parameter", "compute")  # of training: exactly one
 
 
+def raise_all(errors: list[str]) -> None:
+    """Raises ValueError with every error in one message, if there is one."""
+    if errors:
+        raise ValueError("; ".join(errors))
+
+
 def choice_errors(section: str, c: Any) -> list[str]:
     """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
     hints = get_type_hints(type(c))
@@ -250,7 +255,8 @@ def entry_errors(c: Any) -> list[str]:
     aligned = 'recurrence.projection = "aligned"'
     if c.projection == "aligned" and c.sharing == "layerwise":
         errors.append(
-            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"'
+            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, '
+            'or use "separate"'
         )
     if c.projection == "aligned" and not c.kv_projection:
         errors.append(

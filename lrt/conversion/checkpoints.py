@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,7 @@ from lrt.model import build
 from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
-from lrt.serialization.decoders import decoder_of_shapes, in_one_line, open_decoder, open_saved
-from lrt.serialization.fingerprint import fingerprint, same_weights
+from lrt.serialization.decoders import decoder_of_shapes, open_saved
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
 from lrt.train.checkpoint.verifying import find_checkpoint, step_of
 
@@ -286,9 +285,8 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file}: refused, not a whole file of tensors alone ({reason}). "
-            "Where you trust it, load it with the code that wrote it and save "
-            "{name: tensor} with torch.save"
+            f"{file}: refused, not a whole file of tensors alone ({reason}). Where you trust it, "
+            "load it with the code that wrote it and save {name: tensor} with torch.save"
         ) from None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
@@ -313,89 +311,3 @@ def read_hf(path: Path, *, step: int | None = None) -> Checkpoint:
         return partial(native_logits, open_saved(path, dtype=precision.compute).eval())
 
     return replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer), reading=reading)
-
-
-# ------------------------------------------------------------------ adapter
-
-
-def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Checkpoint:
-    """The memory parameters of one folder around the decoder of another.
-
-    Args:
-        path: a folder of ``lrt.save(model, folder, adapter_only=True)``, or of kind adapter.
-        base: the decoder; a memory of its own is left out.
-
-    Raises:
-        ValueError: it was made for another decoder, or is not whole.
-    """
-    no_step(step, "adapter")
-    alone = read_memory(path)
-    config, memory = alone.config, alone.tensors
-    for key in ("model", "adapted"):
-        theirs, ours = base.config.get(key), config.get(key)
-        different = (
-            theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
-        )
-        if different:
-            raise ValueError(
-                f"{path} was made for another decoder than {base.where}: "
-                "name the one that it was trained on with --base"
-            )
-    if not same_weights(config.pop("base_fingerprint", None), fingerprint(decoder_weights(base.tensors))):
-        raise ValueError(
-            f"{path} was trained on other weights than those of {base.where}: "
-            "name the decoder that it was trained on with --base"
-        )
-    tensors = {name: t for name, t in base.tensors.items() if not is_memory(name)} | memory
-    shapes = expected_shapes(config)
-    check_shapes(f"{path} on {base.where}", tensors, shapes)
-    tensors = {name: tensors[name] for name in shapes}
-    return replace(
-        alone, tensors=tensors, reading=model_reading(config, tensors), tokenizer=alone.tokenizer or base.tokenizer
-    )
-
-
-def read_memory(path: Path) -> Checkpoint:
-    """The memory parameters of an adapter folder alone; they cannot be run.
-
-    Raises:
-        ValueError: a folder of another kind, or not whole.
-    """
-    config, memory = read_config(path), open_folder(path)
-    if not config.pop("adapter_only", False):
-        raise ValueError(f"{path} holds a whole model: use --from lrt or hf")
-    refuse_peft(config, path)
-    check_shapes(str(path), memory, {name: shape for name, shape in expected_shapes(config).items() if is_memory(name)})
-    return Checkpoint(
-        "adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step")
-    )
-
-
-def read_decoder(path: Path) -> Checkpoint:
-    """A plain Hugging Face decoder (the base of an adapter), as a model that has no memory yet."""
-    model = in_one_line(str(path), {}, lambda: adapt(open_decoder(path, dtype="auto")))
-    tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
-    config = config_of(model)
-    return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))
-
-
-def decoder_weights(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The decoder's own tensors, read one after the other."""
-    return ((name, tensor.read()) for name, tensor in tensors.items() if not is_memory(name))
-
-
-def refuse_peft(config: Mapping[str, Any], where: str | Path) -> None:
-    """Raises ValueError where a PEFT adapter lies beside the memory, which the target or the base knows nothing of."""
-    if config.get("adapter"):
-        raise ValueError(
-            f"{where} holds a LoRA adapter beside the memory: lrt.load it, merge it (merge_and_unload), "
-            "and lrt.save the whole model"
-        )
-
-
-def is_memory(name: str) -> bool:
-    """Whether a parameter belongs to the recurrence rather than to the decoder."""
-    parts = name.split(".")
-    return parts[0] in ("memory_projection", "injection") or (
-        parts[0] == "blocks" and parts[2] in ("gate", "projection")
-    )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lrt.conversion.checkpoints import Checkpoint, is_memory, read_memory
+from lrt.conversion.adapters import is_memory, read_memory
+from lrt.conversion.checkpoints import Checkpoint
 from lrt.conversion.kinds import KINDS, kind_of
 from lrt.data.tokenizer import MARKER
 

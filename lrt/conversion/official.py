@@ -18,7 +18,8 @@ from lrt.serialization.lazy import rows, stacked
 from lrt.serialization.tensors import LazyTensor, check_shapes
 
 LINEARS = {
-    "attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out",
+    "attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in",
+    "mlp.c_proj": "mlp_out",
 }  # fmt: skip
 NANOCHAT_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 # What the official code computes whatever its config says.
@@ -233,16 +234,19 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
             "logits move by about 1e-2"
         )
     out: dict[str, Any] = {
-        "sequence_len": model.sequence_length, "vocab_size": model.vocab_size, "n_layer": model.n_layers, "n_head": model.heads,
-        "n_kv_head": model.kv_heads, "n_embd": model.d_model, "window_pattern": model.window_pattern,
+        "sequence_len": model.sequence_length, "vocab_size": model.vocab_size, "n_layer": model.n_layers,
+        "n_head": model.heads, "n_kv_head": model.kv_heads, "n_embd": model.d_model,
+        "window_pattern": model.window_pattern,
     }  # fmt: skip
     if nanochat:
         return out, notes
     channels = model.gate_channels if recurrence is None else recurrence["gate_channels"]
     out |= {
-        "use_value_embeds": model.value_embeddings != "none", "ve_every_layer": model.value_embeddings == "all" and recurrence is None,
+        "use_value_embeds": model.value_embeddings != "none",
+        "ve_every_layer": model.value_embeddings == "all" and recurrence is None,
         "use_x0_residual": model.embedding_residual, "use_resid_lambdas": model.residual_scales,
-        "ve_gate_channels": 0 if channels in (None, model.d_model) else channels, "use_interleaved": recurrence is not None,
+        "ve_gate_channels": 0 if channels in (None, model.d_model) else channels,
+        "use_interleaved": recurrence is not None,
     }  # fmt: skip
     if not (model.residual_scales and model.embedding_residual):
         notes.append("the official code saves models without residual scales, but cannot load them (its own defect)")

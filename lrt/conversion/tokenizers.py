@@ -20,8 +20,8 @@ Files = Mapping[str, bytes]  # name -> content
 
 # Files beside a model, in our folders and in Hugging Face ones, that travel as they are: mostly the tokenizer.
 NAMES = (
-    "tokenizer.json", MARKER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json", "generation_config.json",
+    "tokenizer.json", MARKER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json", "generation_config.json",
 )  # fmt: skip
 HELP = "write its tokenizer.json and give it with --tokenizer (for tiktoken: docs/convert.md, Tokenizers)"
 
@@ -198,8 +198,8 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
         }
         marker["template"] = "added"
     return {
-        **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode(),
-        HUB_CONFIG: _hub_config(marker, model_max_length=context),
+        **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(),
+        MARKER: (json.dumps(marker) + "\n").encode(), HUB_CONFIG: _hub_config(marker, model_max_length=context),
     }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lrt.conversion.checkpoints import Checkpoint, decoder_weights, is_memory, refuse_peft
+from lrt.conversion.adapters import decoder_weights, is_memory, refuse_peft
+from lrt.conversion.checkpoints import Checkpoint
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer

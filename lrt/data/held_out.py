@@ -60,13 +60,8 @@ class ValidationLoader:
         world_size: int,
         limit: int | None,
     ) -> None:
-        self._documents, self._rows, self._rank, self._world_size, self._limit = (
-            documents,
-            rows,
-            rank,
-            world_size,
-            limit,
-        )
+        self._documents, self._rows, self._rank = documents, rows, rank
+        self._world_size, self._limit = world_size, limit
         self.fingerprint = documents.fingerprint
         self.first_of_group = np.cumsum([0, *documents.sizes.tolist()])
         measured = read_in_order(documents.measure, documents.sizes, on_corrupt=data.on_corrupt)

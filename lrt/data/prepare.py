@@ -351,10 +351,8 @@ _opened: dict[str, Any] = {}  # of this worker process
 
 def _open_in_process(data: DataConfig, stop: Any = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _opened["documents"], _opened["stop"] = (
-        open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train"),
-        stop,
-    )
+    _opened["documents"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train")
+    _opened["stop"] = stop
 
 
 def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def check_shard(path: Path, *, manifest: dict[str, Any]) -> tuple[Path, dict[str
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
             raise CorruptShard(
-                f'{file} has {found} bytes, the manifest says {size}: copy or tokenize it again, or set data.on_corrupt = "skip"'
+                f"{file} has {found} bytes, the manifest says {size}: copy or tokenize it again, "
+                'or set data.on_corrupt = "skip"'
             )
     return path, entry
 
@@ -169,8 +170,7 @@ class TokenizedDocuments:
             if _checksum(tokens[borders[0] : borders[-1]], borders) != entry["checksums"][part]:
                 raise CorruptShard(
                     f"{path} does not have the checksum of its manifest in documents {first}..: "
-                    "copy or tokenize it again, "
-                    f'or set data.on_corrupt = "skip"'
+                    'copy or tokenize it again, or set data.on_corrupt = "skip"'
                 )
             self._verified.add(group)
         return [tokens[offsets[first + i] : offsets[first + i + 1]] for i in documents]

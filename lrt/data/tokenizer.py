@@ -27,7 +27,10 @@ _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[
 
 # How the texts were split before the ranks were counted; a rank file does not say it.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -113,10 +116,8 @@ class ByteTokenizer:
 
         # The same ids as a tokenizer.json, for programs that know only those.
         twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in byte_characters().items()}, merges=[]))
-        twin.pre_tokenizer, twin.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            decoders.ByteLevel(),
-        )
+        twin.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        twin.decoder = decoders.ByteLevel()
         twin.add_special_tokens([BOS])
         _write(Path(folder), twin.to_str(), {"kind": "bytes"})
 
@@ -216,9 +217,8 @@ class FileTokenizer:
             counted, size = int(self._table[self.encode(sample)].sum()), len(sample.encode())
             if counted != size:
                 raise ValueError(
-                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be "
-                    f"counted for the {size} of "
-                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: "
+                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be counted "
+                    f"for the {size} of {sample!r}), so bits per byte of tokenized folders would be wrong: "
                     "evaluate text or parquet files, whose bytes are counted"
                 )
         return self._table.copy()
@@ -267,9 +267,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not file.is_file():
         folder = path.parent if path.suffix in (".json", ".tiktoken") else path
         raise ValueError(
-            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file, or '
-            f"train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N --limit-mb 2000 "
-            f"--output {shlex.quote(str(folder))} (DATA as in data.train, N = model.vocab_size)"
+            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, '
+            "or a .tiktoken file, or train one: python tools/prepare_data.py train-tokenizer --train DATA "
+            f"--vocab-size N --limit-mb 2000 --output {shlex.quote(str(folder))} (DATA as in data.train, "
+            "N = model.vocab_size)"
         )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))

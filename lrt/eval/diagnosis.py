@@ -204,9 +204,8 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
 
     Returns:
         One number a refinement: ``change`` to the pass before and ``change_over_two`` to the one before that (the mean
-        over
-        positions; a memory that jumps between two states changes much in one sweep and little in two),
-        the largest change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
+        over positions; a memory that jumps between two states changes much in one sweep and little in two), the largest
+        change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
     """
     results = model.run(tokens, Refine(count))
     passes = [at_least_float32(result.memory) for result in results]
@@ -334,8 +333,8 @@ def findings(report: Report) -> list[str]:
     if two_states(report):
         found.append(
             f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by "
-            f"{change:.2f} in one sweep but by "
-            f"{over_two:.2f} in two; train on settled memory (recipes/settle_memory.toml), or weight the initialization"
+            f"{change:.2f} in one sweep but by {over_two:.2f} in two; train on settled memory "
+            "(recipes/settle_memory.toml), or weight the initialization"
         )
     elif sweeps["largest_change"][-1] > UNSETTLED:
         largest = sweeps["largest_change"][-1]

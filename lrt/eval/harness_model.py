@@ -53,9 +53,9 @@ class LatentRecurrentLM(TemplateLM):
     backend = "causal"
 
     def __init__(
-        self, pretrained: str, memory: str = "decode", base: str | None = None, tokenizer: str | None = None, dtype: str | None = None,
-        device: str | None = None, batch_size: int | str = 16, max_length: int | None = None, add_bos_token: bool | None = None,
-        max_batch_size: int | None = None,
+        self, pretrained: str, memory: str = "decode", base: str | None = None, tokenizer: str | None = None,
+        dtype: str | None = None, device: str | None = None, batch_size: int | str = 16, max_length: int | None = None,
+        add_bos_token: bool | None = None, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         place = own_device(None if device in (None, "cuda") else str(device))
@@ -140,8 +140,9 @@ class LatentRecurrentLM(TemplateLM):
         prompt = self._begun(self.tok_encode(context) or [self.prefix_token_id])[-max(1, self._max_length - count) :]
         model = self._opened.model
         found = complete(
-            WithoutMemory(model) if self._memory == "zero" else model, torch.tensor([prompt], device=next(model.parameters()).device),
-            max_new_tokens=count, sampling=Sampling(temperature=temperature), stop_ids=(self.eot_token_id,),
+            WithoutMemory(model) if self._memory == "zero" else model,
+            torch.tensor([prompt], device=next(model.parameters()).device), max_new_tokens=count,
+            sampling=Sampling(temperature=temperature), stop_ids=(self.eot_token_id,),
             stop_when=stop_at(self._tokenizer.decode, stops) if stops else None,
         )  # fmt: skip
         text = self._tokenizer.decode(found.tokens[0])

@@ -1,8 +1,7 @@
 """State tracking: what the recurrence can do that a transformer of fixed depth cannot.
 
-An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row,
-so it
-must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric
+An automaton reads random inputs. At every position the target is its state so far, which stands nowhere in the row, so
+it must be carried along. The tasks are made on the fly: parity of bits, and products of transpositions in the symmetric
 group S5.
 
     python -m lrt.eval.tracking --recipe tracking_parity --out tracking          # minutes on a CPU
@@ -206,7 +205,8 @@ def run(args: argparse.Namespace) -> None:
     name = recipe.data.train.removeprefix("task:")
     if name not in TASKS or recipe.training.steps is None:
         raise ValueError(
-            f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: use "task:" and one of {", ".join(TASKS)}'
+            f'recipe {args.recipe}: data.train = "{recipe.data.train}" with training.steps: '
+            f'use "task:" and one of {", ".join(TASKS)}'
         )
     length = args.train_length or recipe.training.batch_tokens // recipe.training.micro_batch
     recipes = {variant: variant_of(recipe, variant) for variant in args.variants}

@@ -13,8 +13,8 @@ from lrt.config import ModelConfig
 from lrt.serialization.decoders import check_attention
 
 SHARED = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
-    "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 # of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
@@ -69,7 +69,8 @@ def dtype_of(given: Any) -> torch.dtype | None:
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved'
+            f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", '
+            'or "auto" for the dtype as saved'
         )
     return found
 
@@ -87,9 +88,8 @@ def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
         value = getattr(config, name, None)
         if name in stored and value != stored[name]:
             raise ValueError(
-                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or "
-                f"config.adapted says ({stored[name]!r}): "
-                "build a model of another ModelConfig, or change the decoder and lrt.adapt it"
+                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or config.adapted "
+                f"says ({stored[name]!r}): build a model of another ModelConfig, or change the decoder and lrt.adapt it"
             )
 
 

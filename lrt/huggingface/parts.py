@@ -95,7 +95,8 @@ class Parts:
         options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant") or offload:
             raise ValueError(
-                'blocks are checkpointed with use_reentrant=False and without offloading: leave both out, or {"use_reentrant": False}'
+                "blocks are checkpointed with use_reentrant=False and without offloading: leave both out, "
+                'or {"use_reentrant": False}'
             )
         self.gradient_checkpointing_disable()
         # their forward alone, not a module around each: PEFT reads names of modules
@@ -130,6 +131,6 @@ def _check_same_kind(what: str, before: Any, after: Any) -> None:
         found = f"{type(after).__name__} of {tuple(after.weight.shape)}"
         raise ValueError(
             f"the new {what} are a {found}, but this model has a {type(before).__name__} of "
-            f"{tuple(before.weight.shape)}: they must be alike; to "
-            "change the vocabulary, lrt.release(model), resize the decoder's embeddings, and adapt again"
+            f"{tuple(before.weight.shape)}: they must be alike; to change the vocabulary, lrt.release(model), "
+            "resize the decoder's embeddings, and adapt again"
         )

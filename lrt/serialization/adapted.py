@@ -217,9 +217,9 @@ def load_into(
         ):
             raise ValueError(
                 f"the memory in {folder} was trained on a {kind} with other weights than this one: "
-                "pass the decoder that it was trained on. If "
-                "the decoder was trained too, its weights are not in this folder (adapter_only=True): "
-                "load them into base first, or lrt.save the whole model, and lrt.load that"
+                "pass the decoder that it was trained on. If the decoder was trained too, "
+                "its weights are not in this folder (adapter_only=True): load them into base first, "
+                "or lrt.save the whole model, and lrt.load that"
             )
     except ValueError:
         release(model)

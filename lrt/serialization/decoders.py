@@ -142,7 +142,8 @@ def config_from_table(table: dict[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         version = transformers().__version__
         raise ValueError(
-            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved with'
+            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved '
+            "with"
         )
     return CONFIG_MAPPING[kind].from_dict(table)
 
@@ -189,9 +190,9 @@ def check_attention(table: Mapping[str, Any], *, where: str) -> None:
     for path, value in _leaves(table):
         if value is not None and value not in ATTENTIONS and any(part.endswith("attn_implementation") for part in path):
             raise ValueError(
-                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the "
-                "hub where it is not installed: leave it "
-                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, "
+                "a kernel to be fetched from the hub where it is not installed: "
+                f"leave it out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
                 "set_attn_implementation"
             )
 

@@ -147,6 +147,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     _check_parts(config, path)
     if config.get("model_type") != "lrt":
         raise ValueError(
-            f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": it was changed'
+            f'{path}: model_type = "{config.get("model_type")}", but a model that lrt wrote has model_type = "lrt": '
+            "it was changed"
         )
     return config

@@ -109,12 +109,8 @@ class LlamaBackbone(nn.Module):
         args = transformer.model_args
         self._args = args
         self.config = config
-        self.width, self.vocab_size, self.kv_heads, self.head_dim = (
-            config.d_model,
-            config.vocab_size,
-            config.kv_heads,
-            config.head_dim,
-        )
+        self.width, self.vocab_size = config.d_model, config.vocab_size
+        self.kv_heads, self.head_dim = config.kv_heads, config.head_dim
         self.embedding = TokenTable(args.vocab_size, args.dim, device="meta")
         self.norm = transformer.norm
         self.head = Head(config, loss_chunk=loss_chunk, device="meta")

@@ -62,9 +62,8 @@ class Trainee(LatentRecurrentModel):
         self.timetable = plan_timetable(recipe, steps=recipe.training.steps or 0)
         last = single(self.timetable.stretches[-1].schedule)
         self.scored = replace(last, weights="paper") if hasattr(last, "weights") else last  # type: ignore[type-var]
-        self.step: Callable[[], int] = (
-            int  # optimizer steps done; the learning rates' scheduler counts them, across restarts too
-        )
+        # optimizer steps done; the learning rates' scheduler counts them, across restarts too
+        self.step: Callable[[], int] = int
         self._whole = whole
 
     def forward(self, tokens: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

@@ -167,9 +167,8 @@ def llama_recipe(job: Any) -> Any:
     keys = given_model(job)
     if keys.keys() - {"vocab_size"}:
         raise ValueError(
-            f"model.{min(keys.keys() - {'vocab_size'})} has no effect on torchtitan's Llama 3, whose sizes are the "
-            "flavor's: "
-            "leave it out, or choose another model.flavor"
+            f"model.{min(keys.keys() - {'vocab_size'})} has no effect on torchtitan's Llama 3, "
+            "whose sizes are the flavor's: leave it out, or choose another model.flavor"
         )
     if job.optimizer.name == MUON:
         raise ValueError(
@@ -263,9 +262,9 @@ class PackedLoader(BaseDataLoader):
             return
         if state_dict["world_size"] != self._world_size:
             raise ValueError(
-                f"the checkpoint holds the loaders of {state_dict['world_size']} data-parallel ranks, and here are "
-                f"{self._world_size}: "
-                'use as many, or checkpoint.exclude_from_loading = ["dataloader"], which begins the data anew'
+                f"the checkpoint holds the loaders of {state_dict['world_size']} data-parallel ranks, "
+                f'and here are {self._world_size}: use as many, or checkpoint.exclude_from_loading = ["dataloader"], '
+                "which begins the data anew"
             )
         self._rows.load_state_dict(torch.load(io.BytesIO(state_dict[self._key]), weights_only=True))
 

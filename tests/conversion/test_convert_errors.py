@@ -260,7 +260,10 @@ def test_space_that_runs_out_in_the_middle(place, target):
     """A limit on the size of files stands for a full disk; it comes after the check of free space."""
     shutil.rmtree(place / "ours")
     recurrence = 'sharing = "layerwise"\nsource_layer = 2\n'
-    text = '[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\nrope_dtype = "bfloat16"\n'
+    text = (
+        "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\n"
+        'rope_dtype = "bfloat16"\n'
+    )
     lrt.save(small_model(f"{text}[recurrence]\n{recurrence}[training]\nbatch_tokens = 64\n"), place / "ours")
     before = fingerprint(place)
     code = FULL.format(root=str(ROOT), source=str(place / "ours"), output=str(place / "out"), target=target)

@@ -27,8 +27,8 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 WHOLE = (
     b"", b"{}", b"[]", b"null", b"3", b'"x"',
-    b"{" * 9999, b"[" * 99999 + b"]" * 99999, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}",
-    b'{"a": ' + b"9" * 5000 + b"}", b"NaN", b"{'a': 1}", b'{"weight_map": {}}',
+    b"{" * 9999, b"[" * 99999 + b"]" * 99999, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"\xff\xfe{\0}\0",
+    b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5000 + b"}", b"NaN", b"{'a': 1}", b'{"weight_map": {}}',
     b'{"weight_map": {"x": "/etc/passwd"}}', b'{"weight_map": [1]}',
 )  # fmt: skip
 

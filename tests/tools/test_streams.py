@@ -18,7 +18,8 @@ from lrt.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """
-model.n_layers=2 model.width=16 model.n_heads=2 model.sequence_length=32 model.gate_channels=8 recurrence.gate_channels=8
+model.n_layers=2 model.width=16 model.n_heads=2 model.sequence_length=32
+model.gate_channels=8 recurrence.gate_channels=8
 training.steps=4 training.batch_tokens=64 training.warmup_steps=0 evaluation.tokens=64 evaluation.sample_tokens=4
 parallel.compile=false metrics.plot=false metrics.every=1 checkpoint.every=100
 """

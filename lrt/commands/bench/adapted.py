@@ -27,6 +27,7 @@ from torch import Tensor
 import lrt
 from lrt.accounting import training_flops
 from lrt.adaptation import without_memory
+from lrt.commands.bench.decoders import LLAMAS
 from lrt.commands.bench.timing import Subject, device_name
 from lrt.commands.options import at_least
 from lrt.config import OptimizerConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, TrainingConfig
@@ -38,16 +39,7 @@ from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
 from lrt.train.step import train_step
 
-SIZES = {  # of a Llama: what SmolLM2's config.json says, and a toy
-    "smollm2": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0,
-    },
-    "tiny": {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
-    },
-}  # fmt: skip
+SIZES = {name.removesuffix("-llama"): shape for name, shape in LLAMAS.items()}
 PLAIN, ALONE = "plain", "transformers"
 
 

@@ -236,8 +236,8 @@ def sweep(model: Any, tokens: torch.Tensor, exact: torch.Tensor, score: Scorer, 
         error = (span.memory[:, 1:].float() - exact.float()).norm(dim=-1) / exact.float().norm(dim=-1)
         curve.append(
             {
-                "residual": residual, "nats": score(hidden), "largest_error": error.amax(1).tolist(), "mean_error": error.mean(1).tolist(),
-                "seconds": seconds + last,
+                "residual": residual, "nats": score(hidden), "largest_error": error.amax(1).tolist(),
+                "mean_error": error.mean(1).tolist(), "seconds": seconds + last,
             }
         )  # fmt: skip
     return curve

@@ -22,14 +22,8 @@ class Subject:
     def __init__(
         self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int
     ) -> None:
-        self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = (
-            name,
-            step,
-            own_bytes,
-            flops,
-            world,
-            tokens,
-        )
+        self.name, self.step, self.own_bytes, self.flops = name, step, own_bytes, flops
+        self.world, self.tokens = world, tokens
         self.times: list[float] = []
         self.peak_gib: float | None = None
         self.compile_s = 0.0

@@ -1,18 +1,15 @@
 """Time training steps: variants x shapes in one process, interleaved in time; docs/benchmarks.md is made from it.
 
 examples:
-  python tools/bench/training.py --suites tiny                         # CPU:
-  does it run, are the graph counts as expected python tools/bench/training.py --suites d12 d20 --out one.json       #
-  one GPU: forward + backward
+  python tools/bench/training.py --suites tiny                         # CPU: does it run, are the graphs as expected
+  python tools/bench/training.py --suites d12 d20 --out one.json       # one GPU: forward + backward
   python tools/bench/training.py --suites d12 --reference ../official  # also the official code, from your checkout
-  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2;
-  throughput against one GPU
+  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2, against one GPU
 
 The last line printed is one JSON object. Milliseconds are medians of single steps between device events; peak memory is
-that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1:
-a row failed, or a CPU run compiled more or
-fewer graphs than expected (the counts hold for the default variants, or the first of them); 2:
-bad input, nothing was run.
+that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1: a row failed, or a CPU run compiled more
+or fewer graphs than expected (the counts hold for the default variants, or the first of them); 2: bad input, nothing
+was run.
 """
 
 from __future__ import annotations
@@ -24,144 +21,26 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lrt.accounting import peak_flops, training_flops
+from lrt.commands.bench.steps import Built, bare_step, official_step, recipe_of, whole_step
 from lrt.commands.bench.suites import OFFICIAL, OFFICIAL_LRT, SUITES, VARIANTS, Suite, Variant, check, parser
 from lrt.commands.bench.timing import Subject, device_name, graph_count, profiled
-from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
-from lrt.data import Batch, build_loader, load_tokenizer
+from lrt.config import ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
 from lrt.train.checkpoint.weights import build_parallel
-from lrt.train.distributed.graphs import Runner, forward_backward, single_device
-from lrt.train.distributed.parallel import free_gathered, named_parameters, reduce_gradients
+from lrt.train.distributed.graphs import Runner, single_device
+from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
-from lrt.train.step import train_step
-
-
-def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: ParallelConfig) -> Recipe:
-    return Recipe(
-        run=RunConfig(name="bench"),
-        model=suite.model(),
-        recurrence=recurrence,
-        schedule=ScheduleConfig(kind="baseline") if recurrence is None else ScheduleConfig(),
-        data=DataConfig(train="demo", tokenizer="bytes"),
-        training=TrainingConfig(steps=1, batch_tokens=suite.rows * suite.length, micro_batch=suite.rows, clip_norm=1.0),
-        parallel=parallel,
-    )
-
 
 RECIPE_TOKENS = 524288  # of a step by the recipes
 
 
-# ------------------------------------------------------------------ steps to be timed
-
-
-def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, suite.vocabulary, (suite.rows, suite.length + 1), device=world.device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1) -> Callable[[], None]:
-    """Forward and backward of all micro-batches of a step, as the trainer runs them."""
-    tokens, targets = random_rows(suite, world)
-    parameters = list(built.model.parameters())
-    options = {
-        "schedule": schedule,
-        "seed": 1,
-        "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device),
-    }
-
-    def step() -> None:
-        for index in range(accumulation):
-            first, last = index == 0, index == accumulation - 1
-            if built.runner is not None:
-                built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
-            else:
-                reduce_gradients(built.model, schedule, now=last)
-                forward_backward(built.model, tokens, targets, **options)
-        free_gathered(built.model)
-        for parameter in parameters:
-            parameter.grad = None
-
-    return step
-
-
-def whole_step(
-    built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
-) -> Callable[[], None]:
-    """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
-    rows = recipe.training.micro_batch
-    options = {
-        "sequence_length": recipe.model.sequence_length,
-        "rows": rows,
-        "rank": world.rank,
-        "world_size": world.size,
-        "seed": 1,
-    }
-    loader = iter(build_loader(recipe.data, tokenizer=load_tokenizer(recipe.data.tokenizer), **options))
-
-    def step() -> None:
-        rows = [next(loader) for _ in range(accumulation)]
-        batches = [
-            Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows
-        ]
-        train_step(
-            built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner
-        )
-
-    return step
-
-
-def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> tuple[Callable[[], None], int]:
-    """The official code from a checkout: its baseline with value embeddings everywhere, or its recurrent step."""
-    sys.path.insert(0, path)
-    from nanochat.gpt import GPT, GPTConfig
-
-    config = suite.model()
-    with torch.device("meta"):
-        model = GPT(
-            GPTConfig(
-                sequence_len=suite.length, vocab_size=suite.vocabulary, n_layer=suite.layers, n_head=config.heads, n_kv_head=config.heads,
-                n_embd=config.d_model, window_pattern=suite.pattern, ve_every_layer=True, use_interleaved=recurrent,
-            )
-        )  # fmt: skip
-    model.to_empty(device=world.device)
-    model.init_weights()
-    compiled = torch.compile(model, dynamic=False)
-    tokens, targets = random_rows(suite, world)
-
-    def step() -> None:
-        with torch.autocast(world.device.type, torch.bfloat16):
-            if recurrent:
-                loss = model.forward_interleaved_train(tokens, targets, use_compiled_model=compiled)["loss"]
-            else:
-                loss = compiled(tokens, targets)
-                loss = loss[0] if isinstance(loss, tuple) else loss
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step, sum(p.numel() * p.element_size() for p in model.parameters())
-
-
 # ------------------------------------------------------------------ a suite
-
-
-class Built(NamedTuple):
-    """A model ready to step, and what runs it."""
-
-    model: Any
-    runner: Runner | None
-
-    @property
-    def bytes(self) -> int:
-        modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
-        tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
-        sums = 0 if self.runner is None or self.runner.sums is None else self.runner.sums.bytes
-        return sums + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
@@ -331,8 +210,9 @@ def whole_steps(
     ms, whole_ms, many_ms = (subject.row()["ms"] for subject in (bare, one, many))
     return {
         "variant": key, "forward_backward_ms": ms, "ms": whole_ms, "outside_share": 1 - ms / whole_ms,
-        "micro_batches": micro_batches, "ms_of_many": many_ms, "outside_share_of_many": 1 - micro_batches * ms / many_ms,
-        "host_syncs": one.syncs or many.syncs or "none", "recompiles": one.recompiles + many.recompiles,
+        "micro_batches": micro_batches, "ms_of_many": many_ms,
+        "outside_share_of_many": 1 - micro_batches * ms / many_ms, "host_syncs": one.syncs or many.syncs or "none",
+        "recompiles": one.recompiles + many.recompiles,
         "kernels_outside": outside(profiled(one), profiled(bare)) if options.profile else [],
     }  # fmt: skip
 
@@ -359,7 +239,8 @@ def table(result: dict[str, Any]) -> str:
     for r in result["rows"]:
         share, ratio, memory = r.get("mfu"), r["ratio"], r["memory_ratio"]
         lines.append(
-            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
+            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}"
+            f"{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
@@ -408,8 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch._dynamo.config.recompile_limit = 128
         results: list[dict[str, Any]] = []
         summary = {
-            "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,
+            "device": device_name(world), "gpus": world.size, "torch": torch.__version__,
+            "peak_flops": peak_flops(device_name(world)), "accumulation": options.accumulation, "plan": options.plan,
+            "reshard": options.reshard, "suites": results,
         }  # fmt: skip
 
         def keep(result: dict[str, Any]) -> None:

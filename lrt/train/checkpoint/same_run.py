@@ -129,9 +129,8 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
         ]
     if different:
         raise ValueError(
-            f"{folder} belongs to another model: {'; '.join(different)}. "
-            "Choose another run.name, or set checkpoint.resume = false and "
-            f"training.init_from for a warm start"
+            f"{folder} belongs to another model: {'; '.join(different)}. Choose another run.name, "
+            "or set checkpoint.resume = false and training.init_from for a warm start"
         )
 
 
@@ -172,9 +171,8 @@ def check_same_run(
         refused += [c for c in of_length if c not in refused]
     if refused:
         raise ValueError(
-            f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. "
-            "Going on would record a mixture of both as one run: "
-            f"give the settings that it had, or choose another run.name, where {on}"
+            f"{folder} was trained with other settings: {'; '.join(map(str, refused))}. Going on would record a "
+            f"mixture of both as one run: give the settings that it had, or choose another run.name, where {on}"
         )
 
 

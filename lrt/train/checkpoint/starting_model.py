@@ -95,8 +95,8 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
         )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of {vocab_size}: use the '
-            "tokenizer that it was trained with"
+            f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of '
+            f"{vocab_size}: use the tokenizer that it was trained with"
         )
 
 
@@ -134,7 +134,8 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
         _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
         raise ValueError(
-            f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"'
+            f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: '
+            'set recurrence.init = "identity"'
         )
     if "quantization_config" in config:
         raise ValueError(f"{key} is quantized, and its matrices cannot train: save it dequantized first")
@@ -155,8 +156,8 @@ def _check_settings(recipe: Recipe) -> None:
         )
     if recipe.optimizer.kind != "adamw":
         raise ValueError(
-            f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: set optimizer.kind = "adamw" '
-            "for a decoder from run.backbone"
+            f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: '
+            'set optimizer.kind = "adamw" for a decoder from run.backbone'
         )
 
 
@@ -206,7 +207,8 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
     assert model.original is not None
     if getattr(model.original[0], "peft_config", None):
         raise ValueError(
-            f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out'
+            f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, '
+            "or leave tuning.lora_rank out"
         )
     memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
     again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)

@@ -90,7 +90,10 @@ def incomplete(folder: Path) -> str | None:
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != written.size:
-                return f"{path} has {'no' if size is None else size} bytes, but {written.size} were written: the checkpoint is damaged"
+                return (
+                    f"{path} has {'no' if size is None else size} bytes, but {written.size} were written: "
+                    "the checkpoint is damaged"
+                )
         missing = {"meta.json", "recipe.toml", rank_file(0)} - files.keys()
         if missing or not any(name.endswith(".safetensors") for name in files):
             return f"{folder / COMPLETE} lists no {min(missing, default='tensors')}: the checkpoint is damaged"

@@ -223,7 +223,10 @@ class Console:
         every: steps between rows.
     """
 
-    HEADER = f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} {'data':>6} {'GiB':>6}"
+    HEADER = (
+        f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} "
+        f"{'data':>6} {'GiB':>6}"
+    )
 
     def __init__(self, *, total: int, start: int, every: int) -> None:
         from rich.console import Console as RichConsole

@@ -44,8 +44,8 @@ class Group(NamedTuple):
 NATIVE: tuple[Group, ...] = (
     Group("matrices", r"blocks\.\d+\.block\..*\.weight", "muon", "matrix_lr"),  # the token value's gate too
     Group(
-        "memory_matrices", r"(blocks\.\d+\.projection\..*|memory_projection\.(key|value|map)|injection\.map)\.weight", "muon", "matrix_lr",
-        scale="memory_map_scale",
+        "memory_matrices", r"(blocks\.\d+\.projection\..*|memory_projection\.(key|value|map)|injection\.map)\.weight",
+        "muon", "matrix_lr", scale="memory_map_scale",
     ),
     Group("memory_gates", r"blocks\.\d+\.gate\.weight", "muon", "matrix_lr", scale="memory_gate_scale"),
     Group("embeddings", r"backbone\.(embedding|value_embeddings\.\d+)\.weight", "adamw", "embedding_lr", by_width=True),
@@ -81,7 +81,8 @@ def group_of(name: str, parameter: Tensor, table: Sequence[Group] = NATIVE) -> G
         names = ", ".join(row.name for row in rows) or "none"
         raise ValueError(
             f"parameter {name!r} of shape {tuple(parameter.shape)} matches {names} of the optimizer's groups "
-            f'({", ".join(row.name for row in table)}): add it to the table in lrt/train/optim/groups.py, or set optimizer.kind = "adamw"'
+            f"({', '.join(row.name for row in table)}): add it to the table in lrt/train/optim/groups.py, "
+            'or set optimizer.kind = "adamw"'
         )
     if rows[0].kind == "muon" and parameter.ndim != 2:
         raise ValueError(
