@@ -320,7 +320,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "installed", "types", "rotary", "huggingface.registration"],
+    ["config", "installed", "tables", "types", "rotary", "huggingface.registration"],
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],

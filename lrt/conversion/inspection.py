@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from lrt.conversion.adapters import is_memory, read_memory
 from lrt.conversion.checkpoints import Checkpoint, StepError
 from lrt.conversion.kinds import KINDS, kind_of
 from lrt.data.tokenizer import MARKER
+from lrt.tables import ReadTable
 
 
 class Inspection(NamedTuple):
@@ -97,5 +98,5 @@ def describe(found: Inspection, path: str | Path) -> list[str]:
     return lines + [f"  note        {note}" for note in checkpoint.notes]
 
 
-def _plain(section: Mapping[str, Any]) -> str:
+def _plain(section: ReadTable) -> str:
     return ", ".join(f"{key} = {value}" for key, value in section.items() if value is not None)
