@@ -1,6 +1,7 @@
-"""Pages of the site that are made from the code when it is built: the API, the keys of a recipe, the command lines.
+"""Pages that are made from the code: the keys of a recipe, the API, the command lines.
 
-``mkdocs.yml`` names this file as a hook. Nothing that it makes is kept in the repository.
+``python docs/reference.py`` writes reference/recipe.md, which the repository keeps because other pages link to it.
+The other two are made when the site is built: ``mkdocs.yml`` names this file as a hook.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ def recipe_page() -> str:
         "# Recipe keys",
         "",
         "A recipe is a TOML file that holds what differs from these defaults; "
-        "[Train](../train.md) shows how they inherit. "
+        "[Train](../train.md) shows how they inherit.",
         'On the command line the same is `--set SECTION.KEY=VALUE`. `"none"` takes a value back.',
+        "This page is made from `lrt/config/` by `python docs/reference.py`.",
         "",
     ]
     hints = get_type_hints(Recipe)
@@ -130,7 +132,7 @@ def recipe_page() -> str:
         for title, item in TABLES.items():
             if title.strip("[]").startswith(f"{field.name}."):
                 page += _section(title, field.name, item)
-    return "\n".join(page)
+    return "\n".join(page).rstrip() + "\n"
 
 
 def _section(title: str, section: str, cls: type) -> list[str]:
@@ -174,7 +176,8 @@ def api_page() -> str:
     return f"# API\n\nThe names of `import lrt`.\n\n{names}\n\n::: lrt.decoding.prefill\n"
 
 
-PAGES = {"reference/api.md": api_page, "reference/recipe.md": recipe_page, "reference/commands.md": commands_page}
+PAGES = {"reference/api.md": api_page, "reference/commands.md": commands_page}
+KEPT = ROOT / "docs" / "reference" / "recipe.md"
 
 
 # ------------------------------------------------------------------ mkdocs
@@ -192,3 +195,9 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """A link that leaves docs/ becomes the name of the file: the site holds only docs/."""
     return re.sub(r"\[([^\]]*)\]\(\.\./(?!train\.md)([^)]*)\)", r"\1 (`\2`)", markdown)
+
+
+if __name__ == "__main__":
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(recipe_page(), encoding="utf-8")
+    print(f"wrote {KEPT}")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrt.arguments import as_ids, check_ids, find_borders, read_rows
 from lrt.backbone import Decoder
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
-from lrt.loss import IGNORE, group_losses, weighted_loss
-from lrt.padding import alignment, as_ids, columns, final_lengths, restarts
-from lrt.passes import PassResult, block_inputs, by_group, in_order, last_memory, run_schedule
+from lrt.outcome import by_group, in_order, outcome
+from lrt.passes import PassResult, run_schedule
 from lrt.recurrence import (
     AlignedBlock,
     AlignedProjection,
@@ -31,6 +31,7 @@ from lrt.recurrence import (
     rms_memory,
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
+from lrt.tables import Table
 from lrt.types import Backbone, Block, Output, Schedule
 
 
@@ -161,63 +162,25 @@ class LatentRecurrentModel(nn.Module):
         Raises:
             ValueError: shapes, token ids or arguments that do not fit.
         """
-        _check_tensors(input_ids=input_ids, targets=targets, labels=labels, attention_mask=attention_mask)
-        input_ids = as_ids(input_ids)
-        targets, labels = (None if given is None else as_ids(given) for given in (targets, labels))
-        if attention_mask is not None:
-            _check_mask(attention_mask, input_ids)
-            labels = (
-                None
-                if labels is None or labels.shape != input_ids.shape
-                else labels.masked_fill(~attention_mask.bool(), IGNORE)
-            )
-        targets = self._check(input_ids, targets, labels)
-        document_ids, position_ids = (
-            _as_rows("document_ids", document_ids, input_ids),
-            _as_rows("position_ids", position_ids, input_ids),
-        )
-        length = input_ids.shape[1]
-        back = real = None
-        if attention_mask is not None:
-            forth, real, back = alignment(attention_mask)
-            input_ids = input_ids.gather(1, forth)
-            targets = None if targets is None else targets.gather(1, forth).masked_fill(~real, IGNORE)
-            document_ids = None if document_ids is None else document_ids.gather(1, forth)
-            position_ids = None if position_ids is None else position_ids.gather(1, forth)
+        rows = read_rows(
+            input_ids, targets=targets, labels=labels, document_ids=document_ids, attention_mask=attention_mask,
+            position_ids=position_ids, vocab_size=self.vocab_size,
+        )  # fmt: skip
         chosen = resolve(schedule if schedule is not None else self.default_schedule(), generator)
         if not hasattr(chosen, "plan"):
             raise ValueError(
                 f"schedule = {chosen!r}: pass lrt.baseline(), interleaved(S), refine(K), chunked(C), "
                 "sequential() or a mixture"
             )
-        more: dict[str, Any] = {"generator": generator, "keep_inputs": output_hidden_states}
-        results = self.run(input_ids, chosen, document_ids=document_ids, position_ids=position_ids, real=real, **more)
-        weights = chosen.group_weights(length)
-        groups = by_group(results, len(weights))
-        final, places = groups[-1]
-        logits = None
-        if return_logits or (return_logits is None and targets is None):
-            logits = self.backbone.logits(columns(_restore(in_order(final, places), back), logits_to_keep))
-        hidden = None
-        if output_hidden_states or logits is None and targets is None:
-            hidden = _restore(in_order(self.backbone.final_norm(final), places), back)
-        memory = last_memory(results, len(weights) - 1)
-        loss: Tensor | None = None
-        losses: tuple[Tensor, ...] = ()
-        if targets is not None:
-            count = (targets != IGNORE).sum() if valid_targets is None else valid_targets
-            sums = [
-                self.backbone.loss(h, targets[:, p])[0] if w > 0 else h.new_zeros(())
-                for (h, p), w in zip(groups, weights)
-            ]
-            means = group_losses(sums, count)
-            loss = weighted_loss(means, weights)
-            losses = tuple(mean.detach() for mean in means)
-        states: tuple[Tensor, ...] = ()
-        if output_hidden_states:
-            assert hidden is not None
-            states = (*(_restore(in_order(x, places), back) for x in block_inputs(results, len(weights) - 1)), hidden)
-        return Output(loss, logits, None if memory is None else _restore(memory, back), losses, hidden, states)
+        results = self.run(
+            rows.input_ids, chosen, document_ids=rows.document_ids, position_ids=rows.position_ids, real=rows.real,
+            generator=generator, keep_inputs=output_hidden_states,
+        )  # fmt: skip
+        return outcome(
+            self.backbone, results, rows, weights=chosen.group_weights(rows.input_ids.shape[1]),
+            valid_targets=valid_targets, return_logits=return_logits, logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+        )  # fmt: skip
 
     def run(
         self,
@@ -251,21 +214,17 @@ class LatentRecurrentModel(nn.Module):
     ) -> Row:
         """Rows of tokens (B, T) as passes run over them: embedded, with the borders of documents;
         ``real`` is false where there is padding."""
-        separator = self.recurrence.separator if self.recurrence is not None else None
-        cut = getattr(self.backbone, "attention_reset", None)
-        changed = _either(restarts(document_ids, step=0), restarts(position_ids, step=1))
-        starts = _either(changed, None if separator is None else input_ids == separator)
-        borders = _either(changed, None if cut is None else input_ids == cut)
-        documents = None if borders is None else borders.cumsum(1)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         by_length = getattr(self.backbone, "by_length", None)
-        if by_length is None or position_ids is None and input_ids.shape[1] <= by_length.border:
-            hidden, contexts = self.backbone.embed(input_ids, positions)
-        else:
-            hidden, contexts = self.backbone.embed(
-                input_ids, positions, final_lengths(positions.expand(input_ids.shape), documents, real)
-            )
-        return Row(hidden, contexts, starts, documents)
+        borders = find_borders(
+            input_ids, document_ids=document_ids, position_ids=position_ids, real=real,
+            separator=None if self.recurrence is None else self.recurrence.separator,
+            cut=getattr(self.backbone, "attention_reset", None),
+            longest=None if by_length is None else by_length.border,
+        )  # fmt: skip
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        more = () if borders.lengths is None else (borders.lengths,)
+        hidden, contexts = self.backbone.embed(input_ids, positions, *more)
+        return Row(hidden, contexts, borders.starts, borders.documents)
 
     def score(
         self,
@@ -285,7 +244,7 @@ class LatentRecurrentModel(nn.Module):
             (groups, B, T) in float32 at least, detached; 0 where the target is -100.
         """
         input_ids, targets = as_ids(input_ids), as_ids(targets)
-        self._check(input_ids, targets, None)
+        check_ids(input_ids, targets, vocab_size=self.vocab_size)
         schedule = resolve(schedule, generator)
         if isinstance(schedule, (Interleaved, Refine)):
             schedule = replace(schedule, weights="paper")  # a group of weight 0 would not be computed to the end
@@ -361,35 +320,6 @@ class LatentRecurrentModel(nn.Module):
     def peft_config(self) -> None:
         self.__dict__.pop("_peft_config", None)
 
-    def _check(self, input_ids: Tensor, targets: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        _check_tensors(input_ids=input_ids, targets=targets, labels=labels)
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}: expected (batch, tokens) with at least one token"
-            )
-        if input_ids.dtype != torch.int64:
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}: expected token ids, int64 or int32")
-        _check_range("token id", input_ids, self.vocab_size)
-        if targets is not None and labels is not None:
-            raise ValueError(
-                "both targets and labels were given: pass targets (already shifted) or labels (shifted "
-                "inside), not both"
-            )
-        if labels is not None:
-            targets = torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), IGNORE)], dim=1)
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(
-                f"targets have shape {tuple(targets.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
-            )
-        if targets is not None and targets.dtype != torch.int64:
-            raise ValueError(
-                f"targets have dtype {targets.dtype}: expected token ids of an integer dtype, "
-                "-100 where nothing is scored"
-            )
-        if targets is not None:
-            _check_range("target", targets.masked_fill(targets == IGNORE, 0), self.vocab_size)
-        return targets
-
 
 # ------------------------------------------------------------------ building
 
@@ -407,7 +337,8 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
     """
     if recipe.run.backbone != "native":
         raise ValueError(
-            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe'
+            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, '
+            "or train the recipe"
         )
     model = build_model(
         recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk
@@ -431,62 +362,7 @@ def build_model(
     return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
 
 
-def _place(block: Any) -> dict[str, Any]:
+def _place(block: Any) -> Table:
     """Device and dtype of a block's own parameters."""
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}
-
-
-def _check_tensors(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} is a {type(value).__name__}: expected a tensor (batch, tokens), such as torch.tensor([[1, 2]])"
-            )
-
-
-def _check_range(name: str, ids: Tensor, size: int) -> None:
-    """On the CPU only: elsewhere the answer would be a host sync in every step."""
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{name} {wrong}, but the vocabulary has {size} entries (0..{size - 1}): "
-                "check the tokenizer, or set model.vocab_size"
-            )
-
-
-# ------------------------------------------------------------------ padding
-
-
-def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
-        raise ValueError(f"attention_mask has shape {shapes}: give (batch, tokens), 0 where a token is padding")
-    real = attention_mask.bool()
-    if real.device.type == "cpu" and bool(((real[:, 1:] != real[:, :-1]).sum(1) > 1 + ~real[:, 0]).any()):
-        raise ValueError(
-            "attention_mask has zeros between ones: padding may stand on the left or on the right of a row only"
-        )
-
-
-def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """One number a token (B, T), from that or from one row for all."""
-    if values is None:
-        return None
-    length = input_ids.shape[-1]
-    if values.shape not in (input_ids.shape, (1, length), (length,)):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}, but input_ids {tuple(input_ids.shape)}: they must match"
-        )
-    return values.expand(input_ids.shape)
-
-
-def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a | b
-
-
-def _restore(values: Tensor, back: Tensor | None) -> Tensor:
-    """Undo the alignment of (B, T, ...); padding on the left repeats the first position."""
-    return values if back is None else values.gather(1, back[..., None].expand_as(values))

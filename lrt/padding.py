@@ -1,4 +1,4 @@
-"""Rows that begin at column 0: alignment of padding, borders of packed documents, and checks of prompts.
+"""Prompts that begin at column 0, and documents in packed rows.
 
 Legend: B batch, T columns.
 """
@@ -11,68 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def alignment(attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices that move every row's first real token to position 0, what is real there, and the way back.
-
-    Padding on the right needs nothing in a causal decoder, so only the left is moved; no host sync.
-    """
-    real = attention_mask.bool()
-    length = real.shape[1]
-    places = torch.arange(length, device=real.device)[None]
-    shift = (real.cumsum(1) == 0).sum(1, keepdim=True)
-    forth = (places + shift).clamp_max(length - 1)
-    inside = (places + shift < length) & real.gather(1, forth)
-    return forth, inside, (places - shift).clamp_min(0)
-
-
-def as_ids(ids: Tensor) -> Tensor:
-    """Token ids of any signed integer dtype as int64, which embeddings and losses want;
-    masks and numbers stay, to be refused."""
-    return ids.long() if ids.dtype in (torch.int8, torch.int16, torch.int32) else ids
-
-
-def columns(values: Tensor, keep: int | Tensor) -> Tensor:
-    """The last ``keep`` columns of (B, T, ...), or those that a tensor names; 0 = all.
-
-    Raises:
-        ValueError: a negative number.
-    """
-    if isinstance(keep, Tensor):
-        return values[:, keep]
-    if keep < 0:
-        raise ValueError(
-            f"logits_to_keep = {keep}: give how many last columns to keep, 0 for all, or a tensor of columns"
-        )
-    return values[:, -keep:]
-
-
-def restarts(numbers: Tensor | None, *, step: int) -> Tensor | None:
-    """Where a document begins: bool (B, T), true where a number is not ``step`` more than the one before it.
-
-    None without a border inside a row; on a GPU nobody looks, because that would wait for the device.
-    """
-    if numbers is None:
-        return None
-    border = numbers[:, 1:] != numbers[:, :-1] + step
-    if border.device.type == "cpu" and not bool(border.any()):
-        return None
-    return F.pad(border, (1, 0), value=True)
-
-
-def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | None) -> Tensor:
-    """Tokens of the row or document that each position belongs to: (B, 1), or (B, T) with documents.
-
-    Args:
-        positions: (B, T).
-        documents: (B, T) their numbers, rising by one from 0 or 1; None = one a row.
-        real: bool (B, T), false where there is padding; None = none.
-    """
-    ends = positions + 1 if real is None else torch.where(real, positions + 1, 0)
-    if documents is None:
-        return ends.amax(1, keepdim=True)
-    longest = ends.new_zeros(ends.shape[0], ends.shape[1] + 1).scatter_reduce(1, documents, ends, "amax")
-    return longest.gather(1, documents)
+from lrt.arguments import alignment, as_ids
 
 
 def packed_documents(
@@ -150,9 +89,8 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= model.backbone.vocab_size:
         raise ValueError(
-            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has "
-            f"{model.backbone.vocab_size} entries "
-            f"(0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has {model.backbone.vocab_size} "
+            f"entries (0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
         )
     return counts
 

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from lrt.engine import Engine, engine_of
 from lrt.forward import Row
-from lrt.kernels.attention import natural_order
-from lrt.plans import check_plan
+from lrt.plans import check_plan, only_feeds
 from lrt.recurrence import reset_memory, shift_right
-from lrt.schedules import only_feeds
 from lrt.types import KV, Pass, PassOutput, RecurrentDecoder, Schedule
 
 
@@ -155,38 +153,3 @@ def handed_on(out: PassOutput, *, cut: bool) -> PassOutput:
         return out
     kv = tuple(KV(key.detach(), value.detach()) for key, value in out.kv)
     return PassOutput(out.hidden, out.memory.detach(), kv, tuple(x.detach() for x in out.inputs))
-
-
-# ------------------------------------------------------------------ what the passes say together
-
-
-def by_group(results: Sequence[PassResult], groups: int) -> list[tuple[Tensor, Tensor]]:
-    """Per loss group: outputs (B, P, D) of its passes side by side, and their positions (P,)."""
-    merged = []
-    for group in range(groups):
-        members = [r for r in results if r.plan.group == group]
-        length = max(r.plan.stop for r in members)
-        places = torch.arange(length, device=members[0].hidden.device)
-        hidden = members[0].hidden if len(members) == 1 else torch.cat([r.hidden for r in members], dim=1)
-        merged.append((hidden, torch.cat([places[r.plan.positions] for r in members])))
-    return merged
-
-
-def block_inputs(results: Sequence[PassResult], group: int) -> list[Tensor]:
-    """Inputs (B, P, D) of every block in the passes of a loss group, in the order of ``by_group``."""
-    members = [r.inputs for r in results if r.plan.group == group]
-    return list(members[0]) if len(members) == 1 else [torch.cat(parts, dim=1) for parts in zip(*members)]
-
-
-def last_memory(results: Sequence[PassResult], group: int) -> Tensor | None:
-    """m[t] (B, T, D) of the positions of a loss group; None for a model without recurrence."""
-    members = sorted((r for r in results if r.plan.group == group), key=lambda r: r.plan.start)
-    parts = [r.memory for r in members if r.memory is not None]
-    if not parts:
-        return None
-    return natural_order(parts) if len(parts) == members[0].plan.step else torch.cat(parts, dim=1)
-
-
-def in_order(values: Tensor, positions: Tensor) -> Tensor:
-    """Sort dimension 1 of ``values`` (B, P, ...) by ``positions`` (P,), each of 0..P-1 once."""
-    return values if len(positions) == 1 else values.index_select(1, torch.argsort(positions))

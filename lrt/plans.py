@@ -1,8 +1,9 @@
-"""Which plans of passes the loops of ``lrt.passes`` can run; a schedule of one's own may give any."""
+"""Plans of passes: which ones ``lrt.passes`` can run, as a schedule of one's own may give any, and where a pass ends."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from lrt.types import Pass
 
@@ -35,6 +36,19 @@ def check_plan(plan: tuple[Pass, ...], *, length: int, groups: int) -> None:
         )
 
 
+def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], length: int) -> bool:
+    """Whether a pass gives nothing but the memory of the next one, so that it ends at the source block.
+
+    Args:
+        plan: of full refinements; under any other, later passes read every block's keys and values.
+        step: one of its passes.
+        weights: of the loss groups.
+        length: tokens a row.
+    """
+    unscored = step.group < 0 or weights[step.group] == 0
+    return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)
+
+
 def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
     """What is wrong with the shape of a plan."""
     if not plan:
@@ -46,7 +60,10 @@ def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
         return "a pass goes on behind the row's end"
     received = "all" if first.covers(length) else "first"
     if any(step.memory != received for step in rest):
-        return f'a pass after the first has memory "{next(s.memory for s in rest if s.memory != received)}", not "{received}"'
+        return (
+            f'a pass after the first has memory "{next(s.memory for s in rest if s.memory != received)}", '
+            f'not "{received}"'
+        )
     if not first.covers(length):
         borders = [0, *(step.stop for step in plan)]
         right = all((step.start, step.step) == (begin, 1) for step, begin in zip(plan, borders))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import lrt
 from lrt.conversion.official import name_table, native_from_official, native_tensors
 from lrt.loss import IGNORE
-from lrt.passes import in_order
+from lrt.outcome import in_order
 from lrt.serialization import model_from_config
 from lrt.serialization.tensors import in_memory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrt.decoding import prefill as prefills
 from lrt.decoding.step import Runner, WithoutMemory, graphed
-from lrt.passes import by_group, in_order
+from lrt.outcome import by_group, in_order
 from lrt.schedules import Interleaved, Refine, single
 
 

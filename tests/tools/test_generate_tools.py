@@ -13,7 +13,7 @@ import torch
 from strategies import randomized
 
 import lrt
-from lrt.commands.bench import adapted
+from lrt.commands.bench import adapted, decoders, decoding
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.data.tokenizer import load_tokenizer
 from lrt.decoding.generation import complete
@@ -91,6 +91,33 @@ def test_the_benchmark_ends_with_one_json_object():
     assert {row["batch"] for row in result["decode"]} == {1, 2}
     assert [row["method"] for row in result["prefill"]] == ["plain", "refine(1)", "fixed_point(5 sweeps)", "exact"]
     assert all(row["us_per_step"] > 0 and row["share_of_copy"] > 0 for row in result["decode"])
+
+
+def test_an_adapted_decoder_takes_turns_with_transformers(tmp_path, capsys):
+    """Rows of every variant, each also in the file; a model of random weights and the same from a folder."""
+    folder, out = str(tmp_path / "adapted"), tmp_path / "rows.jsonl"
+    lrt.save(decoders.llama("tiny-llama", ["aligned"], torch.device("cpu"), torch.float32).models["aligned"], folder)
+    shared = ["--tiny", "--no-prefill", "--against", "transformers", "--out", str(out)]
+    assert decoding.main([*shared, "--sizes", "tiny-llama", "--variants", "plain", "aligned", "--model", folder]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = [(row["variant"], row["batch"]) for row in result["decode"]]
+    names = [["plain", "aligned", "transformers"], ["plain", "memory", "transformers"]]
+    assert told == [(name, batch) for group in names for batch in (1, 2) for name in group]
+    assert all(row["times_transformers"] > 0 and row["times_plain"] > 0 for row in result["decode"])
+    assert [json.loads(line)["us_per_step"] for line in out.read_text().splitlines()] == [
+        row["us_per_step"] for row in result["decode"]
+    ]
+
+
+def test_bytes_of_a_step_count_a_tied_head_once():
+    """Every matrix is read once, the table of tokens only where it is the head, and the caches of all rows."""
+    made = decoders.llama("tiny-llama", ["aligned"], torch.device("cpu"), torch.float32)
+    plain, memory = made.models["plain"], made.models["aligned"]
+    weights = 4 * sum(p.numel() for p in made.original.parameters())
+    caches = 3 * 5 * 4 * 2 * 16 * 4  # rows, tokens, blocks, keys and values, numbers, bytes
+    assert decoders.bytes_moved(plain, 3, 5) == weights + caches
+    more = 4 * sum(p.numel() for p in memory.memory_parameters().values())
+    assert decoders.bytes_moved(memory, 3, 5) == weights + caches + more + 3 * 32 * 4
 
 
 def test_steps_of_an_adapted_decoder_are_timed_beside_transformers(tmp_path, capsys):

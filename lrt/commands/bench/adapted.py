@@ -27,27 +27,20 @@ from torch import Tensor
 import lrt
 from lrt.accounting import training_flops
 from lrt.adaptation import without_memory
+from lrt.commands.bench.decoders import LLAMAS
 from lrt.commands.bench.timing import Subject, device_name
 from lrt.commands.options import at_least
 from lrt.config import OptimizerConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, TrainingConfig
 from lrt.data import Batch
 from lrt.serialization.decoders import decoder_of_shapes, transformers
+from lrt.tables import Table
 from lrt.train.distributed.graphs import single_device
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
 from lrt.train.step import train_step
 
-SIZES = {  # of a Llama: what SmolLM2's config.json says, and a toy
-    "smollm2": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0,
-    },
-    "tiny": {
-        "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
-    },
-}  # fmt: skip
+SIZES = {name.removesuffix("-llama"): shape for name, shape in LLAMAS.items()}
 PLAIN, ALONE = "plain", "transformers"
 
 
@@ -61,7 +54,7 @@ def fifth(layers: int) -> tuple[int, ...]:
 
 
 # A row: where memory enters (all, or some of the blocks), how, and the weights of the two passes.
-ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, dict[str, Any], Any]] = {
+ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Table, Any]] = {
     "aligned, upper half, weights (0, 1)": (upper, {"projection": "aligned"}, (0.0, 1.0)),
     "aligned, upper half": (upper, {"projection": "aligned"}, "paper"),
     "aligned, a fifth, weights (0, 1)": (fifth, {"projection": "aligned"}, (0.0, 1.0)),
@@ -170,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _time(options: argparse.Namespace, world: World, *, pool: Any) -> int:
-    result: dict[str, Any] = {
+    result: Table = {
         "device": device_name(world),
         "torch": torch.__version__,
         "rows": options.rows,

@@ -1,13 +1,16 @@
-"""Speed of decoding and prefill: the plain decoder against shared and layerwise memory.
+"""Speed of decoding and prefill: the plain decoder against memory, and against transformers' own decoding.
 
 examples:
-  python tools/bench/decoding.py                        # one H100: d12 and d20, bf16, about four minutes
+  python tools/bench/decoding.py                        # one GPU: d12 and d20, bf16, about four minutes
   python tools/bench/decoding.py --sizes d12 --batches 1 --contexts 1024 --no-prefill
-  python tools/bench/decoding.py --model runs/x/export  # prefill also on a trained model (fixed points depend on it)
+  python tools/bench/decoding.py --sizes d20 --variants plain narrow --no-decode     # prefill where memory enters late
+  python tools/bench/decoding.py --sizes smollm2 llama1b --batches 1 8 --contexts 1024 --against transformers
+  python tools/bench/decoding.py --model adapted --against transformers     # a folder that lrt.save wrote
+  python tools/bench/decoding.py --model runs/x/export  # trained weights: a fixed point depends on them
   python tools/bench/decoding.py --tiny                 # a check on any CPU
 
 Variants are timed in turns within one process, and medians are given. Compiling is timed apart. The last
-line is one JSON object.
+line is one JSON object; --out gets every row as soon as it is known.
 """
 
 from __future__ import annotations
@@ -17,79 +20,65 @@ import dataclasses
 import json
 import statistics
 import sys
-import time
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import lrt
-from lrt import accounting
+from lrt.commands.bench import decoders
+from lrt.commands.bench.clocks import copy_bandwidth, profile, seconds_of
+from lrt.commands.bench.decoders import ALIGNED, LAYERWISE, LLAMAS, NARROW, NATIVE, ORIGINAL, PLAIN, SHARED
+from lrt.commands.bench.prompts import prefill_rows
 from lrt.commands.options import at_least
-from lrt.config import ModelConfig, RecurrenceConfig
-from lrt.decoding import prefill
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.state import DecodeState
-from lrt.model import build_model
+from lrt.tables import Table
 
-SEPARATOR = 0
-VARIANTS = {
-    "plain": None,
-    "shared": RecurrenceConfig(sharing="shared", gate_channels=32, separator=SEPARATOR),
-    "layerwise": RecurrenceConfig(sharing="layerwise", gate_channels=32, separator=SEPARATOR),
+VARIANTS = {  # those of native decoders, and of adapted ones
+    "native": (PLAIN, SHARED, LAYERWISE, NARROW),
+    "adapted": (PLAIN, ALIGNED, SHARED),
 }
-SIZES = {
-    "d12": ModelConfig(n_layers=12),
-    "d20": ModelConfig(n_layers=20),
-    "tiny": ModelConfig(n_layers=2, width=64, vocab_size=256, sequence_length=32),
-}
+COMPARED = 12e9  # bytes of a state up to which logits are compared, because that holds three copies of it
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     if args.tiny:
-        args.sizes, args.batches, args.contexts, args.rounds, args.steps, args.prompt = ["tiny"], [1, 2], [16], 2, 2, 24
-        args.ordinary = True
+        args.batches, args.contexts, args.rounds, args.steps, args.prompt, args.ordinary = [1, 2], [16], 2, 2, 24, True
+    if args.sizes is None:
+        args.sizes = [] if args.model else ["tiny"] if args.tiny else ["d12", "d20"]
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     if device.type == "cpu" and not args.tiny:
         return refuse("no CUDA device here: use --tiny for a check on the CPU")
-    if args.no_prefill and (args.model or (args.no_decode and not args.profile)):
-        return refuse(
-            f"--no-prefill with {'--model' if args.model else '--no-decode'} leaves it nothing to time: "
-            "drop one of them"
-        )
+    if args.no_prefill and args.no_decode and not args.profile:
+        return refuse("--no-prefill with --no-decode leaves it nothing to time: drop one of them")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:  # now: what follows takes minutes
-        trained = lrt.load(args.model, dtype=dtype) if args.model else None
+        trained = lrt.load(args.model, dtype=dtype, device=device).eval() if args.model else None
     except (ValueError, ImportError) as error:
         return refuse(f"--model: {error}")
-    result: dict = {
+    torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block of each model
+    result: Table = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "dtype": str(dtype),
+        "copy_GB_per_s": round(copy_bandwidth(device, 2**31 if device.type == "cuda" else 2**24) / 1e9, 1),
+        "decode": [],
+        "prefill": [],
     }
-    result["copy_GB_per_s"] = round(copy_bandwidth(device, 2**31 if device.type == "cuda" else 2**24) / 1e9, 1)
     print(f"{result['device']}, torch {result['torch']}, copy {result['copy_GB_per_s']} GB/s (bytes read and written)")
-    result["decode"], result["prefill"] = [], []
+    bench = Bench(args, result)
     for size in args.sizes:
-        models = {name: make_model(SIZES[size], recurrence, device, dtype) for name, recurrence in VARIANTS.items()}
-        backend = "inductor" if device.type == "cuda" else "eager"
-        fast = models if args.ordinary else {name: accelerate(model, backend=backend) for name, model in models.items()}
-        for context in args.contexts if not args.no_decode else ():
-            for batch in args.batches:
-                result["decode"] += decode_rows(size, models, fast, batch, context, args, result["copy_GB_per_s"] * 1e9)
-        if args.profile and device.type == "cuda":
-            for batch in args.batches:
-                profile(fast["shared"], batch, args.contexts[0])
-        if not args.no_prefill:
-            result["prefill"] += prefill_rows(size, fast, args)
-        del models, fast
-        torch.cuda.empty_cache() if device.type == "cuda" else None
+        bench.attempt(size, partial(bench.size, size, device, dtype))
     if trained is not None:
-        trained = accelerate(trained.to(device), backend="inductor" if device.type == "cuda" else "eager")
-        result["prefill"] += prefill_rows(Path(args.model).name, {"trained": trained}, args)
+        bench.attempt(args.model, partial(bench.folder, Path(args.model).name, trained))
     print(json.dumps(result))
-    return 0
+    return int(bool(bench.failed))
 
 
 def refuse(text: str) -> int:
@@ -99,246 +88,180 @@ def refuse(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=formatter)
+    add, sizes = parser.add_argument, [*NATIVE, *LLAMAS]
+    kinds = list(dict.fromkeys(name for names in VARIANTS.values() for name in names))
+    few = {"type": at_least(1), "metavar": "N"}
+    add("--sizes", nargs="+", choices=sizes, help="models of random weights (default: d12 d20; none with --model)")
     add(
-        "--sizes",
-        nargs="+",
-        default=["d12", "d20"],
-        choices=list(SIZES),
-        help="models of random weights (default: d12 d20)",
-    )
-    add(
-        "--batches",
-        nargs="+",
-        type=at_least(1),
-        default=[1, 8, 64],
-        metavar="N",
-        help="rows that decode together (default: 1 8 64)",
-    )
-    add(
-        "--contexts",
-        nargs="+",
-        type=at_least(1),
-        default=[1024, 8192],
-        metavar="N",
-        help="tokens in the cache while decoding (default: 1024 8192)",
-    )
-    add(
-        "--rounds",
-        type=at_least(1),
-        default=15,
-        metavar="N",
-        help="turns of each variant; the median counts (default: 15)",
-    )
-    add("--steps", type=at_least(1), default=20, metavar="N", help="tokens a turn (default: 20)")
-    add("--prompt", type=at_least(1), default=2048, metavar="N", help="tokens of the prefill benchmark (default: 2048)")
+        "--variants", nargs="+", choices=kinds, default=[PLAIN, SHARED, LAYERWISE], metavar="NAME",
+        help=f"ways in which memory enters, of {', '.join(kinds)} (default: plain shared layerwise); narrow and "
+        "aligned: in the upper half of the blocks",
+    )  # fmt: skip
+    add("--batches", nargs="+", default=[1, 8, 64], help="rows that decode together (default: 1 8 64)", **few)
+    add("--contexts", nargs="+", default=[1024, 8192], help="tokens in the cache (default: 1024 8192)", **few)
+    add("--rounds", default=15, help="turns of each variant; the median counts (default: 15)", **few)
+    add("--steps", default=20, help="tokens a turn (default: 20)", **few)
+    add("--prompt", default=2048, help="tokens of the prefill benchmark (default: 2048)", **few)
     add("--no-prefill", action="store_true", help="time decoding alone")
     add("--no-decode", action="store_true", help="time prefill alone")
+    add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without kernels of its own")
+    add("--model", metavar="FOLDER", help="that lrt.save wrote: prefill, and of an adapted decoder decoding too")
     add(
-        "--ordinary",
-        action="store_true",
-        help="the ordinary forward as a CUDA graph, without the kernels of lrt.decoding.fast.one_token",
-    )
-    add(
-        "--model",
-        metavar="FOLDER",
-        help="a folder that lrt.save wrote, for the prefill benchmark: timed besides --sizes",
-    )
-    add("--tiny", action="store_true", help="a tiny model on the CPU")
-    add("--profile", action="store_true", help="also print the kernels of one step (shared, first context); GPU only")
+        "--against", choices=[ORIGINAL],
+        help="also time an adapted decoder as transformers runs it: static cache, compiled, as a CUDA graph",
+    )  # fmt: skip
+    add("--tiny", action="store_true", help="few short rows on the CPU (default size: tiny)")
+    add("--profile", action="store_true", help="also print the kernels of one step (first context); GPU only")
+    add("--out", type=Path, metavar="JSONL", help="append every row to this file, as soon as it is known")
     return parser
 
 
-def make_model(config: ModelConfig, recurrence: RecurrenceConfig | None, device: torch.device, dtype: torch.dtype):
-    """A random model, no matrix of which is zero: zeros would be faster than real data."""
-    model = build_model(config, recurrence, device="meta", dtype=dtype).to_empty(device=device).eval()
-    generator = torch.Generator(device=device).manual_seed(1)
-    model.init_weights(generator=generator)
-    with torch.no_grad():
-        for block in model.blocks:
-            for linear in (block.block.output, block.block.mlp_out):
-                linear.weight.normal_(std=0.3 * linear.in_features**-0.5, generator=generator)
-    return model
+class Bench:
+    """The models under one set of options, and the rows so far.
+
+    Args:
+        args: the options.
+        result: takes the rows, under "decode" and "prefill".
+    """
+
+    def __init__(self, args: argparse.Namespace, result: Table) -> None:
+        self.args, self.result, self.failed = args, result, False
+        self.copy = result["copy_GB_per_s"] * 1e9
+
+    def attempt(self, name: str, action: Callable[[], None]) -> None:
+        """Do it; the others are still worth timing where it fails."""
+        try:
+            action()
+        except Exception as error:
+            traceback.print_exc()
+            self.keep("failed", {"size": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+            self.failed = True
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def keep(self, kind: str, row: Table) -> None:
+        self.result.setdefault(kind, []).append(row)
+        print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        if self.args.out:
+            about = {name: self.result[name] for name in ("device", "torch", "copy_GB_per_s")}
+            with self.args.out.open("a") as file:
+                file.write(json.dumps({"kind": kind, **row, **about}) + "\n")
+
+    def size(self, size: str, device: torch.device, dtype: torch.dtype) -> None:
+        """All that is asked of a model of random weights."""
+        if size in NATIVE:
+            chosen = [name for name in VARIANTS["native"] if name in (PLAIN, *self.args.variants)]
+            models = {name: decoders.native(NATIVE[size], name, device, dtype) for name in chosen}
+            self.time(size, models, None)
+            return
+        asked = [name for name in VARIANTS["adapted"] if name in (PLAIN, *self.args.variants)]
+        made = decoders.llama(size, asked if len(asked) > 1 else [PLAIN, ALIGNED], device, dtype)
+        self.time(size, made.models, made.original)
+
+    def folder(self, name: str, model: Any) -> None:
+        """All that is asked of a trained model; decoding only of an adapted one, because a native one has no twin."""
+        if model.original is None:
+            fast = {"trained": self.fast(model)}
+            if not self.args.no_prefill:
+                prefill_rows(
+                    name, fast, self.args.prompt, self.args.rounds, partial(self.keep, "prefill"), trained=True
+                )
+            return
+        made = decoders.saved(model)
+        self.time(name, made.models, made.original, trained=True)
+
+    def fast(self, model: Any) -> Any:
+        if self.args.ordinary:
+            return model
+        return accelerate(model, backend="inductor" if next(model.parameters()).is_cuda else "eager")
+
+    def time(self, size: str, models: Table, original: Any, *, trained: bool = False) -> None:
+        """Decoding at every context and number of rows, then prefill."""
+        args, fast = self.args, {name: self.fast(model) for name, model in models.items()}
+        for context in args.contexts if not args.no_decode else ():
+            for batch in args.batches:
+                self.decode(size, models, fast, original if args.against else None, batch, context)
+        if args.profile and next(models[PLAIN].parameters()).is_cuda:
+            for batch in args.batches:
+                model = list(fast.values())[min(1, len(fast) - 1)]
+                state = decoders.random_state(model, batch, args.contexts[0] + 64, args.contexts[0])
+                profile(decoding.graphed(*decoders.greedy(model, state)), f"batch {batch}, context {args.contexts[0]}")
+        if not args.no_prefill:
+            prefill_rows(size, fast, args.prompt, args.rounds, partial(self.keep, "prefill"), trained=trained)
+
+    @torch.no_grad()
+    def decode(self, size: str, models: Table, fast: Table, original: Any, batch: int, context: int) -> None:
+        """A step of every variant, in turns.
+
+        Args:
+            size: what rows name the models by.
+            models: by variant, "plain" among them.
+            fast: what runs in their place.
+            original: the decoder as transformers has it, which then takes turns too, or None.
+            batch: rows.
+            context: tokens in their caches.
+        """
+        args, device = self.args, next(models[PLAIN].parameters()).device
+        spare = args.rounds * args.steps + 8
+        begin = context - spare // 2 if context > spare else context
+        fed = next((model for name, model in models.items() if name != PLAIN), models[PLAIN])
+        base = decoders.random_state(fed, batch, context + spare, begin)
+        errors = {} if args.ordinary or base.nbytes > COMPARED else distances(models, fast, base)
+        steps = {name: decoders.greedy(fast[name], own_state(base, model)) for name, model in models.items()}
+        if original is not None:
+            backend = "inductor" if device.type == "cuda" else "eager"
+            sizes = {"batch": batch, "capacity": context + spare, "length": begin, "backend": backend}
+            steps[ORIGINAL] = decoders.greedy_original(original, **sizes)
+        runs: dict[str, Callable[[], None]] = {}
+        compile_s = {}
+        for name, (step, active) in steps.items():
+            compile_s[name] = seconds_of(partial(ready, runs, name, step, active), device)
+            seconds_of(runs[name], device)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                once = seconds_of(lambda: [run() for _ in range(args.steps)], device)  # noqa: B023
+                times[name].append(once / args.steps)
+        for name, mine in times.items():
+            t = statistics.median(mine)
+            moved = decoders.bytes_moved(models[PLAIN if name == ORIGINAL else name], batch, context)
+            row = {
+                "size": size, "variant": name, "batch": batch, "context": context, "us_per_step": round(t * 1e6, 1),
+                "tokens_per_s": round(batch / t), "GB_per_s": round(moved / t / 1e9, 1),
+                "share_of_copy": round(moved / t / self.copy, 3),
+            }  # fmt: skip
+            for other in (PLAIN, ORIGINAL):
+                if other in times:
+                    ratio = statistics.median(a / b for a, b in zip(mine, times[other]))
+                    row[f"times_{other}"] = round(ratio, 4)
+            row |= {"compile_s": round(compile_s[name], 2), "state_MB": round(base.nbytes / 1e6, 1)}
+            if name in errors:
+                row["error"] = float(f"{errors[name]:.1e}")
+            self.keep("decode", row)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def ready(runs: dict[str, Callable[[], None]], name: str, step: Callable[[], None], active: torch.Tensor) -> None:
+    """Compile a step, and capture it where that is possible."""
+    runs[name] = decoding.graphed(step, active)
 
 
-def seconds_of(action, device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    action()
-    wait(device)
-    return time.perf_counter() - began
+def own_state(base: DecodeState, model: Any) -> DecodeState:
+    """A state over the caches of ``base``, which variants share; lengths and memory are its own."""
+    memory = None if model.recurrence is None or base.memory is None else base.memory.clone()
+    starts = base.document_starts.clone()
+    return dataclasses.replace(base, lengths=base.lengths.clone(), document_starts=starts, memory=memory)
 
 
-def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second of a large copy, those read and those written."""
-    source = torch.randint(0, 100, (size // 4,), dtype=torch.int32, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device) for _ in range(10))
-
-
-def make_state(model, batch: int, capacity: int, length: int) -> DecodeState:
-    """A state of random keys and values, as after ``length`` tokens."""
-    state = DecodeState.empty(model, batch=batch, capacity=capacity)
-    for x in (*state.keys, *state.values, *([] if state.memory is None else [state.memory])):
-        x.normal_()
-    state.lengths.fill_(length)
-    return state
-
-
-def compare_kernels(models, fast, base: DecodeState) -> dict[str, float]:
+def distances(models: Table, fast: Table, base: DecodeState) -> dict[str, float]:
     """Relative distance of the fast step's logits from the ordinary step's, in the very shapes that are timed."""
     out = {}
     tokens = torch.arange(1, base.batch + 1, device=base.lengths.device)
     active = torch.ones_like(tokens, dtype=torch.bool)
     for name, model in models.items():
-        states = [dataclasses.replace(base.fork(), **({"memory": None} if name == "plain" else {})) for _ in range(2)]
+        states = [own_state(base.fork(), model) for _ in range(2)]
         expected = decoding.decode_one_token(model, states[0], tokens, active).double()
         got = decoding.decode_one_token(fast[name], states[1], tokens, active).double()
         out[name] = float((got - expected).norm() / expected.norm())
     return out
-
-
-def step_of(model, state: DecodeState):
-    """Decode greedily, everything on the device: (static active flags, step)."""
-    pending = torch.ones(state.batch, dtype=torch.int64, device=state.lengths.device)
-    active = torch.ones(state.batch, dtype=torch.bool, device=state.lengths.device)
-
-    def step() -> None:
-        pending.copy_(decoding.decode_one_token(model, state, pending, active).argmax(-1))
-
-    return step, active
-
-
-@torch.no_grad()
-def decode_rows(size, models, fast, batch, context, args, copy: float) -> list[dict]:
-    device = next(models["plain"].parameters()).device
-    spare = args.rounds * args.steps + 8
-    base = make_state(models["shared"], batch, context + spare, context - spare // 2 if context > spare else context)
-    # At most 12 GB: the comparison holds three copies.
-    errors = {} if args.ordinary or base.nbytes > 12e9 else compare_kernels(models, fast, base)
-    runs, compile_s = {}, {}
-    for name in models:
-        # The variants share one set of caches; only lengths and memory are their own.
-        state = dataclasses.replace(
-            base,
-            lengths=base.lengths.clone(),
-            document_starts=base.document_starts.clone(),
-            memory=None if name == "plain" else base.memory.clone(),
-        )
-        step, active = step_of(fast[name], state)
-        compile_s[name] = seconds_of(lambda: runs.__setitem__(name, decoding.graphed(step, active)), device)  # noqa: B023
-        seconds_of(runs[name], device)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            times[name].append(seconds_of(lambda: [run() for _ in range(args.steps)], device) / args.steps)  # noqa: B023
-    rows = []
-    for name in models:
-        t = statistics.median(times[name])
-        ratios = [a / b for a, b in zip(times[name], times["plain"])]
-        moved = weight_bytes(models[name]) + batch * accounting.kv_bytes(
-            models[name], context, bytes_per_number=base.keys[0].element_size()
-        )
-        rows.append(
-            {
-                "size": size, "variant": name, "batch": batch, "context": context, "us_per_step": round(t * 1e6, 1),
-                "tokens_per_s": round(batch / t),
-                "GB_per_s": round(moved / t / 1e9, 1), "share_of_copy": round(moved / t / copy, 3),
-                "times_plain": round(statistics.median(ratios), 4),
-                "compile_s": round(compile_s[name], 2), "state_MB": round(base.nbytes / 1e6, 1),
-            }
-        )  # fmt: skip
-        if name in errors:
-            rows[-1]["error"] = float(f"{errors[name]:.1e}")
-        print("  ".join(f"{k}={v}" for k, v in rows[-1].items()))
-    return rows
-
-
-def weight_bytes(model) -> int:
-    """Bytes of the parameters that every step reads: all but the embedding tables."""
-    tables = {id(p) for name, p in model.named_parameters() if "embedding.weight" in name or "value_embeddings" in name}
-    return sum(p.nbytes for p in model.parameters() if id(p) not in tables)
-
-
-@torch.no_grad()
-def prefill_rows(size, fast, args) -> list[dict]:
-    """Seconds of prefill methods on one prompt, in turns."""
-    device = next(next(iter(fast.values())).parameters()).device
-    vocabulary = next(iter(fast.values())).backbone.vocab_size
-    tokens = torch.randint(1, vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(1)).to(device)
-    trained = "trained" in fast
-    sweeps = None if trained else 5  # a random model says nothing about convergence: a fixed number of sweeps
-    methods = {
-        "refine(1)": prefill.refine(1),
-        f"fixed_point({'' if trained else '5 sweeps'})": prefill.fixed_point(max_sweeps=sweeps),
-    }
-    memory = "trained" if trained else "shared"
-    jobs = {(memory, name): method for name, method in methods.items()} | {(memory, "exact"): prefill.exact()}
-    if "plain" in fast:
-        jobs = {("plain", "plain"): prefill.exact()} | jobs
-    elif trained:
-        jobs = {(memory, "one forward"): None} | jobs
-    compile_s, times, reports = {}, {job: [] for job in jobs}, {}
-
-    def once(job) -> None:
-        if jobs[job] is None:
-            fast[job[0]].plain(tokens, schedule=lrt.baseline(), return_logits=False)
-        else:
-            reports[job] = prefill.run(fast[job[0]], tokens, method=jobs[job], runner=decoding.graphed).report
-
-    for job in jobs:
-        compile_s[job] = seconds_of(lambda: once(job), device)  # noqa: B023
-        seconds_of(lambda: once(job), device)  # noqa: B023
-    for turn in range(max(3, args.rounds // 2)):
-        for job in jobs:
-            if job[1] != "exact" or turn < 3:
-                times[job].append(seconds_of(lambda: once(job), device))  # noqa: B023
-    median = {job: statistics.median(times[job]) for job in jobs}
-    base = median[next(iter(jobs))]
-    exact = median[(memory, "exact")]
-    rows = []
-    for job, t in median.items():
-        report = reports.get(job)
-        row = {
-            "size": size,
-            "prompt": args.prompt,
-            "method": job[1],
-            "seconds": round(t, 5),
-            "share_of_plain_speed": round(base / t, 3),
-        }
-        row |= {"times_faster_than_exact": round(exact / t, 1), "compile_s": round(compile_s[job], 2)}
-        if report is not None:
-            row |= {
-                "sweeps": report.sweeps[0],
-                "residual": report.residual[0],
-                "converged": report.converged[0],
-                "flops": report.flops,
-            }
-        rows.append(row)
-        print("  ".join(f"{k}={v}" for k, v in row.items()))
-    return rows
-
-
-@torch.no_grad()
-def profile(model, batch: int, context: int) -> None:
-    state = make_state(model, batch, context + 64, context)
-    step, active = step_of(model, state)
-    run = decoding.graphed(step, active)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(10):
-            run()
-        torch.cuda.synchronize()
-    print(
-        f"kernels of a step, batch {batch}, context {context}: calls, us (they overlap: the sum is more than the step)"
-    )
-    for event in sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:14]:
-        print(f"  {event.key[:70]:70s} {event.count / 10:6.1f} {event.self_device_time_total / 10:9.1f}")

@@ -51,18 +51,19 @@ def table(records: list[dict[str, Any]]) -> str:
     plain, steps = curve(records), {r["steps"]: r["cost"] for r in records if r["label"] == "plain"}
     lines = [
         "| schedule | steps | cost | zero | parallel | **decode** | plain at this cost | at equal compute | at "
-        "equal tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "equal tokens | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         zero, parallel, decode = (r["bpb"][mode] for mode in ("zero", "parallel", "decode"))
         row = f"| {r['label']} | {r['steps']:,} | {r['cost']:.2f} |"
         if r["label"].startswith("plain,") or r["label"] == "plain":
-            lines.append(f"{row} | | **{decode:.4f}** | | | |")
+            lines.append(f"{row} | | **{decode:.4f}** | | | | {r['commit']} |")
             continue
         twin, same = at(plain, r["cost"]), plain[steps[r["steps"]]]
         scores = f" {zero:.4f} | {parallel:.4f} | **{decode:.4f}** | {twin:.4f} |"
-        lines.append(f"{row}{scores} {100 * (decode / twin - 1):+.2f} % | {100 * (decode / same - 1):+.2f} % |")
+        gains = f" {100 * (decode / twin - 1):+.2f} % | {100 * (decode / same - 1):+.2f} % |"
+        lines.append(f"{row}{scores}{gains} {r['commit']} |")
     return "\n".join(lines)
 
 
@@ -85,7 +86,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             panel.set_xticks([1, 1.5, 2, 2.5, 3], ["1", "1.5", "2", "2.5", "3"])
             panel.minorticks_off()
         axes[0][0].set(
-            title="Equal training compute", xlabel="training FLOPs of every pass (1 = plain, 54 tokens a parameter)"
+            title="Equal training compute", xlabel="training FLOPs of every pass (1 = plain, 54 tokens per parameter)"
         )
         axes[0][1].set(title="Equal tokens", xlabel="tokens (1 = 168 M)")
         axes[0][0].figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
