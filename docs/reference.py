@@ -119,7 +119,8 @@ def recipe_page() -> str:
     page = [
         "# Recipe keys",
         "",
-        "A recipe is a TOML file that holds what differs from these defaults; [Train](../train.md) shows how they inherit.",
+        "A recipe is a TOML file that holds what differs from these defaults; "
+        "[Train](../train.md) shows how they inherit.",
         'On the command line the same is `--set SECTION.KEY=VALUE`. `"none"` takes a value back.',
         "This page is made from `lrt/config/` by `python docs/reference.py`.",
         "",

@@ -22,9 +22,9 @@ from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;
 # halved where they count sparsity).
 PEAK_FLOPS = (
-    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200 NVL", 835e12), ("H200", 989e12), ("GH200", 989e12),
-    ("B200", 2250e12), ("GB200", 2500e12), ("B300", 2250e12), ("GB300", 2500e12), ("A100", 312e12), ("L40S", 362e12),
-    ("MI300X", 1307e12), ("MI325X", 1307e12), ("MI250X", 191.5e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200 NVL", 835e12), ("H200", 989e12),
+    ("GH200", 989e12), ("B200", 2250e12), ("GB200", 2500e12), ("B300", 2250e12), ("GB300", 2500e12), ("A100", 312e12),
+    ("L40S", 362e12), ("MI300X", 1307e12), ("MI325X", 1307e12), ("MI250X", 191.5e12),
 )  # fmt: skip
 # an instance or a virtual GPU, which has a share of the device
 PART_OF_ONE = re.compile(r"\bMIG\b|\bGRID\b|-\d+[ABCQ]$")

@@ -169,11 +169,10 @@ def _refuse(model: Any) -> None:
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
-            "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing "
-            "of the memory. Call "
-            "model.gradient_checkpointing_disable(), adapt, and then checkpoint the adapted model's blocks "
-            "(docs/adapt.md; in a recipe "
-            'parallel.activation_checkpointing = "block")'
+            "gradient checkpointing of transformers is on: it drops the cache inside a block and knows nothing of the "
+            "memory. Call model.gradient_checkpointing_disable(), adapt, "
+            "and then checkpoint the adapted model's blocks (docs/adapt.md; "
+            'in a recipe parallel.activation_checkpointing = "block")'
         )
 
 

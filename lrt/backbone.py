@@ -20,6 +20,7 @@ from lrt.kernels.mixing import Mixed, columns, mix, usable
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.recurrence import Gate
 from lrt.rotary import rope_tables, rotate
+from lrt.tables import Table
 from lrt.types import KV, Handed, KVStore, Later, Projection
 
 
@@ -54,7 +55,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         hidden = int(config.mlp_ratio * width)
-        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        factory: Table = {"bias": False, "device": device, "dtype": dtype}
         self.head_dim = config.head_dim
         self.window = config.windows()[layer]
         self.qk_norm = config.qk_norm
@@ -110,8 +111,8 @@ class DecoderBlock(nn.Module):
         return usable(hidden, self.head_dim) and all(map(_readable, (self.query, self.key, self.value)))
 
     def project_mixed(
-        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None, memory_value: Tensor | None,
-        hand_on: int = 0,
+        self, hidden: Tensor, context: Context, *, gate: Gate | None, memory_key: Tensor | None,
+        memory_value: Tensor | None, hand_on: int = 0,
     ) -> Mixed:  # fmt: skip
         """``project``, the gates of the memory, and ``finish_kv`` at once: one product and one kernel.
 
@@ -133,9 +134,9 @@ class DecoderBlock(nn.Module):
         if total > used:
             weights.append(hidden.new_zeros(total - used, hidden.shape[-1]))
         return mix(
-            F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads, groups=groups,
-            local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value, token_value=token_value,
-            hand_on=hand_on,
+            F.linear(rms_norm(hidden), torch.cat(weights)), cos=context.cos, sin=context.sin, heads=heads,
+            groups=groups, local=gate is not None, norm=self.qk_norm, memory_key=memory_key, memory_value=memory_value,
+            token_value=token_value, hand_on=hand_on,
         )  # fmt: skip
 
     def finish_kv(self, projection: Projection | Mixed, context: Context) -> KV:
@@ -264,13 +265,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.width, self.kv_heads, self.head_dim, self.vocab_size = (
-            config.d_model,
-            config.kv_heads,
-            config.head_dim,
-            config.vocab_size,
-        )
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.width, self.kv_heads, self.head_dim = config.d_model, config.kv_heads, config.head_dim
+        self.vocab_size = config.vocab_size
+        factory: Table = {"device": device, "dtype": dtype}
         self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)
         kv_width = self.kv_heads * self.head_dim

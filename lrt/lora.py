@@ -11,21 +11,25 @@ from typing import Any
 
 from torch import nn
 
+from lrt.tables import ReadTable, Table
+
 # What a folder says of a LoRA adapter; a config with anything else set is refused when it is saved,
 # and a folder's is when it is read.
 FIELDS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora",
-    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "task_type",
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "task_type",
 )  # fmt: skip
 # What decides how an adapter starts, or where it came from: nothing once it holds values.
 BEGINNINGS = (
-    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights",
-    "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "init_lora_weights", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size",
 )  # fmt: skip
 MERGE = "merge it into the decoder first (merge_and_unload)"
 
 
-def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: Mapping[str, Any]) -> None:
+def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: ReadTable) -> None:
     """Let the memory train, and be saved, with adapters that were just put into ``model``.
 
     Args:
@@ -40,7 +44,8 @@ def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapt
     head: Any = getattr(getattr(model, "backbone", None), "head", None)
     if hasattr(head, "get_base_layer") and hasattr(head.get_base_layer(), "loss"):
         raise ValueError(
-            'LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., exclude_modules=["backbone.head"])'
+            "LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., "
+            'exclude_modules=["backbone.head"])'
         )
     for adapter, config in adapters.items():
         chosen = getattr(config, "modules_to_save", ())
@@ -80,7 +85,7 @@ def _without_layers(module: nn.Module) -> None:
 # ------------------------------------------------------------------ folders
 
 
-def describe_adapter(model: Any, decoder: Any) -> dict[str, Any] | None:
+def describe_adapter(model: Any, decoder: Any) -> Table | None:
     """What config.json says of the PEFT adapter in a model; None where there is none.
 
     Args:
@@ -120,7 +125,7 @@ def describe_adapter(model: Any, decoder: Any) -> dict[str, Any] | None:
     return {"on": on, "name": name, "lora": {k: v for k, v in fields.items() if v is not None}}
 
 
-def put_adapter(part: Any, table: Mapping[str, Any]) -> Any:
+def put_adapter(part: Any, table: ReadTable) -> Any:
     """``part`` with the adapter that a config.json describes, its values not filled in.
 
     Args:

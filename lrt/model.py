@@ -31,6 +31,7 @@ from lrt.recurrence import (
     rms_memory,
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
+from lrt.tables import Table
 from lrt.types import Backbone, Block, Output, Schedule
 
 
@@ -217,7 +218,8 @@ class LatentRecurrentModel(nn.Module):
         borders = find_borders(
             input_ids, document_ids=document_ids, position_ids=position_ids, real=real,
             separator=None if self.recurrence is None else self.recurrence.separator,
-            cut=getattr(self.backbone, "attention_reset", None), longest=None if by_length is None else by_length.border,
+            cut=getattr(self.backbone, "attention_reset", None),
+            longest=None if by_length is None else by_length.border,
         )  # fmt: skip
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         more = () if borders.lengths is None else (borders.lengths,)
@@ -335,7 +337,8 @@ def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = Non
     """
     if recipe.run.backbone != "native":
         raise ValueError(
-            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, or train the recipe'
+            f'run.backbone = "{recipe.run.backbone}": lrt.build makes native models: lrt.adapt the decoder, '
+            "or train the recipe"
         )
     model = build_model(
         recipe.model, recipe.recurrence, device=device, dtype=dtype, loss_chunk=recipe.parallel.loss_chunk
@@ -359,7 +362,7 @@ def build_model(
     return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
 
 
-def _place(block: Any) -> dict[str, Any]:
+def _place(block: Any) -> Table:
     """Device and dtype of a block's own parameters."""
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}

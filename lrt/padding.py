@@ -89,9 +89,8 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= model.backbone.vocab_size:
         raise ValueError(
-            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has "
-            f"{model.backbone.vocab_size} entries "
-            f"(0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
+            f"the prompt has token id {low if low < 0 else high}, but the vocabulary has {model.backbone.vocab_size} "
+            f"entries (0..{model.backbone.vocab_size - 1}): use the tokenizer that the model was trained with"
         )
     return counts
 

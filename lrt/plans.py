@@ -1,5 +1,4 @@
-"""Which plans of passes the loops of ``lrt.passes`` can run, since a schedule of one's own may give any; and where a pass may
-end early."""
+"""Plans of passes: which ones ``lrt.passes`` can run, as a schedule of one's own may give any, and where a pass ends."""
 
 from __future__ import annotations
 
@@ -61,7 +60,10 @@ def _misshapen(plan: tuple[Pass, ...], length: int) -> str | None:
         return "a pass goes on behind the row's end"
     received = "all" if first.covers(length) else "first"
     if any(step.memory != received for step in rest):
-        return f'a pass after the first has memory "{next(s.memory for s in rest if s.memory != received)}", not "{received}"'
+        return (
+            f'a pass after the first has memory "{next(s.memory for s in rest if s.memory != received)}", '
+            f'not "{received}"'
+        )
     if not first.covers(length):
         borders = [0, *(step.stop for step in plan)]
         right = all((step.start, step.step) == (begin, 1) for step, begin in zip(plan, borders))

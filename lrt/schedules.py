@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from lrt.config import ScheduleConfig, Weights
 from lrt.config.ranges import SHARES_SUM_WITHIN
+from lrt.config.settings import PassesConfig, StretchConfig
 from lrt.types import Pass, Schedule
 
 Order = Literal["ascending", "rotated", "random"]
@@ -293,15 +294,10 @@ def needs_memory(schedule: Schedule | Mixture) -> bool:
 def describe(schedule: Schedule) -> str:
     """A schedule in a word, such as refine(2), for a log."""
     if isinstance(schedule, Interleaved):
-        return (
-            f"interleaved({schedule.subsets})"
-            if schedule.sweeps == 1
-            else f"interleaved({schedule.subsets}, sweeps={schedule.sweeps})"
-        )
+        sweeps = "" if schedule.sweeps == 1 else f", sweeps={schedule.sweeps}"
+        return f"interleaved({schedule.subsets}{sweeps})"
     if isinstance(schedule, Refine):
-        return (
-            f"refine({schedule.passes}, settle={schedule.settle})" if schedule.settle else f"refine({schedule.passes})"
-        )
+        return f"refine({schedule.passes}{f', settle={schedule.settle}' if schedule.settle else ''})"
     if isinstance(schedule, Chunked):
         return "sequential" if schedule.chunk == 1 else f"chunked({schedule.chunk})"
     return "baseline"
@@ -331,16 +327,14 @@ def from_config(config: ScheduleConfig) -> Schedule:
     return single(phases_of(config)[-1].schedule)
 
 
-def _from_keys(config: Any, where: str) -> Schedule | Mixture:
-    """A section, a phase or a member of a mixture; ``where`` it stands is named in errors."""
+def _from_keys(config: StretchConfig, where: str) -> Schedule | Mixture:
+    """A section or a phase; ``where`` it stands is named in errors."""
     if config.kind == "mixture":
-        return mixture(
-            [(member.share, _single_from_keys(member, f"{where}.mix[{i}]")) for i, member in enumerate(config.mix)]
-        )
+        return mixture([(m.share, _single_from_keys(m, f"{where}.mix[{i}]")) for i, m in enumerate(config.mix)])
     return _single_from_keys(config, where)
 
 
-def _single_from_keys(config: Any, where: str) -> Schedule:
+def _single_from_keys(config: PassesConfig, where: str) -> Schedule:
     try:
         return _construct(config)
     except ValueError as error:
@@ -349,7 +343,7 @@ def _single_from_keys(config: Any, where: str) -> Schedule:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _construct(config: Any) -> Schedule:
+def _construct(config: PassesConfig) -> Schedule:
     if config.kind == "baseline":
         return baseline()
     if config.kind == "refine":

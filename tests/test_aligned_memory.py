@@ -37,7 +37,7 @@ def native(recurrence=ALIGNED, **changes):
     [
         (
             {"sharing": "layerwise"},
-            r'recurrence.projection = "aligned" is one map that all blocks share, so sharing = "layerwise" does not fit',
+            'recurrence.projection = "aligned" is one map that all blocks share, so sharing = "layerwise" does not fit',
         ),
         (
             {"kv_projection": False},

@@ -22,10 +22,8 @@ from lrt.loss import chunked_cross_entropy
 )
 def test_chunked_is_whole(batch, length, chunk, softcap, seed):
     torch.manual_seed(seed)
-    hidden, weight = (
-        torch.randn(batch, length, 6, dtype=torch.float64, requires_grad=True),
-        torch.randn(11, 6, dtype=torch.float64, requires_grad=True),
-    )
+    hidden = torch.randn(batch, length, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (batch, length))
     targets[torch.rand(batch, length) < 0.3] = -100
     logits = hidden @ weight.t()

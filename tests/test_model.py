@@ -59,10 +59,8 @@ def test_parts_sum_to_the_model(model):
 
 
 def test_flops_count_every_pass():
-    model, plain = (
-        build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta"),
-        build_model(ModelConfig(), None, device="meta"),
-    )
+    model = build_model(ModelConfig(), RecurrenceConfig(gate_channels=32), device="meta")
+    plain = build_model(ModelConfig(), None, device="meta")
     base = training_flops(plain, lrt.baseline(), 2048)
     ratio = {
         name: training_flops(model, s, 2048) / base
@@ -322,7 +320,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "installed", "types", "rotary", "huggingface.registration"],
+    ["config", "installed", "tables", "types", "rotary", "huggingface.registration"],
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],

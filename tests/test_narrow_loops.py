@@ -42,8 +42,9 @@ def narrow_models(draw):
     parts = draw(st.sampled_from(PARTS))
     sharing, projection = draw(st.sampled_from(WAYS if parts[0] else WAYS[:2]))
     recurrence = RecurrenceConfig(
-        blocks=(first, *sorted(more - {first})), source_layer=draw(st.one_of(st.none(), st.integers(first, config.n_layers))),
-        sharing=sharing, projection=projection, kv_projection=parts[0], residual=parts[1],
+        blocks=(first, *sorted(more - {first})),
+        source_layer=draw(st.one_of(st.none(), st.integers(first, config.n_layers))), sharing=sharing,
+        projection=projection, kv_projection=parts[0], residual=parts[1],
         separator=draw(st.sampled_from([None, SEPARATOR])),
     )  # fmt: skip
     return randomized(build_model(config, recurrence, dtype=torch.float64), draw(st.integers(0, 2**31)))

@@ -136,7 +136,10 @@ def test_settling_passes_have_no_group_and_no_gradient():
 
 
 def test_settling_passes_cost_a_forward_to_the_source(tmp_path):
-    text = "[model]\nn_layers = 4\nwidth = 32\nn_heads = 2\nvocab_size = 32\nsequence_length = 8\n[recurrence]\nsource_layer = 3\n"
+    text = (
+        "[model]\nn_layers = 4\nwidth = 32\nn_heads = 2\nvocab_size = 32\nsequence_length = 8\n[recurrence]\n"
+        "source_layer = 3\n"
+    )
     model = lrt.build(parse_recipe(text + '[schedule]\nkind = "refine"\nsettle = 2\n'))
     assert model.train_schedule == lrt.refine(1, settle=2)
     more = training_flops(model, lrt.refine(1, settle=2), 8) - training_flops(model, lrt.refine(1), 8)

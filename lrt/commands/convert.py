@@ -42,9 +42,9 @@ def show_kinds() -> None:
 def run(options: argparse.Namespace) -> None:
     with _Bar(sys.stderr) as bar:
         done = convert(
-            options.input, options.output, source=getattr(options, "from"), target=options.to, dtype=DTYPES.get(options.dtype),
-            step=options.step, tokenizer=options.tokenizer, base=options.base, compare=verify if options.verify else None,
-            shard_size=options.shard_size, progress=bar,
+            options.input, options.output, source=getattr(options, "from"), target=options.to,
+            dtype=DTYPES.get(options.dtype), step=options.step, tokenizer=options.tokenizer, base=options.base,
+            compare=verify if options.verify else None, shard_size=options.shard_size, progress=bar,
         )  # fmt: skip
     print(f"{done.output} written" + ("" if done.verification else ", not verified (--no-verify)"))
 

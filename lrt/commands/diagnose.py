@@ -3,9 +3,8 @@
     python tools/diagnose.py runs/lrt_tiny --out diagnosis
     python tools/diagnose.py FOLDER --data my_text.txt --out diagnosis --decode-tokens 0
 
-Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains;
-how the memory settles over sweeps; decode minus parallel by position and residue class;
-the memory's drift over drawn text; gain by position.
+Loss with the memory zeroed, frozen, or taken from elsewhere, by block and part; gates and gains; how the memory settles
+over sweeps; decode minus parallel by position and residue class; the memory's drift over drawn text; gain by position.
 Writes OUT/diagnosis.png and OUT/diagnosis.json; the last line of stdout is {"findings": [...], "report": OUT}.
 """
 
@@ -47,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(data=tuple(args.data), sequence_length=args.sequence_length, text_column=args.text_column)
     batch = next(iter(held_out_rows(opened, settings, tokenizer, length=row_length(opened, settings), rows=args.rows)))
     report = diagnose(
-        opened.model, batch, separator=tokenizer.bos_id, sweeps=args.sweeps, decode_tokens=args.decode_tokens, seed=args.seed,
-        progress=lambda part: print(f"{part} ...", file=sys.stderr, flush=True),
+        opened.model, batch, separator=tokenizer.bos_id, sweeps=args.sweeps, decode_tokens=args.decode_tokens,
+        seed=args.seed, progress=lambda part: print(f"{part} ...", file=sys.stderr, flush=True),
     )  # fmt: skip
     report = {"model": str(opened.folder), **report}
     out.mkdir(parents=True, exist_ok=True)

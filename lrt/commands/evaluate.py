@@ -4,8 +4,7 @@
     python tools/evaluate.py runs/lrt_tiny/export --data my_text.txt --json scores.json
     python tools/evaluate.py FOLDER --data a.parquet b.parquet --memory decode --documents documents.npz
     torchrun --nproc_per_node=8 tools/evaluate.py FOLDER --data tokenized
-    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match of answers,
-    in place of bits per byte
+    python tools/evaluate.py FOLDER --answers problems/validation.jsonl     # exact match, in place of bits per byte
 
 The last line of stdout is one JSON object. decode is exact unless --decode names a faster way,
 whose error on a sample of rows is printed beside the score.
@@ -27,7 +26,7 @@ from lrt.commands.frame import framed
 from lrt.commands.options import MOST_ROWS, at_least, parse_prefill, path
 from lrt.config.environment import place_of_process
 from lrt.conversion.opening import open_model, open_tokenizer
-from lrt.data.conversations import read_examples
+from lrt.data.examples import read_examples
 from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
@@ -45,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     refuse_idle(args)
     settings = Settings(
-        data=tuple(args.data), memory=args.memory, tokens=args.tokens, sequence_length=args.sequence_length, rows=args.rows,
-        tokenizer=args.tokenizer, base=args.base, text_column=args.text_column, decode=parse_prefill(args.decode, option="--decode"),
+        data=tuple(args.data), memory=args.memory, tokens=args.tokens, sequence_length=args.sequence_length,
+        rows=args.rows, tokenizer=args.tokenizer, base=args.base, text_column=args.text_column,
+        decode=parse_prefill(args.decode, option="--decode"),
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
     )  # fmt: skip
     for option in (args.json, args.documents):

@@ -35,9 +35,9 @@ def check_torchtitan() -> None:
         ) from None
     if found != VERSION:
         raise ImportError(
-            f"torchtitan {found} is installed, but lrt.titan is written for {VERSION}, the last release with TOML "
-            "files and the newest that trains on "
-            f'torch 2.11 and later: pip install "torchtitan=={VERSION}"'
+            f"torchtitan {found} is installed, but lrt.titan is written for {VERSION}, "
+            "the last release with TOML files and the newest that trains on torch 2.11 and later: "
+            f'pip install "torchtitan=={VERSION}"'
         )
     known = ("torchtitan", "torchtitan.models.moe.kernels", "triton")
     if not any(name in sys.modules for name in known) and importlib.util.find_spec("triton") is None:

@@ -14,7 +14,10 @@ from lrt.commands.torchtitan import hand_over, refuse_torchtitan
 from lrt.config import load_recipe, shipped_recipes
 from lrt.config.environment import place_of_process
 
-ENGINE = "whose trainer runs: lrt's own (default), or torchtitan's with lrt.titan, for recipes/titan_*.toml (docs/torchtitan.md)"
+ENGINE = (
+    "whose trainer runs: lrt's own (default), or torchtitan's with lrt.titan, "
+    "for recipes/titan_*.toml (docs/torchtitan.md)"
+)
 OVERRIDE = (
     "override one value; may be repeated. A horizon or a kind of schedule replaces what the file says of another one"
 )

@@ -1,6 +1,7 @@
 """Settings: their ranges, their dataclasses, and recipes in TOML. No torch."""
 
 from lrt.config.data import DataConfig, SourceConfig
+from lrt.config.model import ModelConfig, RecurrenceConfig
 from lrt.config.recipes import (
     RecipeError,
     dump_recipe,
@@ -16,11 +17,9 @@ from lrt.config.settings import (
     CheckpointConfig,
     EvaluationConfig,
     MetricsConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Recipe,
-    RecurrenceConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,

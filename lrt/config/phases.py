@@ -74,7 +74,8 @@ def entrance_errors(r: Any) -> list[str]:
         for (where, _), used in zip(parts, with_memory):
             if not used:
                 errors.append(
-                    f'training.stage = "memory" has nothing to train where {where} is plain: use stage = "all", or passes with memory'
+                    f'training.stage = "memory" has nothing to train where {where} is plain: use stage = "all", '
+                    "or passes with memory"
                 )
     for index, (where, c) in enumerate(parts):
         if not c.ramp:

@@ -1,12 +1,12 @@
-"""Rules of a recipe that types cannot say, as tables: what each number may be, and which keys a choice leaves unused;
-no torch."""
+"""What types cannot say of a recipe, as tables: the range of each number, the keys a choice leaves unused; no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from lrt.tables import ReadTable, Table
 
 LARGEST = 1 << 62  # of whole numbers: products with few others still are numbers of a machine
 
@@ -144,6 +144,12 @@ USED: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
 HORIZON = ("steps", "tokens", "tokens_per_parameter", "compute")  # of training: exactly one
 
 
+def raise_all(errors: list[str]) -> None:
+    """Raises ValueError with every error in one message, if there is one."""
+    if errors:
+        raise ValueError("; ".join(errors))
+
+
 def choice_errors(section: str, c: Any) -> list[str]:
     """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
     hints = get_type_hints(type(c))
@@ -160,7 +166,7 @@ def number_types(hint: Any) -> set[type]:
     return set().union(*map(number_types, args)) if args else {hint} & {int, float}
 
 
-def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str]:
+def range_errors(section: str, cls: type, values: ReadTable) -> list[str]:
     """Numbers of a section that are outside of their range, or none at all.
 
     Args:
@@ -250,7 +256,8 @@ def entry_errors(c: Any) -> list[str]:
     aligned = 'recurrence.projection = "aligned"'
     if c.projection == "aligned" and c.sharing == "layerwise":
         errors.append(
-            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, or use "separate"'
+            f'{aligned} is one map that all blocks share, so sharing = "layerwise" does not fit: leave it out, '
+            'or use "separate"'
         )
     if c.projection == "aligned" and not c.kv_projection:
         errors.append(
@@ -279,7 +286,7 @@ def memory_rate_errors(r: Any) -> list[str]:
     ]
 
 
-def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, section: str) -> dict[str, Any]:
+def without_replaced(below: ReadTable, above: ReadTable, *, section: str) -> Table:
     """What a section inherits: not the horizon where another is given above, nor what belonged to a choice that is made
     anew."""
     replaced: set[str] = set()

@@ -51,7 +51,8 @@ def tuning_errors(r: Any) -> list[str]:
         errors.append('tuning.lora_rank adapts a decoder from a folder, but run.backbone = "native": leave it out')
     elif r.training.stage == "memory":
         errors.append(
-            'tuning.lora_rank has no effect with training.stage = "memory", which trains the memory alone: leave one out'
+            'tuning.lora_rank has no effect with training.stage = "memory", which trains the memory alone: '
+            "leave one out"
         )
     if t.problems == 0 and t.answer_tokens != defaults["answer_tokens"]:
         errors.append(f"tuning.answer_tokens = {t.answer_tokens} has no effect with tuning.problems = 0: leave it out")

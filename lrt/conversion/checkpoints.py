@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,9 +26,9 @@ from lrt.model import build
 from lrt.schedules import from_config
 from lrt.serialization import config_of, model_from_config, native_config, read_config
 from lrt.serialization.adapted import load_whole, without_ties
-from lrt.serialization.decoders import decoder_of_shapes, in_one_line, open_decoder, open_saved
-from lrt.serialization.fingerprint import fingerprint, same_weights
+from lrt.serialization.decoders import decoder_of_shapes, open_saved
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
+from lrt.tables import ReadTable, Table
 from lrt.train.checkpoint.verifying import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
@@ -53,12 +52,12 @@ class Checkpoint:
 
     kind: str
     where: Path
-    config: dict[str, Any]
+    config: Table
     tensors: dict[str, LazyTensor]
     reading: Callable[[Precision], Logits]
     tokenizer: Files = field(default_factory=dict)
     step: int | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: ReadTable = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,7 +67,7 @@ class Checkpoint:
         return native["sequence_length"] if native else self.config.get("max_position_embeddings") or 2048
 
 
-def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
+def model_reading(config: Table, tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
     """Logits by our own model; an adapted decoder is held whole."""
 
     def reading(precision: Precision) -> Logits:
@@ -87,7 +86,7 @@ def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> 
     return reading
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Table) -> dict[str, tuple[int, ...]]:
     """Our names and shapes of the model that a config.json describes; a tied parameter is named once."""
     with torch.device("meta"):
         model = model_from_config(config, device="meta")
@@ -115,10 +114,14 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
+class StepError(ValueError):
+    """A step was asked of what has none."""
+
+
 def no_step(step: int | None, kind: str) -> None:
-    """Raises ValueError where a step is asked of a folder that holds one model."""
+    """Raises StepError where a step is asked of a folder that holds one model."""
     if step is not None:
-        raise ValueError(
+        raise StepError(
             f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one "
             "model: leave it out"
         )
@@ -164,7 +167,7 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
-def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
+def _config_of_recipe(recipe: Recipe) -> Table:
     if recipe.run.backbone == "native":
         return native_config(build(recipe, device="meta"))
     # a name that the run gave: read as data, or not at all
@@ -286,9 +289,8 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # noqa: BLE001 - a damaged or foreign file fails in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{file}: refused, not a whole file of tensors alone ({reason}). "
-            "Where you trust it, load it with the code that wrote it and save "
-            "{name: tensor} with torch.save"
+            f"{file}: refused, not a whole file of tensors alone ({reason}). Where you trust it, "
+            "load it with the code that wrote it and save {name: tensor} with torch.save"
         ) from None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
@@ -313,89 +315,3 @@ def read_hf(path: Path, *, step: int | None = None) -> Checkpoint:
         return partial(native_logits, open_saved(path, dtype=precision.compute).eval())
 
     return replace(found, kind="hf", tokenizer=without_hub_files(found.tokenizer), reading=reading)
-
-
-# ------------------------------------------------------------------ adapter
-
-
-def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Checkpoint:
-    """The memory parameters of one folder around the decoder of another.
-
-    Args:
-        path: a folder of ``lrt.save(model, folder, adapter_only=True)``, or of kind adapter.
-        base: the decoder; a memory of its own is left out.
-
-    Raises:
-        ValueError: it was made for another decoder, or is not whole.
-    """
-    no_step(step, "adapter")
-    alone = read_memory(path)
-    config, memory = alone.config, alone.tensors
-    for key in ("model", "adapted"):
-        theirs, ours = base.config.get(key), config.get(key)
-        different = (
-            theirs != ours if key == "model" else (theirs or {}).get("architecture") != (ours or {}).get("architecture")
-        )
-        if different:
-            raise ValueError(
-                f"{path} was made for another decoder than {base.where}: "
-                "name the one that it was trained on with --base"
-            )
-    if not same_weights(config.pop("base_fingerprint", None), fingerprint(decoder_weights(base.tensors))):
-        raise ValueError(
-            f"{path} was trained on other weights than those of {base.where}: "
-            "name the decoder that it was trained on with --base"
-        )
-    tensors = {name: t for name, t in base.tensors.items() if not is_memory(name)} | memory
-    shapes = expected_shapes(config)
-    check_shapes(f"{path} on {base.where}", tensors, shapes)
-    tensors = {name: tensors[name] for name in shapes}
-    return replace(
-        alone, tensors=tensors, reading=model_reading(config, tensors), tokenizer=alone.tokenizer or base.tokenizer
-    )
-
-
-def read_memory(path: Path) -> Checkpoint:
-    """The memory parameters of an adapter folder alone; they cannot be run.
-
-    Raises:
-        ValueError: a folder of another kind, or not whole.
-    """
-    config, memory = read_config(path), open_folder(path)
-    if not config.pop("adapter_only", False):
-        raise ValueError(f"{path} holds a whole model: use --from lrt or hf")
-    refuse_peft(config, path)
-    check_shapes(str(path), memory, {name: shape for name, shape in expected_shapes(config).items() if is_memory(name)})
-    return Checkpoint(
-        "adapter", path, config, memory, model_reading(config, memory), read_files(path), config.get("step")
-    )
-
-
-def read_decoder(path: Path) -> Checkpoint:
-    """A plain Hugging Face decoder (the base of an adapter), as a model that has no memory yet."""
-    model = in_one_line(str(path), {}, lambda: adapt(open_decoder(path, dtype="auto")))
-    tensors = in_memory({n: t for n, t in without_ties(model, model.state_dict()).items() if not is_memory(n)})
-    config = config_of(model)
-    return Checkpoint("hf", path, config, tensors, model_reading(config, tensors), read_files(path))
-
-
-def decoder_weights(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The decoder's own tensors, read one after the other."""
-    return ((name, tensor.read()) for name, tensor in tensors.items() if not is_memory(name))
-
-
-def refuse_peft(config: Mapping[str, Any], where: str | Path) -> None:
-    """Raises ValueError where a PEFT adapter lies beside the memory, which the target or the base knows nothing of."""
-    if config.get("adapter"):
-        raise ValueError(
-            f"{where} holds a LoRA adapter beside the memory: lrt.load it, merge it (merge_and_unload), "
-            "and lrt.save the whole model"
-        )
-
-
-def is_memory(name: str) -> bool:
-    """Whether a parameter belongs to the recurrence rather than to the decoder."""
-    parts = name.split(".")
-    return parts[0] in ("memory_projection", "injection") or (
-        parts[0] == "blocks" and parts[2] in ("gate", "projection")
-    )

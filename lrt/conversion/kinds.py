@@ -7,21 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lrt.conversion.checkpoints import (
-    Checkpoint,
-    read_adapter,
-    read_dcp,
-    read_decoder,
-    read_hf,
-    read_lrt,
-    read_official,
-)
+from lrt.conversion.adapters import read_adapter, read_decoder
+from lrt.conversion.checkpoints import Checkpoint, read_dcp, read_hf, read_lrt, read_official
 from lrt.conversion.nanochat import MODEL_TYPE, read_any
 from lrt.conversion.titan import is_titan, read_titan
 from lrt.conversion.writing import write_adapter, write_hf, write_lrt, write_official
 from lrt.serialization import read_config
 from lrt.serialization.decoders import is_plain, read_json
 from lrt.serialization.renewal import config_file
+
+NOT_WRITTEN = "read only; weights and config, not the optimizer"
 
 
 class Kind(NamedTuple):
@@ -35,25 +30,28 @@ class Kind(NamedTuple):
 
 KINDS = {
     "lrt": Kind(read_lrt, write_lrt, "our folder: safetensors, config.json, tokenizer", "everything"),
-    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", "read only; weights and "
-        "config, not the optimizer"),
-    "titan": Kind(read_titan, None, "a checkpoint of lrt.titan, written by torchtitan's trainer", "read only; weights "
-        "and config, not the optimizer"),
+    "dcp": Kind(read_dcp, None, "a training checkpoint, sharded over any number of ranks", NOT_WRITTEN),
+    "titan": Kind(read_titan, None, "a checkpoint of lrt.titan, written by torchtitan's trainer", NOT_WRITTEN),
     "official": Kind(
-        read_official, write_official, "base folder or checkpoint of the official LRT code, plain models included",
+        read_official,
+        write_official,
+        "base folder or checkpoint of the official LRT code, plain models included",
         "models that it can express (layerwise, last block, bfloat16 rotary tables); others are refused",
     ),
     "nanochat": Kind(
-        read_any, partial(write_official, nanochat=True), "base folder or checkpoint of nanochat, or "
-            "NanoChatForCausalLM of transformers (read only)",
+        read_any,
+        partial(write_official, nanochat=True),
+        "base folder or checkpoint of nanochat, or NanoChatForCausalLM of transformers (read only)",
         "plain models with alternating value embeddings and gates from 32 channels; others are refused",
     ),
     "adapter": Kind(
-        read_adapter, write_adapter, "the memory parameters alone; --base names the decoder they belong to", "the "
-            "memory of any recurrent model"
+        read_adapter,
+        write_adapter,
+        "the memory parameters alone; --base names the decoder they belong to",
+        "the memory of any recurrent model",
     ),
     "hf": Kind(read_hf, write_hf, "Hugging Face folder for AutoModelForCausalLM (after import lrt)", "everything"),
-}  # fmt: skip
+}
 
 
 def kind_of(path: Path) -> str:

@@ -71,7 +71,8 @@ def _native(theirs: Any, path: Path) -> ModelConfig:
     """The settings of a native model that computes the same."""
     if theirs.model_type != MODEL_TYPE:
         raise ValueError(
-            f'{path} is a "{theirs.model_type}" of transformers, not a "{MODEL_TYPE}": lrt.adapt makes it recurrent as it is'
+            f'{path} is a "{theirs.model_type}" of transformers, not a "{MODEL_TYPE}": '
+            "lrt.adapt makes it recurrent as it is"
         )
     rope = dict(theirs.rope_parameters or {})
     only = {

@@ -159,7 +159,8 @@ def open_tokenizer(opened: Opened, *, name: str | None = None, base: str | Path 
     found = found or (str(description_of(opened.folder)["tokenizer"]) if opened.kind == "titan" else None)
     if found is None:
         raise ValueError(
-            f'{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe\'s data.tokenizer; "bytes" for bytes)'
+            f"{opened.folder} holds no tokenizer.json: name one with --tokenizer (the recipe's data.tokenizer; "
+            '"bytes" for bytes)'
         )
     tokenizer = load_tokenizer(found)
     try:
@@ -182,8 +183,8 @@ def check_finite(model: LatentRecurrentModel, *, where: str | Path) -> None:
     if damaged:
         raise ValueError(
             f"{where}: {damaged[0]} holds NaN or infinite weights ({len(damaged)} of "
-            f"{sum(1 for _ in model.parameters())} tensors do), so "
-            "no score would mean anything: use an earlier checkpoint"
+            f"{sum(1 for _ in model.parameters())} tensors do), so no score would mean anything: "
+            "use an earlier checkpoint"
         )
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import BOS, HUB_CONFIG, MARKER, byte_characters, hub_config, load_tokenizer, tokenizer_json
+from lrt.tables import Table
 
 Files = Mapping[str, bytes]  # name -> content
 
 # Files beside a model, in our folders and in Hugging Face ones, that travel as they are: mostly the tokenizer.
 NAMES = (
-    "tokenizer.json", MARKER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json", "generation_config.json",
+    "tokenizer.json", MARKER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "token_bytes.json", "generation_config.json",
 )  # fmt: skip
 HELP = "write its tokenizer.json and give it with --tokenizer (for tiktoken: docs/convert.md, Tokenizers)"
 
@@ -122,7 +123,7 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def read_encoding(path: Path) -> dict[str, Any]:
+def read_encoding(path: Path) -> Table:
     """The state of a pickled tiktoken encoding: name, pat_str, mergeable_ranks, special_tokens.
 
     Raises:
@@ -141,12 +142,12 @@ def read_encoding(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: refused, not the pickle of a plain tiktoken encoding: {HELP}")
 
 
-def _pickle_encoding(state: dict[str, Any]) -> bytes:
+def _pickle_encoding(state: Table) -> bytes:
     """What pickling tiktoken.Encoding gives, without tiktoken: GLOBAL, empty tuple, NEWOBJ, state, BUILD, STOP."""
     return b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + pickle.dumps(state, protocol=3)[2:-1] + b"b."
 
 
-def _encoding_state(table: dict[str, Any]) -> dict[str, Any] | None:
+def _encoding_state(table: Table) -> Table | None:
     """A tokenizer.json as the state of a tiktoken encoding; None when tiktoken cannot say it."""
     steps = table.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -198,12 +199,12 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
         }
         marker["template"] = "added"
     return {
-        **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(), MARKER: (json.dumps(marker) + "\n").encode(),
-        HUB_CONFIG: _hub_config(marker, model_max_length=context),
+        **files, "tokenizer.json": json.dumps(table, ensure_ascii=False).encode(),
+        MARKER: (json.dumps(marker) + "\n").encode(), HUB_CONFIG: _hub_config(marker, model_max_length=context),
     }  # fmt: skip
 
 
-def _object(files: Files, name: str) -> dict[str, Any]:
+def _object(files: Files, name: str) -> Table:
     """The JSON object in a file of ours; empty where there is no such file."""
     try:
         found = json.loads(files.get(name, b"{}"))
@@ -229,5 +230,5 @@ def without_hub_files(files: Files) -> dict[str, bytes]:
     }
 
 
-def _hub_config(marker: dict[str, Any], **more: Any) -> bytes:
+def _hub_config(marker: Table, **more: Any) -> bytes:
     return (json.dumps({**hub_config(marker), **more}, indent=2) + "\n").encode()

@@ -33,7 +33,10 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         dtype = str(self.compute).removeprefix("torch.")
         sign = "<=" if self.agrees else ">"
-        return f"{self.mode}, {dtype}: largest logit difference {self.difference:.2e} {sign} {self.bound:.2e} over {self.tokens} tokens"
+        return (
+            f"{self.mode}, {dtype}: largest logit difference {self.difference:.2e} {sign} {self.bound:.2e} over "
+            f"{self.tokens} tokens"
+        )
 
 
 class Verification(NamedTuple):
@@ -54,8 +57,7 @@ def verify(source: Checkpoint, target: Checkpoint, *, report: Callable[[str], No
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen, not finite or not equal, or the logits differ by more
-            than
-            the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32
+            than the bound: 1e-5 of the largest logit in float32, and 1e-9 in float64, which is asked only where float32
             fails.
     """
     compare_tensors(source, target)

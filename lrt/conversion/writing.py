@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from lrt.conversion.checkpoints import Checkpoint, decoder_weights, is_memory, refuse_peft
+from lrt.conversion.adapters import decoder_weights, is_memory, refuse_peft
+from lrt.conversion.checkpoints import Checkpoint
 from lrt.conversion.official import official_from_native, official_tensors
 from lrt.conversion.tokenizers import hub_files, write_files, write_nanochat
 from lrt.data.tokenizer import load_tokenizer
 from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.tensors import LazyTensor, write_folder
 from lrt.serialization.writing import write_description
+from lrt.tables import Table
 
 Progress = Callable[[int], None]  # bytes written since the last call
 
@@ -50,7 +52,7 @@ def write_hf(folder: Path, source: Checkpoint, *, shard_size: int | None, progre
     write_files(folder, hub_files(source.tokenizer, context=source.context))
     if "generation_config.json" in source.tokenizer:
         return []
-    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
+    generation: Table = {"do_sample": True, "temperature": 1.0}
     if "tokenizer.json" in source.tokenizer:
         tokenizer = load_tokenizer(folder)
         # Documents have no end token in pretraining: the next document's separator ends one.

@@ -1,7 +1,4 @@
-"""Conversations to tune on: read from JSONL or made from a seed, packed whole into rows, and dealt to ranks.
-
-A line of JSONL has ``messages`` (a list of objects with ``role`` and ``content``) or ``prompt`` and ``completion``.
-It may have ``answer``, which a model's answer is compared with, and ``steps``, by which the scores are told apart.
+"""Conversations to tune on: packed whole into rows, and dealt to ranks.
 
 All conversations are tokenized at the start. An epoch is a permutation of them, packed by best fit; a row never holds a
 part of a conversation, so it may end with nothing. What is longer than a row is left out and counted.
@@ -9,147 +6,22 @@ part of a conversation, so it may end with nothing. What is longer than a row is
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from lrt.config import Recipe, TuningConfig
-from lrt.data.arithmetic import answer_of, problems
+from lrt.config import Recipe
 from lrt.data.batch import IGNORED, Batch
-from lrt.data.chat import ROLES, Chat, Conversation, Message, open_chat
+from lrt.data.chat import Chat, Conversation, open_chat
+from lrt.data.examples import Example, open_examples
 from lrt.data.held_out import NOT_SCORED, HeldOut
 from lrt.data.tokenizer import Tokenizer
+from lrt.tables import Table
 
-TRAINED, HELD_OUT = 20000, 300  # problems of the source "arithmetic"
-PART = 20  # "auto" holds out one conversation in so many ...
-MOST = 1000  # ... and at most so many
 BUFFER = 256  # conversations among which the best fit for a row is sought
-
-
-class Example(NamedTuple):
-    """A conversation, and what its last answer is compared with."""
-
-    messages: tuple[Message, ...]
-    answer: str
-    steps: int | None  # None: the scores are not told apart
-
-
-# ------------------------------------------------------------------ reading
-
-
-def open_examples(tuning: TuningConfig, *, split: str) -> list[Example]:
-    """The conversations to train on, or those held out.
-
-    Args:
-        tuning: section ``tuning`` of the recipe.
-        split: "train" or "validation".
-
-    Raises:
-        ValueError: no such file, or a line that is no conversation; the message names the file and the line.
-    """
-    if split == "validation" and tuning.validation != "auto":
-        return read_examples(tuning.validation, key="tuning.validation")
-    if tuning.train == "arithmetic":
-        made = [_example(one.record(), "arithmetic") for one in problems(count=HELD_OUT + TRAINED)]
-        return made[:HELD_OUT] if split == "validation" else made[HELD_OUT:]
-    every = read_examples(tuning.train, key="tuning.train")
-    if tuning.validation != "auto":
-        return every
-    if len(every) < 2:
-        raise ValueError(
-            f'tuning.validation = "auto" holds a part of tuning.train out, but {tuning.train!r} has one conversation: give a file'
-        )
-    held = max(1, min(MOST, len(every) // PART))
-    apart = set(np.linspace(0, len(every) - 1, held).astype(int).tolist())
-    return [one for i, one in enumerate(every) if (i in apart) == (split == "validation")]
-
-
-def read_examples(spec: str, *, key: str) -> list[Example]:
-    """Conversations of JSONL files.
-
-    Args:
-        spec: a file, a folder or a glob.
-        key: of the recipe, for messages.
-
-    Raises:
-        ValueError: as ``open_examples``.
-    """
-    place = Path(spec).expanduser()
-    files = (
-        sorted(place.rglob("*.jsonl"))
-        if place.is_dir()
-        else [place]
-        if place.is_file()
-        else sorted(map(Path, glob.glob(str(place))))
-    )
-    found = []
-    for file in files:
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                found.append(_read_line(line, f"{file}, line {number}"))
-    if not found:
-        what = "holds no conversation" if files else "is no .jsonl file, and no folder or glob of them"
-        raise ValueError(
-            f'{key} = "{spec}" {what}: use "arithmetic", or lines with messages, or with prompt and completion'
-        )
-    return found
-
-
-def _read_line(line: bytes, where: str) -> Example:
-    try:
-        table = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON in UTF-8: {str(error).splitlines()[0]}") from None
-    return _example(table, where)
-
-
-def _example(table: Any, where: str) -> Example:
-    """A conversation of a line's object.
-
-    Raises:
-        ValueError: it is none.
-    """
-    # What a table of several kinds of lines lacks in one of them is often written as null.
-    table = {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
-    if isinstance(table, dict) and "messages" not in table and {"prompt", "completion"} <= table.keys():
-        listed: Any = [
-            {"role": "user", "content": table["prompt"]},
-            {"role": "assistant", "content": table["completion"]},
-        ]
-    else:
-        listed = table.get("messages") if isinstance(table, dict) else None
-    if not isinstance(listed, list) or not listed:
-        keys = f"has {', '.join(table) or 'no keys'}" if isinstance(table, dict) else "is no object"
-        raise ValueError(f"{where} {keys}: a conversation has messages, or prompt and completion")
-    messages = []
-    for one in listed:
-        role, content = (one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
-            what = f"role {role!r} and a content of type {type(content).__name__}"
-            raise ValueError(f"{where} has a message with {what}: use text, of {', '.join(ROLES)}")
-        messages.append(Message(role, content))
-    if messages[-1].role != "assistant":
-        raise ValueError(
-            f"{where} ends with a message of {messages[-1].role}: the last one is the assistant's, which is learned"
-        )
-    if len(messages) == 1:
-        raise ValueError(
-            f"{where} is an answer with nothing before it: put a message of the user or the system there, "
-            "or train on text (data.train)"
-        )
-    steps = table.get("steps")
-    answer = table.get("answer", answer_of(messages[-1].content))
-    return Example(tuple(messages), str(answer), steps if isinstance(steps, int) else None)
-
-
-# ------------------------------------------------------------------ rows
 
 
 def pack(sizes: Sequence[int], order: Sequence[int], *, length: int) -> list[list[int]]:
@@ -333,10 +205,10 @@ class TuningLoader:
         self._row += 1
         return self._plan[1][self._row - 1]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         return {"epoch": self._epoch, "row": self._row, "conversations": self.fingerprint, "seed": self._seed}
 
-    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: Table | Sequence[Table]) -> None:
         """Go on from a state, or from those of all ranks, which are the same.
 
         Raises:

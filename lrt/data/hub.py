@@ -111,9 +111,9 @@ def _announce(spec: str, listing: _Listing) -> None:
     present = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     print(
         f"{spec}: fetching {len(listing.missing)} of {len(listing.wanted)} files, "
-        f"{sum(listing.missing) / 2**30:.2f} GiB, before anything is "
-        f"read, into {cache} ({shutil.disk_usage(present).free / 2**30:.0f} GiB free; HF_HOME moves it); "
-        f"to need less, name {LESS}",
+        f"{sum(listing.missing) / 2**30:.2f} GiB, before anything is read, "
+        f"into {cache} ({shutil.disk_usage(present).free / 2**30:.0f} GiB free; HF_HOME moves it); to need less, "
+        f"name {LESS}",
         file=sys.stderr,
         flush=True,
     )

@@ -59,7 +59,10 @@ def _acquire(folder: Path, *, advice: str, until: float) -> IO[str] | None:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 file.close()
-                words = f"its file system has no locks ({error.strerror}), so a second process that writes here is not noticed"
+                words = (
+                    f"its file system has no locks ({error.strerror}), so a second process that writes here is not "
+                    "noticed"
+                )
                 warnings.warn(f"{folder}: {words}", stacklevel=3)
                 return None
             file.seek(0)

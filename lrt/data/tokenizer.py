@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lrt.config.files import local_path, read_text, write_whole
+from lrt.tables import Table
 
 BOS = "<|bos|>"
 MARKER = "lrt_tokenizer.json"  # beside tokenizer.json: which class, which separator
@@ -27,7 +28,10 @@ _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "[
 
 # How the texts were split before the ranks were counted; a rank file does not say it.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -113,10 +117,8 @@ class ByteTokenizer:
 
         # The same ids as a tokenizer.json, for programs that know only those.
         twin = HFTokenizer(models.BPE(vocab={char: byte for byte, char in byte_characters().items()}, merges=[]))
-        twin.pre_tokenizer, twin.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            decoders.ByteLevel(),
-        )
+        twin.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        twin.decoder = decoders.ByteLevel()
         twin.add_special_tokens([BOS])
         _write(Path(folder), twin.to_str(), {"kind": "bytes"})
 
@@ -160,10 +162,10 @@ class FileTokenizer:
             )
         return None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Table:
         return {"text": self._text, "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Table) -> None:
         self.__init__(state["text"], bos=state["bos"], eos=state["eos"])  # type: ignore[misc]
 
     def _name(self, token: int | None) -> str | None:
@@ -216,9 +218,8 @@ class FileTokenizer:
             counted, size = int(self._table[self.encode(sample)].sum()), len(sample.encode())
             if counted != size:
                 raise ValueError(
-                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be "
-                    f"counted for the {size} of "
-                    f"{sample!r}), so bits per byte of tokenized folders would be wrong: "
+                    f"data.tokenizer: the bytes of a text do not follow from its token ids ({counted} would be counted "
+                    f"for the {size} of {sample!r}), so bits per byte of tokenized folders would be wrong: "
                     "evaluate text or parquet files, whose bytes are counted"
                 )
         return self._table.copy()
@@ -267,9 +268,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not file.is_file():
         folder = path.parent if path.suffix in (".json", ".tiktoken") else path
         raise ValueError(
-            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, or a .tiktoken file, or '
-            f"train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N --limit-mb 2000 "
-            f"--output {shlex.quote(str(folder))} (DATA as in data.train, N = model.vocab_size)"
+            f'data.tokenizer = "{spec}": no file {file}; use "bytes", a tokenizer.json, a folder that holds one, '
+            "or a .tiktoken file, or train one: python tools/prepare_data.py train-tokenizer --train DATA "
+            f"--vocab-size N --limit-mb 2000 --output {shlex.quote(str(folder))} (DATA as in data.train, "
+            "N = model.vocab_size)"
         )
     if file.suffix == ".tiktoken":
         return FileTokenizer(_from_ranks(file), bos=BOS, origin=str(file))
@@ -299,14 +301,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _write(folder: Path, text: str, marker: dict[str, Any]) -> None:
+def _write(folder: Path, text: str, marker: Table) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / MARKER, json.dumps(marker) + "\n")
     write_whole(folder / HUB_CONFIG, json.dumps(hub_config(marker), indent=2) + "\n")
 
 
-def hub_config(marker: dict[str, Any]) -> dict[str, Any]:
+def hub_config(marker: Table) -> Table:
     """What transformers must know of a tokenizer of ours; a text ends where the next one's separator stands."""
     bos = marker.get("bos") or BOS
     ends = {"bos_token": bos, "eos_token": marker.get("eos") or bos}
@@ -320,7 +322,7 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"data.tokenizer: {error}") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Table:
     """The object in a file; empty where there is none."""
     if not path.is_file():
         return {}

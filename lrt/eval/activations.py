@@ -39,11 +39,9 @@ def activation_statistics(
 
     Returns:
         By name, mean, std, min and max: ``source_norm`` and ``memory_norm`` (L2, before and after the memory's norm,
-        one
-        number), and one number a receiving block: ``local_gate``, ``memory_gate``, ``injection_ratio`` (norm of g m
-        over
-        that of the residual stream it is added to), ``key_ratio`` and ``value_ratio`` (norm of the gated memory part
-        over that of the gated local part, a head). Empty for a model without recurrence.
+        one number), and one number a receiving block: ``local_gate``, ``memory_gate``, ``injection_ratio`` (norm of g m
+        over that of the residual stream it is added to), ``key_ratio`` and ``value_ratio`` (norm of the gated memory
+        part over that of the gated local part, a head). Empty for a model without recurrence.
     """
     if model.recurrence is None:
         return {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrt.data.arithmetic import answer_of
 from lrt.data.chat import Chat
-from lrt.data.conversations import Example
+from lrt.data.examples import Example
 from lrt.data.tokenizer import Tokenizer
 from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
@@ -101,8 +101,8 @@ def _answers(
     prompts = [chat.prompt(one.messages[:-1]) for one in examples]
     ids, mask = _padded(prompts, device=next(model.parameters()).device)
     done = complete(
-        model, ids, mask, max_new_tokens=max_new_tokens, sampling=Sampling(temperature=0.0), stop_ids=chat.stop_ids, pad_id=chat.stop_ids[0],
-        generator=torch.Generator(),  # a training run's own random numbers stay as they are
+        model, ids, mask, max_new_tokens=max_new_tokens, sampling=Sampling(temperature=0.0), stop_ids=chat.stop_ids,
+        pad_id=chat.stop_ids[0], generator=torch.Generator(),  # a training run's own random numbers stay as they are
     )  # fmt: skip
     return [tokenizer.decode([token for token in new if token not in chat.stop_ids]) for new in done.tokens]
 

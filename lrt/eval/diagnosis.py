@@ -22,6 +22,7 @@ from lrt.eval.parameters import recurrence_statistics
 from lrt.forward import Row, memory_inputs
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import Interleaved, Refine, baseline, sequential, single
+from lrt.tables import Table
 from lrt.types import MemoryInput, at_least_float32
 
 PARTS = ("keys and values", "residual")
@@ -29,7 +30,7 @@ SWEEPS = 8
 BUCKETS = 16
 EXACT = 1e-3  # relative error of the memory up to which a position counts as exact
 UNSETTLED = 0.1  # relative change in a sweep above which the memory has not settled
-Report = dict[str, Any]
+Report = Table
 
 
 @torch.no_grad()
@@ -204,9 +205,8 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
 
     Returns:
         One number a refinement: ``change`` to the pass before and ``change_over_two`` to the one before that (the mean
-        over
-        positions; a memory that jumps between two states changes much in one sweep and little in two),
-        the largest change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
+        over positions; a memory that jumps between two states changes much in one sweep and little in two), the largest
+        change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
     """
     results = model.run(tokens, Refine(count))
     passes = [at_least_float32(result.memory) for result in results]
@@ -253,7 +253,7 @@ def by_position(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, siz
     }
 
 
-def _modes(schedule: Any) -> dict[str, Any]:
+def _modes(schedule: Any) -> Table:
     return {"zero": baseline(), "parallel": schedule, "decode": sequential()}
 
 
@@ -334,8 +334,8 @@ def findings(report: Report) -> list[str]:
     if two_states(report):
         found.append(
             f"the memory jumps between two states: after {len(sweeps['change'])} sweeps it still changes by "
-            f"{change:.2f} in one sweep but by "
-            f"{over_two:.2f} in two; train on settled memory (recipes/settle_memory.toml), or weight the initialization"
+            f"{change:.2f} in one sweep but by {over_two:.2f} in two; train on settled memory "
+            "(recipes/settle_memory.toml), or weight the initialization"
         )
     elif sweeps["largest_change"][-1] > UNSETTLED:
         largest = sweeps["largest_change"][-1]

@@ -16,6 +16,7 @@ from lrt.decoding.step import WithoutMemory
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.folders import row_length_of
 from lrt.eval.processes import own_device
+from lrt.tables import Table
 
 try:
     import lm_eval.models  # noqa: F401 - before our own registration, which would otherwise hide every other model
@@ -53,9 +54,9 @@ class LatentRecurrentLM(TemplateLM):
     backend = "causal"
 
     def __init__(
-        self, pretrained: str, memory: str = "decode", base: str | None = None, tokenizer: str | None = None, dtype: str | None = None,
-        device: str | None = None, batch_size: int | str = 16, max_length: int | None = None, add_bos_token: bool | None = None,
-        max_batch_size: int | None = None,
+        self, pretrained: str, memory: str = "decode", base: str | None = None, tokenizer: str | None = None,
+        dtype: str | None = None, device: str | None = None, batch_size: int | str = 16, max_length: int | None = None,
+        add_bos_token: bool | None = None, max_batch_size: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         place = own_device(None if device in (None, "cuda") else str(device))
@@ -86,7 +87,7 @@ class LatentRecurrentLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._tokenizer.encode(string)
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> Table:
         """What stands in the results file."""
         model = self._opened.model
         return {
@@ -132,7 +133,7 @@ class LatentRecurrentLM(TemplateLM):
         """The context behind the separator, where the model was trained so."""
         return [self._tokenizer.bos_id, *context] if self._bos and context[:1] != [self._tokenizer.bos_id] else context
 
-    def _continued(self, context: str, settings: dict[str, Any]) -> str:
+    def _continued(self, context: str, settings: Table) -> str:
         wanted = settings.get("until") or []
         stops = [stop for stop in ([wanted] if isinstance(wanted, str) else wanted) if stop]
         count = int(settings.get("max_gen_toks", NEW_TOKENS))
@@ -140,8 +141,9 @@ class LatentRecurrentLM(TemplateLM):
         prompt = self._begun(self.tok_encode(context) or [self.prefix_token_id])[-max(1, self._max_length - count) :]
         model = self._opened.model
         found = complete(
-            WithoutMemory(model) if self._memory == "zero" else model, torch.tensor([prompt], device=next(model.parameters()).device),
-            max_new_tokens=count, sampling=Sampling(temperature=temperature), stop_ids=(self.eot_token_id,),
+            WithoutMemory(model) if self._memory == "zero" else model,
+            torch.tensor([prompt], device=next(model.parameters()).device), max_new_tokens=count,
+            sampling=Sampling(temperature=temperature), stop_ids=(self.eot_token_id,),
             stop_when=stop_at(self._tokenizer.decode, stops) if stops else None,
         )  # fmt: skip
         text = self._tokenizer.decode(found.tokens[0])

@@ -23,9 +23,10 @@ from lrt.families.qwen3 import NANOCHAT, OLMOE, QWEN3
 
 # Of one structure the most common comes first; those with more parts before those with fewer.
 FAMILIES = (
-    LLAMA, GEMMA, GRANITE, SMOLLM3, SEED_OSS, STARCODER2, OLMO, GPT_OSS, QWEN3, EXAONE_MOE, OLMOE, NANOCHAT, GEMMA2, GEMMA3_TWO_TABLES, GEMMA3,
-    GEMMA3_VISION_TWO_TABLES, GEMMA3_VISION, GLM4, OLMO2, EXAONE4, PHI3, GPT2, GPT_BIGCODE, GPT_BIGCODE_BY_HEAD, GPT_NEOX, GPT_NEOX_4,
-    COHERE, COHERE_NORMED, COHERE2, OPT, PHI, PHI_NORMED, STABLELM, STABLELM_PARALLEL, STABLELM_NORMED, STABLELM_PARALLEL_NORMED,
+    LLAMA, GEMMA, GRANITE, SMOLLM3, SEED_OSS, STARCODER2, OLMO, GPT_OSS, QWEN3, EXAONE_MOE, OLMOE, NANOCHAT, GEMMA2,
+    GEMMA3_TWO_TABLES, GEMMA3, GEMMA3_VISION_TWO_TABLES, GEMMA3_VISION, GLM4, OLMO2, EXAONE4, PHI3, GPT2, GPT_BIGCODE,
+    GPT_BIGCODE_BY_HEAD, GPT_NEOX, GPT_NEOX_4, COHERE, COHERE_NORMED, COHERE2, OPT, PHI, PHI_NORMED, STABLELM,
+    STABLELM_PARALLEL, STABLELM_NORMED, STABLELM_PARALLEL_NORMED,
 )  # fmt: skip
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
@@ -85,9 +86,8 @@ def fitting(decoder: nn.Module) -> list[Family]:
         else " No known family keeps its blocks there."
     )
     raise ValueError(
-        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}).{near} "
-        "Describe it: "
-        f"lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
+        f"no family of lrt has the structure of this {type(decoder).__name__} ({_structure(decoder)}).{near} Describe "
+        f"it: lrt.adapt(model, family=lrt.Family(name=..., layers=..., ...)), with {describe_fields()}; "
         "docs/adapt.md shows one"
     )
 
@@ -139,8 +139,7 @@ def _refuse_other_kinds(decoder: nn.Module) -> None:
     if state_space:
         raise ValueError(
             f"{kind} is a state-space or hybrid model ({state_space[0]}): "
-            "it has a recurrence of its own and no keys and values in those "
-            "blocks; lrt.adapt takes attention decoders"
+            "it has a recurrence of its own and no keys and values in those blocks; lrt.adapt takes attention decoders"
         )
     other = set(getattr(text_config(decoder), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:

@@ -125,8 +125,9 @@ class FamilyBlock(nn.Module):
         self.weight_offset = None if self.norm is None else weight_offset(self.norm)
         if self.norm is not None and self.weight_offset is None:
             raise ValueError(
-                f'recurrence.projection = "aligned" does not fit this block: the norm before the attention, {type(self.norm).__name__}, '
-                'multiplies by neither its weight nor 1 + its weight; use projection = "separate"'
+                'recurrence.projection = "aligned" does not fit this block: the norm before the attention, '
+                f"{type(self.norm).__name__}, multiplies by neither its weight nor 1 + its weight; "
+                'use projection = "separate"'
             )
 
     def _weighted(self, aligned: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lrt.attention import Buffer, causal_mask
 from lrt.families.blocks import FamilyBlock, on_device
 from lrt.families.decoder import FamilyDecoder
 from lrt.families.description import Family, part, text_config
+from lrt.tables import Table
 
 LENGTH = 8  # tokens
 WINDOW = 3  # keys that a sliding window sees meanwhile
@@ -28,7 +29,10 @@ WINDOW = 3  # keys that a sliding window sees meanwhile
 ROUNDINGS = {torch.bfloat16: 4, torch.float16: 4}
 ROUGH = {torch.bfloat16: 0.2, torch.float16: 0.05}  # of attention by another kernel
 
-ATTENTION = "query_norm, key_norm, norm_after_rotation, rotates, rotated, rotate, scale, scaled_query, softcap, sinks, window, clip, fused and split"
+ATTENTION = (
+    "query_norm, key_norm, norm_after_rotation, rotates, rotated, rotate, scale, scaled_query, softcap, sinks, window, "
+    "clip, fused and split"
+)
 BEFORE = {  # what lies between a module and the one before it
     "block": "embedding_scale, embedding_factor, embedding_out, embedding_dropout, position_embedding, "
     "position_offset, attention_in",
@@ -154,7 +158,10 @@ def _partial_passes(
         error = _error(states[index + 1].to(hidden.device) - hidden, ours)
         worst = max(worst, error)
         if not error <= ROUGH.get(hidden.dtype, 1e-3):
-            words = f"its attention in block {index + 1} is not the softmax that passes over some positions compute (they differ by {error:.1e})"
+            words = (
+                f"its attention in block {index + 1} is not the softmax that passes over some positions compute (they "
+                f"differ by {error:.1e})"
+            )
             return Departure(error, f"{words}: scale, softcap, sinks, window")
     return Departure(0.0, None)
 
@@ -172,9 +179,8 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             error,
             f"in training mode it computes something else (logits differ by {error:.1e} of their size), "
-            "so it has a dropout or another noise that "
-            "no module shows: output_dropout, embedding_dropout, dropout, mlp_dropout; "
-            "or set its rate to 0 in the config",
+            "so it has a dropout or another noise that no module shows: output_dropout, embedding_dropout, dropout, "
+            "mlp_dropout; or set its rate to 0 in the config",
         )
     loss = getattr(output, "loss", None)
     if loss is None:
@@ -185,9 +191,8 @@ def _training(backbone: FamilyDecoder, blocks: list[FamilyBlock], decoder: nn.Mo
         return Departure(
             float("inf"),
             f"its training loss is {float(loss):.4f}, the cross-entropy of its logits {float(mine):.4f}: "
-            "it adds a loss of its own, which would "
-            "be left out here. A mixture of experts adds its router's balance loss: "
-            "set config.output_router_logits = False",
+            "it adds a loss of its own, which would be left out here. A mixture of experts adds its router's balance "
+            "loss: set config.output_router_logits = False",
         )
     return Departure(error, None)
 
@@ -273,7 +278,7 @@ def _watched(
         for kind, name, module in _stations(backbone, blocks):
 
             def note(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str = kind, name: str = name
+                module: nn.Module, args: tuple[Any, ...], kwargs: Table, kind: str = kind, name: str = name
             ) -> None:
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
                 if given is not None:

@@ -55,9 +55,9 @@ class LengthRotary:
         """Raises ValueError when rows of ``length`` tokens are longer than the rotation can be exact for."""
         if length > self.border and not self.beyond:
             raise ValueError(
-                f"rows of {length} tokens, but past {self.border} this decoder's RoPE (rope_type 'dynamic') "
-                "rotates every earlier key anew with "
-                "every token: use shorter rows, or a decoder whose config has rope_type 'yarn', 'linear' or 'llama3'"
+                f"rows of {length} tokens, but past {self.border} this decoder's RoPE (rope_type 'dynamic') rotates "
+                "every earlier key anew with every token: use shorter rows, "
+                "or a decoder whose config has rope_type 'yarn', 'linear' or 'llama3'"
             )
 
     def crosses(self, before: Tensor, after: Tensor) -> bool:

@@ -60,9 +60,9 @@ class RecurrentCache(Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "this cache cannot be cut back: the memory of an earlier token is gone once a later one is "
-            "decoded, so assisted and "
-            "prompt-lookup decoding are not possible; use greedy, sampling or beams, or lrt.DecodeState with keep_at"
+            "this cache cannot be cut back: the memory of an earlier token is gone once a later one is decoded, "
+            "so assisted and prompt-lookup decoding are not possible; use greedy, sampling or beams, "
+            "or lrt.DecodeState with keep_at"
         )
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -19,41 +19,28 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )  # fmt: skip
 from transformers.cache_utils import Cache
 
 from lrt import serialization
-from lrt.arguments import alignment, as_ids
+from lrt.arguments import as_ids
 from lrt.config import RecurrenceConfig
-from lrt.decoding.lengths import lengthen
-from lrt.decoding.step import absorb, consume
-from lrt.huggingface.attentions import watched
-from lrt.huggingface.cache import RecurrentCache, check_positions
-from lrt.huggingface.config import LRTConfig, attributes, dtype_of, refuse_changed
+from lrt.huggingface.cache import RecurrentCache
+from lrt.huggingface.cached_call import decode_columns
+from lrt.huggingface.config import LRTConfig, attributes, refuse_changed
 from lrt.huggingface.generation import Generation
-from lrt.huggingface.loading import (
-    HUB,
-    UPLOAD,
-    carry_over,
-    check_config,
-    device_of,
-    local_folder,
-    of_tensors,
-    refuse_unknown,
-    refuse_unsaved,
-)
+from lrt.huggingface.loading import UPLOAD, open_pretrained, refuse_unsaved
 from lrt.huggingface.output import LRTModelOutput, LRTOutput, face_of, one_cache
 from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
-from lrt.outcome import columns
 from lrt.padding import packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
+from lrt.tables import Table
 from lrt.types import Schedule
 
 
@@ -206,7 +193,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        asked: dict[str, Any] = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
+        asked: Table = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         document_ids = packed_documents(input_ids, document_ids=document_ids, **lengths)
         held = one_cache(cache, past_key_values)
@@ -219,7 +206,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
                 return_logits = True if return_logits is None and not self.training else return_logits
-            more: dict[str, Any] = {"valid_targets": valid_targets, "generator": generator, **asked}
+            more: Table = {"valid_targets": valid_targets, "generator": generator, **asked}
             out = LatentRecurrentModel.forward(
                 self,
                 input_ids,
@@ -235,60 +222,15 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             result = face_of(out)
         elif scored or schedule is not None or document_ids is not None or output_attentions and self.training:
             raise ValueError(
-                "with a cache, and where attention weights are asked for, tokens are decoded one after the "
-                "other: evaluation mode only, and "
-                "labels, targets, schedule and document_ids do not apply, nor do seq_idx and cu_seq_lens_q; "
-                "pass use_cache=False"
+                "with a cache, and where attention weights are asked for, tokens are decoded one after the other: "
+                "evaluation mode only, and labels, targets, schedule and document_ids do not apply, "
+                "nor do seq_idx and cu_seq_lens_q; pass use_cache=False"
             )
         else:
             held = RecurrentCache() if held is None else held
-            result = self._decode(
-                as_ids(input_ids), attention_mask, position_ids, held, attentions=bool(output_attentions), **asked
-            )
+            rows = (as_ids(input_ids), attention_mask, position_ids)
+            result = decode_columns(self, *rows, held, attentions=bool(output_attentions), **asked)
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
-
-    @torch.no_grad()
-    def _decode(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: RecurrentCache, *,
-        logits_to_keep: int | Tensor, output_hidden_states: bool, attentions: bool,
-    ) -> LRTOutput:  # fmt: skip
-        """Consume tokens one after the other; padding on either side is skipped row by row."""
-        batch, new = input_ids.shape
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
-        if real.ndim != 2:
-            raise ValueError(
-                f"attention_mask has {real.ndim} dimensions: with a cache pass the (batch, tokens) mask of padding"
-            )
-        forth, inside, back = alignment(real)
-        state = cache.room(self, batch, new)
-        lengthen(self, state, state.lengths + real.sum(1))
-        check_positions(position_ids, state.lengths, real.bool())
-        tokens, steps = input_ids.gather(1, forth), []
-        weights: list[Tensor] = []
-        for t in range(new):
-            stores = watched(state, weights, columns=cache.columns) if attentions else None
-            if output_hidden_states or attentions:
-                out = consume(self, state, tokens[:, t], inside[:, t], stores=stores, keep_inputs=output_hidden_states)
-                steps.append((*out.inputs, out.hidden))
-            else:
-                steps.append((absorb(self, state, tokens[:, t], inside[:, t])[:, None],))
-        # Columns of padding repeat the row's last token, so that logits[:, -1] are the next token's on either side.
-        places = torch.minimum(back.expand(batch, -1), inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True))
-        *inputs, hidden = (
-            x.gather(1, places[..., None].expand_as(x)) for x in (torch.cat(parts, dim=1) for parts in zip(*steps))
-        )
-        layers = (
-            [torch.cat(weights[index :: len(self.blocks)], dim=2) for index in range(len(self.blocks))]
-            if attentions
-            else []
-        )
-        return LRTOutput(
-            logits=self.backbone.logits(columns(hidden, logits_to_keep)),
-            memory=None if state.memory is None else state.memory[:, None].clone(),
-            cache=cache,
-            hidden_states=(*inputs, self.backbone.final_norm(hidden)) if output_hidden_states else None,
-            attentions=tuple(x.gather(2, places.to(x.device)[:, None, :, None].expand_as(x)) for x in layers) or None,
-        )
 
     # -------------------------------------------------------------- folders
 
@@ -302,9 +244,8 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             config: as ``AutoConfig`` read it; its settings of calls (``use_cache``, ``output_hidden_states``, ...)
                 are kept.
             kwargs: dtype (or torch_dtype), device_map with one device or "auto", max_memory, attn_implementation,
-                subfolder,
-                generation_config, output_loading_info, and of the hub revision, token, cache_dir, local_files_only,
-                force_download.
+                subfolder, generation_config, output_loading_info, and of the hub revision, token, cache_dir,
+                local_files_only, force_download.
 
         Returns:
             The model; with ``output_loading_info`` also what was missing and unexpected, which is nothing:
@@ -313,43 +254,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         Raises:
             ValueError: another argument, several devices, no such dtype, or a folder that is not whole.
         """
-        dtype = dtype_of(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)))
-        device_map, max_memory, backend, settings = (
-            kwargs.pop(name, None) for name in ("device_map", "max_memory", "attn_implementation", "generation_config")
-        )
-        informed, subfolder = kwargs.pop("output_loading_info", False), kwargs.pop("subfolder", None)
-        state = kwargs.pop("state_dict", None) if pretrained_model_name_or_path is None else None
-        hub = {name: kwargs.pop(name, None) for name in HUB}
-        refuse_unknown(kwargs, args)
-        if state is not None and config is not None:
-            folder, about = None, of_tensors(config, state)
-            loaded = serialization.filled(
-                about, serialization.in_memory(state), where="state_dict", dtype=dtype, device=device_of(device_map)
-            )
-        else:
-            folder = local_folder(pretrained_model_name_or_path, subfolder=subfolder or "", hub=hub)
-            if config is not None:
-                check_config(config, folder)
-            loaded = serialization.load(
-                folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory)
-            )
-        model = cls.of(loaded)
-        if config is not None:
-            carry_over(config, model.config)
-            backend = config._attn_implementation if backend is None else backend  # where the Auto classes put it
-        if backend is not None:
-            model.set_attn_implementation(backend)
-        if settings is not None:
-            model.generation_config = settings
-        elif folder is not None and (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        fits: dict[str, Any] = {
-            "missing_keys": set(),
-            "unexpected_keys": set(),
-            "mismatched_keys": set(),
-            "error_msgs": [],
-        }
-        return (model, fits) if informed else model
+        return open_pretrained(cls.of, pretrained_model_name_or_path, args, config=config, more=kwargs)
 
     def save_pretrained(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrt.config import ModelConfig
 from lrt.serialization.decoders import check_attention
+from lrt.tables import ReadTable, Table
 
 SHARED = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings",
-    "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "tie_word_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 # of every block: an engine that builds a cache by types of its own stops here, where it would drop the memory
@@ -35,7 +35,7 @@ class LRTConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
     def __init__(self, **table: Any) -> None:
-        known: dict[str, Any] = NO_IDS | {"use_cache": True} | attributes(table) | table
+        known: Table = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
         for name in {"dtype", "torch_dtype"} & known.keys():
@@ -46,7 +46,7 @@ class LRTConfig(PretrainedConfig):
             setattr(self, name, value)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Table, **kwargs: Any) -> Any:
         """A config from the table of a folder; the attention that a caller asks for comes in ``kwargs``."""
         check_attention(config_dict, where="an lrt model")
         return super().from_dict(config_dict, **kwargs)
@@ -69,12 +69,13 @@ def dtype_of(given: Any) -> torch.dtype | None:
     found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", or "auto" for the dtype as saved'
+            f'dtype = {given!r}: give a floating-point torch.dtype, its name such as "bfloat16", '
+            'or "auto" for the dtype as saved'
         )
     return found
 
 
-def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
+def refuse_changed(config: LRTConfig, stored: ReadTable) -> None:
     """Raises ValueError where one of ``SHARED`` is not what a config.json says of the decoder.
 
     Token ids may be changed, and so may ``max_position_embeddings``, which tells tools how long rows may be.
@@ -87,17 +88,16 @@ def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
         value = getattr(config, name, None)
         if name in stored and value != stored[name]:
             raise ValueError(
-                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or "
-                f"config.adapted says ({stored[name]!r}): "
-                "build a model of another ModelConfig, or change the decoder and lrt.adapt it"
+                f"config.{name} = {value!r} would have no effect, it only repeats what config.model or config.adapted "
+                f"says ({stored[name]!r}): build a model of another ModelConfig, or change the decoder and lrt.adapt it"
             )
 
 
-def attributes(table: Mapping[str, Any]) -> dict[str, Any]:
+def attributes(table: ReadTable) -> Table:
     """What ``SHARED`` names, of the decoder that a config.json describes."""
     if "model" in table:
         native = ModelConfig(**table["model"])
-        values: dict[str, Any] = {
+        values: Table = {
             "hidden_size": native.d_model,
             "num_hidden_layers": native.n_layers,
             "num_attention_heads": native.heads,

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from lrt.huggingface.config import refuse_changed
+from lrt import serialization
+from lrt.huggingface.config import dtype_of, refuse_changed
+from lrt.model import LatentRecurrentModel
 from lrt.serialization.description import read_config
+from lrt.tables import ReadTable, Table
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Nothing is ever unpickled, no code of the folder is run, and its tensors must fit: whatever these say, it is so.
 WITHOUT_MEANING = frozenset(
-    {"trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "weights_only", "strict",
-     "ignore_mismatched_sizes", "use_safetensors"}
+    {"trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "code_revision", "low_cpu_mem_usage",
+     "weights_only", "strict", "ignore_mismatched_sizes", "use_safetensors"}
 )  # fmt: skip
 # Of save_pretrained: whoever saves writes whole safetensors alone, and what push_to_hub takes goes there.
 UPLOAD = ("repo_id", "private", "token", "commit_message", "revision", "create_pr")
 SAVING = frozenset(
     {"is_main_process", "max_shard_size", "safe_serialization", "save_function", "save_peft_format", *UPLOAD}
 )
-ONE_MODEL = 'a folder holds one model with one config.json, so another dtype goes into a folder of its own, read with subfolder="..."'
+ONE_MODEL = (
+    "a folder holds one model with one config.json, so another dtype goes into a folder of its own, "
+    'read with subfolder="..."'
+)
 # settings of calls, which a config may change
 CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 STRUCTURE = ("model", "adapted", "recurrence", "schedule")
 SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+def refuse_unknown(more: ReadTable, positional: tuple[Any, ...]) -> None:
     """Raises ValueError for an argument that would have no effect; None and False ask for nothing."""
     unknown = [
         name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False
@@ -43,7 +50,7 @@ def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None
         )
 
 
-def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+def refuse_unsaved(more: ReadTable, positional: tuple[Any, ...]) -> None:
     """Raises ValueError for an argument of ``save_pretrained`` that would have no effect;
     None and False ask for nothing."""
     unknown = [name for name, value in more.items() if name not in SAVING and value is not None and value is not False]
@@ -56,14 +63,14 @@ def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None
         )
 
 
-def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> Table:
     """The config.json of a model whose tensors are given."""
     return config.to_dict() | {
         "torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")
     }
 
 
-def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
+def local_folder(name: Any, *, subfolder: str, hub: ReadTable) -> Path:
     """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty.
 
     Raises:
@@ -119,7 +126,8 @@ def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mappin
     limit = (max_memory or {}).get(0, free)
     if isinstance(limit, int) and needed > limit:
         raise ValueError(
-            f'device_map = "{device_map}": {needed / 1e9:.1f} GB of weights do not fit the {limit / 1e9:.1f} GB of one device; {advice}'
+            f'device_map = "{device_map}": {needed / 1e9:.1f} GB of weights do not fit the {limit / 1e9:.1f} GB of one '
+            f"device; {advice}"
         )
     return torch.device(accelerator.type, 0)
 
@@ -141,3 +149,47 @@ def carry_over(config: Any, onto: Any) -> None:
     for name in CALLS:
         if getattr(config, name, None) != getattr(onto, name, None):
             setattr(onto, name, getattr(config, name))
+
+
+def open_pretrained(
+    face: Callable[[LatentRecurrentModel], Any], name: Any, positional: tuple[Any, ...], *, config: Any, more: Table
+) -> Any:
+    """What ``LRTForCausalLM.from_pretrained`` returns.
+
+    Args:
+        face: gives a model the Hugging Face face.
+        name, positional, config, more: the arguments of ``from_pretrained``; what is used leaves ``more``.
+
+    Raises:
+        ValueError: as ``from_pretrained``.
+    """
+    dtype = dtype_of(more.pop("dtype", more.pop("torch_dtype", None)))
+    device_map, max_memory, backend, settings = (
+        more.pop(key, None) for key in ("device_map", "max_memory", "attn_implementation", "generation_config")
+    )
+    informed, subfolder = more.pop("output_loading_info", False), more.pop("subfolder", None)
+    state = more.pop("state_dict", None) if name is None else None
+    hub = {key: more.pop(key, None) for key in HUB}
+    refuse_unknown(more, positional)
+    if state is not None and config is not None:
+        folder, about = None, of_tensors(config, state)
+        loaded = serialization.filled(
+            about, serialization.in_memory(state), where="state_dict", dtype=dtype, device=device_of(device_map)
+        )
+    else:
+        folder = local_folder(name, subfolder=subfolder or "", hub=hub)
+        if config is not None:
+            check_config(config, folder)
+        loaded = serialization.load(folder, dtype=dtype, device=device_of(device_map, folder, max_memory=max_memory))
+    model = face(loaded)
+    if config is not None:
+        carry_over(config, model.config)
+        backend = config._attn_implementation if backend is None else backend  # where the Auto classes put it
+    if backend is not None:
+        model.set_attn_implementation(backend)
+    if settings is not None:
+        model.generation_config = settings
+    elif folder is not None and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    fits: Table = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, fits) if informed else model

@@ -9,8 +9,8 @@ try:
 except ImportError as error:
     raise ImportError(
         "this model is a Latent Recurrent Transformer and needs the library lrt, which is not installed here; "
-        "the package index "
-        'does not have it: get a checkout of its git repository and run  pip install -e ".[hf]"  inside'
+        'the package index does not have it: get a checkout of its git repository and run  pip install -e ".[hf]"  '
+        "inside"
     ) from error
 
 __all__ = ["LRTConfig", "LRTForCausalLM"]

@@ -268,8 +268,8 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def flex_groups(
-    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float, softcap: float | None,
-    sinks: Tensor | None = None,
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: BlockMask, *, scale: float,
+    softcap: float | None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """FlexAttention of ``query`` (B, P, H, K) over groups as in ``merged_attention``;
     fast only where it is compiled."""
@@ -284,8 +284,9 @@ def flex_groups(
     )
     out: Any = flex_attention(  # type: ignore[call-overload]
         query.transpose(1, 2), natural_order(keys).transpose(1, 2), natural_order(values).transpose(1, 2),
-        score_mod=None if softcap is None else capped, block_mask=mask, scale=scale, enable_gqa=query.shape[2] != keys[0].shape[2],
-        kernel_options=TILES if tiled else None, return_aux=None if sinks is None else AuxRequest(lse=True),
+        score_mod=None if softcap is None else capped, block_mask=mask, scale=scale,
+        enable_gqa=query.shape[2] != keys[0].shape[2], kernel_options=TILES if tiled else None,
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )  # fmt: skip
     if sinks is not None:  # one more score in the denominator
         out, more = out

@@ -58,7 +58,8 @@ def columns(heads: int, groups: int, width: int, *, local: bool, token: bool) ->
 
 def mix(
     joint: Tensor, *, cos: Tensor, sin: Tensor, heads: int, groups: int, local: bool, norm: bool,
-    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None, hand_on: int = 0,
+    memory_key: Tensor | None = None, memory_value: Tensor | None = None, token_value: Tensor | None = None,
+    hand_on: int = 0,
 ) -> Mixed:  # fmt: skip
     """Finish queries, keys and values.
 
@@ -82,8 +83,8 @@ def mix(
 
 
 def reference(
-    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int = 0,
+    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor,
+    sin: Tensor, heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What the kernels compute, in plain torch."""
     token = token_value is not None
@@ -118,8 +119,8 @@ def reference(
 
 @torch.library.custom_op("lrt::mix", mutates_args=())
 def _forward(
-    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int,
+    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor,
+    sin: Tensor, heads: int, groups: int, width: int, local: bool, norm: bool, hand_on: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from lrt.kernels import mixing_triton
 
@@ -138,8 +139,8 @@ def _forward(
 @torch.library.custom_op("lrt::mix_backward", mutates_args=())
 def _backward(
     d_query: Tensor, d_key: Tensor, d_value: Tensor, d_key_path: Tensor | None, d_value_path: Tensor | None,
-    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor, sin: Tensor,
-    heads: int, groups: int, width: int, local: bool, norm: bool,
+    joint: Tensor, memory_key: Tensor | None, memory_value: Tensor | None, token_value: Tensor | None, cos: Tensor,
+    sin: Tensor, heads: int, groups: int, width: int, local: bool, norm: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of the joint projection, then of memory key, memory value and token value as far as they are there."""
     from lrt.kernels import mixing_triton

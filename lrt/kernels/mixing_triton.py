@@ -64,10 +64,8 @@ def _finish_backward(d_left, d_right, left, right, c, s, eps, W: tl.constexpr, N
         left, right = _rotate(left, right, c, s)
         scale = _inverse_norm(left, right, eps, W)
         along = (tl.sum(d_left * left, axis=1) + tl.sum(d_right * right, axis=1)) * scale * scale / W
-        d_left, d_right = (
-            (d_left - left * along[:, None]) * scale[:, None],
-            (d_right - right * along[:, None]) * scale[:, None],
-        )
+        d_left = (d_left - left * along[:, None]) * scale[:, None]
+        d_right = (d_right - right * along[:, None]) * scale[:, None]
     return _rotate(d_left, d_right, c, -s)
 
 

@@ -6,6 +6,6 @@ from lrt.serialization.tensors import in_memory
 from lrt.serialization.writing import new_folder, save, write_model
 
 __all__ = [
-    "config_of", "filled", "in_memory", "load", "model_from_config", "native_config", "new_folder", "read_config", "save", "schedule_to_table",
-    "write_model",
+    "config_of", "filled", "in_memory", "load", "model_from_config", "native_config", "new_folder", "read_config",
+    "save", "schedule_to_table", "write_model",
 ]  # fmt: skip

@@ -16,8 +16,9 @@ from lrt.config.files import read_text
 from lrt.config.ranges import MOST_LAYERS
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
+from lrt.tables import ReadTable, Table
 
-SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+SAFE: Table = {"trust_remote_code": False, "local_files_only": True}
 LONGEST_REASON = 1000  # characters of what transformers says
 ATTENTIONS = ("eager", "sdpa", "flex_attention")  # part of torch; a config may name no other
 INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
@@ -130,7 +131,7 @@ def causal_class(name: object) -> Any:
     return getattr(transformers(), name, None) if name in known else None
 
 
-def config_from_table(table: dict[str, Any]) -> Any:
+def config_from_table(table: Table) -> Any:
     """The config that a config.json describes, of a type that transformers knows.
 
     Raises:
@@ -142,12 +143,13 @@ def config_from_table(table: dict[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         version = transformers().__version__
         raise ValueError(
-            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved with'
+            f'transformers {version} knows no model_type "{kind[:100]}": install the version that the model was saved '
+            "with"
         )
     return CONFIG_MAPPING[kind].from_dict(table)
 
 
-def check_table(table: Mapping[str, Any], *, where: str) -> None:
+def check_table(table: ReadTable, *, where: str) -> None:
     """Refuse the entries of a config.json with which transformers would fetch or run something.
 
     Raises:
@@ -179,7 +181,7 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def check_attention(table: Mapping[str, Any], *, where: str) -> None:
+def check_attention(table: ReadTable, *, where: str) -> None:
     """Refuse a config.json that chooses an attention which transformers would fetch from the hub where it is not
     installed.
 
@@ -189,14 +191,14 @@ def check_attention(table: Mapping[str, Any], *, where: str) -> None:
     for path, value in _leaves(table):
         if value is not None and value not in ATTENTIONS and any(part.endswith("attn_implementation") for part in path):
             raise ValueError(
-                f"{where}: config.json names {value!r} in {'.'.join(path)}, a kernel to be fetched from the "
-                "hub where it is not installed: leave it "
-                f"out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
+                f"{where}: config.json names {value!r} in {'.'.join(path)}, "
+                "a kernel to be fetched from the hub where it is not installed: "
+                f"leave it out ({', '.join(ATTENTIONS)} may stay), and give attn_implementation where you load or call "
                 "set_attn_implementation"
             )
 
 
-def read_json(path: Path, *, where: str) -> dict[str, Any]:
+def read_json(path: Path, *, where: str) -> Table:
     """A JSON object from a file.
 
     Raises:
@@ -226,7 +228,7 @@ def transformers() -> Any:
     return library
 
 
-def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(table: ReadTable) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it
     likes."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), table)]
@@ -239,9 +241,7 @@ def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield path, value
 
 
-def in_one_line(
-    where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model"
-) -> Any:
+def in_one_line(where: str, table: ReadTable, make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
     """What ``make`` returns; whatever transformers raises becomes one line."""
     try:
         return make()

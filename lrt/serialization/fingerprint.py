@@ -1,9 +1,8 @@
 """A fingerprint of a decoder's weights: a memory is not put on another decoder than the one it was trained on.
 
 It reads at most 256 evenly spaced numbers of every tensor, whatever the tensor's size, so it costs milliseconds for a
-model of any
-size and needs no copy. Every tensor is looked at, so training, merging and pruning show;
-a change of a few single numbers may not.
+model of any size and needs no copy. Every tensor is looked at, so training, merging and pruning show; a change of a few
+single numbers may not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Folders of models that are written over: the old model or the new one is there at every instant, never parts of both.
 
-The new files are written into a folder inside, which one rename declares written;
-only then do they take the places of the old ones.
-A process that is killed before the rename leaves the old model; after it, whoever opens the folder next finishes the
-moves.
+The new files are written into a folder inside, which one rename declares written; only then do they take the places of
+the old ones. A process that is killed before the rename leaves the old model; after it, whoever opens the folder next
+finishes the moves.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from lrt.serialization.description import config_of
 from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.permissions import usual_permissions
 from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
+from lrt.tables import ReadTable
 
 
 def save(
@@ -34,9 +35,8 @@ def save(
         model: the model, on any device.
         folder: must not exist yet, or be empty.
         adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB;
-            ``load`` then needs the decoder with
-            the weights that it has now, of which a fingerprint is kept. Where the decoder was trained too,
-            save the whole model.
+            ``load`` then needs the decoder with the weights that it has now, of which a fingerprint is kept. Where the
+            decoder was trained too, save the whole model.
         shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:
@@ -81,7 +81,7 @@ def write_model(
         settings.save_pretrained(place)
 
 
-def write_description(place: Path, config: Mapping[str, Any]) -> None:
+def write_description(place: Path, config: ReadTable) -> None:
     """config.json and the model card; beside a whole model the file that opens it where lrt was not imported."""
     table = {key: value for key, value in config.items() if key != "auto_map"}
     if not config.get("adapter_only"):

@@ -21,6 +21,7 @@ from lrt.config import ModelConfig, Recipe
 from lrt.families.description import Geometry
 from lrt.families.norm_weight import multiplied
 from lrt.model import LatentRecurrentModel
+from lrt.tables import Table
 from lrt.titan.model import Trainee
 from lrt.types import KV, KVStore, Projection
 
@@ -109,12 +110,8 @@ class LlamaBackbone(nn.Module):
         args = transformer.model_args
         self._args = args
         self.config = config
-        self.width, self.vocab_size, self.kv_heads, self.head_dim = (
-            config.d_model,
-            config.vocab_size,
-            config.kv_heads,
-            config.head_dim,
-        )
+        self.width, self.vocab_size = config.d_model, config.vocab_size
+        self.kv_heads, self.head_dim = config.kv_heads, config.head_dim
         self.embedding = TokenTable(args.vocab_size, args.dim, device="meta")
         self.norm = transformer.norm
         self.head = Head(config, loss_chunk=loss_chunk, device="meta")
@@ -142,7 +139,7 @@ class LlamaBackbone(nn.Module):
         """Sum of nats, and the nats of every position (B, P), of the last block's output."""
         return self.head.loss(self.norm(hidden), targets)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Table:
         """Its sizes under torchtitan's names."""
         return dataclasses.asdict(self._args)
 

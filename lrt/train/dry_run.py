@@ -71,9 +71,8 @@ def graded_work(model: LatentRecurrentModel, schedule: Schedule, length: int) ->
 def recurrent_numbers(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Numbers a token that all blocks together keep of the passes with memory, beside what any pass keeps.
 
-    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to,
-    and projected residuals what
-    they add (by count, not by measurement). FlexAttention reads keys and values of all S groups in natural order,
+    Layerwise projections keep theirs of the memory, aligned ones the input that it is added to, and projected residuals
+    what they add (by count, not by measurement). FlexAttention reads keys and values of all S groups in natural order,
     and keeps that copy for each subset (``lrt.kernels.attention.takes_mask`` says where it is used).
     """
     subsets, work = min(getattr(schedule, "subsets", 1), length), graded_work(model, schedule, length)

@@ -124,7 +124,6 @@ def check_borders(timetable: Timetable, *, before: Timetable, step: int) -> None
     ends = [[stretch.stop for stretch in table.stretches[:-1]] for table in (before, timetable)]
     raise ValueError(
         f"the new horizon moves the borders of schedule.phases from steps {ends[0]} to {ends[1]}, "
-        f"but step {step} is reached: keep the horizon, "
-        f"give values of until that leave the borders behind step {step} where they are, "
-        "or go on under a new run.name with training.branch_from"
+        f"but step {step} is reached: keep the horizon, give values of until that leave the borders behind step {step} "
+        "where they are, or go on under a new run.name with training.branch_from"
     )

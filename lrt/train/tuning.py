@@ -12,7 +12,7 @@ import torch
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.chat import PlainChat, TemplateChat, open_chat
-from lrt.data.conversations import Example, open_examples
+from lrt.data.examples import Example, open_examples
 from lrt.eval.answers import ExactMatch, exact_match
 from lrt.train.checkpoint.weights import export
 

@@ -97,7 +97,8 @@ def test_twin_without_memory():
 def test_all_errors_at_once_with_suggestions():
     with pytest.raises(ValueError) as caught:
         parse_recipe(
-            '[modle]\nx = 1\n[model]\nn_layer = 3\nsoftcap = "high"\nwidth = 2.5\n[schedule]\nkind = "interlaved"\n[training]\nsteps = true\n'
+            '[modle]\nx = 1\n[model]\nn_layer = 3\nsoftcap = "high"\nwidth = 2.5\n[schedule]\nkind = '
+            '"interlaved"\n[training]\nsteps = true\n'
         )
     text = str(caught.value)
     for part in (
@@ -196,8 +197,9 @@ def test_numbers_out_of_range_are_refused_by_name(section, key, hint, data):
 @pytest.mark.parametrize(
     "setting",
     [
-        "training.steps=0", "optimizer.matrix_lr=0", "optimizer.betas=[0, 0]", "parallel.shard=-1", "parallel.loss_chunk=0", "checkpoint.every=0",
-        "evaluation.every=0", "evaluation.sample_tokens=0", "training.final_lr_fraction=1", "training.clip_norm=none", "optimizer.weight_decay=0",
+        "training.steps=0", "optimizer.matrix_lr=0", "optimizer.betas=[0, 0]", "parallel.shard=-1",
+        "parallel.loss_chunk=0", "checkpoint.every=0", "evaluation.every=0", "evaluation.sample_tokens=0",
+        "training.final_lr_fraction=1", "training.clip_norm=none", "optimizer.weight_decay=0",
     ],
 )  # fmt: skip
 def test_numbers_that_mean_something_are_kept(setting):

@@ -22,7 +22,10 @@ DEEP = 5000
         ("model.n_layers=1000000000", r"model.n_layers = 1000000000: use a whole number of 1 or more, at most 10000"),
         ("a" + "." * 50_000 + "b=1", r"--set 'a\.\.\..*: write section.key=value"),
         ("training.steps=5\nrun.name = 'x'", r"--set .training.steps=5\\nrun.name = 'x'.: holds more than one value"),
-        ("run.name=" + "x" * 300, r"run.name = 'x{100}...' has a part of more than 255 bytes: give the name of a folder"),
+        (
+            "run.name=" + "x" * 300,
+            r"run.name = 'x{100}...' has a part of more than 255 bytes: give the name of a folder",
+        ),
         ('run.name="a\\nb"', r"run.name = 'a\\nb' holds characters that cannot be printed"),
         ("run.name=", r"run.name = '' is empty, perhaps an unset variable: give the name of a folder"),
         ("run.name=../x", r"run.name = '../x' leads out of run.output"),

@@ -27,7 +27,10 @@ until = 1.0
 kind = "mixture"
 mix = [{share = 0.75, kind = "baseline"}, {share = 0.25, kind = "interleaved", subsets = 4}]
 """
-MIXTURE = '[schedule]\nkind = "mixture"\nmix = [{share = 0.75, kind = "baseline"}, {share = 0.25, kind = "refine", passes = 2}]\n'
+MIXTURE = (
+    '[schedule]\nkind = "mixture"\nmix = [{share = 0.75, kind = "baseline"}, {share = 0.25, kind = "refine", '
+    "passes = 2}]\n"
+)
 
 
 def test_phases_are_schedules_with_their_ends():

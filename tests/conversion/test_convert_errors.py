@@ -260,7 +260,10 @@ def test_space_that_runs_out_in_the_middle(place, target):
     """A limit on the size of files stands for a full disk; it comes after the check of free space."""
     shutil.rmtree(place / "ours")
     recurrence = 'sharing = "layerwise"\nsource_layer = 2\n'
-    text = '[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\nrope_dtype = "bfloat16"\n'
+    text = (
+        "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nvocab_size = 300\nsequence_length = 16\n"
+        'rope_dtype = "bfloat16"\n'
+    )
     lrt.save(small_model(f"{text}[recurrence]\n{recurrence}[training]\nbatch_tokens = 64\n"), place / "ours")
     before = fingerprint(place)
     code = FULL.format(root=str(ROOT), source=str(place / "ours"), output=str(place / "out"), target=target)
@@ -347,6 +350,12 @@ def test_without_verification_it_is_said(place, capsys):
         "--no-verify",
     ]
     assert tool.main(arguments) == 0 and "not verified" in capsys.readouterr().out
+
+
+def test_a_step_of_a_folder_that_holds_one_model_is_a_wrong_question_not_a_damaged_model(place, capsys):
+    (place / "ours" / "model.safetensors.index.json").unlink()
+    assert inspect_tool.main([str(place / "ours"), "--step", "1"]) == 2
+    assert "--step 1 chooses among the checkpoints of a run" in capsys.readouterr().err
 
 
 def test_nothing_known_to_inspect(tmp_path, capsys):

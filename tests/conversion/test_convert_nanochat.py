@@ -28,10 +28,8 @@ def test_it_answers_as_before(tmp_path: Path, more: dict[str, Any]) -> None:
     model, lines = leave_nanochat(tmp_path / "theirs", **more), list[str]()
     assert kind_of(tmp_path / "theirs") == "nanochat"
     convert(tmp_path / "theirs", tmp_path / "ours", target="lrt", report=lines.append)
-    ours, tokens = (
-        lrt.load(tmp_path / "ours"),
-        torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1)),
-    )
+    ours = lrt.load(tmp_path / "ours")
+    tokens = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
     for module in model.modules():  # ours adds the smallest step of the dtype, as nanochat itself does
         if hasattr(module, "eps"):
             module.eps = torch.finfo(torch.float32).eps

@@ -214,7 +214,8 @@ def test_the_schedule_of_the_recipes_is_written_as_the_official_code_reads_it():
 
 
 @pytest.mark.parametrize("schedule, written", [
-    (lrt.interleaved(2, sweeps=2), "interleaved(2)"), (lrt.interleaved(2, cut_gradient="initialization"), "interleaved(2)"),
+    (lrt.interleaved(2, sweeps=2), "interleaved(2)"),
+    (lrt.interleaved(2, cut_gradient="initialization"), "interleaved(2)"),
     (lrt.refine(2, cut_gradient="initialization"), "refine(2)"), (lrt.refine(1, settle=2), "refine(1)"),
 ])  # fmt: skip
 def test_a_schedule_without_one_is_said(schedule, written):

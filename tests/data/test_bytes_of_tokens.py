@@ -17,6 +17,7 @@ from lrt.data.prepare import inspect_corpus, tokenize_corpus
 TEXTS = ["naïve CAFÉ cafe\u0301 ½ of  it. ", "Hello World\n\n foo ﬁ", " x", "世界 🙂🙂", "the fox"]
 CORPUS = ["the quick brown fox jumps over the lazy dog naïve café ½ of it hello world"] * 20
 BYTES = pre_tokenizers.ByteLevel.alphabet()
+PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def bpe(pre, *, normalizer=None, decoder=None):
@@ -43,14 +44,14 @@ KINDS = {
     "spaces not marked": unigram(pre_tokenizers.WhitespaceSplit()),
     "a space put in front": unigram(pre_tokenizers.Metaspace(), decoder=decoders.Metaspace()),
     "word pieces": (
-        models.WordPiece(unk_token="?"), pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer(), decoders.WordPiece(),
-        trainers.WordPieceTrainer(vocab_size=99, special_tokens=["?"], show_progress=False),
+        models.WordPiece(unk_token="?"), pre_tokenizers.BertPreTokenizer(), normalizers.BertNormalizer(),
+        decoders.WordPiece(), trainers.WordPieceTrainer(vocab_size=99, special_tokens=["?"], show_progress=False),
     ),
-    "NFC": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.NFC(), decoder=decoders.ByteLevel()),
-    "NFKC": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.NFKC(), decoder=decoders.ByteLevel()),
-    "no decoder": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "NFC": bpe(PLAIN, normalizer=normalizers.NFC(), decoder=decoders.ByteLevel()),
+    "NFKC": bpe(PLAIN, normalizer=normalizers.NFKC(), decoder=decoders.ByteLevel()),
+    "no decoder": bpe(PLAIN),
     "prefix space": bpe(pre_tokenizers.ByteLevel(add_prefix_space=True), decoder=decoders.ByteLevel()),
-    "prepend": bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Prepend("▁"), decoder=decoders.ByteLevel()),
+    "prepend": bpe(PLAIN, normalizer=normalizers.Prepend("▁"), decoder=decoders.ByteLevel()),
 }  # fmt: skip
 TABLE_IS_RIGHT = ("NFC", "no decoder")  # of texts as people write them; the other texts' bytes are counted one by one
 

@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from lrt.config import TuningConfig
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, PlainChat, TemplateChat, open_chat, save_chat
-from lrt.data.conversations import (
-    Example,
-    HeldOutConversations,
-    Packed,
-    TuningLoader,
-    open_examples,
-    pack,
-    read_examples,
-)
+from lrt.data.conversations import HeldOutConversations, Packed, TuningLoader, pack
+from lrt.data.examples import Example, open_examples, read_examples
 from lrt.data.tokenizer import FileTokenizer, tokenizer_json
 
 TALK = (

@@ -69,7 +69,10 @@ def test_what_will_be_fetched_is_said_before_it_begins(hub, shards, monkeypatch,
 
 
 def test_a_place_without_parquet_files_is_refused_before_fetching(hub):
-    message = r"data.train = .*: no parquet files there, they lie in more, shards; name a folder or a glob .* \(a glob of files ends in .parquet\)"
+    message = (
+        "data.train = .*: no parquet files there, they lie in more, shards; "
+        r"name a folder or a glob .* \(a glob of files ends in .parquet\)"
+    )
     for inside in ("Shards", "shards/part_*", "README.md"):
         with pytest.raises(ValueError, match=message):
             download(f"hf://datasets/owner/name/{inside}", key="data.train")

@@ -289,7 +289,10 @@ def test_the_demo_trains_and_holds_out_different_text():
 
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("only a few words\n\nand a few more")
-    message = r"length = 64, but data.train has only 32 tokens: sequence longer than the corpus; use model.sequence_length = 31 or less"
+    message = (
+        "length = 64, but data.train has only 32 tokens: sequence longer than the corpus; "
+        "use model.sequence_length = 31 or less"
+    )
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "short.txt", length=64)
     assert next(train(tmp_path / "short.txt", length=31, rows=1)).input_ids.shape == (1, 31)

@@ -122,7 +122,10 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
     tokenized(shards, out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0123456789abcdef"}))
-    message = r"data.train = .* was tokenized with another tokenizer \(hash 0123456789ab, data.tokenizer has [0-9a-f]{12}\): set data.tokenizer"
+    message = (
+        r"data.train = .* was tokenized with another tokenizer \(hash 0123456789ab, data.tokenizer has [0-9a-f]{12}\): "
+        "set data.tokenizer"
+    )
     with pytest.raises(ValueError, match=message):
         first_batch(DataConfig(train=str(out)))
     (out / "manifest.json").write_text("{}")
@@ -133,10 +136,8 @@ def test_another_tokenizer_is_refused(shards, tmp_path):
 def test_damaged_token_files_are_named_or_skipped(shards, tmp_path):
     out = tmp_path / "tokens"
     kept = 30 - tokenized(shards, out)["shards"][1]["documents"]
-    data, skipping = (
-        DataConfig(train=str(out), validation="demo"),
-        DataConfig(train=str(out), validation="demo", on_corrupt="skip"),
-    )
+    data = DataConfig(train=str(out), validation="demo")
+    skipping = DataConfig(train=str(out), validation="demo", on_corrupt="skip")
     content = np.fromfile(out / "shard_00001.bin", dtype="<u2")
     content[5] += 1
     content.tofile(out / "shard_00001.bin")
@@ -218,7 +219,10 @@ def test_a_run_does_not_go_on_with_other_data_of_the_same_names_and_counts(kind,
 
     state = loader(here).state_dict()
     loader(here).load_state_dict(state)
-    message = r"data.train is not what the checkpoint was trained on: resume with the same documents \(files, their contents and data.text_c"
+    message = (
+        r"data.train is not what the checkpoint was trained on: resume with the same documents \(files, "
+        "their contents and data.text_c"
+    )
     with pytest.raises(ValueError, match=message):
         loader(there).load_state_dict(state)
 

@@ -57,7 +57,10 @@ def test_missing_files_and_foreign_endings(tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match=rf'{key} = .*no such file, or no .parquet, .jsonl, .csv or .txt file in it; use "demo", a .parquet, .jsonl',
+            match=(
+                f'{key} = .*no such file, or no .parquet, .jsonl, .csv or .txt file in it; use "demo", a .parquet, '
+                ".jsonl"
+            ),
         ):
             first_batch(data, split=split)
     (tmp_path / "a.pdf").write_text("x")
@@ -94,7 +97,9 @@ def test_one_file_cannot_be_split_by_itself(shards):
     data = DataConfig(train=str(shards / "part_0.parquet"))
     with pytest.raises(
         ValueError,
-        match=r'data.validation = "auto" holds out the last shard of data.train, but .* has only one: give data.validation',
+        match=(
+            'data.validation = "auto" holds out the last shard of data.train, but .* has only one: give data.validation'
+        ),
     ):
         first_batch(data, split="validation")
 

@@ -139,7 +139,10 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     ):
         load_tokenizer(tmp_path / "nowhere")
     for name in ("my words", "my words/tokenizer.json"):
-        command = rf"or train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N .*--output '{tmp_path}/my words' "
+        command = (
+            "or train one: python tools/prepare_data.py train-tokenizer --train DATA --vocab-size N .*--output "
+            f"'{tmp_path}/my words' "
+        )
         with pytest.raises(ValueError, match=command + r"\(DATA as in data.train, N = model.vocab_size\)"):
             load_tokenizer(tmp_path / name)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -106,6 +106,11 @@ def test_a_captured_step_gives_the_eager_tokens():
     model = randomized(build_model(config, RecurrenceConfig(separator=0)), 1, 0.1).cuda().eval()
     prompt = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(1))
     for sampling in (Sampling(temperature=0.0), Sampling(top_k=20, top_p=0.9, repetition_penalty=1.1)):
-        runs = [complete(model, prompt, max_new_tokens=20, sampling=sampling, runner=r, generator=torch.Generator().manual_seed(1)).tokens
-                for r in (decoding.eager, decoding.graphed)]  # fmt: skip
-        assert runs[0] == runs[1]
+        eager, graphed = (
+            complete(
+                model, prompt, max_new_tokens=20, sampling=sampling, runner=runner,
+                generator=torch.Generator().manual_seed(1),
+            ).tokens
+            for runner in (decoding.eager, decoding.graphed)
+        )  # fmt: skip
+        assert eager == graphed

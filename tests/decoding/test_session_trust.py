@@ -250,10 +250,8 @@ def test_a_state_that_does_not_fit_together_is_not_read(tmp_path, harm):
         for a, b in zip((*state.keys, state.memory, state.kept), (*again.keys, again.memory, again.kept))
     )
     with safe_open(path, framework="pt") as file:
-        about, tensors = (
-            json.loads(file.metadata()["lrt_state"]),
-            {name: file.get_tensor(name).clone() for name in file.keys()},
-        )
+        about = json.loads(file.metadata()["lrt_state"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     HARM[harm](about, tensors)
     save_file(tensors, path, metadata={"lrt_state": json.dumps(about)})
     with pytest.raises(

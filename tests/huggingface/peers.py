@@ -5,9 +5,9 @@ the list of what does not apply.
     python tests/huggingface/peers.py CHECKOUT [arguments of pytest, such as -n 2 or -k native]
 
 CHECKOUT is a checkout of transformers' repository: at the tag of the version installed, or at a near one with
-``test_*_common.py``,
-``test_*_mixin.py`` and ``src`` from the source distribution of the version installed. Nothing of it is kept here:
-``DIFFERENT`` alone says which tests must fail and why, and a test of the list that passes is a failure.
+``test_*_common.py``, ``test_*_mixin.py`` and ``src`` from the source distribution of the version installed. Nothing of
+it is kept here: ``DIFFERENT`` alone says which tests must fail and why, and a test of the list that passes is a
+failure.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from lrt.model import build_model
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
-    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32,
-    "max_position_embeddings": 512,
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 32, "max_position_embeddings": 512,
 }  # fmt: skip
 ROWS = {"batch_size": 13, "seq_length": 7, "is_training": True, "use_input_mask": True, "use_labels": True}
 

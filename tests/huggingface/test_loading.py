@@ -18,7 +18,10 @@ from lrt.huggingface import LRTForCausalLM
 from lrt.serialization.tensors import size_in_bytes
 
 TOKENS = torch.arange(8)[None]
-NATIVE = "[model]\nn_layers=2\nwidth=32\nn_heads=4\nn_kv_heads=2\nsequence_length=32\nvocab_size=61\n[training]\nsteps=1\nbatch_tokens=32"
+NATIVE = (
+    "[model]\nn_layers=2\nwidth=32\nn_heads=4\nn_kv_heads=2\nsequence_length=32\nvocab_size=61\n[training]\nsteps=1\n"
+    "batch_tokens=32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,12 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     "given",
     [
-        {"force_download": False, "strict": True, "weights_only": True, "ignore_mismatched_sizes": False, "max_memory": None},
-        {"subfolder": "", "variant": None, "revision": "main", "use_safetensors": True, "low_cpu_mem_usage": True, "load_in_8bit": False},
-        {"device_map": "auto"}, {"device_map": "auto", "max_memory": {"cpu": "1GB"}}, {"device_map": {"model": "cpu", "lm_head": "cpu"}},
-        {"device_map": {"": "cpu"}}, {"device_map": torch.device("cpu")}, {"dtype": "auto"}, {"dtype": torch.float32}, {"torch_dtype": "float32"},
+        {"force_download": False, "strict": True, "weights_only": True, "ignore_mismatched_sizes": False},
+        {"subfolder": "", "variant": None, "revision": "main", "use_safetensors": True, "load_in_8bit": False},
+        {"max_memory": None, "low_cpu_mem_usage": True},
+        {"device_map": "auto"}, {"device_map": "auto", "max_memory": {"cpu": "1GB"}},
+        {"device_map": {"model": "cpu", "lm_head": "cpu"}}, {"device_map": {"": "cpu"}},
+        {"device_map": torch.device("cpu")}, {"dtype": "auto"}, {"dtype": torch.float32}, {"torch_dtype": "float32"},
     ],
     ids=str,
 )  # fmt: skip
@@ -236,15 +241,15 @@ def test_a_config_is_saved_by_itself(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "smollm"])
 def test_a_config_says_what_the_decoder_s_says(family: str, tmp_path: Path) -> None:
     decoder = make(family)
-    theirs, shape = (
-        decoder.config,
-        {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8},
-    )
+    theirs = decoder.config
+    shape = {"num_key_value_heads": 4 if family == "gpt2" else 2, "head_dim": 6 if family in ("gpt2", "llama") else 8}
     model = lrt.adapt(decoder)
     lrt.save(model, tmp_path / "m")
     for config in (model.config, AutoConfig.from_pretrained(tmp_path / "m")):
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size", "tie_word_embeddings",
-                     "bos_token_id", "eos_token_id", "pad_token_id"):  # fmt: skip
+        for name in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "vocab_size",
+            "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        ):  # fmt: skip
             assert getattr(config, name) == getattr(theirs, name), name
         assert {name: getattr(config, name) for name in shape} == shape
         assert config.use_cache is True

@@ -39,7 +39,9 @@ def scope(decoder: Any) -> dict[str, Any]:
     return {
         "lrt": lrt, "torch": torch, "decoder": decoder, "tokenizer": tokenizer(), "reward": reward,
         "texts": datasets.Dataset.from_dict({"text": ["the cat sat.", "a dog ran home.", "hello there."] * 16}),
-        "pairs": datasets.Dataset.from_dict({"prompt": ["the cat "] * 16, "chosen": ["sat."] * 16, "rejected": ["ran."] * 16}),
+        "pairs": datasets.Dataset.from_dict(
+            {"prompt": ["the cat "] * 16, "chosen": ["sat."] * 16, "rejected": ["ran."] * 16}
+        ),
         "prompts": datasets.Dataset.from_dict({"prompt": ["the cat ", "a dog "] * 16}),
     }  # fmt: skip
 

@@ -339,10 +339,8 @@ def test_a_fan_gives_the_gradients_of_sharing(uses, seed):
     """Block i reads the tensor uses[i] times; aliases that nobody reads, and tensors of one block,
     are no special case."""
     torch.manual_seed(seed)
-    shared, own = (
-        torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),
-        torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True),
-    )
+    shared = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    own = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     blocks = [MemoryInput(shared, own if i == 0 else None) for i in range(len(uses))]
 
     def total(tuples):

@@ -29,7 +29,10 @@ def logits(model):
         return model(tokens, schedule=lrt.baseline()).logits, model(tokens, schedule=lrt.sequential()).logits
 
 
-SMALL = "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nn_kv_heads = 1\nvocab_size = 300\nsequence_length = 16\n[training]\nbatch_tokens = 64\n"
+SMALL = (
+    "[model]\nn_layers = 2\nwidth = 32\nn_heads = 2\nn_kv_heads = 1\nvocab_size = 300\nsequence_length = 16\n"
+    "[training]\nbatch_tokens = 64\n"
+)
 
 
 def small_model(text=SMALL, seed=0):

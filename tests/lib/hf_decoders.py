@@ -198,8 +198,8 @@ def stir(model: Any, *, seed: int = 1, size: float = 0.2) -> Any:
 # Before transformers 5 these have other modules, draw other random numbers, know no float64,
 # or round as no description says.
 LAID_OUT_LATER = frozenset(
-    {"dots1", "ernie4_5_moe", "glm4_moe", "mixtral", "nemotron", "olmo3", "opt", "phimoe", "qwen2_moe", "stablelm", "stablelm_normed",
-     "stablelm_parallel", "stablelm_parallel_normed"}
+    {"dots1", "ernie4_5_moe", "glm4_moe", "mixtral", "nemotron", "olmo3", "opt", "phimoe", "qwen2_moe", "stablelm",
+     "stablelm_normed", "stablelm_parallel", "stablelm_parallel_normed"}
 )  # fmt: skip
 
 

@@ -50,9 +50,9 @@ class Plain(nn.Module):
 
 
 PLAIN = lrt.Family(
-    name="plain", embedding="tokens", position_embedding="places", layers="stack", final_norm="last", head="out", heads=4,
-    attention="attention", query="attention.wq", key="attention.wk", value="attention.wv", output="attention.wo",
-    attention_in=("before",), mlp="feed", mlp_in=("between",),
+    name="plain", embedding="tokens", position_embedding="places", layers="stack", final_norm="last", head="out",
+    heads=4, attention="attention", query="attention.wq", key="attention.wk", value="attention.wv",
+    output="attention.wo", attention_in=("before",), mlp="feed", mlp_in=("between",),
 )  # fmt: skip
 
 

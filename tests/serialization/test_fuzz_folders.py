@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -27,8 +28,8 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 WHOLE = (
     b"", b"{}", b"[]", b"null", b"3", b'"x"',
-    b"{" * 9999, b"[" * 99999 + b"]" * 99999, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}",
-    b'{"a": ' + b"9" * 5000 + b"}", b"NaN", b"{'a': 1}", b'{"weight_map": {}}',
+    b"{" * 9999, b"[" * 99999 + b"]" * 99999, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"\xff\xfe{\0}\0",
+    b"\xef\xbb\xbf{}", b'{"a": ' + b"9" * 5000 + b"}", b"NaN", b"{'a': 1}", b'{"weight_map": {}}',
     b'{"weight_map": {"x": "/etc/passwd"}}', b'{"weight_map": [1]}',
 )  # fmt: skip
 
@@ -43,7 +44,7 @@ def changed(value: Any, drawn: random.Random) -> Any:
     """A JSON value with another one in one place, without one, or with one too many."""
     chosen = [place for place in places(value) if place]
     if not chosen:
-        return drawn.choice(VALUES)
+        return copy.deepcopy(drawn.choice(VALUES))
     *path, last = drawn.choice(chosen[:200])
     inside = value
     for key in path:
@@ -51,9 +52,11 @@ def changed(value: Any, drawn: random.Random) -> Any:
     if drawn.random() < 0.2:
         del inside[last]
     elif isinstance(inside, dict) and drawn.random() < 0.1:
-        inside[drawn.choice(["x", "", "auto_map", "quantization_config", "base_model"])] = drawn.choice(VALUES)
+        inside[drawn.choice(["x", "", "auto_map", "quantization_config", "base_model"])] = copy.deepcopy(
+            drawn.choice(VALUES)
+        )
     else:
-        inside[last] = drawn.choice(VALUES)
+        inside[last] = copy.deepcopy(drawn.choice(VALUES))
     return value
 
 

@@ -280,7 +280,7 @@ DOORS = {
     "from_pretrained": {
         "lrt/serialization/decoders.py",
         "lrt/serialization/adapted.py",
-        "lrt/huggingface/causal_lm.py",
+        "lrt/huggingface/loading.py",
         "tools/experiments/extract_smollm2.py",
     },  # the last three: a config that is built already, a GenerationConfig, and an installed package
     "from_config": {"lrt/serialization/decoders.py"},

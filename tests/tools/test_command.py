@@ -10,10 +10,13 @@ import pytest
 from lrt.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent.parent
+SAME_NAME = ("generate", "arithmetic", "convert", "evaluate", "core", "compare", "sweep", "diagnose")
 FILES = {
-    "train": "recipes/run.py", "prepare": "tools/prepare_data.py", "inspect": "tools/inspect_checkpoint.py",
-    **{name: f"tools/{name}.py" for name in ("generate", "arithmetic", "convert", "evaluate", "core", "compare", "sweep", "diagnose")},
-}  # fmt: skip
+    "train": "recipes/run.py",
+    "prepare": "tools/prepare_data.py",
+    "inspect": "tools/inspect_checkpoint.py",
+    **{name: f"tools/{name}.py" for name in SAME_NAME},
+}
 
 
 def options_of(text):

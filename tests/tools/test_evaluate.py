@@ -27,9 +27,10 @@ from lrt.train.trainer import train
 
 TOOLS = Path(__file__).parent.parent.parent / "tools"
 SMALL = [
-    "model.width=16", "model.n_layers=2", "model.gate_channels=4", "recurrence.gate_channels=4", "model.sequence_length=32", "training.steps=2",
-    "training.batch_tokens=128", "training.micro_batch=4", "evaluation.tokens=640", "evaluation.batch=4", "evaluation.sample_tokens=0",
-    "metrics.plot=false", "checkpoint.every=1",
+    "model.width=16", "model.n_layers=2", "model.gate_channels=4", "recurrence.gate_channels=4",
+    "model.sequence_length=32", "training.steps=2", "training.batch_tokens=128", "training.micro_batch=4",
+    "evaluation.tokens=640", "evaluation.batch=4", "evaluation.sample_tokens=0", "metrics.plot=false",
+    "checkpoint.every=1",
 ]  # fmt: skip
 TEXT = "\n\n".join(f"Text {n} tells of the fox, the dog and {n * n} other things." for n in range(12))
 

@@ -27,10 +27,11 @@ prepare inspect --train {place}/texts --tokenizer bytes --sequence-length 16 --b
 prepare tokenize --train {place}/texts --tokenizer bytes --output {out} --processes 1 --shard-documents 20
 prepare train-tokenizer --train {place}/texts --vocab-size 300 --output {out} --limit-mb 0.01
 generate {place}/model --prompt The --max-new-tokens 3 --temperature 0.5 --top-k 3 --seed 1 --prefill exact
-generate {place}/model --file {place}/file --max-new-tokens 2 --stop e --repetition-penalty 1.1 --prefill fixed_point:2:0.1
+generate {place}/model --file {place}/file --max-new-tokens 2 --stop e --prefill fixed_point:2:0.1
+generate {place}/model --prompt The --max-new-tokens 2 --repetition-penalty 1.1
 convert --from lrt --to hf --input {place}/model --output {out} --dtype bf16 --shard-size 5GB --no-verify
 inspect {place}/model
-evaluate {place}/model --data {place}/texts/a.txt --memory zero --tokens 64 --rows 2 --sequence-length 16 --dtype float32
+evaluate {place}/model --data {place}/texts/a.txt --memory zero --tokens 64 --rows 2 --dtype float32
 evaluate {place}/model --data {place}/a.jsonl --memory decode --decode refine:1 --tokens 8 --rows 1 --sequence-length 4
 core {place}/model --bundle {place}/bundle --tasks copa --items 2 --memory zero --max-length 16 --rows 2 --json {out}
 compare {place}/model {place}/empty --out {out}

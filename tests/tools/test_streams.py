@@ -18,7 +18,8 @@ from lrt.data import load_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = """
-model.n_layers=2 model.width=16 model.n_heads=2 model.sequence_length=32 model.gate_channels=8 recurrence.gate_channels=8
+model.n_layers=2 model.width=16 model.n_heads=2 model.sequence_length=32
+model.gate_channels=8 recurrence.gate_channels=8
 training.steps=4 training.batch_tokens=64 training.warmup_steps=0 evaluation.tokens=64 evaluation.sample_tokens=4
 parallel.compile=false metrics.plot=false metrics.every=1 checkpoint.every=100
 """
@@ -48,6 +49,28 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path):
     _, err = run.communicate()
     assert run.returncode == 0 and b"Traceback" not in err and b"Broken" not in err, err.decode()
     assert (tmp_path / "lrt_tiny" / "export" / "model.safetensors").is_file()
+
+
+HALF = """
+import signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+def test_an_interrupt_among_the_first_imports_ends_the_command_and_leaves_none_in_half(tmp_path):
+    """torch swallowed Ctrl-C in its import of numpy, and the run failed later, at half of a numpy."""
+    (tmp_path / "sitecustomize.py").write_text(HALF)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "run.py"), "--list"]
+    ended = subprocess.run(command, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
 
 
 @pytest.mark.slow

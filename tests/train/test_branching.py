@@ -113,7 +113,8 @@ def test_rates_schedule_and_horizon_may_differ(trunk, tmp_path):
         ((*PLAIN, "parallel.param_dtype=bfloat16"), "parallel.param_dtype = 'float32' there, 'bfloat16' here"),
         (
             ("schedule.kind=refine",),
-            'recurrence = off there, and recurrence.init = "paper" here would disturb the model: use "identity", or a ramp',
+            'recurrence = off there, and recurrence.init = "paper" here would disturb the model: use "identity", '
+            "or a ramp",
         ),
         (
             (*PLAIN, "training.steps=4"),

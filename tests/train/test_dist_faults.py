@@ -98,7 +98,8 @@ def test_ranks_with_different_settings_are_refused_on_all(tmp_path):
 import os, sys
 sys.path[:0] = [{str(ROOT / "recipes")!r}, {str(ROOT)!r}]
 import run
-sys.argv = ["run.py", "--recipe", {str(tmp_path / "r.toml")!r}, "--set", "run.output={tmp_path}", "--set", "run.seed=" + os.environ["RANK"]]
+settings = ["--set", "run.output={tmp_path}", "--set", "run.seed=" + os.environ["RANK"]]
+sys.argv = ["run.py", "--recipe", {str(tmp_path / "r.toml")!r}, *settings]
 sys.exit(run.main())
 """
     (tmp_path / "r.toml").write_text(TINY)

@@ -80,10 +80,10 @@ T = 10
 
 def recipe_of(**overrides):
     sets = {
-        "model.n_layers": 3, "model.width": 12, "model.n_heads": 3, "model.n_kv_heads": 1, "model.vocab_size": 37, "model.vocab_multiple": 1,
-        "model.sequence_length": T, "model.gate_channels": 4, "recurrence.gate_channels": 4, "recurrence.separator": 0,
-        "parallel.param_dtype": "float32", "parallel.compile": "false", "training.batch_tokens": 4 * T, "training.steps": 10,
-        "parallel.timeout_minutes": 0.3, **overrides,
+        "model.n_layers": 3, "model.width": 12, "model.n_heads": 3, "model.n_kv_heads": 1, "model.vocab_size": 37,
+        "model.vocab_multiple": 1, "model.sequence_length": T, "model.gate_channels": 4, "recurrence.gate_channels": 4,
+        "recurrence.separator": 0, "parallel.param_dtype": "float32", "parallel.compile": "false",
+        "training.batch_tokens": 4 * T, "training.steps": 10, "parallel.timeout_minutes": 0.3, **overrides,
     }  # fmt: skip
     return parse_recipe("", overrides=[f"{k}={v}" for k, v in sets.items()])
 
@@ -148,10 +148,8 @@ def float64():
 
 
 def check_gradients(world, folder, plan, schedule):
-    recipe, plain_recipe = (
-        recipe_of(**PLANS[plan]),
-        recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")}),
-    )
+    recipe = recipe_of(**PLANS[plan])
+    plain_recipe = recipe_of(**{k: v for k, v in PLANS[plan].items() if k.startswith("recurrence")})
     with float64():
         numbers, seen = gradients(recipe, world, micro_batches(world), SCHEDULES[schedule])
         expected, plain = gradients(plain_recipe, alone(world), [rows(world)], SCHEDULES[schedule])

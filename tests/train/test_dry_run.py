@@ -69,7 +69,10 @@ def test_what_ships_fits_eight_gpus_of_80_gib(name):
 def test_a_mesh_that_the_gpus_do_not_make_is_refused_by_runs_and_dry_runs(tmp_path, replicate, shard, world_size):
     mesh = {"parallel.replicate": replicate, "parallel.shard": shard}
     recipe = load_recipe("lrt_tiny", overrides=[f"{k}={v}" for k, v in {**mesh, "run.output": tmp_path}.items()])
-    text = rf"parallel.replicate = {replicate} x parallel.shard = {shard} does not make {world_size} process.*divides {world_size}, and shard = -1"
+    text = (
+        f"parallel.replicate = {replicate} x parallel.shard = {shard} does not make {world_size} process.*divides "
+        f"{world_size}, and shard = -1"
+    )
     with pytest.raises(ValueError, match=text):
         dry_run(recipe, world_size=world_size)
     if world_size == 1:

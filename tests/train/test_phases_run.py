@@ -218,7 +218,10 @@ def test_a_horizon_that_moves_a_crossed_border_is_refused(late, tmp_path):
     other = LATE.replace("0.5", "0.375").replace("passes=1", "passes=2")
     with pytest.raises(ValueError, match=r"trained with other settings: schedule.phases = .*training.branch_from"):
         train(tiny(tmp_path, other, "training.steps=16"))  # steps 6..12 were not trained so
-    later = 'schedule.phases=[{until=0.375, kind="baseline"}, {until=0.75, kind="refine"}, {until=1.0, kind="refine", passes=2}]'
+    later = (
+        'schedule.phases=[{until=0.375, kind="baseline"}, {until=0.75, kind="refine"}, {until=1.0, kind="refine", '
+        "passes=2}]"
+    )
     again = train(tiny(tmp_path, later, "training.steps=16"))  # what follows is another phase
     assert [r["schedule"] for r in steps_of(again)] == ["baseline"] * 6 + ["refine(1)"] * 6 + ["refine(2)"] * 4
 

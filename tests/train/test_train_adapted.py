@@ -140,10 +140,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder, finished, tmp_path):
 
 def test_stage_memory_leaves_the_decoder_bit_for_bit(folder, tmp_path):
     result = train(recipe_for(folder, tmp_path, **{"training.stage": "memory"}))
-    model, before = (
-        lrt.load(result.folder / "export"),
-        dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters()),
-    )
+    model = lrt.load(result.folder / "export")
+    before = dict(read_backbone(recipe_for(folder, tmp_path)).named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in backbone_of(model).items())
     assert all(not torch.equal(p, before[name]) for name, p in model.memory_parameters().items())
     # Stage 2, from the run's weights or from its export, starts where stage 1 ended.
@@ -182,8 +180,8 @@ def test_the_twin_is_the_decoder_trained_as_it_is(folder, tmp_path):
 def test_memory_trains_as_in_a_loop_of_ones_own(folder, tmp_path):
     """Narrow aligned memory with rates of its own: the trainer's steps are those of ``lrt.adapt`` and torch's AdamW."""
     sets = {
-        "recurrence.projection": "aligned", "recurrence.residual": "projected", "recurrence.blocks": "[2, 3]", "optimizer.memory_gate_scale": 2.0,
-        "optimizer.memory_gain_scale": 3.0,
+        "recurrence.projection": "aligned", "recurrence.residual": "projected", "recurrence.blocks": "[2, 3]",
+        "optimizer.memory_gate_scale": 2.0, "optimizer.memory_gain_scale": 3.0,
     }  # fmt: skip
     recipe = recipe_for(folder, tmp_path, **sets)
     result = train(recipe)

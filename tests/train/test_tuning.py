@@ -22,7 +22,8 @@ from lrt.config import ModelConfig, RecurrenceConfig, TuningConfig
 from lrt.conversion.opening import open_model
 from lrt.data import load_tokenizer
 from lrt.data.chat import Message, open_chat
-from lrt.data.conversations import Example, Packed, TuningLoader, open_examples
+from lrt.data.conversations import Packed, TuningLoader
+from lrt.data.examples import Example, open_examples
 from lrt.data.tokenizer import tokenizer_json
 from lrt.decoding.generation import start
 from lrt.eval.answers import exact_match
@@ -35,7 +36,10 @@ from lrt.train.trainer import train
 PAIRS = [
     {"prompt": f"{a}+{b}?", "completion": f"#### {a + b}", "steps": 1 + (b > 1)} for a in range(4) for b in range(4)
 ]
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|>{% endif %}"
+)
 NATIVE = {
     "model.attention_reset": 256,
     "schedule.kind": "refine",

@@ -121,7 +121,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     add("--reference", metavar="PATH", help="checkout of the official code, timed too")
     add("--reference-lrt", action="store_true", help="also its recurrent step; needs --reference")
     add("--whole-step", nargs="*", default=[], choices=list(VARIANTS), metavar="VARIANT",
-        help="time whole training steps of these too: data, clipping, optimizer; each is one of --variants")  # fmt: skip
+        help="time whole steps of these too: data, clipping, optimizer; each is one of --variants")  # fmt: skip
     add("--profile", nargs="*", default=[], metavar="VARIANT",
         help="list the kernels of these, each one of --variants or of the official rows; GPU only")  # fmt: skip
     add(

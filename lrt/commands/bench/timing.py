@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lrt.accounting import mfu
+from lrt.tables import Table
 from lrt.train.distributed.world import World
 
 
@@ -22,14 +23,8 @@ class Subject:
     def __init__(
         self, name: str, step: Callable[[], None], *, own_bytes: int, flops: float | None, world: World, tokens: int
     ) -> None:
-        self.name, self.step, self.own_bytes, self.flops, self.world, self.tokens = (
-            name,
-            step,
-            own_bytes,
-            flops,
-            world,
-            tokens,
-        )
+        self.name, self.step, self.own_bytes, self.flops = name, step, own_bytes, flops
+        self.world, self.tokens = world, tokens
         self.times: list[float] = []
         self.peak_gib: float | None = None
         self.compile_s = 0.0
@@ -74,7 +69,7 @@ class Subject:
         synchronize(self.world)
         self.times += [span(a, b) for a, b in zip(marks, marks[1:])]
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Table:
         ms = statistics.median(self.times)
         row = {
             "variant": self.name,

@@ -1,18 +1,15 @@
 """Time training steps: variants x shapes in one process, interleaved in time; docs/benchmarks.md is made from it.
 
 examples:
-  python tools/bench/training.py --suites tiny                         # CPU:
-  does it run, are the graph counts as expected python tools/bench/training.py --suites d12 d20 --out one.json       #
-  one GPU: forward + backward
+  python tools/bench/training.py --suites tiny                         # CPU: does it run, are the graphs as expected
+  python tools/bench/training.py --suites d12 d20 --out one.json       # one GPU: forward + backward
   python tools/bench/training.py --suites d12 --reference ../official  # also the official code, from your checkout
-  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2;
-  throughput against one GPU
+  torchrun --nproc_per_node=2 tools/bench/training.py --suites d20 --against one.json   # FSDP2, against one GPU
 
 The last line printed is one JSON object. Milliseconds are medians of single steps between device events; peak memory is
-that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1:
-a row failed, or a CPU run compiled more or
-fewer graphs than expected (the counts hold for the default variants, or the first of them); 2:
-bad input, nothing was run.
+that of the warm-up, because a replayed CUDA graph asks for none. Exit code 1: a row failed, or a CPU run compiled more
+or fewer graphs than expected (the counts hold for the default variants, or the first of them); 2: bad input, nothing
+was run.
 """
 
 from __future__ import annotations
@@ -24,144 +21,27 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lrt.accounting import peak_flops, training_flops
+from lrt.commands.bench.steps import Built, bare_step, official_step, recipe_of, whole_step
 from lrt.commands.bench.suites import OFFICIAL, OFFICIAL_LRT, SUITES, VARIANTS, Suite, Variant, check, parser
 from lrt.commands.bench.timing import Subject, device_name, graph_count, profiled
-from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
-from lrt.data import Batch, build_loader, load_tokenizer
+from lrt.config import ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
+from lrt.tables import Table
 from lrt.train.checkpoint.weights import build_parallel
-from lrt.train.distributed.graphs import Runner, forward_backward, single_device
-from lrt.train.distributed.parallel import free_gathered, named_parameters, reduce_gradients
+from lrt.train.distributed.graphs import Runner, single_device
+from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
-from lrt.train.step import train_step
-
-
-def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: ParallelConfig) -> Recipe:
-    return Recipe(
-        run=RunConfig(name="bench"),
-        model=suite.model(),
-        recurrence=recurrence,
-        schedule=ScheduleConfig(kind="baseline") if recurrence is None else ScheduleConfig(),
-        data=DataConfig(train="demo", tokenizer="bytes"),
-        training=TrainingConfig(steps=1, batch_tokens=suite.rows * suite.length, micro_batch=suite.rows, clip_norm=1.0),
-        parallel=parallel,
-    )
-
 
 RECIPE_TOKENS = 524288  # of a step by the recipes
 
 
-# ------------------------------------------------------------------ steps to be timed
-
-
-def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, suite.vocabulary, (suite.rows, suite.length + 1), device=world.device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1) -> Callable[[], None]:
-    """Forward and backward of all micro-batches of a step, as the trainer runs them."""
-    tokens, targets = random_rows(suite, world)
-    parameters = list(built.model.parameters())
-    options = {
-        "schedule": schedule,
-        "seed": 1,
-        "valid_targets": torch.tensor(targets.numel() * world.size, device=world.device),
-    }
-
-    def step() -> None:
-        for index in range(accumulation):
-            first, last = index == 0, index == accumulation - 1
-            if built.runner is not None:
-                built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
-            else:
-                reduce_gradients(built.model, schedule, now=last)
-                forward_backward(built.model, tokens, targets, **options)
-        free_gathered(built.model)
-        for parameter in parameters:
-            parameter.grad = None
-
-    return step
-
-
-def whole_step(
-    built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
-) -> Callable[[], None]:
-    """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
-    rows = recipe.training.micro_batch
-    options = {
-        "sequence_length": recipe.model.sequence_length,
-        "rows": rows,
-        "rank": world.rank,
-        "world_size": world.size,
-        "seed": 1,
-    }
-    loader = iter(build_loader(recipe.data, tokenizer=load_tokenizer(recipe.data.tokenizer), **options))
-
-    def step() -> None:
-        rows = [next(loader) for _ in range(accumulation)]
-        batches = [
-            Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows
-        ]
-        train_step(
-            built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner
-        )
-
-    return step
-
-
-def official_step(path: str, suite: Suite, world: World, *, recurrent: bool) -> tuple[Callable[[], None], int]:
-    """The official code from a checkout: its baseline with value embeddings everywhere, or its recurrent step."""
-    sys.path.insert(0, path)
-    from nanochat.gpt import GPT, GPTConfig
-
-    config = suite.model()
-    with torch.device("meta"):
-        model = GPT(
-            GPTConfig(
-                sequence_len=suite.length, vocab_size=suite.vocabulary, n_layer=suite.layers, n_head=config.heads, n_kv_head=config.heads,
-                n_embd=config.d_model, window_pattern=suite.pattern, ve_every_layer=True, use_interleaved=recurrent,
-            )
-        )  # fmt: skip
-    model.to_empty(device=world.device)
-    model.init_weights()
-    compiled = torch.compile(model, dynamic=False)
-    tokens, targets = random_rows(suite, world)
-
-    def step() -> None:
-        with torch.autocast(world.device.type, torch.bfloat16):
-            if recurrent:
-                loss = model.forward_interleaved_train(tokens, targets, use_compiled_model=compiled)["loss"]
-            else:
-                loss = compiled(tokens, targets)
-                loss = loss[0] if isinstance(loss, tuple) else loss
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step, sum(p.numel() * p.element_size() for p in model.parameters())
-
-
 # ------------------------------------------------------------------ a suite
-
-
-class Built(NamedTuple):
-    """A model ready to step, and what runs it."""
-
-    model: Any
-    runner: Runner | None
-
-    @property
-    def bytes(self) -> int:
-        modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
-        tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
-        sums = 0 if self.runner is None or self.runner.sums is None else self.runner.sums.bytes
-        return sums + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
@@ -188,7 +68,7 @@ def run_suite(
     options: argparse.Namespace,
     *,
     one: dict[tuple[str, str], float],
-    keep: Callable[[dict[str, Any]], None],
+    keep: Callable[[Table], None],
 ) -> None:
     """Build every model of a shape, warm up, then take turns.
 
@@ -263,7 +143,7 @@ def run_suite(
         attempt(lambda subject: subject.measure(options.steps), everywhere=False)
     rows = [subject.row() for subject in subjects]
     shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
-    result: dict[str, Any] = {
+    result: Table = {
         "suite": name,
         **shape,
         "rows": rows,
@@ -308,7 +188,7 @@ def whole_steps(
     parallel: ParallelConfig,
     world: World,
     options: argparse.Namespace,
-) -> dict[str, Any]:
+) -> Table:
     """Whole steps of one and of many micro-batches, and bare forward + backward of one, taking turns."""
     recipe = recipe_of(suite, variant.recurrence(suite), parallel)
     built = models[recipe.recurrence]
@@ -316,7 +196,7 @@ def whole_steps(
     micro_batches = (
         max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
     )
-    options_of: dict[str, Any] = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
+    options_of: Table = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
     bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
     one, many = (
         Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of)
@@ -331,8 +211,9 @@ def whole_steps(
     ms, whole_ms, many_ms = (subject.row()["ms"] for subject in (bare, one, many))
     return {
         "variant": key, "forward_backward_ms": ms, "ms": whole_ms, "outside_share": 1 - ms / whole_ms,
-        "micro_batches": micro_batches, "ms_of_many": many_ms, "outside_share_of_many": 1 - micro_batches * ms / many_ms,
-        "host_syncs": one.syncs or many.syncs or "none", "recompiles": one.recompiles + many.recompiles,
+        "micro_batches": micro_batches, "ms_of_many": many_ms,
+        "outside_share_of_many": 1 - micro_batches * ms / many_ms, "host_syncs": one.syncs or many.syncs or "none",
+        "recompiles": one.recompiles + many.recompiles,
         "kernels_outside": outside(profiled(one), profiled(bare)) if options.profile else [],
     }  # fmt: skip
 
@@ -352,14 +233,15 @@ def say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Table) -> str:
     lines = [f"{result['suite']}: {result['batch']} x {result['length']} a GPU, window pattern {result['pattern']}"]
     head = f"{'':42s}{'ms':>9s}{'ratio':>7s}{'GiB':>7s}{'x':>6s}{'tok/s':>10s}{'MFU':>7s}"
     lines.append(f"{head}{'compile s':>11s}{'graphs':>8s}{'again':>7s}  host syncs")
     for r in result["rows"]:
         share, ratio, memory = r.get("mfu"), r["ratio"], r["memory_ratio"]
         lines.append(
-            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
+            f"{r['variant']:42s}{r['ms']:9.2f}{0 if ratio is None else ratio:7.3f}"
+            f"{r['peak_gib'] or 0:7.1f}{0 if memory is None else memory:6.2f}"
             f"{r['tokens_per_second']:10.0f}{'' if share is None else f'{100 * share:.1f} %':>7s}{r['compile_s']:11.1f}"
             f"{r['graphs']:8d}{r['recompiles']:7d}  {r['host_syncs']}"
         )
@@ -369,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def details(result: dict[str, Any]) -> list[str]:
+def details(result: Table) -> list[str]:
     """Lines about whole steps and kernels, where they were asked for."""
     lines = []
     for w in result.get("whole_steps", ()):
@@ -406,13 +288,14 @@ def main(arguments: list[str] | None = None) -> int:
             world = dataclasses.replace(world, sharded=True, working_copy=False)
         torch.manual_seed(world.rank)
         torch._dynamo.config.recompile_limit = 128
-        results: list[dict[str, Any]] = []
+        results: list[Table] = []
         summary = {
-            "device": device_name(world), "gpus": world.size, "torch": torch.__version__, "peak_flops": peak_flops(device_name(world)),
-            "accumulation": options.accumulation, "plan": options.plan, "reshard": options.reshard, "suites": results,
+            "device": device_name(world), "gpus": world.size, "torch": torch.__version__,
+            "peak_flops": peak_flops(device_name(world)), "accumulation": options.accumulation, "plan": options.plan,
+            "reshard": options.reshard, "suites": results,
         }  # fmt: skip
 
-        def keep(result: dict[str, Any]) -> None:
+        def keep(result: Table) -> None:
             if all(result is not known for known in results):
                 results.append(result)
             if options.out and world.main:

@@ -153,9 +153,8 @@ def download(
             raise OSError("the connection ended early")
         if digest.hexdigest() != sha256:
             raise ValueError(
-                f"{url}: the file has the SHA-256 {digest.hexdigest()}, but {sha256} was expected, so it is damaged or "
-                "another version. "
-                f"{instead}, which takes any version"
+                f"{url}: the file has the SHA-256 {digest.hexdigest()}, but {sha256} was expected, "
+                f"so it is damaged or another version. {instead}, which takes any version"
             )
         partial.replace(target)
     except (OSError, http.client.HTTPException) as error:

@@ -22,8 +22,8 @@ from lrt.train.optim.muon import local
 
 SCHEDULE_OF_RATES = ("lr_schedule", "warmup_steps", "warmdown_fraction", "final_lr_fraction")
 RATES = (
-    "matrix_lr", "embedding_lr", "head_lr", "scale_lr", "injection_lr", "adamw_lr", "adamw_memory_lr", "memory_map_scale", "memory_gate_scale",
-    "memory_gain_scale",
+    "matrix_lr", "embedding_lr", "head_lr", "scale_lr", "injection_lr", "adamw_lr", "adamw_memory_lr",
+    "memory_map_scale", "memory_gate_scale", "memory_gain_scale",
 )  # fmt: skip
 MAY_DIFFER = {
     *(FREE - {"training.batch_tokens", "data.workers", "data.on_corrupt"}),
@@ -98,8 +98,8 @@ def check_length(branch: Resumed, recipe: Recipe, *, steps: int) -> None:
     """Refuse a branch that has no step of its own."""
     if steps <= branch.state.step:
         raise ValueError(
-            f'training.branch_from = "{recipe.training.branch_from}" has done {branch.state.step} steps, and the horizon is '
-            f"{steps}: use a longer one, which counts them too"
+            f'training.branch_from = "{recipe.training.branch_from}" has done {branch.state.step} steps, '
+            f"and the horizon is {steps}: use a longer one, which counts them too"
         )
 
 

@@ -18,6 +18,7 @@ from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder, read_json
 from lrt.serialization.description import read_config
 from lrt.serialization.renewal import config_file
+from lrt.tables import Table
 from lrt.train.optim.groups import is_memory
 
 OF_ANY_BACKBONE = ("sequence_length", "attention_reset")  # keys of [model] that a decoder from a folder leaves open
@@ -95,8 +96,8 @@ def check_tokenizer(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> No
         )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of {vocab_size}: use the '
-            "tokenizer that it was trained with"
+            f'{given} has {tokenizer.vocab_size} ids, but the decoder in run.backbone = "{folder}" a vocabulary of '
+            f"{vocab_size}: use the tokenizer that it was trained with"
         )
 
 
@@ -119,7 +120,7 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 # ------------------------------------------------------------------ folders
 
 
-def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+def _open(recipe: Recipe) -> tuple[Path, Table]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
     folder = local_path(recipe.run.backbone, key="run.backbone")
     key = f'run.backbone = "{recipe.run.backbone}"'
@@ -134,7 +135,8 @@ def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
         _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
         raise ValueError(
-            f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: set recurrence.init = "identity"'
+            f'recurrence.init = "{recipe.recurrence.init}" would disturb the decoder of {key}: '
+            'set recurrence.init = "identity"'
         )
     if "quantization_config" in config:
         raise ValueError(f"{key} is quantized, and its matrices cannot train: save it dequantized first")
@@ -155,12 +157,12 @@ def _check_settings(recipe: Recipe) -> None:
         )
     if recipe.optimizer.kind != "adamw":
         raise ValueError(
-            f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: set optimizer.kind = "adamw" '
-            "for a decoder from run.backbone"
+            f'optimizer.kind = "{recipe.optimizer.kind}" knows the matrices of the native decoder alone: '
+            'set optimizer.kind = "adamw" for a decoder from run.backbone'
         )
 
 
-def _check_saved(recipe: Recipe, config: dict[str, Any], key: str) -> None:
+def _check_saved(recipe: Recipe, config: Table, key: str) -> None:
     """Refuse a folder of ``lrt.save`` that holds another model than the recipe describes."""
     if "adapted" not in config:
         raise ValueError(
@@ -206,7 +208,8 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
     assert model.original is not None
     if getattr(model.original[0], "peft_config", None):
         raise ValueError(
-            f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, or leave tuning.lora_rank out'
+            f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, '
+            "or leave tuning.lora_rank out"
         )
     memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
     again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)

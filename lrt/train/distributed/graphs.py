@@ -149,10 +149,9 @@ class Runner:
         beyond = self._graphs is not None and key not in self._graphs and len(self._graphs) >= GRAPHS
         if beyond and self._report is not None:
             self._report(
-                f"more than {GRAPHS} plans of passes: the first {GRAPHS} are CUDA graphs, "
-                "the others run slower, launched kernel by kernel; "
-                "fewer kinds in schedule.mix or schedule.phases, or fewer orders (schedule.order, "
-                "schedule.subsets), avoid it"
+                f"more than {GRAPHS} plans of passes: the first {GRAPHS} are CUDA graphs, the others run slower, "
+                "launched kernel by kernel; fewer kinds in schedule.mix or schedule.phases, "
+                "or fewer orders (schedule.order, schedule.subsets), avoid it"
             )
             self._report = None
         if self._graphs is None or beyond:

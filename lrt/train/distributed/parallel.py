@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
+from lrt.tables import Table
 from lrt.train.distributed.world import World
 from lrt.train.horizon import shards_of
 from lrt.types import Schedule
@@ -112,7 +113,7 @@ def compile_blocks(model: Any) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _anchored(table: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
     """Give a token table an input that FSDP can wait for.
 
     FSDP reduces a module's gradients when those of its inputs have come. Tokens have none, so all tables would be
@@ -127,9 +128,8 @@ def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
     """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
-    blocks with
-    several passes in two parts, what the micro-batches before left going ahead).
-    ``reshard = "after_forward"`` needs less memory and always reduces.
+    blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
+    "after_forward"`` needs less memory and always reduces.
     """
     if not getattr(model, "reduces_once", False):
         return
@@ -158,7 +158,7 @@ def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
         block: memory, positions and stored keys are its arguments, so computing it again sees the same values.
         selective: keep the results of matrix products and attention, recompute only the cheap rest.
     """
-    options: dict[str, Any] = {"preserve_rng_state": draws(block)}
+    options: Table = {"preserve_rng_state": draws(block)}
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     return checkpoint_wrapper(block, **options)

@@ -132,10 +132,9 @@ class FiniteGuard:
             print(f"{self._path} cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
         if self._row >= self._limit:
             raise NonFiniteError(
-                f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite "
-                "and were skipped "
-                f"(training.max_skipped = {self._limit}). Their rows are named in {self._path}. "
-                f"Lower the learning rates or look at the data; the checkpoints before are whole"
+                f"step {step}: loss {loss}, gradient norm {norm}: {self._row} steps in a row were not finite and were "
+                f"skipped (training.max_skipped = {self._limit}). Their rows are named in {self._path}. Lower the "
+                "learning rates or look at the data; the checkpoints before are whole"
             )
 
 

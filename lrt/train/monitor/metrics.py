@@ -223,7 +223,10 @@ class Console:
         every: steps between rows.
     """
 
-    HEADER = f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} {'data':>6} {'GiB':>6}"
+    HEADER = (
+        f"{'step':>8} {'loss':>8}  {'by group':<20} {'rate':>7} {'gradient':>9} {'tokens/s':>10} {'MFU':>6} "
+        f"{'data':>6} {'GiB':>6}"
+    )
 
     def __init__(self, *, total: int, start: int, every: int) -> None:
         from rich.console import Console as RichConsole
@@ -326,7 +329,12 @@ def memory_table(record: Record) -> list[str]:
     if not activations:
         return []
     lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]
-    return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
+    for title, x in rows:
+        least, median, most = (f"{value:.4g}" for value in (min(x), statistics.median(x), max(x)))
+        if len(x) == 1:
+            least = most = ""  # one number is said once
+        lines.append(f"{title:<28} {least:>10} {median:>10} {most:>10}".rstrip())
+    return lines
 
 
 class Recorder:

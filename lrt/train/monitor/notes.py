@@ -34,8 +34,8 @@ def opening_notes(recipe: Recipe, tokenizer: Tokenizer, device: torch.device, *,
     if recipe.recurrence is not None and recipe.recurrence.separator is None:
         notes.append(
             "recurrence.separator is not set, so memory goes on from one document into the next, "
-            "although the data have "
-            f"a separator between them: set recurrence.separator = {tokenizer.bos_id}, unless that is what you want"
+            f"although the data have a separator between them: set recurrence.separator = {tokenizer.bos_id}, "
+            "unless that is what you want"
         )
     if recipe.training.steps == 0:
         start = recipe.training.init_from or recipe.training.branch_from
