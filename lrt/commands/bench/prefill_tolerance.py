@@ -29,6 +29,7 @@ from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.eval.figures import figure
 from lrt.loss import IGNORE
+from lrt.tables import Table
 from lrt.train.trainer import train
 
 TOLS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
@@ -94,10 +95,7 @@ def measure(args: argparse.Namespace) -> None:
     check(args.model, recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, targets, sizes = scored_rows(recipe, args.rows, device)
-    result: dict[str, Any] = {
-        "model": args.model,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
+    result: Table = {"model": args.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     result |= {
         "rows": len(tokens),
         "tokens_a_row": tokens.shape[1],
