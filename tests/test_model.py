@@ -349,7 +349,7 @@ LAZY = {
     ("lrt.commands.train", "lrt.train.monitor.faults"),
     ("lrt.commands.train", "lrt.train.trainer"),
     ("lrt.data.sources", "lrt.data.hub"),
-    ("lrt.decoding.fast.one_token", "lrt.decoding.fast.one_token_triton"),
+    ("lrt.decoding.fast.launching", "lrt.decoding.fast.kernels"),
     ("lrt.huggingface", "lrt.huggingface.cache"),
     ("lrt.huggingface", "lrt.huggingface.causal_lm"),
     ("lrt.huggingface.modeling_lrt", "lrt.huggingface"),

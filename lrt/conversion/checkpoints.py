@@ -114,10 +114,14 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
+class StepError(ValueError):
+    """A step was asked of what has none."""
+
+
 def no_step(step: int | None, kind: str) -> None:
-    """Raises ValueError where a step is asked of a folder that holds one model."""
+    """Raises StepError where a step is asked of a folder that holds one model."""
     if step is not None:
-        raise ValueError(
+        raise StepError(
             f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one "
             "model: leave it out"
         )
