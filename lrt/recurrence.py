@@ -19,7 +19,7 @@ HALVES = ("enter", "project", "attend")  # methods that every block needs; only 
 
 
 class Gate(nn.Module):
-    """One positive number a head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
+    """One positive number per head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
 
     Args:
         channels: c, the leading channels of the attention's input that it reads.
@@ -131,7 +131,7 @@ class ResidualInjection(nn.Module):
 class Injected(NamedTuple):
     """What a projected residual hands to the blocks."""
 
-    gains: tuple[Tensor, ...]  # (1, 1, 1), one a block
+    gains: tuple[Tensor, ...]  # (1, 1, 1), one per block
     direction: Tensor  # (B, P, D) RMSNorm(P m), the same for all
 
 

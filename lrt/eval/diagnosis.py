@@ -291,7 +291,7 @@ def watch_drift(model: Any, *, separator: int, tokens: int, rows: int, seed: int
     while tokens are drawn.
 
     Returns:
-        One number a token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
+        One number per token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
