@@ -20,6 +20,7 @@ from lrt.kernels.mixing import columns, mix, usable
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.recurrence import Gate, plain_mix
 from lrt.rotary import rope_tables, rotate
+from lrt.tables import Table
 from lrt.types import KV, Block, Handed, KVStore, Later, MemoryInput, Mixed, Projection
 
 
@@ -54,7 +55,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
         hidden = int(config.mlp_ratio * width)
-        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        factory: Table = {"bias": False, "device": device, "dtype": dtype}
         self.head_dim = config.head_dim
         self.window = config.windows()[layer]
         self.qk_norm = config.qk_norm
@@ -279,7 +280,7 @@ class Decoder(nn.Module):
         self.config = config
         self.width, self.kv_heads, self.head_dim = config.d_model, config.kv_heads, config.head_dim
         self.vocab_size = config.vocab_size
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: Table = {"device": device, "dtype": dtype}
         self.embedding = TokenTable(config.padded_vocab, self.width, **factory)
         layers = range(config.n_layers)
         kv_width = self.kv_heads * self.head_dim

@@ -1,8 +1,13 @@
-"""Whether what lrt is built on is there, said in one line before the first import fails; imports nothing."""
+"""Whether what lrt is built on is there, said in one line before the first import fails, and an import that is
+not cut in half; imports nothing."""
 
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NEEDED = ("torch", "torchdata", "safetensors", "numpy", "tokenizers", "pyarrow", "huggingface_hub", "rich", "tomli_w")
 
@@ -20,3 +25,24 @@ def check_installed() -> None:
             "checkout (. .venv/bin/activate), or make it: python3 -m venv .venv && . .venv/bin/activate && pip "
             "install torch && pip install -e ."
         )
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until what is imported inside is imported.
+
+    torch swallows one that falls into its import of numpy, goes on with half of numpy, and fails much later.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    heard: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lrt.tables import ReadTable, Table
+
 # What a folder says of a LoRA adapter; a config with anything else set is refused when it is saved,
 # and a folder's is when it is read.
 FIELDS = (
@@ -27,7 +29,7 @@ BEGINNINGS = (
 MERGE = "merge it into the decoder first (merge_and_unload)"
 
 
-def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: Mapping[str, Any]) -> None:
+def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: ReadTable) -> None:
     """Let the memory train, and be saved, with adapters that were just put into ``model``.
 
     Args:
@@ -83,7 +85,7 @@ def _without_layers(module: nn.Module) -> None:
 # ------------------------------------------------------------------ folders
 
 
-def describe_adapter(model: Any, decoder: Any) -> dict[str, Any] | None:
+def describe_adapter(model: Any, decoder: Any) -> Table | None:
     """What config.json says of the PEFT adapter in a model; None where there is none.
 
     Args:
@@ -123,7 +125,7 @@ def describe_adapter(model: Any, decoder: Any) -> dict[str, Any] | None:
     return {"on": on, "name": name, "lora": {k: v for k, v in fields.items() if v is not None}}
 
 
-def put_adapter(part: Any, table: Mapping[str, Any]) -> Any:
+def put_adapter(part: Any, table: ReadTable) -> Any:
     """``part`` with the adapter that a config.json describes, its values not filled in.
 
     Args:

@@ -33,6 +33,7 @@ from lrt.recurrence import (
     rms_memory,
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
+from lrt.tables import Table
 from lrt.types import Backbone, Block, Output, Schedule
 
 
@@ -369,7 +370,7 @@ def _mixer_of(block: Block) -> Mixer:
     return fused_mix if isinstance(block, DecoderBlock) else plain_mix
 
 
-def _place(block: Any) -> dict[str, Any]:
+def _place(block: Any) -> Table:
     """Device and dtype of a block's own parameters."""
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}

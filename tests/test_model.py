@@ -320,7 +320,7 @@ def test_a_state_knows_models_apart_that_differ_in_settings_alone():
 # ------------------------------------------------------------------ the layout
 
 TIERS = [
-    ["config", "installed", "types", "rotary", "huggingface.registration"],
+    ["config", "installed", "tables", "types", "rotary", "huggingface.registration"],
     ["kernels"],
     ["attention", "data"],
     ["recurrence"],
@@ -349,7 +349,7 @@ LAZY = {
     ("lrt.commands.train", "lrt.train.monitor.faults"),
     ("lrt.commands.train", "lrt.train.trainer"),
     ("lrt.data.sources", "lrt.data.hub"),
-    ("lrt.decoding.fast.one_token", "lrt.decoding.fast.one_token_triton"),
+    ("lrt.decoding.fast.launching", "lrt.decoding.fast.kernels"),
     ("lrt.huggingface", "lrt.huggingface.cache"),
     ("lrt.huggingface", "lrt.huggingface.causal_lm"),
     ("lrt.huggingface.modeling_lrt", "lrt.huggingface"),

@@ -5,7 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lrt.commands.arithmetic import main  # noqa: E402
+try:
+    from lrt.commands.arithmetic import main
+except ImportError as missing:
+    sys.exit(f"error: {missing}")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,8 @@ try:
     from lrt.commands.diagnose import main
 except ImportError as missing:
     sys.exit(f"error: {missing}")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -56,7 +56,7 @@ def architecture():
         if i < 2:
             for level in range(6):
                 arrow(ax, (x + 1.5, 3.27), (x + 2.4, 0.87 + 0.8 * level), ORANGE, width=1.1)
-            ax.text(x + 1.95, 3.85, "m", ha="center", fontsize=11, color=ORANGE, style="italic")
+            ax.text(x + 1.78, 4.45, "m", ha="center", fontsize=12, color=ORANGE, style="italic")
     ax.set_title("A high state of the previous token feeds every block of the next", fontsize=11)
     ax.set_xlim(0, 7.4)
     ax.set_ylim(-0.2, 6)
@@ -91,38 +91,50 @@ def architecture():
 
 def schedules():
     length = 8
-    plans = [
-        ("sequential(): the reference", [[t] for t in range(length)]),
-        ("baseline()", [list(range(length))]),
-        ("interleaved(2)", [list(range(length)), list(range(0, length, 2)), list(range(1, length, 2))]),
-        ("refine(2)", [list(range(length))] * 3),
-        ("chunked(4)", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    ]
-    fig, axes = plt.subplots(1, 5, figsize=(13, 3.3), width_ratios=[1] * 5)
-    for ax, (title, passes) in zip(axes, plans):
-        exact = exact_positions(title, length)
-        for row, positions in enumerate(passes):
-            starts = row == 0 and not title.startswith(("seq", "chunk"))
-            for t in range(length):
-                face = "white"
-                if t in positions:
-                    face = GREY + "66" if starts else ORANGE + "aa"
-                    if title.startswith(("seq", "chunk")) and t != positions[0]:
-                        face = GREY + "66"
-                last = t in positions and not any(t in later for later in passes[row + 1 :])
-                ax.add_patch(plt.Rectangle((t, -row), 0.9, 0.8, fc=face, ec=GREY, lw=0.6))
-                if last and t in exact:
-                    ax.text(t + 0.45, -row + 0.4, "=", ha="center", va="center", fontsize=9)
-        ax.set_xlim(-0.3, length + 0.2)
-        ax.set_ylim(-7.4, 1.6)
-        ax.set_title(title, fontsize=10)
-        ax.text(length / 2, 1.05, "positions →", fontsize=7, color=GREY, ha="center")
-        ax.axis("off")
-    axes[0].text(-0.9, -3, "passes →", rotation=270, fontsize=7, color=GREY, va="center")
-    legend = ("grey: zero memory", "orange: the newest memory of the position before", "= : equal to true recurrence")
-    fig.text(0.5, 0.05, "        ".join(legend), ha="center", fontsize=9)
-    fig.tight_layout(rect=(0, 0.08, 1, 1))
-    fig.savefig(HERE / "schedules.png", dpi=130)
+    plans = {
+        "sequential(): the reference": [[t] for t in range(length)],
+        "baseline()": [list(range(length))],
+        "chunked(4)": [[0, 1, 2, 3], [4, 5, 6, 7]],
+        "interleaved(2)": [list(range(length)), list(range(0, length, 2)), list(range(1, length, 2))],
+        "refine(2)": [list(range(length))] * 3,
+    }
+    fig = plt.figure(figsize=(12, 4.4))
+    grid = fig.add_gridspec(2, 3, left=0.045, right=0.995, top=0.88, bottom=0.13, wspace=0.16, hspace=0.5)
+    places = [grid[:, 0], grid[0, 1], grid[0, 2], grid[1, 1], grid[1, 2]]
+    for place, (title, passes) in zip(places, plans.items()):
+        ax = fig.add_subplot(place)
+        draw_passes(ax, title, passes, length)
+        rows = length if len(passes) == length else 3
+        ax.set_xlim(-0.1, length)
+        ax.set_ylim(-rows + 0.75, 0.9)
+    for x, color, text in (
+        (0.045, GREY + "66", "computed with zero memory"),
+        (0.26, ORANGE + "aa", "with the newest memory of the position before"),
+        (0.58, "white", "not computed in this pass"),
+    ):
+        fig.patches.append(plt.Rectangle((x, 0.035), 0.02, 0.04, fc=color, ec=GREY, lw=0.6, transform=fig.transFigure))
+        fig.text(x + 0.026, 0.055, text, va="center", fontsize=9.5)
+    fig.text(0.81, 0.055, "=  equals true recurrence", va="center", fontsize=9.5)
+    fig.savefig(HERE / "schedules.png", dpi=150)
+
+
+def draw_passes(ax, title, passes, length):
+    exact, recurrent = exact_positions(title, length), title.startswith(("seq", "chunk"))
+    for row, positions in enumerate(passes):
+        for t in range(length):
+            receives = t == positions[0] if recurrent else row > 0
+            face = "white" if t not in positions else ORANGE + "aa" if receives else GREY + "66"
+            ax.add_patch(plt.Rectangle((t, -row), 0.92, 0.8, fc=face, ec=GREY, lw=0.6))
+            last = t in positions and not any(t in later for later in passes[row + 1 :])
+            if last and t in exact:
+                ax.text(t + 0.46, -row + 0.4, "=", ha="center", va="center", fontsize=10)
+    ax.set_title(title, fontsize=11, loc="left")
+    ax.set_yticks([0.4 - row for row in range(len(passes))], [f"pass {row}" for row in range(len(passes))], fontsize=8)
+    ax.set_xticks([t + 0.46 for t in range(length)], [str(t) for t in range(length)], fontsize=8)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelcolor="#606060", pad=1)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def exact_positions(title, length):

@@ -33,6 +33,7 @@ from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.generation import start
 from lrt.decoding.sampling import Sampling
 from lrt.decoding.session import stop_at
+from lrt.tables import Table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     opened = open_model(args.model, base=args.base, dtype=dtype, device=args.device)
     model, tokenizer = opened.model, open_tokenizer(opened, name=args.tokenizer, base=args.base)
     text = args.prompt if args.file is None else read_prompt(Path(args.file))
-    modes: dict[str, Any] = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
+    modes: Table = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
     if args.chat:
@@ -139,7 +140,7 @@ def read_prompt(path: Path) -> str:
         raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def continue_text(args: argparse.Namespace, modes: dict[str, Any], tokenizer: Any, text: str) -> None:
+def continue_text(args: argparse.Namespace, modes: Table, tokenizer: Any, text: str) -> None:
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     texts: dict[str, list[int]] = {}
     for mode, model in modes.items():

@@ -19,6 +19,7 @@ from lrt.commands.frame import framed
 from lrt.commands.options import at_least, path
 from lrt.config import DataConfig
 from lrt.data.prepare import inspect_corpus, tokenize_corpus, train_tokenizer
+from lrt.tables import Table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +100,7 @@ def _inspect(data: DataConfig, options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shown: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    shown: Table = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **shown)
     commands = parser.add_subparsers(required=True, metavar="command")
     source = argparse.ArgumentParser(add_help=False)

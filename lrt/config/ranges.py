@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from lrt.tables import ReadTable, Table
 
 LARGEST = 1 << 62  # of whole numbers: products with few others still are numbers of a machine
 
@@ -165,7 +166,7 @@ def number_types(hint: Any) -> set[type]:
     return set().union(*map(number_types, args)) if args else {hint} & {int, float}
 
 
-def range_errors(section: str, cls: type, values: Mapping[str, Any]) -> list[str]:
+def range_errors(section: str, cls: type, values: ReadTable) -> list[str]:
     """Numbers of a section that are outside of their range, or none at all.
 
     Args:
@@ -285,7 +286,7 @@ def memory_rate_errors(r: Any) -> list[str]:
     ]
 
 
-def without_replaced(below: Mapping[str, Any], above: Mapping[str, Any], *, section: str) -> dict[str, Any]:
+def without_replaced(below: ReadTable, above: ReadTable, *, section: str) -> Table:
     """What a section inherits: not the horizon where another is given above, nor what belonged to a choice that is made
     anew."""
     replaced: set[str] = set()

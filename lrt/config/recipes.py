@@ -24,6 +24,7 @@ from typing import Any, Literal, Union
 from lrt.config.files import read_text
 from lrt.config.ranges import USED, item_class, range_errors, without_replaced
 from lrt.config.settings import PassesConfig, Recipe, ScheduleConfig, ShareConfig, StretchConfig
+from lrt.tables import ReadTable, Table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -92,7 +93,7 @@ def parse_recipe(text: str, *, overrides: Sequence[str] = ()) -> Recipe:
     return _with_overrides(_toml(text, where="recipe"), overrides, where="recipe")
 
 
-def _toml(text: str, *, where: str) -> dict[str, Any]:
+def _toml(text: str, *, where: str) -> Table:
     try:
         return tomllib.loads(text)
     except ValueError as error:  # also a number of more digits than Python reads
@@ -101,15 +102,15 @@ def _toml(text: str, *, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where}: not valid TOML: brackets or braces are nested too deeply") from None
 
 
-def _with_overrides(table: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+def _with_overrides(table: ReadTable, overrides: Sequence[str], where: str) -> Recipe:
     errors: list[str] = []
-    above: dict[str, Any] = {}
+    above: Table = {}
     for override in overrides:
         _apply_override(above, override, errors)
     return _recipe_from_table(_merge(table, above), errors, where=where)
 
 
-def _read_with_base(path: Path, chain: list[Path]) -> dict[str, Any]:
+def _read_with_base(path: Path, chain: list[Path]) -> Table:
     table = _toml(read_text(path), where=path.name)
     base = table.pop("base", None)
     if base is None:
@@ -130,7 +131,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: ReadTable, above: ReadTable) -> Table:
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -138,7 +139,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def _apply_override(table: dict[str, Any], override: str, errors: list[str]) -> None:
+def _apply_override(table: Table, override: str, errors: list[str]) -> None:
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or len(keys) not in (1, 2) or not all(keys):
@@ -170,8 +171,8 @@ def _shortened(error: str) -> str:
     )
 
 
-def _recipe_from_table(table: Mapping[str, Any], errors: list[str], where: str) -> Recipe:
-    sections: dict[str, Any] = {}
+def _recipe_from_table(table: ReadTable, errors: list[str], where: str) -> Recipe:
+    sections: Table = {}
     hints = typing.get_type_hints(Recipe)
     for key, value in table.items():
         if key not in hints:
@@ -223,9 +224,9 @@ def parse_section(cls: Any, name: str, table: Any) -> Any:
     return section
 
 
-def _section_from_table(cls: Any, section: str, table: Mapping[str, Any], errors: list[str]) -> Any:
+def _section_from_table(cls: Any, section: str, table: ReadTable, errors: list[str]) -> Any:
     hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
+    values: Table = {}
     before = len(errors)
     for key, raw in table.items():
         if key not in hints:
@@ -331,7 +332,7 @@ def similar(name: str, known: Sequence[str]) -> str | None:
 # ------------------------------------------------------------------ TOML out
 
 
-def _schedule_to_table(c: ScheduleConfig) -> dict[str, Any]:
+def _schedule_to_table(c: ScheduleConfig) -> Table:
     """The section: its phases alone, or its keys; tables inside it hold what their kind uses."""
     if c.phases is not None:
         return {"phases": [{"until": phase.until, **_used_keys(phase)} for phase in c.phases]}
@@ -340,11 +341,11 @@ def _schedule_to_table(c: ScheduleConfig) -> dict[str, Any]:
     return {**table, "mix": _members(c.mix)} if c.kind == "mixture" else table
 
 
-def _members(mix: Sequence[ShareConfig]) -> list[dict[str, Any]]:
+def _members(mix: Sequence[ShareConfig]) -> list[Table]:
     return [{"share": member.share, **_used_keys(member)} for member in mix]
 
 
-def _used_keys(c: PassesConfig) -> dict[str, Any]:
+def _used_keys(c: PassesConfig) -> Table:
     used = [key for key in USED["schedule", "kind"][c.kind] if hasattr(c, key)]
     return {
         "kind": c.kind,
@@ -360,9 +361,9 @@ def _without_none(value: Any) -> Any:
     return "none" if value is None else value
 
 
-def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_table(recipe: Recipe) -> Table:
     """The recipe as nested plain values, None written as "none" (TOML has no null)."""
-    table: dict[str, Any] = {}
+    table: Table = {}
     for section in dataclasses.fields(recipe):
         value = getattr(recipe, section.name)
         if value is None:

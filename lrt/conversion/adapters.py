@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from lrt.serialization.adapted import without_ties
 from lrt.serialization.decoders import in_one_line, open_decoder
 from lrt.serialization.fingerprint import fingerprint, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_folder
+from lrt.tables import ReadTable
 
 
 def read_adapter(path: Path, *, base: Checkpoint, step: int | None = None) -> Checkpoint:
@@ -85,7 +85,7 @@ def decoder_weights(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, to
     return ((name, tensor.read()) for name, tensor in tensors.items() if not is_memory(name))
 
 
-def refuse_peft(config: Mapping[str, Any], where: str | Path) -> None:
+def refuse_peft(config: ReadTable, where: str | Path) -> None:
     """Raises ValueError where a PEFT adapter lies beside the memory, which the target or the base knows nothing of."""
     if config.get("adapter"):
         raise ValueError(

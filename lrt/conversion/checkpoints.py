@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,6 +28,7 @@ from lrt.serialization import config_of, model_from_config, native_config, read_
 from lrt.serialization.adapted import load_whole, without_ties
 from lrt.serialization.decoders import decoder_of_shapes, open_saved
 from lrt.serialization.tensors import LazyTensor, check_shapes, in_memory, open_file, open_folder
+from lrt.tables import ReadTable, Table
 from lrt.train.checkpoint.verifying import find_checkpoint, step_of
 
 TOKENIZER_HELP = "no tokenizer found: give one with --tokenizer, or the output will have none"
@@ -52,12 +52,12 @@ class Checkpoint:
 
     kind: str
     where: Path
-    config: dict[str, Any]
+    config: Table
     tensors: dict[str, LazyTensor]
     reading: Callable[[Precision], Logits]
     tokenizer: Files = field(default_factory=dict)
     step: int | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: ReadTable = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -67,7 +67,7 @@ class Checkpoint:
         return native["sequence_length"] if native else self.config.get("max_position_embeddings") or 2048
 
 
-def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
+def model_reading(config: Table, tensors: Mapping[str, LazyTensor]) -> Callable[[Precision], Logits]:
     """Logits by our own model; an adapted decoder is held whole."""
 
     def reading(precision: Precision) -> Logits:
@@ -86,7 +86,7 @@ def model_reading(config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> 
     return reading
 
 
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Table) -> dict[str, tuple[int, ...]]:
     """Our names and shapes of the model that a config.json describes; a tied parameter is named once."""
     with torch.device("meta"):
         model = model_from_config(config, device="meta")
@@ -114,10 +114,14 @@ def read_lrt(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
+class StepError(ValueError):
+    """A step was asked of what has none."""
+
+
 def no_step(step: int | None, kind: str) -> None:
-    """Raises ValueError where a step is asked of a folder that holds one model."""
+    """Raises StepError where a step is asked of a folder that holds one model."""
     if step is not None:
-        raise ValueError(
+        raise StepError(
             f"--step {step} chooses among the checkpoints of a run, but a folder of kind {kind} holds one "
             "model: leave it out"
         )
@@ -163,7 +167,7 @@ def read_dcp(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
-def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
+def _config_of_recipe(recipe: Recipe) -> Table:
     if recipe.run.backbone == "native":
         return native_config(build(recipe, device="meta"))
     # a name that the run gave: read as data, or not at all

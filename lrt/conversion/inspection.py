@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lrt.conversion.adapters import is_memory, read_memory
-from lrt.conversion.checkpoints import Checkpoint
+from lrt.conversion.checkpoints import Checkpoint, StepError
 from lrt.conversion.kinds import KINDS, kind_of
 from lrt.data.tokenizer import MARKER
+from lrt.tables import ReadTable
 
 
 class Inspection(NamedTuple):
@@ -34,12 +35,15 @@ def inspect_checkpoint(path: str | Path, *, step: int | None = None) -> Inspecti
 
     Raises:
         ValueError: nothing known lies there. A checkpoint that is known but not whole is reported, not raised.
+        StepError: a step is asked of a folder that holds one model.
     """
     kind = kind_of(Path(path))
     try:
         found = read_memory(Path(path)) if kind == "adapter" else KINDS[kind].read(Path(path), step=step)
         for tensor in found.tensors.values():  # the ends of every file, so that a truncated one is noticed
             tensor.read().flatten()[-1:].clone()
+    except StepError:
+        raise
     except ValueError as error:
         return Inspection(kind, False, str(error), None, {}, {})
     if kind == "official" and found.config["recurrence"] is None:
@@ -94,5 +98,5 @@ def describe(found: Inspection, path: str | Path) -> list[str]:
     return lines + [f"  note        {note}" for note in checkpoint.notes]
 
 
-def _plain(section: Mapping[str, Any]) -> str:
+def _plain(section: ReadTable) -> str:
     return ", ".join(f"{key} = {value}" for key, value in section.items() if value is not None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.model import build_model
@@ -16,6 +15,7 @@ from lrt.schedules import describe, from_config
 from lrt.serialization import model_from_config, native_config
 from lrt.serialization.lazy import rows, stacked
 from lrt.serialization.tensors import LazyTensor, check_shapes
+from lrt.tables import ReadTable, Table
 
 LINEARS = {
     "attn.c_q": "query", "attn.c_k": "key", "attn.c_v": "value", "attn.c_proj": "output", "mlp.c_fc": "mlp_in",
@@ -54,9 +54,7 @@ def name_table(config: ModelConfig, *, recurrent: bool) -> dict[str, tuple[str, 
     return table
 
 
-def native_tensors(
-    config: Mapping[str, Any], official: Mapping[str, LazyTensor], *, where: str
-) -> dict[str, LazyTensor]:
+def native_tensors(config: ReadTable, official: Mapping[str, LazyTensor], *, where: str) -> dict[str, LazyTensor]:
     """Our tensors from official ones.
 
     Args:
@@ -79,13 +77,13 @@ def native_tensors(
     return {name: tensors[name] for name in model}
 
 
-def official_tensors(config: Mapping[str, Any], native: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def official_tensors(config: ReadTable, native: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Official tensors from ours, in the order of a table of names."""
     _, table = _shapes_and_table(config)
     return {theirs: stacked([native[name] for name in ours]) for theirs, ours in table.items()}
 
 
-def _shapes_and_table(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
+def _shapes_and_table(config: ReadTable) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
     model = model_from_config(dict(config), device="meta")
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     return shapes, name_table(model.backbone.config, recurrent=model.recurrence is not None)
@@ -98,7 +96,7 @@ def _stacked_shape(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 # ------------------------------------------------------------------ config, from official
 
 
-def native_from_official(meta: Mapping[str, Any], official: Mapping[str, LazyTensor], *, where: str) -> dict[str, Any]:
+def native_from_official(meta: ReadTable, official: Mapping[str, LazyTensor], *, where: str) -> Table:
     """Our config.json of an official checkpoint.
 
     The layout is read from the tensors; the config decides only what tensors cannot say.
@@ -153,14 +151,14 @@ def native_from_official(meta: Mapping[str, Any], official: Mapping[str, LazyTen
     return config_of(model, recurrence, schedule_from_official(meta) if recurrent else ScheduleConfig(kind="baseline"))
 
 
-def config_of(model: ModelConfig, recurrence: RecurrenceConfig | None, schedule: ScheduleConfig) -> dict[str, Any]:
+def config_of(model: ModelConfig, recurrence: RecurrenceConfig | None, schedule: ScheduleConfig) -> Table:
     """config.json of a native model that is not built."""
     shell = build_model(model, recurrence, device="meta")
     shell.train_schedule = from_config(schedule)
     return native_config(shell)
 
 
-def schedule_from_official(meta: Mapping[str, Any]) -> ScheduleConfig:
+def schedule_from_official(meta: ReadTable) -> ScheduleConfig:
     """The training schedule that an official config describes."""
     if meta.get("use_multi_refine"):
         weights = meta.get("multi_refine_loss_weights")
@@ -179,7 +177,7 @@ def schedule_from_official(meta: Mapping[str, Any]) -> ScheduleConfig:
 # ------------------------------------------------------------------ config, to official
 
 
-def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -> tuple[dict[str, Any], list[str]]:
+def official_from_native(config: ReadTable, *, nanochat: bool = False) -> tuple[Table, list[str]]:
     """``model_config`` of the official meta file.
 
     Args:
@@ -233,7 +231,7 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
             "the official code rounds its rotary tables to bfloat16, this model does not (model.rope_dtype): "
             "logits move by about 1e-2"
         )
-    out: dict[str, Any] = {
+    out: Table = {
         "sequence_len": model.sequence_length, "vocab_size": model.vocab_size, "n_layer": model.n_layers,
         "n_head": model.heads, "n_kv_head": model.kv_heads, "n_embd": model.d_model,
         "window_pattern": model.window_pattern,
@@ -257,13 +255,13 @@ def official_from_native(config: Mapping[str, Any], *, nanochat: bool = False) -
     return out, notes
 
 
-def _recurrence_reasons(model: ModelConfig, recurrence: Mapping[str, Any] | None, *, nanochat: bool) -> list[str]:
+def _recurrence_reasons(model: ModelConfig, recurrence: ReadTable | None, *, nanochat: bool) -> list[str]:
     if recurrence is None:
         return []
     if nanochat:
         return ["it has recurrence (nanochat has none)"]
     parsed = RecurrenceConfig(**recurrence)
-    wanted: dict[str, Any] = {
+    wanted: Table = {
         "sharing": "layerwise",
         "projection": "separate",
         "kv_projection": True,
@@ -297,10 +295,10 @@ def _embedded(model: ModelConfig) -> list[bool]:
     return [model.has_value_embedding(i) for i in range(model.n_layers)]
 
 
-def _official_schedule(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _official_schedule(table: ReadTable) -> tuple[Table, list[str]]:
     """The schedule's official keys, and what of it they cannot say."""
     schedule = ScheduleConfig(**table)
-    keys: dict[str, Any] = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
+    keys: Table = {"interleaved_num_passes": 2, "interleaved_kv_refresh": False}
     notes = []
     if schedule.kind == "refine":
         if schedule.passes == 1 and schedule.cut_gradient:

@@ -8,13 +8,14 @@ Legend: B batch, P positions of a forward, D width, H query heads, G key/value h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.serialization.tensors import LazyTensor
+from lrt.tables import ReadTable
 
 Mode = Literal["zero", "decode"]
 Logits = Callable[[Tensor, Mode], Tensor]  # tokens (B, T) -> logits (B, T, V)
@@ -43,7 +44,7 @@ class OfficialReading:
         precision: how to compute.
     """
 
-    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], precision: Precision) -> None:
+    def __init__(self, config: ReadTable, tensors: Mapping[str, LazyTensor], precision: Precision) -> None:
         self.tensors, self.precision = tensors, precision
         self.layers, self.heads, self.kv_heads = config["n_layer"], config["n_head"], config["n_kv_head"]
         self.width, self.length, self.vocab_size = config["n_embd"], config["sequence_len"], config["vocab_size"]

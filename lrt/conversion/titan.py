@@ -27,6 +27,7 @@ from lrt.conversion.checkpoints import TOKENIZER_HELP, Checkpoint, expected_shap
 from lrt.serialization.decoders import causal_class, config_from_table
 from lrt.serialization.description import config_of, schedule_of
 from lrt.serialization.tensors import LazyTensor, check_shapes
+from lrt.tables import ReadTable, Table
 
 DESCRIPTION, CONTENTS = "lrt_titan.json", ".metadata"
 FORMAT = 1
@@ -51,7 +52,7 @@ def is_titan(path: Path) -> bool:
     return path.is_dir() and bool(steps_in(path))
 
 
-def description_of(path: Path) -> dict[str, Any]:
+def description_of(path: Path) -> Table:
     """What ``lrt.titan`` wrote about the model whose checkpoint lies at ``path``.
 
     Raises:
@@ -209,8 +210,8 @@ _ROTATED_KEYS = re.compile(r"(memory_projection|blocks\.\d+\.projection)\.key\.w
 
 
 def _as_hugging_face(
-    about: Mapping[str, Any], stored: Mapping[str, LazyTensor], *, where: Path
-) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+    about: ReadTable, stored: Mapping[str, LazyTensor], *, where: Path
+) -> tuple[Table, dict[str, LazyTensor]]:
     """config.json and tensors of the same model around transformers' LlamaForCausalLM.
 
     torchtitan rotates neighbouring channels of a head, transformers its halves: the rows of what makes queries and keys

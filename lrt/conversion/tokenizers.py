@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lrt.data.tokenizer import BOS, HUB_CONFIG, MARKER, byte_characters, hub_config, load_tokenizer, tokenizer_json
+from lrt.tables import Table
 
 Files = Mapping[str, bytes]  # name -> content
 
@@ -122,7 +123,7 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def read_encoding(path: Path) -> dict[str, Any]:
+def read_encoding(path: Path) -> Table:
     """The state of a pickled tiktoken encoding: name, pat_str, mergeable_ranks, special_tokens.
 
     Raises:
@@ -141,12 +142,12 @@ def read_encoding(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: refused, not the pickle of a plain tiktoken encoding: {HELP}")
 
 
-def _pickle_encoding(state: dict[str, Any]) -> bytes:
+def _pickle_encoding(state: Table) -> bytes:
     """What pickling tiktoken.Encoding gives, without tiktoken: GLOBAL, empty tuple, NEWOBJ, state, BUILD, STOP."""
     return b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + pickle.dumps(state, protocol=3)[2:-1] + b"b."
 
 
-def _encoding_state(table: dict[str, Any]) -> dict[str, Any] | None:
+def _encoding_state(table: Table) -> Table | None:
     """A tokenizer.json as the state of a tiktoken encoding; None when tiktoken cannot say it."""
     steps = table.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -203,7 +204,7 @@ def hub_files(files: Files, *, context: int) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def _object(files: Files, name: str) -> dict[str, Any]:
+def _object(files: Files, name: str) -> Table:
     """The JSON object in a file of ours; empty where there is no such file."""
     try:
         found = json.loads(files.get(name, b"{}"))
@@ -229,5 +230,5 @@ def without_hub_files(files: Files) -> dict[str, bytes]:
     }
 
 
-def _hub_config(marker: dict[str, Any], **more: Any) -> bytes:
+def _hub_config(marker: Table, **more: Any) -> bytes:
     return (json.dumps({**hub_config(marker), **more}, indent=2) + "\n").encode()

@@ -20,6 +20,7 @@ from lrt.data.tokenizer import load_tokenizer
 from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.tensors import LazyTensor, write_folder
 from lrt.serialization.writing import write_description
+from lrt.tables import Table
 
 Progress = Callable[[int], None]  # bytes written since the last call
 
@@ -51,7 +52,7 @@ def write_hf(folder: Path, source: Checkpoint, *, shard_size: int | None, progre
     write_files(folder, hub_files(source.tokenizer, context=source.context))
     if "generation_config.json" in source.tokenizer:
         return []
-    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
+    generation: Table = {"do_sample": True, "temperature": 1.0}
     if "tokenizer.json" in source.tokenizer:
         tokenizer = load_tokenizer(folder)
         # Documents have no end token in pretraining: the next document's separator ends one.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from lrt.data.chat import Chat, Conversation, open_chat
 from lrt.data.examples import Example, open_examples
 from lrt.data.held_out import NOT_SCORED, HeldOut
 from lrt.data.tokenizer import Tokenizer
+from lrt.tables import Table
 
 BUFFER = 256  # conversations among which the best fit for a row is sought
 
@@ -205,10 +205,10 @@ class TuningLoader:
         self._row += 1
         return self._plan[1][self._row - 1]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         return {"epoch": self._epoch, "row": self._row, "conversations": self.fingerprint, "seed": self._seed}
 
-    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: Table | Sequence[Table]) -> None:
         """Go on from a state, or from those of all ranks, which are the same.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lrt.data.documents import Documents
 from lrt.data.packing import Packer, Piece, Row
 from lrt.data.stream import read_in_order
 from lrt.data.tokenizer import Measured
+from lrt.tables import Table
 
 NOT_SCORED = -1
 
@@ -139,11 +140,11 @@ class ValidationLoader:
                 self._packed.append(self._keep(row))
         return min(count, len(self._packed))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         """Batches given of the present round."""
         return {"batches": self._given}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Table) -> None:
         """Begin the next round behind the batches of ``state``."""
         self._start = state["batches"]
 

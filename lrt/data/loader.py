@@ -21,6 +21,7 @@ from lrt.data.mixture import Deal, MixedStream, SeveralDocuments, places
 from lrt.data.sources import each_source, open_documents
 from lrt.data.stream import Plan, Stream, in_order, read_in_order
 from lrt.data.tokenizer import Tokenizer
+from lrt.tables import Table
 
 PREFETCH = 4  # batches that each worker prepares ahead
 GPU_WORKERS = 3  # a rank, where the recipe names none: with them small models waited 0.0 % of a step (docs/data.md)
@@ -161,7 +162,7 @@ class TrainLoader:
         plans = tuple(Plan(seed=seed, streams=streams, sizes=tuple(of_source.tolist())) for of_source in sizes)
         self._set(Deal(plans, tuple(weight / sum(weights) for weight in weights)), states=None, turn=0)
 
-    def _set(self, deal: Deal, *, states: Sequence[dict[str, Any]] | None, turn: int) -> None:
+    def _set(self, deal: Deal, *, states: Sequence[Table] | None, turn: int) -> None:
         self._deal, self._turn = deal, turn
         self._states = list(states) if states is not None else [deal.fresh() for _ in range(self._streams_here)]
         self._given = [state.get("rows") for state in self._states]  # of each stream here, rows of each source
@@ -206,7 +207,7 @@ class TrainLoader:
         )
         workers = self.workers
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
-        options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
+        options: Table = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 has deprecated
             warnings.filterwarnings("ignore", message=".*set_vital")
@@ -224,7 +225,7 @@ class TrainLoader:
         if workers:  # at the end of the process torch would send them SIGTERM, which they survive for a minute
             atexit.register(_end_workers, weakref.ref(self))
 
-    def _current_states(self) -> list[dict[str, Any]]:
+    def _current_states(self) -> list[Table]:
         """States of this rank's streams after the last batch given out, without what workers prepared ahead."""
         if self._engine is None:
             return self._states
@@ -257,7 +258,7 @@ class TrainLoader:
         given = [sum(rows) for rows in zip(*(rows for rows in self._given if rows is not None))]
         return {source.train: rows / max(1, sum(given)) for (_, source), rows in zip(self._sources, given)}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         """This rank's place: plain numbers, texts and lists, fit for JSON."""
         return {
             "rank": self._rank,
@@ -268,7 +269,7 @@ class TrainLoader:
             **self._identity,
         }
 
-    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: Table | Sequence[Table]) -> None:
         """Go on from a state.
 
         Args:
@@ -313,7 +314,7 @@ class _Batches(IterableDataset):
         documents: Documents,
         *,
         deal: Deal,
-        streams: Sequence[tuple[int, dict[str, Any]]],
+        streams: Sequence[tuple[int, Table]],
         rows: int,
         length: int,
         bos_id: int,
@@ -329,7 +330,7 @@ class _Batches(IterableDataset):
         iterator.load_state_dict(state)
         return iterator
 
-    def _stream(self, number: int, state: dict[str, Any]) -> Stream | MixedStream:
+    def _stream(self, number: int, state: Table) -> Stream | MixedStream:
         settings = {
             "length": self._length,
             "bos_id": self._bos,
@@ -345,9 +346,7 @@ class _BatchIterator:
     Bad data are handed over as a value, since torch would wrap an exception of a worker in its traceback.
     """
 
-    def __init__(
-        self, open_stream: Callable[[dict[str, Any]], Stream | MixedStream], documents: Documents, rows: int
-    ) -> None:
+    def __init__(self, open_stream: Callable[[Table], Stream | MixedStream], documents: Documents, rows: int) -> None:
         self._open_stream, self._documents, self._rows = open_stream, documents, rows
         self._error: ValueError | None = None
 
@@ -362,14 +361,14 @@ class _BatchIterator:
                 self._error = error.with_traceback(None)
         return self._error
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         return self._opened.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Table) -> None:
         self._opened = self._open_stream(state)
 
 
-def _worker_states(state: dict[str, Any], *, workers: int) -> list[dict[str, Any]]:
+def _worker_states(state: Table, *, workers: int) -> list[Table]:
     """The datasets' states inside a StatefulDataLoader's state, worker by worker."""
     if workers == 0:
         return [state["fetcher_state"]["dataset_iter_state"]]

@@ -15,6 +15,7 @@ from lrt.data.documents import CorruptShard, Documents
 from lrt.data.packing import Row
 from lrt.data.stream import Plan, Span, Stream, deal_again, fresh_state
 from lrt.data.tokenizer import Measured
+from lrt.tables import Table
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -92,7 +93,7 @@ class MixedStream:
         self._rows[source] += 1
         return row
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         """The place, as plain numbers; valid between two rows."""
         return {"rows": list(self._rows), "sources": [stream.state_dict() for stream in self._streams]}
 
@@ -114,14 +115,12 @@ class Deal:
         """Number of streams, over all ranks."""
         return self.plans[0].streams
 
-    def fresh(self) -> dict[str, Any]:
+    def fresh(self) -> Table:
         """State of a stream that has read nothing."""
         states = [fresh_state(plan) for plan in self.plans]
         return states[0] if len(states) == 1 else {"rows": [0] * len(states), "sources": states}
 
-    def open(
-        self, documents: Documents, *, number: int, state: dict[str, Any], **settings: Any
-    ) -> Stream | MixedStream:
+    def open(self, documents: Documents, *, number: int, state: Table, **settings: Any) -> Stream | MixedStream:
         """A stream at a state; ``settings`` as of ``Stream``."""
         opened = [
             Stream(documents, plan=plan, number=number, state=place, **settings)
@@ -148,7 +147,7 @@ class Deal:
             counted[choose(row, shares=self.shares, phase=phase)] += 1
         return counted
 
-    def again(self, states: Sequence[dict[str, Any]], *, streams: int) -> tuple[Deal, list[dict[str, Any]]]:
+    def again(self, states: Sequence[Table], *, streams: int) -> tuple[Deal, list[Table]]:
         """A deal for other streams that go on where all of these stopped, and the states at which they begin."""
         every = [
             deal_again(plan, [places(state)[i] for state in states], streams=streams)
@@ -187,7 +186,7 @@ class Deal:
         )  # fmt: skip
 
 
-def places(state: dict[str, Any]) -> list[dict[str, Any]]:
+def places(state: Table) -> list[Table]:
     """The states of the single sources in a stream's state."""
-    found: list[dict[str, Any]] = state.get("sources", [state])
+    found: list[Table] = state.get("sources", [state])
     return found

@@ -27,6 +27,7 @@ from lrt.data.stream import read_in_order
 from lrt.data.texts import TextDocuments
 from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
+from lrt.tables import Table
 
 LARGEST = 1 << 22  # ids of a tokenizer; its trainer makes room for all of them before it begins
 
@@ -96,9 +97,7 @@ def _train_tokenizer(data: DataConfig, *, vocab_size: int, folder: Path, limit_b
     return trained
 
 
-def tokenize_corpus(
-    data: DataConfig, *, output: str | Path, processes: int, shard_documents: int = 65536
-) -> dict[str, Any]:
+def tokenize_corpus(data: DataConfig, *, output: str | Path, processes: int, shard_documents: int = 65536) -> Table:
     """Write ``data.train`` as a tokenized folder; run again after an interruption, it goes on where it stopped.
 
     Args:
@@ -117,7 +116,7 @@ def tokenize_corpus(
         return _tokenize_corpus(data, folder=folder, processes=processes, shard_documents=shard_documents)
 
 
-def _tokenize_corpus(data: DataConfig, *, folder: Path, processes: int, shard_documents: int) -> dict[str, Any]:
+def _tokenize_corpus(data: DataConfig, *, folder: Path, processes: int, shard_documents: int) -> Table:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     tokenizer = load_tokenizer(data.tokenizer)
@@ -280,7 +279,7 @@ def _shard_groups(documents: Documents, shard_documents: int) -> list[tuple[str,
     return [(f"shard_{number:05d}", run) for number, run in enumerate(runs)]
 
 
-def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(folder: Path, job: Table) -> Table | None:
     """The manifest, if the folder already holds all of this job; refuses a folder that holds another one."""
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).is_file():
@@ -304,13 +303,13 @@ def _finished(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Table) -> None:
     write_whole(path, json.dumps(content))
 
 
 def _in_processes(
     data: DataConfig, *, folder: Path, dtype: str, todo: list[tuple[str, list[int]]], processes: int
-) -> Generator[dict[str, Any], None, None]:
+) -> Generator[Table, None, None]:
     if processes <= 1:
         _open_in_process(data)
         for name, groups in todo:
@@ -346,7 +345,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
 
 
-_opened: dict[str, Any] = {}  # of this worker process
+_opened: Table = {}  # of this worker process
 
 
 def _open_in_process(data: DataConfig, stop: Any = None) -> None:
@@ -355,7 +354,7 @@ def _open_in_process(data: DataConfig, stop: Any = None) -> None:
     _opened["stop"] = stop
 
 
-def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> dict[str, Any]:
+def _write_one(folder: Path, name: str, groups: list[int], dtype: str, on_corrupt: str) -> Table:
     documents, stop = _opened["documents"], _opened["stop"]
     read = Reader(documents.read, on_corrupt=on_corrupt)
     skipped = 0

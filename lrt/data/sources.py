@@ -30,6 +30,7 @@ from lrt.data.tokenized import (
     shard_paths,
 )
 from lrt.data.tokenizer import Tokenizer
+from lrt.tables import Table
 
 DEMO = Path(__file__).resolve().parent / "demo"
 KINDS = (
@@ -74,7 +75,7 @@ def _open(data: DataConfig, *, tokenizer: Tokenizer, split: str, key: str) -> Do
     key = key if split == "train" or held_out else "data.validation"
     files = _split(data, split=split, key=key)
     tokenized = files[0].suffix == ".bin"
-    manifest: dict[str, Any] = {}
+    manifest: Table = {}
     open_file: Callable[[Path], Any] = functools.partial(open_shard, column=data.text_column, key=key)
     if tokenized:
         manifest = read_manifest(files[0].parent)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lrt.data.documents import CorruptShard, Documents, Found, Reader
 from lrt.data.packing import Packer, Piece, Row
+from lrt.tables import Table
 
 READ_AHEAD = 64  # documents tokenized at once
 SPANS_PER_STREAM = 4  # groups are split until each stream has at least so many spans an epoch
@@ -112,7 +113,7 @@ class Stream:
         length: int,
         bos_id: int,
         buffer: int,
-        state: dict[str, Any] | None = None,
+        state: Table | None = None,
         on_corrupt: str = "stop",
     ) -> None:
         state = state or fresh_state(plan)
@@ -129,7 +130,7 @@ class Stream:
         assert row is not None and row.filled == len(row.tokens)
         return row
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         """The place, as plain numbers; valid between two rows."""
         return {**self._place._asdict(), "pieces": self._packer.waiting()}
 
@@ -201,12 +202,12 @@ def read_in_order(
                     yield group, document, found
 
 
-def fresh_state(plan: Plan) -> dict[str, Any]:
+def fresh_state(plan: Plan) -> Table:
     """State of a stream that has read nothing."""
     return {"epoch": plan.start, "turn": 0, "document": 0, "pieces": [], "skipped": 0}
 
 
-def deal_again(plan: Plan, states: Sequence[dict[str, Any]], *, streams: int) -> tuple[Plan, list[dict[str, Any]]]:
+def deal_again(plan: Plan, states: Sequence[Table], *, streams: int) -> tuple[Plan, list[Table]]:
     """A plan for another number of streams that goes on where some streams stopped.
 
     Args:

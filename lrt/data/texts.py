@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lrt.data.documents import CorruptShard, Shard, Text, fingerprint_files
 from lrt.data.lines import open_csv, open_json_lines, open_text
 from lrt.data.parquet import open_parquet
 from lrt.data.tokenizer import Measured, Tokenizer
+from lrt.tables import Table
 
 GROUPS_HELD, TEXT_HELD = 4, 1 << 30  # groups of text, and characters of them, kept in memory by a stream; one at least
 KINDS = {  # kind -> endings of its files, in the order in which a folder is searched
@@ -93,5 +94,5 @@ class TextDocuments:
         found = iter(tokenize([text for text in texts if isinstance(text, str)]))
         return [next(found) if isinstance(text, str) else text for text in texts]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Table:
         return self.__dict__ | {"_held": OrderedDict()}

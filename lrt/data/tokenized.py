@@ -15,12 +15,12 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lrt.data.documents import CorruptShard, fingerprint_files
 from lrt.data.tokenizer import Measured, Tokenizer
+from lrt.tables import Table
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -29,7 +29,7 @@ GROUP = 1024  # documents that share a checksum
 _KEYS = ("version", "tokenizer", "vocab_size", "dtype", "shards")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Table:
     """The manifest of a tokenized folder.
 
     Raises:
@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_ours(manifest: dict[str, Any]) -> bool:
+def _is_ours(manifest: Table) -> bool:
     """Whether every entry has the kind that ``write_shard`` writes."""
     counts = ("documents", "tokens")
     return (
@@ -67,7 +67,7 @@ def shard_paths(folder: Path) -> list[Path]:
     return [folder / f"{shard['name']}.bin" for shard in read_manifest(folder)["shards"]]
 
 
-def write_shard(folder: Path, name: str, *, documents: Iterable[np.ndarray], dtype: str) -> dict[str, Any]:
+def write_shard(folder: Path, name: str, *, documents: Iterable[np.ndarray], dtype: str) -> Table:
     """Write one shard, a group at a time; a shard that exists under its name is whole.
 
     Args:
@@ -101,7 +101,7 @@ def _checksum(tokens: np.ndarray, borders: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(tokens).data, zlib.crc32(np.ascontiguousarray(borders).data))
 
 
-def check_shard(path: Path, *, manifest: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+def check_shard(path: Path, *, manifest: Table) -> tuple[Path, Table]:
     """A token file and its entry of the manifest.
 
     Raises:
@@ -119,7 +119,7 @@ def check_shard(path: Path, *, manifest: dict[str, Any]) -> tuple[Path, dict[str
     return path, entry
 
 
-def check_tokenizer(folder: Path, *, manifest: dict[str, Any], tokenizer: Tokenizer, key: str) -> None:
+def check_tokenizer(folder: Path, *, manifest: Table, tokenizer: Tokenizer, key: str) -> None:
     """Refuse ids of another tokenizer.
 
     Raises:
@@ -136,7 +136,7 @@ class TokenizedDocuments:
     """Memory-mapped documents; a group's checksum is verified when it is first read."""
 
     def __init__(
-        self, shards: Sequence[tuple[Path, dict[str, Any]]], *, dtype: str, tokenizer: Tokenizer, skipped: int = 0
+        self, shards: Sequence[tuple[Path, Table]], *, dtype: str, tokenizer: Tokenizer, skipped: int = 0
     ) -> None:
         self._shards, self._tokenizer, self.skipped = shards, tokenizer, skipped
         self._dtype = np.dtype(dtype).newbyteorder("<")
@@ -182,7 +182,7 @@ class TokenizedDocuments:
     def _table(self) -> np.ndarray:
         return self._tokenizer.token_bytes()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Table:
         return self.__dict__ | {"_maps": {}}
 
 

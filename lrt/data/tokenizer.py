@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from lrt.config.files import local_path, read_text, write_whole
+from lrt.tables import Table
 
 BOS = "<|bos|>"
 MARKER = "lrt_tokenizer.json"  # beside tokenizer.json: which class, which separator
@@ -161,10 +162,10 @@ class FileTokenizer:
             )
         return None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Table:
         return {"text": self._text, "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Table) -> None:
         self.__init__(state["text"], bos=state["bos"], eos=state["eos"])  # type: ignore[misc]
 
     def _name(self, token: int | None) -> str | None:
@@ -300,14 +301,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _write(folder: Path, text: str, marker: dict[str, Any]) -> None:
+def _write(folder: Path, text: str, marker: Table) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "tokenizer.json", text)
     write_whole(folder / MARKER, json.dumps(marker) + "\n")
     write_whole(folder / HUB_CONFIG, json.dumps(hub_config(marker), indent=2) + "\n")
 
 
-def hub_config(marker: dict[str, Any]) -> dict[str, Any]:
+def hub_config(marker: Table) -> Table:
     """What transformers must know of a tokenizer of ours; a text ends where the next one's separator stands."""
     bos = marker.get("bos") or BOS
     ends = {"bos_token": bos, "eos_token": marker.get("eos") or bos}
@@ -321,7 +322,7 @@ def _text_of(path: Path) -> str:
         raise ValueError(f"data.tokenizer: {error}") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> Table:
     """The object in a file; empty where there is none."""
     if not path.is_file():
         return {}

@@ -14,6 +14,7 @@ from lrt.engine.plain import Engine, Entries, dtype_of
 from lrt.forward import Row, run_blocks
 from lrt.kernels.attention import block_mask, usable
 from lrt.kernels.gradients import Branched, branch_compiled, fan_out
+from lrt.tables import Table
 from lrt.types import PassOutput, RecurrentDecoder
 
 CHUNK_GRAPHS = 8  # chunks of a row that are compiled, each for itself; more run eagerly, which a CUDA graph hides
@@ -69,7 +70,7 @@ class CompiledEngine(Engine):
             return super().masks(row, groups=groups, residue=residue)
         distinct = {block.window for block in blocks}
         seen = {window: None if window is None or window >= length - 1 else window for window in distinct}
-        place: dict[str, Any] = {"length": length, "groups": groups, "residue": residue, "device": device}
+        place: Table = {"length": length, "groups": groups, "residue": residue, "device": device}
         masks = {window: block_mask(window=seen[window], documents=row.documents, **place) for window in distinct}
         return [masks[block.window] for block in blocks]
 

@@ -21,6 +21,7 @@ from lrt.forward import Row, at_hand, for_keys, run_blocks
 from lrt.kernels.attention import usable
 from lrt.kernels.gradients import Branch, Branched, branch
 from lrt.recurrence import reset_memory
+from lrt.tables import Table
 from lrt.types import KV, KVStore, Later, Pass, PassOutput, RecurrentDecoder
 
 
@@ -84,7 +85,7 @@ class Engine:
         if not graded:
             row, received = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
         stores = self.whole_row(row) if stores is None else stores
-        options: dict[str, Any] = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
+        options: Table = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
         with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
             return self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
 

@@ -13,9 +13,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from lrt.tables import ReadTable, Table
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -47,7 +49,7 @@ class DocumentScores:
     nats: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, scores: Mapping[str, Any], *, data: str) -> DocumentScores:
+    def of(cls, scores: ReadTable, *, data: str) -> DocumentScores:
         """Those of ``evaluate_bpb``'s results, which are of the same rows in every mode."""
         first = next(iter(scores.values()))
         return cls(
@@ -58,7 +60,7 @@ class DocumentScores:
         """Write one ``.npz`` file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {f"nats.{mode}": nats for mode, nats in self.nats.items()}
+        arrays: Table = {f"nats.{mode}": nats for mode, nats in self.nats.items()}
         with open(target, "wb") as file:
             np.savez_compressed(file, data=np.array(self.data), index=self.index, bytes=self.bytes, **arrays)
         return target

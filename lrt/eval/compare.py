@@ -27,6 +27,7 @@ from lrt.config.ranges import HORIZON
 from lrt.eval.bootstrap import DocumentScores, Interval, compare_scores
 from lrt.eval.runs import RunFolder, read_records, read_run
 from lrt.eval.spread import Spread, half_interval
+from lrt.tables import ReadTable, Table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -121,7 +122,7 @@ class Comparison:
     """
 
     curves: tuple[Curve, ...]
-    data: Mapping[str, Any] | None
+    data: ReadTable | None
 
     @property
     def reference(self) -> Curve:
@@ -187,7 +188,7 @@ class _Run:
 
     folder: Path
     name: str
-    recipe: dict[str, Any]
+    recipe: Table
     files: RunFolder
     label: str | None  # in its sweep
 
@@ -242,7 +243,7 @@ def _read(folder: Path, label: str | None) -> _Run:
     return _Run(folder.resolve(), folder.resolve().name, recipe, files, label)
 
 
-def _common_data(runs: Sequence[_Run], *, refuse: bool) -> Mapping[str, Any] | None:
+def _common_data(runs: Sequence[_Run], *, refuse: bool) -> ReadTable | None:
     """What all runs read; checked as far as they tell it, and by what they scored."""
     first = runs[0]
     for run in runs[1:]:
@@ -276,7 +277,7 @@ def _curves(runs: Sequence[_Run]) -> list[Curve]:
     return _distinct(curves)
 
 
-def _identity(recipe: Mapping[str, Any], *, horizon: bool) -> str:
+def _identity(recipe: ReadTable, *, horizon: bool) -> str:
     """What makes two runs the same setting: all that decides their weights but seed, data and, if asked, horizon.
 
     Data are compared by their fingerprints. A key with the default's value counts as one that is not there.
@@ -291,7 +292,7 @@ def _identity(recipe: Mapping[str, Any], *, horizon: bool) -> str:
         ("data", "workers"),
     }
     left_out |= set() if horizon else {("training", key) for key in HORIZON}
-    table: dict[str, Any] = {}
+    table: Table = {}
     for section, values in recipe.items():
         if section in ("checkpoint", "metrics", "evaluation"):
             continue

@@ -22,6 +22,7 @@ from lrt.eval.parameters import recurrence_statistics
 from lrt.forward import Row, memory_inputs
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import Interleaved, Refine, baseline, sequential, single
+from lrt.tables import Table
 from lrt.types import MemoryInput, at_least_float32
 
 PARTS = ("keys and values", "residual")
@@ -29,7 +30,7 @@ SWEEPS = 8
 BUCKETS = 16
 EXACT = 1e-3  # relative error of the memory up to which a position counts as exact
 UNSETTLED = 0.1  # relative change in a sweep above which the memory has not settled
-Report = dict[str, Any]
+Report = Table
 
 
 @torch.no_grad()
@@ -252,7 +253,7 @@ def by_position(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, siz
     }
 
 
-def _modes(schedule: Any) -> dict[str, Any]:
+def _modes(schedule: Any) -> Table:
     return {"zero": baseline(), "parallel": schedule, "decode": sequential()}
 
 

@@ -92,6 +92,18 @@ def label_amounts(axis: Any, values: Sequence[float], *, log: bool, form: Callab
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 
 
+def label_counts(axis: Any) -> None:
+    """Ticks of an axis of steps, which are whole numbers: at most seven, where its limits put them.
+
+    Args:
+        axis: x or y axis of matplotlib.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+
+
 def power_of_ten(value: float) -> str:
     """A very large number for people: 5e14."""
     return f"{value:.1e}".replace(".0e", "e").replace("e+", "e")

@@ -28,6 +28,7 @@ from lrt.eval.bpb import MODES, BitsPerByte, Decode, evaluate_bpb
 from lrt.eval.exact import ByPrefill, fastest_exact
 from lrt.eval.processes import Processes
 from lrt.families.decoder import FamilyDecoder
+from lrt.tables import Table
 
 FILES = 16  # one source with at most so many files is reported file by file
 SAMPLED_ROWS = 8  # on which an approximate decode is compared with the exact one
@@ -93,7 +94,7 @@ class Evaluation:
             self.data, first.documents, first.document_bytes, {m: s.document_nats for m, s in self.scores.items()}
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Plain values; a number that there is none of is None."""
         first = next(iter(self.scores.values()))
         return {
@@ -106,7 +107,7 @@ class Evaluation:
             "seconds": round(self.seconds, 3),
         }
 
-    def _mode(self, mode: str, score: BitsPerByte) -> dict[str, Any]:
+    def _mode(self, mode: str, score: BitsPerByte) -> Table:
         found = score.interval()
         return {
             "value": score.value,
@@ -322,12 +323,7 @@ def held_out_rows(
     Raises:
         ValueError: no such data, or data that do not fit.
     """
-    share: dict[str, Any] = {
-        "sequence_length": length,
-        "rows": rows,
-        "rank": processes.rank,
-        "world_size": processes.size,
-    }
+    share: Table = {"sequence_length": length, "rows": rows, "rank": processes.rank, "world_size": processes.size}
     if settings.data:
         datas = {spec: DataConfig(validation=spec, text_column=settings.text_column) for spec in settings.data}
         tokens = settings.tokens
@@ -367,7 +363,7 @@ def _conversations(
     if isinstance(model.backbone, FamilyDecoder):
         model.backbone.attention_reset = recipe.model.attention_reset
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, sequence_length=length))
-    share: dict[str, Any] = {"rows": rows, "rank": processes.rank, "world_size": processes.size}
+    share: Table = {"rows": rows, "rank": processes.rank, "world_size": processes.size}
     held_out = open_rows(
         recipe, tokenizer, split="validation", limit_tokens=settings.tokens or recipe.evaluation.tokens, **share
     )

@@ -16,6 +16,7 @@ from lrt.decoding.step import WithoutMemory
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.folders import row_length_of
 from lrt.eval.processes import own_device
+from lrt.tables import Table
 
 try:
     import lm_eval.models  # noqa: F401 - before our own registration, which would otherwise hide every other model
@@ -86,7 +87,7 @@ class LatentRecurrentLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._tokenizer.encode(string)
 
-    def get_model_info(self) -> dict[str, Any]:
+    def get_model_info(self) -> Table:
         """What stands in the results file."""
         model = self._opened.model
         return {
@@ -132,7 +133,7 @@ class LatentRecurrentLM(TemplateLM):
         """The context behind the separator, where the model was trained so."""
         return [self._tokenizer.bos_id, *context] if self._bos and context[:1] != [self._tokenizer.bos_id] else context
 
-    def _continued(self, context: str, settings: dict[str, Any]) -> str:
+    def _continued(self, context: str, settings: Table) -> str:
         wanted = settings.get("until") or []
         stops = [stop for stop in ([wanted] if isinstance(wanted, str) else wanted) if stop]
         count = int(settings.get("max_gen_toks", NEW_TOKENS))

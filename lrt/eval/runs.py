@@ -7,9 +7,10 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from lrt.tables import Table
+
+Record = Table
 PAUSE = 10.0  # a step that took this many medians compiled or captured something, or began a process
 
 

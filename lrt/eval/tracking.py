@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from lrt.eval.figures import COLOURS, figure
 from lrt.eval.runs import read_records
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, sequential
+from lrt.tables import Table
 from lrt.train.optim.rates import rates_at
 from lrt.train.sweep.spec import fingerprint
 
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps([{key: value for key, value in record.items() if key != "accuracy"} for record in records]))
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Table]) -> str:
     """Accuracy of every variant and training length: mean over all positions and at the last one,
     the worst seed beside."""
     lines = [
@@ -257,7 +257,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> Path:
+def draw(records: Sequence[Table], path: Path) -> Path:
     """Accuracy by position: the mean of the seeds, and a band from the worst to the best.
 
     Raises:
@@ -281,8 +281,8 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _grouped(records: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def _grouped(records: Sequence[Table]) -> dict[tuple[str, int], list[Table]]:
+    groups: dict[tuple[str, int], list[Table]] = {}
     for record in records:
         groups.setdefault((record["variant"], record["train_length"]), []).append(record)
     return groups

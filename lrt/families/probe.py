@@ -21,6 +21,7 @@ from lrt.attention import Buffer, causal_mask
 from lrt.families.blocks import FamilyBlock, on_device
 from lrt.families.decoder import FamilyDecoder
 from lrt.families.description import Family, part, text_config
+from lrt.tables import Table
 
 LENGTH = 8  # tokens
 WINDOW = 3  # keys that a sliding window sees meanwhile
@@ -277,7 +278,7 @@ def _watched(
         for kind, name, module in _stations(backbone, blocks):
 
             def note(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kind: str = kind, name: str = name
+                module: nn.Module, args: tuple[Any, ...], kwargs: Table, kind: str = kind, name: str = name
             ) -> None:
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
                 if given is not None:

@@ -40,6 +40,7 @@ from lrt.padding import packed_documents
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
+from lrt.tables import Table
 from lrt.types import Schedule
 
 
@@ -192,7 +193,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        asked: dict[str, Any] = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
+        asked: Table = {"logits_to_keep": logits_to_keep, "output_hidden_states": bool(output_hidden_states)}
         lengths = {"seq_idx": seq_idx, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         document_ids = packed_documents(input_ids, document_ids=document_ids, **lengths)
         held = one_cache(cache, past_key_values)
@@ -205,7 +206,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
             if num_items_in_batch is not None:
                 valid_targets = torch.as_tensor(num_items_in_batch, device=self.device)
                 return_logits = True if return_logits is None and not self.training else return_logits
-            more: dict[str, Any] = {"valid_targets": valid_targets, "generator": generator, **asked}
+            more: Table = {"valid_targets": valid_targets, "generator": generator, **asked}
             out = LatentRecurrentModel.forward(
                 self,
                 input_ids,

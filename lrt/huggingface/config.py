@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrt.config import ModelConfig
 from lrt.serialization.decoders import check_attention
+from lrt.tables import ReadTable, Table
 
 SHARED = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -35,7 +35,7 @@ class LRTConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
     def __init__(self, **table: Any) -> None:
-        known: dict[str, Any] = NO_IDS | {"use_cache": True} | attributes(table) | table
+        known: Table = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
         for name in {"dtype", "torch_dtype"} & known.keys():
@@ -46,7 +46,7 @@ class LRTConfig(PretrainedConfig):
             setattr(self, name, value)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Table, **kwargs: Any) -> Any:
         """A config from the table of a folder; the attention that a caller asks for comes in ``kwargs``."""
         check_attention(config_dict, where="an lrt model")
         return super().from_dict(config_dict, **kwargs)
@@ -75,7 +75,7 @@ def dtype_of(given: Any) -> torch.dtype | None:
     return found
 
 
-def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
+def refuse_changed(config: LRTConfig, stored: ReadTable) -> None:
     """Raises ValueError where one of ``SHARED`` is not what a config.json says of the decoder.
 
     Token ids may be changed, and so may ``max_position_embeddings``, which tells tools how long rows may be.
@@ -93,11 +93,11 @@ def refuse_changed(config: LRTConfig, stored: Mapping[str, Any]) -> None:
             )
 
 
-def attributes(table: Mapping[str, Any]) -> dict[str, Any]:
+def attributes(table: ReadTable) -> Table:
     """What ``SHARED`` names, of the decoder that a config.json describes."""
     if "model" in table:
         native = ModelConfig(**table["model"])
-        values: dict[str, Any] = {
+        values: Table = {
             "hidden_size": native.d_model,
             "num_hidden_layers": native.n_layers,
             "num_attention_heads": native.heads,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.output import CACHE, OLD_NAME, one_cache
+from lrt.tables import Table
 
 COUNTED = ("position_ids", "cache_position", "is_first_iteration", "labels")  # of generate: the cache counts for itself
 
@@ -19,7 +20,7 @@ class Generation:
     backbone: Any
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: Table, *args: Any, **kwargs: Any
     ) -> None:
         wanted = generation_config.cache_implementation
         if wanted is not None:
@@ -31,7 +32,7 @@ class Generation:
         if given is not None or generation_config.use_cache is not False:
             model_kwargs[CACHE] = RecurrentCache() if given is None else given
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+    def _validate_model_kwargs(self, model_kwargs: Table) -> None:
         super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
         places, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if places is not None and model_kwargs.get("cache") is None and model_kwargs.get(OLD_NAME) is None:
@@ -40,10 +41,10 @@ class Generation:
             )
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+        self, outputs: Any, model_kwargs: Table, *args: Any, **kwargs: Any
+    ) -> Table:
         step = super()._update_model_kwargs_for_generation  # type: ignore[misc]
-        found: dict[str, Any] = step(outputs, model_kwargs, *args, **kwargs)
+        found: Table = step(outputs, model_kwargs, *args, **kwargs)
         if found.get("use_cache") is False:
             found.pop(CACHE, None)  # it belonged to this step alone
         return found
@@ -55,7 +56,7 @@ class Generation:
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> Table:
         # without: every row is decoded anew
         held = None if kwargs.get("use_cache") is False else one_cache(cache, past_key_values)
         rotary, seen = getattr(self.backbone, "by_length", None), 0 if held is None else held.get_seq_length()

@@ -13,6 +13,7 @@ from lrt import serialization
 from lrt.huggingface.config import dtype_of, refuse_changed
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.description import read_config
+from lrt.tables import ReadTable, Table
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Nothing is ever unpickled, no code of the folder is run, and its tensors must fit: whatever these say, it is so.
@@ -35,7 +36,7 @@ STRUCTURE = ("model", "adapted", "recurrence", "schedule")
 SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+def refuse_unknown(more: ReadTable, positional: tuple[Any, ...]) -> None:
     """Raises ValueError for an argument that would have no effect; None and False ask for nothing."""
     unknown = [
         name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False
@@ -49,7 +50,7 @@ def refuse_unknown(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None
         )
 
 
-def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None:
+def refuse_unsaved(more: ReadTable, positional: tuple[Any, ...]) -> None:
     """Raises ValueError for an argument of ``save_pretrained`` that would have no effect;
     None and False ask for nothing."""
     unknown = [name for name, value in more.items() if name not in SAVING and value is not None and value is not False]
@@ -62,14 +63,14 @@ def refuse_unsaved(more: Mapping[str, Any], positional: tuple[Any, ...]) -> None
         )
 
 
-def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> Table:
     """The config.json of a model whose tensors are given."""
     return config.to_dict() | {
         "torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")
     }
 
 
-def local_folder(name: Any, *, subfolder: str, hub: Mapping[str, Any]) -> Path:
+def local_folder(name: Any, *, subfolder: str, hub: ReadTable) -> Path:
     """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty.
 
     Raises:
@@ -151,12 +152,7 @@ def carry_over(config: Any, onto: Any) -> None:
 
 
 def open_pretrained(
-    face: Callable[[LatentRecurrentModel], Any],
-    name: Any,
-    positional: tuple[Any, ...],
-    *,
-    config: Any,
-    more: dict[str, Any],
+    face: Callable[[LatentRecurrentModel], Any], name: Any, positional: tuple[Any, ...], *, config: Any, more: Table
 ) -> Any:
     """What ``LRTForCausalLM.from_pretrained`` returns.
 
@@ -195,5 +191,5 @@ def open_pretrained(
         model.generation_config = settings
     elif folder is not None and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    fits: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    fits: Table = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, fits) if informed else model

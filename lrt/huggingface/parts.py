@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.tables import Table
 
 
 class Parts:
@@ -77,10 +78,7 @@ class Parts:
     # -------------------------------------------------------------- checkpointed blocks
 
     def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
+        self, gradient_checkpointing_kwargs: Table | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
         """Compute the activations of blocks again in the backward pass, memory included.
 
@@ -92,7 +90,7 @@ class Parts:
         Raises:
             ValueError: reentrant checkpointing, which loses the gradients of keys and values, or offloading.
         """
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        options: Table = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if options.pop("use_reentrant") or offload:
             raise ValueError(
                 "blocks are checkpointed with use_reentrant=False and without offloading: leave both out, "
@@ -113,7 +111,7 @@ class Parts:
         return any(map(_is_checkpointed, self.blocks))
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self, activation_checkpointing_kwargs: Table | None = None, **kwargs: Any
     ) -> None:
         """``gradient_checkpointing_enable`` by its name of newer versions of transformers."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)

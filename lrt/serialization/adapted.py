@@ -25,6 +25,7 @@ from lrt.serialization.decoders import (
 )
 from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
+from lrt.tables import ReadTable, Table
 from lrt.types import Schedule
 
 
@@ -53,7 +54,7 @@ def decoder_tensors(model: LatentRecurrentModel, tensors: Mapping[str, Tensor]) 
     return {plain_name(name): t for name, t in without_ties(model, tensors).items() if name not in added}
 
 
-def needs_base(config: Mapping[str, Any]) -> bool:
+def needs_base(config: ReadTable) -> bool:
     """Whether the decoder of a whole folder is one that lrt cannot build, a decoder of one's own."""
     about = config.get("adapted")
     return about is not None and (
@@ -79,7 +80,7 @@ def refuse_whole(model: LatentRecurrentModel) -> None:
         )
 
 
-def describe_decoder(decoder: Any) -> dict[str, Any]:
+def describe_decoder(decoder: Any) -> Table:
     """What config.json says about an adapted decoder."""
     config = getattr(decoder, "config", None)
     if config is None or not hasattr(decoder, "generation_config"):
@@ -107,7 +108,7 @@ def describe_decoder(decoder: Any) -> dict[str, Any]:
     }
 
 
-def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecurrentModel:
+def skeleton(config: ReadTable, train_schedule: Schedule) -> LatentRecurrentModel:
     """The adapted model that a config.json describes, on the current default device, not initialized.
 
     Raises:
@@ -139,9 +140,7 @@ def skeleton(config: Mapping[str, Any], train_schedule: Schedule) -> LatentRecur
     )
 
 
-def _adapt_as(
-    decoder: Any, config: Mapping[str, Any], *, train_schedule: Schedule, family: Any = None
-) -> LatentRecurrentModel:
+def _adapt_as(decoder: Any, config: ReadTable, *, train_schedule: Schedule, family: Any = None) -> LatentRecurrentModel:
     """A decoder with the memory and the PEFT adapter that a config.json describes, their values not filled in."""
     adapter = config.get("adapter")
     if adapter and adapter.get("on") == "decoder":
@@ -154,7 +153,7 @@ def _adapt_as(
 
 def load_whole(
     folder: str | Path,
-    config: Mapping[str, Any],
+    config: ReadTable,
     tensors: Mapping[str, LazyTensor],
     *,
     train_schedule: Schedule,
@@ -177,7 +176,7 @@ def load_whole(
     # The backend is not part of a Hugging Face config; flash attention may be missing on this machine,
     # the others are not.
     backend = config["adapted"].get("attention")
-    more: dict[str, Any] = {"attn_implementation": backend} if backend in ATTENTIONS else {}
+    more: Table = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
     more |= {"config": foreign.config, "state_dict": state, "dtype": kind}
     decoder = in_one_line(str(folder), config["adapted"]["config"], lambda: type(foreign).from_pretrained(None, **more))
@@ -191,7 +190,7 @@ def load_whole(
 def load_into(
     base: Any,
     folder: str | Path,
-    config: Mapping[str, Any],
+    config: ReadTable,
     tensors: Mapping[str, LazyTensor],
     *,
     family: Any,
@@ -251,7 +250,7 @@ def _fitting(
     return wanted
 
 
-def model_card(config: Mapping[str, Any]) -> str:
+def model_card(config: ReadTable) -> str:
     """README.md of a saved folder, with the front matter that the hub reads and the call that loads it."""
     about = config.get("adapted") or {"architecture": "native lrt decoder"}
     kind = str(about.get("architecture"))
@@ -282,7 +281,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _loading(config: Mapping[str, Any], *, kind: str, name: str) -> list[str]:
+def _loading(config: ReadTable, *, kind: str, name: str) -> list[str]:
     """The lines that load a folder."""
     about, alone = config.get("adapted"), config.get("adapter_only", False)
     if about is not None and "config" not in about:

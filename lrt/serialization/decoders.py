@@ -16,8 +16,9 @@ from lrt.config.files import read_text
 from lrt.config.ranges import MOST_LAYERS
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
+from lrt.tables import ReadTable, Table
 
-SAFE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+SAFE: Table = {"trust_remote_code": False, "local_files_only": True}
 LONGEST_REASON = 1000  # characters of what transformers says
 ATTENTIONS = ("eager", "sdpa", "flex_attention")  # part of torch; a config may name no other
 INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
@@ -130,7 +131,7 @@ def causal_class(name: object) -> Any:
     return getattr(transformers(), name, None) if name in known else None
 
 
-def config_from_table(table: dict[str, Any]) -> Any:
+def config_from_table(table: Table) -> Any:
     """The config that a config.json describes, of a type that transformers knows.
 
     Raises:
@@ -148,7 +149,7 @@ def config_from_table(table: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[kind].from_dict(table)
 
 
-def check_table(table: Mapping[str, Any], *, where: str) -> None:
+def check_table(table: ReadTable, *, where: str) -> None:
     """Refuse the entries of a config.json with which transformers would fetch or run something.
 
     Raises:
@@ -180,7 +181,7 @@ def check_table(table: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def check_attention(table: Mapping[str, Any], *, where: str) -> None:
+def check_attention(table: ReadTable, *, where: str) -> None:
     """Refuse a config.json that chooses an attention which transformers would fetch from the hub where it is not
     installed.
 
@@ -197,7 +198,7 @@ def check_attention(table: Mapping[str, Any], *, where: str) -> None:
             )
 
 
-def read_json(path: Path, *, where: str) -> dict[str, Any]:
+def read_json(path: Path, *, where: str) -> Table:
     """A JSON object from a file.
 
     Raises:
@@ -227,7 +228,7 @@ def transformers() -> Any:
     return library
 
 
-def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(table: ReadTable) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it
     likes."""
     waiting: list[tuple[tuple[str, ...], Any]] = [((), table)]
@@ -240,9 +241,7 @@ def _leaves(table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
             yield path, value
 
 
-def in_one_line(
-    where: str, table: Mapping[str, Any], make: Callable[[], Any], *, what: str = "a causal language model"
-) -> Any:
+def in_one_line(where: str, table: ReadTable, make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
     """What ``make`` returns; whatever transformers raises becomes one line."""
     try:
         return make()

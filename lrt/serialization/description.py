@@ -16,12 +16,13 @@ from lrt.serialization.adapted import decoder_of, describe_decoder, is_foreign, 
 from lrt.serialization.decoders import check_attention, read_json
 from lrt.serialization.fingerprint import HALVES
 from lrt.serialization.renewal import config_file
+from lrt.tables import Table
 from lrt.types import Schedule
 
 FORMAT = 1
 
 
-def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any]:
+def config_of(model: LatentRecurrentModel, decoder: Any = None) -> Table:
     """config.json of a model; its keys also make it a Hugging Face config of type "lrt".
 
     Args:
@@ -41,7 +42,7 @@ def config_of(model: LatentRecurrentModel, decoder: Any = None) -> dict[str, Any
     }
 
 
-def _native(model: LatentRecurrentModel) -> dict[str, Any]:
+def _native(model: LatentRecurrentModel) -> Table:
     """The settings of a native decoder; its softcap also under the name that tools with a head of their own read."""
     return {
         "model": dataclasses.asdict(model.backbone.config),
@@ -49,12 +50,12 @@ def _native(model: LatentRecurrentModel) -> dict[str, Any]:
     }
 
 
-def native_config(model: LatentRecurrentModel) -> dict[str, Any]:
+def native_config(model: LatentRecurrentModel) -> Table:
     """config.json of a native model."""
     return config_of(model)
 
 
-def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRecurrentModel:
+def model_from_config(config: Table, *, device: Any = None) -> LatentRecurrentModel:
     """The model that a config.json describes, parameters not initialized."""
     recurrence = config.get("recurrence")
     if "adapted" in config:
@@ -71,7 +72,7 @@ def model_from_config(config: dict[str, Any], *, device: Any = None) -> LatentRe
     return put_adapter(model, config["adapter"]) if config.get("adapter") else model
 
 
-def schedule_of(config: dict[str, Any]) -> Schedule:
+def schedule_of(config: Table) -> Schedule:
     """The training schedule that a config.json names."""
     try:
         return from_config(ScheduleConfig(**config["schedule"]))
@@ -79,7 +80,7 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
 
 
-def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
+def schedule_to_table(schedule: Schedule | Mixture) -> Table:
     """A schedule as the keys of a recipe's [schedule] section; of a mixture, its member with most passes."""
     schedule = single(schedule)
     if isinstance(schedule, Interleaved):
@@ -95,7 +96,7 @@ def schedule_to_table(schedule: Schedule | Mixture) -> dict[str, Any]:
     )
 
 
-def _check_parts(config: dict[str, Any], path: Path) -> None:
+def _check_parts(config: Table, path: Path) -> None:
     """Refuse a config.json whose parts have other types than those that ``save`` writes."""
     wrong = [key for key in ("adapter", "base_fingerprint") if not isinstance(config.get(key), (dict, type(None)))]
     dtype = config.get("torch_dtype")
@@ -122,7 +123,7 @@ def _check_parts(config: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} is not one that this version of lrt can read: {error}") from None
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> Table:
     """config.json of a saved folder.
 
     Raises:

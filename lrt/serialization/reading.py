@@ -13,6 +13,7 @@ from lrt.rotary import kept_frequencies
 from lrt.serialization.adapted import load_into, load_whole, needs_base
 from lrt.serialization.description import model_from_config, read_config, schedule_of
 from lrt.serialization.tensors import LazyTensor, check_shapes, open_folder
+from lrt.tables import Table
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
 
 
 def filled(
-    config: dict[str, Any],
+    config: Table,
     tensors: Mapping[str, LazyTensor],
     *,
     where: str,

@@ -23,6 +23,7 @@ from lrt.serialization.description import config_of
 from lrt.serialization.fingerprint import fingerprint
 from lrt.serialization.permissions import usual_permissions
 from lrt.serialization.tensors import in_memory, size_in_bytes, write_folder
+from lrt.tables import ReadTable
 
 
 def save(
@@ -80,7 +81,7 @@ def write_model(
         settings.save_pretrained(place)
 
 
-def write_description(place: Path, config: Mapping[str, Any]) -> None:
+def write_description(place: Path, config: ReadTable) -> None:
     """config.json and the model card; beside a whole model the file that opens it where lrt was not imported."""
     table = {key: value for key, value in config.items() if key != "auto_map"}
     if not config.get("adapter_only"):

@@ -21,6 +21,7 @@ from lrt.config import ModelConfig, Recipe
 from lrt.families.description import Geometry
 from lrt.families.norm_weight import multiplied
 from lrt.model import LatentRecurrentModel
+from lrt.tables import Table
 from lrt.titan.model import Trainee
 from lrt.types import KV, KVStore, Projection
 
@@ -138,7 +139,7 @@ class LlamaBackbone(nn.Module):
         """Sum of nats, and the nats of every position (B, P), of the last block's output."""
         return self.head.loss(self.norm(hidden), targets)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Table:
         """Its sizes under torchtitan's names."""
         return dataclasses.asdict(self._args)
 

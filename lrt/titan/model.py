@@ -25,6 +25,7 @@ from lrt.model import LatentRecurrentModel, build
 from lrt.outcome import by_group
 from lrt.schedules import from_config, single
 from lrt.serialization.description import config_of
+from lrt.tables import Table
 from lrt.titan.settings import NATIVE
 from lrt.train.checkpoint.weights import fill, named_tensors
 from lrt.train.distributed.parallel import checkpointed, free_gathered, named_parameters, parallelize
@@ -272,7 +273,7 @@ def _split(optimizer: torch.optim.Optimizer, memory: Sequence[nn.Parameter]) -> 
 
 def describe(model: Trainee, job: Any) -> None:
     """Write into the job's dump folder which model its checkpoints hold, so that they can be converted."""
-    about: dict[str, Any] = {
+    about: Table = {
         "format": 1,
         "name": job.model.name,
         "flavor": job.model.flavor,

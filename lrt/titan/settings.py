@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import tomli_w
@@ -12,6 +11,7 @@ import tomli_w
 from lrt.config import ModelConfig, Recipe, RunConfig, parse_recipe
 from lrt.config.phases import stretches
 from lrt.config.settings import OptimizerConfig
+from lrt.tables import ReadTable, Table
 
 NATIVE, LLAMA = "lrt", "lrt_llama3"  # model.name
 PLAIN = "plain_"  # flavors without memory
@@ -25,17 +25,15 @@ OPTIMIZER_KEYS = tuple(
 )
 PACKED = "lrt"  # training.dataset: rows packed by lrt, as its own trainer has them
 
-_LARGE: dict[str, Any] = {"vocab_size": 32768, "gate_channels": 32}
-_SIZES: dict[str, dict[str, Any]] = {
+_LARGE: Table = {"vocab_size": 32768, "gate_channels": 32}
+_SIZES: dict[str, Table] = {
     "tiny": {"n_layers": 4, "width": 128, "n_heads": 2, "vocab_size": 257, "gate_channels": 32},
     "12l": {"n_layers": 12, **_LARGE},
     "20l": {"n_layers": 20, **_LARGE},
     "24l": {"n_layers": 24, **_LARGE},
 }
 # [model] of the recipes lrt_tiny, lrt_12l, lrt_20l and lrt_24l, and of their twins without memory.
-FLAVORS: dict[str, dict[str, Any]] = {
-    f"{prefix}{name}": keys for prefix in ("", PLAIN) for name, keys in _SIZES.items()
-}
+FLAVORS: dict[str, Table] = {f"{prefix}{name}": keys for prefix in ("", PLAIN) for name, keys in _SIZES.items()}
 
 MODEL_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "sequence_length")  # beside a flavor's
 SHARDING = "use data_parallel_shard_degree (FSDP2), with data_parallel_replicate_degree for HSDP"
@@ -47,7 +45,7 @@ DEGREES = {
 }
 
 
-def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str = "paper") -> Recipe:
+def recipe_of(job: Any, *, model: ReadTable, recurrent: bool, init: str = "paper") -> Recipe:
     """What a job says about the model and its schedule, as one of our recipes.
 
     Args:
@@ -101,7 +99,7 @@ def recipe_of(job: Any, *, model: Mapping[str, Any], recurrent: bool, init: str 
     return recipe
 
 
-def given(table: Any) -> dict[str, Any]:
+def given(table: Any) -> Table:
     """The keys of a table that differ from their defaults, as plain values."""
     if not dataclasses.is_dataclass(table):
         raise ValueError(
@@ -111,12 +109,12 @@ def given(table: Any) -> dict[str, Any]:
     return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != f.default}
 
 
-def given_model(job: Any) -> dict[str, Any]:
+def given_model(job: Any) -> Table:
     """The keys of our [model] that a job gives beside its flavor."""
     return {key: value for key in MODEL_KEYS if (value := getattr(job.model, key, None)) is not None}
 
 
-def model_keys(job: Any) -> dict[str, Any]:
+def model_keys(job: Any) -> Table:
     """[model] of a native flavor, with the keys that the job gives.
 
     Raises:
@@ -128,7 +126,7 @@ def model_keys(job: Any) -> dict[str, Any]:
     return {**keys, **given_model(job)}
 
 
-def optimizer_keys(table: Any) -> dict[str, Any]:
+def optimizer_keys(table: Any) -> Table:
     """Our [optimizer] of a job that names Muon; empty for torchtitan's own optimizers.
 
     Raises:
@@ -196,6 +194,6 @@ def refusals(job: Any) -> list[str]:
     return errors + [text for refused, text in wrong if refused]
 
 
-def model_config(recipe: Recipe) -> dict[str, Any]:
+def model_config(recipe: Recipe) -> Table:
     """[model] in plain values, as a checkpoint's description holds it."""
     return dataclasses.asdict(recipe.model)

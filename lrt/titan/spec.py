@@ -26,6 +26,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from lrt.config import DataConfig, ModelConfig, RecurrenceConfig, ScheduleConfig
 from lrt.config.settings import OptimizerConfig
 from lrt.data import build_loader, check_vocabulary, load_tokenizer
+from lrt.tables import Table
 from lrt.titan.llama3 import llama3, own_name, titan_name
 from lrt.titan.model import (
     Trainee,
@@ -118,8 +119,8 @@ class NativeArgs(BaseModelArgs):
     """The native decoder of a flavor; a job fills it in."""
 
     recurrent: bool = True
-    model: dict[str, Any] = field(default_factory=dict)
-    recurrence: dict[str, Any] | None = None
+    model: Table = field(default_factory=dict)
+    recurrence: Table | None = None
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         self.recipe = native_recipe(job_config)
@@ -137,7 +138,7 @@ class NativeArgs(BaseModelArgs):
 class LlamaArgs(TransformerModelArgs):
     """torchtitan's Llama 3 of a flavor; a job adds the recurrence."""
 
-    recurrence: dict[str, Any] | None = None
+    recurrence: Table | None = None
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
@@ -252,12 +253,12 @@ class PackedLoader(BaseDataLoader):
         for batch in self._rows:
             yield {"input": batch.input_ids}, batch.targets
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Table:
         place = io.BytesIO()
         torch.save(self._rows.state_dict(), place)
         return {self._key: place.getvalue(), "world_size": self._world_size}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Table) -> None:
         if not state_dict:
             return
         if state_dict["world_size"] != self._world_size:
@@ -282,7 +283,7 @@ def _packed(job: Any, tokenizer: Tokenizer, *, rank: int, world_size: int, split
         )
         length, rows = v.seq_len, v.local_batch_size
     seed = {} if job.debug.seed is None else {"seed": job.debug.seed}
-    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    ranks: Table = {"rank": rank, "world_size": world_size}
     found = build_loader(data, tokenizer=tokenizer.own, sequence_length=length, rows=rows, split=split, **ranks, **seed)
     return PackedLoader(found, **ranks)
 
@@ -360,15 +361,15 @@ def schedulers(containers: Any, *settings: Any) -> Any:
 class LlamaAdapter(Llama3StateDictAdapter):
     """Reads the weights of a Hugging Face Llama into the decoder; the memory keeps what it was initialized to."""
 
-    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def to_hf(self, state_dict: Table) -> Table:
         theirs = {titan_name(name): tensor for name, tensor in state_dict.items()}
         return super().to_hf({name: tensor for name, tensor in theirs.items() if name is not None})
 
-    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+    def from_hf(self, hf_state_dict: Table) -> Table:
         return {own_name(name): tensor for name, tensor in super().from_hf(hf_state_dict).items()}
 
 
-def _spec(args: dict[str, Any], recipe: Callable[[Any], Any], adapter: Any = None) -> TrainSpec:
+def _spec(args: Table, recipe: Callable[[Any], Any], adapter: Any = None) -> TrainSpec:
     return TrainSpec(
         model_cls=make_model,  # type: ignore[arg-type]
         model_args=args,

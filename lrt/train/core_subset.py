@@ -12,6 +12,7 @@ from lrt.config import Recipe
 from lrt.decoding import step as decoding
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.core import CoreScores, Questions, ask, find_bundle, find_questions, tasks_named
+from lrt.tables import Table
 from lrt.train.checkpoint.weights import copy_on_every_rank
 from lrt.train.run import Run
 
@@ -40,7 +41,7 @@ def open_core(recipe: Recipe) -> tuple[Questions, ...]:
     return tuple(found)
 
 
-def ask_core(run: Run, *, progress: Callable[[], None]) -> dict[str, Any]:
+def ask_core(run: Run, *, progress: Callable[[], None]) -> Table:
     """Ask the run's tasks; every rank must call this, and all share the items.
 
     Returns:

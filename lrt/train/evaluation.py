@@ -23,6 +23,7 @@ from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
 from lrt.eval.parameters import recurrence_statistics
 from lrt.schedules import baseline
+from lrt.tables import Table
 from lrt.train.core_subset import ask_core
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
@@ -135,7 +136,7 @@ def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
         module.set_reshard_after_forward(reshard and module is not model, recurse=False)
 
 
-def evaluate_run(run: Run, heart: Heartbeat) -> dict[str, Any]:
+def evaluate_run(run: Run, heart: Heartbeat) -> Table:
     """Score the held-out rows and record everything that is known of the model at this step;
     every rank must call this."""
     where = f"evaluation at step {run.state.step}"

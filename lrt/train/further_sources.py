@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 from lrt.config import Recipe
 from lrt.data import Tokenizer, build_loader
 from lrt.data.sources import split_files
+from lrt.tables import Table
 from lrt.train.distributed.world import World
 
 
-def open_sources(recipe: Recipe, tokenizer: Tokenizer, world: World) -> dict[str, Any]:
+def open_sources(recipe: Recipe, tokenizer: Tokenizer, world: World) -> Table:
     """Rows of every entry of ``evaluation.sources``, by name.
 
     Args:
@@ -24,7 +24,7 @@ def open_sources(recipe: Recipe, tokenizer: Tokenizer, world: World) -> dict[str
     Raises:
         ValueError: a source that cannot be read, that the run trains on, or whose name another one has.
     """
-    found: dict[str, Any] = {}
+    found: Table = {}
     if not recipe.evaluation.sources:
         return found
     trained = {path.resolve() for path in split_files(recipe.data, split="train")}

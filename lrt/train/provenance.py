@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-Record = dict[str, Any]
+from lrt.tables import Table
+
+Record = Table
 PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
 from lrt.eval.core import Questions
+from lrt.tables import ReadTable
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
@@ -92,6 +93,6 @@ class Run:
     say: Callable[[str], None]
     state: TrainState
     told: RunFile | None = None  # run.json, of the rank that writes
-    sources: Mapping[str, Any] = field(default_factory=dict)  # further held-out rows by name
+    sources: ReadTable = field(default_factory=dict)  # further held-out rows by name
     core: tuple[Questions, ...] = ()  # tasks of CORE
     tuning: Tuning | None = None  # of a run that tunes on conversations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lrt.decoding.generation import generate
+from lrt.tables import Table
 from lrt.train.checkpoint.weights import export
 from lrt.train.run import Run
 
@@ -49,6 +50,6 @@ def decode_sample(model: Any, run: Run) -> str | None:
     prompt = [run.tokenizer.bos_id, *run.tokenizer.encode(config.sample_prompt)]
     generator = torch.Generator(device=device).manual_seed(run.recipe.run.seed)
     ids = torch.tensor([prompt], device=device)
-    options: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "generator": generator}
+    options: Table = {"temperature": 0.8, "top_k": 40, "generator": generator}
     out = generate(model, ids, max_new_tokens=config.sample_tokens, **options)
     return run.tokenizer.decode(out[0].tolist()[1:])

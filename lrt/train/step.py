@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrt.data import Batch
 from lrt.loss import IGNORE
+from lrt.tables import Table
 from lrt.train.distributed.graphs import Runner, forward_backward
 from lrt.train.distributed.parallel import free_gathered, reduce_gradients
 from lrt.train.distributed.world import World
@@ -70,7 +71,7 @@ def train_step(
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
     scores: Tensor | None = None
     for index, batch in enumerate(batches):
-        options: dict[str, Any] = {"schedule": schedule, "seed": seed, "valid_targets": valid}
+        options: Table = {"schedule": schedule, "seed": seed, "valid_targets": valid}
         last = index == len(batches) - 1
         if runner is not None:
             part = runner.forward_backward(batch.input_ids, batch.targets, **options, first=index == 0, last=last)

@@ -352,6 +352,12 @@ def test_without_verification_it_is_said(place, capsys):
     assert tool.main(arguments) == 0 and "not verified" in capsys.readouterr().out
 
 
+def test_a_step_of_a_folder_that_holds_one_model_is_a_wrong_question_not_a_damaged_model(place, capsys):
+    (place / "ours" / "model.safetensors.index.json").unlink()
+    assert inspect_tool.main([str(place / "ours"), "--step", "1"]) == 2
+    assert "--step 1 chooses among the checkpoints of a run" in capsys.readouterr().err
+
+
 def test_nothing_known_to_inspect(tmp_path, capsys):
     with pytest.raises(ValueError, match="no checkpoint of a known kind"):
         inspect_checkpoint(tmp_path)

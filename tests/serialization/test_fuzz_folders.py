@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -43,7 +44,7 @@ def changed(value: Any, drawn: random.Random) -> Any:
     """A JSON value with another one in one place, without one, or with one too many."""
     chosen = [place for place in places(value) if place]
     if not chosen:
-        return drawn.choice(VALUES)
+        return copy.deepcopy(drawn.choice(VALUES))
     *path, last = drawn.choice(chosen[:200])
     inside = value
     for key in path:
@@ -51,9 +52,11 @@ def changed(value: Any, drawn: random.Random) -> Any:
     if drawn.random() < 0.2:
         del inside[last]
     elif isinstance(inside, dict) and drawn.random() < 0.1:
-        inside[drawn.choice(["x", "", "auto_map", "quantization_config", "base_model"])] = drawn.choice(VALUES)
+        inside[drawn.choice(["x", "", "auto_map", "quantization_config", "base_model"])] = copy.deepcopy(
+            drawn.choice(VALUES)
+        )
     else:
-        inside[last] = drawn.choice(VALUES)
+        inside[last] = copy.deepcopy(drawn.choice(VALUES))
     return value
 
 

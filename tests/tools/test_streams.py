@@ -51,6 +51,28 @@ def test_a_run_whose_reader_leaves_goes_on_to_its_end(tmp_path):
     assert (tmp_path / "lrt_tiny" / "export" / "model.safetensors").is_file()
 
 
+HALF = """
+import signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "numpy.linalg":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+def test_an_interrupt_among_the_first_imports_ends_the_command_and_leaves_none_in_half(tmp_path):
+    """torch swallowed Ctrl-C in its import of numpy, and the run failed later, at half of a numpy."""
+    (tmp_path / "sitecustomize.py").write_text(HALF)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "run.py"), "--list"]
+    ended = subprocess.run(command, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["train --list", "convert --list", "arithmetic problems --count 3"])
 def test_a_command_whose_reader_leaves_ends_without_words(words, tmp_path):

@@ -36,6 +36,9 @@ def test_several_evaluations_are_curves_and_one_is_its_positions(tmp_path, monke
     assert legend(scores) == ["zero 1.3460", "parallel 1.2920", "decode 1.2960"]
     assert [len(line.get_xdata()) for line in scores.lines] == [6, 6, 6]
     assert panels["gradient norm"].get_yscale() == "log"
+    figure.canvas.draw()
+    steps = [label.get_text() for label in panels["training loss"].get_xticklabels()]
+    assert steps[0] == "0" and "60" in steps and len(steps) > 3, "steps from the data"
 
     records = read_records(write_run(tmp_path / "once", every=1000) / "metrics.jsonl")
     _, panels = drawn(records, tmp_path / "c.png", monkeypatch)

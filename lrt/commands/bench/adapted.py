@@ -33,6 +33,7 @@ from lrt.commands.options import at_least
 from lrt.config import OptimizerConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, TrainingConfig
 from lrt.data import Batch
 from lrt.serialization.decoders import decoder_of_shapes, transformers
+from lrt.tables import Table
 from lrt.train.distributed.graphs import single_device
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
@@ -53,7 +54,7 @@ def fifth(layers: int) -> tuple[int, ...]:
 
 
 # A row: where memory enters (all, or some of the blocks), how, and the weights of the two passes.
-ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, dict[str, Any], Any]] = {
+ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Table, Any]] = {
     "aligned, upper half, weights (0, 1)": (upper, {"projection": "aligned"}, (0.0, 1.0)),
     "aligned, upper half": (upper, {"projection": "aligned"}, "paper"),
     "aligned, a fifth, weights (0, 1)": (fifth, {"projection": "aligned"}, (0.0, 1.0)),
@@ -162,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _time(options: argparse.Namespace, world: World, *, pool: Any) -> int:
-    result: dict[str, Any] = {
+    result: Table = {
         "device": device_name(world),
         "torch": torch.__version__,
         "rows": options.rows,

@@ -17,6 +17,7 @@ from lrt.decoding import step as decoding
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
 from lrt.serialization.decoders import transformers
+from lrt.tables import Table
 
 SEPARATOR = 0
 PLAIN, SHARED, LAYERWISE, NARROW, ALIGNED, ORIGINAL = (
@@ -78,7 +79,7 @@ class Adapted(NamedTuple):
     """A foreign decoder and what is made of it, over the same weights."""
 
     original: Any  # as transformers has it
-    models: dict[str, Any]  # by variant
+    models: Table  # by variant
 
 
 def llama(size: str, variants: list[str], device: torch.device, dtype: torch.dtype) -> Adapted:

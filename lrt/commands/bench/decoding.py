@@ -37,6 +37,7 @@ from lrt.commands.options import at_least
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.state import DecodeState
+from lrt.tables import Table
 
 VARIANTS = {  # those of native decoders, and of adapted ones
     "native": (PLAIN, SHARED, LAYERWISE, NARROW),
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         return refuse(f"--model: {error}")
     torch._dynamo.config.recompile_limit = 64  # a graph for each kind of block of each model
-    result: dict[str, Any] = {
+    result: Table = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "dtype": str(dtype),
@@ -125,7 +126,7 @@ class Bench:
         result: takes the rows, under "decode" and "prefill".
     """
 
-    def __init__(self, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    def __init__(self, args: argparse.Namespace, result: Table) -> None:
         self.args, self.result, self.failed = args, result, False
         self.copy = result["copy_GB_per_s"] * 1e9
 
@@ -140,7 +141,7 @@ class Bench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def keep(self, kind: str, row: dict[str, Any]) -> None:
+    def keep(self, kind: str, row: Table) -> None:
         self.result.setdefault(kind, []).append(row)
         print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
         if self.args.out:
@@ -176,7 +177,7 @@ class Bench:
             return model
         return accelerate(model, backend="inductor" if next(model.parameters()).is_cuda else "eager")
 
-    def time(self, size: str, models: dict[str, Any], original: Any, *, trained: bool = False) -> None:
+    def time(self, size: str, models: Table, original: Any, *, trained: bool = False) -> None:
         """Decoding at every context and number of rows, then prefill."""
         args, fast = self.args, {name: self.fast(model) for name, model in models.items()}
         for context in args.contexts if not args.no_decode else ():
@@ -191,9 +192,7 @@ class Bench:
             prefill_rows(size, fast, args.prompt, args.rounds, partial(self.keep, "prefill"), trained=trained)
 
     @torch.no_grad()
-    def decode(
-        self, size: str, models: dict[str, Any], fast: dict[str, Any], original: Any, batch: int, context: int
-    ) -> None:
+    def decode(self, size: str, models: Table, fast: Table, original: Any, batch: int, context: int) -> None:
         """A step of every variant, in turns.
 
         Args:
@@ -255,7 +254,7 @@ def own_state(base: DecodeState, model: Any) -> DecodeState:
     return dataclasses.replace(base, lengths=base.lengths.clone(), document_starts=starts, memory=memory)
 
 
-def distances(models: dict[str, Any], fast: dict[str, Any], base: DecodeState) -> dict[str, float]:
+def distances(models: Table, fast: Table, base: DecodeState) -> dict[str, float]:
     """Relative distance of the fast step's logits from the ordinary step's, in the very shapes that are timed."""
     out = {}
     tokens = torch.arange(1, base.batch + 1, device=base.lengths.device)

@@ -27,11 +27,14 @@ from lrt.data import build_loader, load_tokenizer
 from lrt.decoding import step as decoding
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
+from lrt.eval.figures import figure
 from lrt.loss import IGNORE
+from lrt.tables import Table
 from lrt.train.trainer import train
 
 TOLS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 GAP = 0.001  # bits per byte
+FLOOR = 1e-7  # below it the figure shows nothing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,10 +95,7 @@ def measure(args: argparse.Namespace) -> None:
     check(args.model, recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, targets, sizes = scored_rows(recipe, args.rows, device)
-    result: dict[str, Any] = {
-        "model": args.model,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
+    result: Table = {"model": args.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     result |= {
         "rows": len(tokens),
         "tokens_a_row": tokens.shape[1],
@@ -307,52 +307,38 @@ def table(dtype: str, rows: list[dict], exact: dict) -> None:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print('no picture: pip install -e ".[plot]" in a checkout of lrt', file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Residual, error and gap by sweep: a column a precision, a line a number of groups."""
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
-    figure, axes = plt.subplots(
-        2, len(dtypes), figsize=(5.2 * len(dtypes), 6.4), sharex=True, sharey="row", squeeze=False
+    sweeps = sorted({row["sweeps"] for row in rows})
+    panels = (
+        ("residual", "largest change of the memory"),
+        ("largest_error", "largest error of the memory"),
+        ("gap_bpb", "|gap to exact|, bits per byte"),
     )
-    for column, dtype in enumerate(dtypes):
-        top, bottom = axes[0][column], axes[1][column]
-        for i, groups in enumerate(sorted({row["groups"] for row in rows})):
-            mine = [row for row in rows if (row["dtype"], row["groups"]) == (dtype, groups)]
-            x = [row["sweeps"] for row in mine]
-            top.semilogy(
-                x[1:],
-                [max(row["residual"], 1e-7) for row in mine[1:]],
-                f"C{i}o-",
-                markersize=4,
-                label=f"{groups} groups: residual",
-            )
-            top.semilogy(
-                x,
-                [max(row["largest_error"], 1e-7) for row in mine],
-                f"C{i}s--",
-                markersize=4,
-                mfc="none",
-                label="largest error",
-            )
-            bottom.semilogy(
-                x, [max(abs(row["gap_bpb"]), 1e-7) for row in mine], f"C{i}o-", markersize=4, label=f"{groups} groups"
-            )
-        bottom.axhline(GAP, color="k", linestyle=":")
-        top.set(title=dtype)
-        bottom.set(xlabel="sweep")
-        for axis in (top, bottom):
-            axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("relative change or error of the memory")
-    axes[1][0].set_ylabel("|gap to exact|, bits per byte")
-    axes[0][-1].legend(fontsize=6, ncols=2)
-    axes[1][-1].legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    try:
+        with figure(path, rows=3, columns=len(dtypes), size=(4.8 * len(dtypes), 8.0)) as axes:
+            for column, dtype in enumerate(dtypes):
+                for line, (key, label) in enumerate(panels):
+                    panel = axes[line][column]
+                    _lines(panel, [row for row in rows if row["dtype"] == dtype and row[key] is not None], key)
+                    panel.set(title=dtype if line == 0 else "", xlabel="sweep", ylabel="" if column else label)
+                    lowest = min(max(abs(row[key]), FLOOR) for row in rows if row[key] is not None)
+                    panel.set_ylim(lowest / 2, 2.0)
+                    panel.set_xlim(sweeps[0] - 0.2, sweeps[-1] + 0.2)
+                axes[2][column].axhline(GAP, color="black", linestyle=":", linewidth=1.2)
+            handles = axes[0][0].get_legend_handles_labels()
+            axes[0][0].figure.legend(*handles, loc="outside lower center", ncols=len(handles[1]))
+    except ValueError as error:  # no matplotlib
+        print(f"no picture: {error}", file=sys.stderr)
+
+
+def _lines(panel: Any, rows: list[dict], key: str) -> None:
+    for marker, groups in zip("osD^vP*X", sorted({row["groups"] for row in rows})):
+        mine = [row for row in rows if row["groups"] == groups]
+        heights = [max(abs(row[key]), FLOOR) for row in mine]
+        label = f"{groups} group{'s' * (groups > 1)}"
+        panel.semilogy([row["sweeps"] for row in mine], heights, marker=marker, markersize=4.5, label=label)
+    panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def mean(values: list[float]) -> float:

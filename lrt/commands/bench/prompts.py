@@ -13,19 +13,14 @@ from lrt.commands.bench.clocks import seconds_of
 from lrt.commands.bench.decoders import LAYERWISE, PLAIN
 from lrt.decoding import prefill
 from lrt.decoding import step as decoding
+from lrt.tables import Table
 
 EXACT_TURNS = 3  # it takes a hundred times as long as the others
 
 
 @torch.no_grad()
 def prefill_rows(
-    size: str,
-    fast: dict[str, Any],
-    length: int,
-    rounds: int,
-    keep: Callable[[dict[str, Any]], None],
-    *,
-    trained: bool = False,
+    size: str, fast: Table, length: int, rounds: int, keep: Callable[[Table], None], *, trained: bool = False
 ) -> None:
     """Seconds of every method on every variant but the layerwise one, which runs what the shared one runs.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lrt.accounting import mfu
+from lrt.tables import Table
 from lrt.train.distributed.world import World
 
 
@@ -68,7 +69,7 @@ class Subject:
         synchronize(self.world)
         self.times += [span(a, b) for a, b in zip(marks, marks[1:])]
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Table:
         ms = statistics.median(self.times)
         row = {
             "variant": self.name,

@@ -31,6 +31,7 @@ from lrt.commands.bench.suites import OFFICIAL, OFFICIAL_LRT, SUITES, VARIANTS, 
 from lrt.commands.bench.timing import Subject, device_name, graph_count, profiled
 from lrt.config import ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
+from lrt.tables import Table
 from lrt.train.checkpoint.weights import build_parallel
 from lrt.train.distributed.graphs import Runner, single_device
 from lrt.train.distributed.parallel import named_parameters
@@ -67,7 +68,7 @@ def run_suite(
     options: argparse.Namespace,
     *,
     one: dict[tuple[str, str], float],
-    keep: Callable[[dict[str, Any]], None],
+    keep: Callable[[Table], None],
 ) -> None:
     """Build every model of a shape, warm up, then take turns.
 
@@ -142,7 +143,7 @@ def run_suite(
         attempt(lambda subject: subject.measure(options.steps), everywhere=False)
     rows = [subject.row() for subject in subjects]
     shape = {"batch": suite.rows, "length": suite.length, "pattern": suite.pattern}
-    result: dict[str, Any] = {
+    result: Table = {
         "suite": name,
         **shape,
         "rows": rows,
@@ -187,7 +188,7 @@ def whole_steps(
     parallel: ParallelConfig,
     world: World,
     options: argparse.Namespace,
-) -> dict[str, Any]:
+) -> Table:
     """Whole steps of one and of many micro-batches, and bare forward + backward of one, taking turns."""
     recipe = recipe_of(suite, variant.recurrence(suite), parallel)
     built = models[recipe.recurrence]
@@ -195,7 +196,7 @@ def whole_steps(
     micro_batches = (
         max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
     )
-    options_of: dict[str, Any] = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
+    options_of: Table = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
     bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
     one, many = (
         Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of)
@@ -232,7 +233,7 @@ def say(world: World, text: str) -> None:
         print(text, flush=True)
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Table) -> str:
     lines = [f"{result['suite']}: {result['batch']} x {result['length']} a GPU, window pattern {result['pattern']}"]
     head = f"{'':42s}{'ms':>9s}{'ratio':>7s}{'GiB':>7s}{'x':>6s}{'tok/s':>10s}{'MFU':>7s}"
     lines.append(f"{head}{'compile s':>11s}{'graphs':>8s}{'again':>7s}  host syncs")
@@ -250,7 +251,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def details(result: dict[str, Any]) -> list[str]:
+def details(result: Table) -> list[str]:
     """Lines about whole steps and kernels, where they were asked for."""
     lines = []
     for w in result.get("whole_steps", ()):
@@ -287,14 +288,14 @@ def main(arguments: list[str] | None = None) -> int:
             world = dataclasses.replace(world, sharded=True, working_copy=False)
         torch.manual_seed(world.rank)
         torch._dynamo.config.recompile_limit = 128
-        results: list[dict[str, Any]] = []
+        results: list[Table] = []
         summary = {
             "device": device_name(world), "gpus": world.size, "torch": torch.__version__,
             "peak_flops": peak_flops(device_name(world)), "accumulation": options.accumulation, "plan": options.plan,
             "reshard": options.reshard, "suites": results,
         }  # fmt: skip
 
-        def keep(result: dict[str, Any]) -> None:
+        def keep(result: Table) -> None:
             if all(result is not known for known in results):
                 results.append(result)
             if options.out and world.main:

@@ -13,11 +13,12 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lrt.eval.core.tasks import Item, Task, read_item
+from lrt.tables import Table
 
-Record = dict[str, Any]
+Record = Table
 LETTERS = "ABCDE"
 BIGBENCH_SEED = 42  # with which the bundle's items were drawn
 SHOWN_LANGUAGES = 4  # of eleven

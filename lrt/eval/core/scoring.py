@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from lrt.eval.core.packages import package_of, packaged_items
 from lrt.eval.core.prompts import Span, examples_of, in_order, spans_of, texts_of
 from lrt.eval.core.tasks import TASKS, Item, Task
 from lrt.eval.processes import Processes, Sharing
+from lrt.tables import Table
 
 SEED_NOISE = 0.0062  # standard deviation of CORE over 20 seeds of one nanochat setting
 NOISE = (
@@ -248,7 +248,7 @@ class CoreScores:
         errors = [one.error(mode, minus=answered[one.task.name]) for one in self.tasks]
         return self.value(mode) - other.value(other_mode), math.hypot(*errors) / len(errors)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Table:
         """Plain values, without the single answers."""
         return {
             "core": {m: {"value": self.value(m), "se": self.error(m)} for m in self.modes},
@@ -315,6 +315,6 @@ def difference_line(name: str, other: str, value: float, error: float) -> str:
     return f"{name} - {other}: {value:+.4f} +- {error:.4f} over items; {NOISE}"
 
 
-def _summary(one: TaskScore) -> dict[str, Any]:
+def _summary(one: TaskScore) -> Table:
     scores = {m: {"accuracy": one.accuracy(m), "centred": one.centred(m), "se": one.error(m)} for m in one.right}
     return {"items": one.items, "source": one.source, "data": one.data, "memory": scores}

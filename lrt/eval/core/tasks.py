@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from lrt.tables import ReadTable
 
 Kind = Literal["multiple choice", "schema", "language modeling"]
 
@@ -117,7 +119,7 @@ def tasks_named(names: Sequence[str], *, where: str) -> tuple[Task, ...]:
     return tuple(TASKS[name] for name in dict.fromkeys(names)) if names else tuple(TASKS.values())
 
 
-def read_item(task: Task, record: Mapping[str, Any]) -> Item:
+def read_item(task: Task, record: ReadTable) -> Item:
     """An item of the bundle.
 
     Args:

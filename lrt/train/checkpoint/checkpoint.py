@@ -22,7 +22,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from lrt.config import CheckpointConfig, Recipe, dump_recipe
 from lrt.serialization.syncing import sync
 from lrt.serialization.tensors import open_file
+from lrt.tables import ReadTable, Table
 from lrt.train.checkpoint.verifying import COMPLETE, FORMAT, Written, candidates, incomplete, rank_file, step_of
 
 # One process is a normal way to train here; DCP warns of it at every save and load.
@@ -178,13 +179,7 @@ class CheckpointManager:
             dist.barrier(process_group)  # no rank writes into a folder that rank 0 still clears
 
     def save(
-        self,
-        step: int,
-        *,
-        tensors: dict[str, Tensor],
-        rank_state: Mapping[str, Any],
-        meta: Mapping[str, Any],
-        prune: bool = True,
+        self, step: int, *, tensors: dict[str, Tensor], rank_state: ReadTable, meta: ReadTable, prune: bool = True
     ) -> None:
         """Start writing a checkpoint; returns when the tensors are copied, so training may change them.
 
@@ -240,7 +235,7 @@ class CheckpointManager:
             )
         return False
 
-    def _publish(self, folder: Path, files: dict[str, Written], *, meta: dict[str, Any], prune: bool) -> None:
+    def _publish(self, folder: Path, files: dict[str, Written], *, meta: Table, prune: bool) -> None:
         _write_synced(folder / "meta.json", json.dumps(meta, indent=1).encode(), files)
         _write_synced(folder / "recipe.toml", dump_recipe(self._recipe).encode(), files)
         content = {

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lrt.config import Recipe, parse_recipe, recipe_to_table
 from lrt.config.ranges import HORIZON
+from lrt.tables import Table
 
 HISTORY = "settings.jsonl"
 
@@ -86,9 +87,9 @@ def changes(there: Recipe, here: Recipe) -> list[Change]:
     return [Change(key, a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
+def _flat(recipe: Recipe) -> Table:
     """A recipe's settings by their full keys, as JSON has them."""
-    flat: dict[str, Any] = {}
+    flat: Table = {}
     for section, values in recipe_to_table(recipe).items():
         flat |= (
             {f"{section}.{key}": value for key, value in values.items()}
@@ -97,7 +98,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
         )
     for index, source in enumerate(flat.pop("data.sources")):
         flat |= {f"data.sources[{index}].{key}": value for key, value in source.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(flat))
+    plain: Table = json.loads(json.dumps(flat))
     return plain
 
 

@@ -18,6 +18,7 @@ from lrt.serialization import load, model_from_config
 from lrt.serialization.decoders import decoder_of_shapes, open_decoder, read_json
 from lrt.serialization.description import read_config
 from lrt.serialization.renewal import config_file
+from lrt.tables import Table
 from lrt.train.optim.groups import is_memory
 
 OF_ANY_BACKBONE = ("sequence_length", "attention_reset")  # keys of [model] that a decoder from a folder leaves open
@@ -119,7 +120,7 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 # ------------------------------------------------------------------ folders
 
 
-def _open(recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+def _open(recipe: Recipe) -> tuple[Path, Table]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
     folder = local_path(recipe.run.backbone, key="run.backbone")
     key = f'run.backbone = "{recipe.run.backbone}"'
@@ -161,7 +162,7 @@ def _check_settings(recipe: Recipe) -> None:
         )
 
 
-def _check_saved(recipe: Recipe, config: dict[str, Any], key: str) -> None:
+def _check_saved(recipe: Recipe, config: Table, key: str) -> None:
     """Refuse a folder of ``lrt.save`` that holds another model than the recipe describes."""
     if "adapted" not in config:
         raise ValueError(

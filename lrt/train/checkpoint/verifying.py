@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lrt.serialization.tensors import open_file
+from lrt.tables import Table
 
 FORMAT = "lrt training checkpoint 2"
 FORMATS = ("lrt training checkpoint 1", FORMAT)  # 1: without checksums
@@ -35,8 +36,8 @@ class Written(NamedTuple):
 class Loaded(NamedTuple):
     """What a checkpoint held beside its tensors."""
 
-    meta: dict[str, Any]
-    rank_states: list[dict[str, Any]]  # one a rank of the run that wrote it
+    meta: Table
+    rank_states: list[Table]  # one a rank of the run that wrote it
 
 
 def step_of(folder: Path) -> int:
@@ -186,7 +187,7 @@ def read_rest(folder: Path) -> Loaded:
     return Loaded(meta, [_rank_state(folder / rank_file(rank)) for rank in range(ranks)])
 
 
-def _rank_state(path: Path) -> dict[str, Any]:
+def _rank_state(path: Path) -> Table:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # zip, pickle and torch have an exception each for a damaged file

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
+from lrt.tables import Table
 from lrt.train.distributed.world import World
 from lrt.train.horizon import shards_of
 from lrt.types import Schedule
@@ -112,7 +113,7 @@ def compile_blocks(model: Any) -> None:
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _anchored(table: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
     """Give a token table an input that FSDP can wait for.
 
     FSDP reduces a module's gradients when those of its inputs have come. Tokens have none, so all tables would be
@@ -157,7 +158,7 @@ def checkpointed(block: nn.Module, *, selective: bool) -> nn.Module:
         block: memory, positions and stored keys are its arguments, so computing it again sees the same values.
         selective: keep the results of matrix products and attention, recompute only the cheap rest.
     """
-    options: dict[str, Any] = {"preserve_rng_state": draws(block)}
+    options: Table = {"preserve_rng_state": draws(block)}
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
     return checkpoint_wrapper(block, **options)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lrt.eval.figures import COLOURS, MODE_COLOURS, amount, figure, label_amounts, limits, smooth
+from lrt.eval.figures import COLOURS, MODE_COLOURS, amount, figure, label_amounts, label_counts, limits, smooth
 from lrt.eval.runs import Record, scores_of
 
 START = 0.05  # share of a run whose steep fall would press everything after it together
@@ -62,7 +62,7 @@ def _losses(axes: Any, train: Sequence[Record]) -> None:
         axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.3)
         axes.plot(steps, means, color=colour, label=f"pass {group}" if group else "initialization")
         late += losses[int(START * len(losses)) :]
-    axes.set(title="training loss", ylabel="nats a token")
+    axes.set(title="training loss", ylabel="nats per token")
     _finish(axes, train, late)
 
 
@@ -123,10 +123,10 @@ def _line(axes: Any, train: Sequence[Record], key: str, *, title: str, log: bool
 def _finish(axes: Any, records: Sequence[Record], values: Sequence[float]) -> None:
     """Axes from the data, and a legend where there are several lines."""
     axes.set_xlabel("step")
-    label_amounts(axes.xaxis, [1.0], log=False)
+    label_counts(axes.xaxis)
     if records:
         axes.set_xlim(0, 1.01 * max(r["step"] for r in records))
     if values:
         axes.set_ylim(*limits(values))
-    if axes.get_legend_handles_labels()[0]:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()

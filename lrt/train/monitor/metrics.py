@@ -329,7 +329,12 @@ def memory_table(record: Record) -> list[str]:
     if not activations:
         return []
     lines = [f"{'memory, over the blocks':<28} {'least':>10} {'median':>10} {'most':>10}"]
-    return lines + [f"{title:<28} {min(x):>10.4g} {statistics.median(x):>10.4g} {max(x):>10.4g}" for title, x in rows]
+    for title, x in rows:
+        least, median, most = (f"{value:.4g}" for value in (min(x), statistics.median(x), max(x)))
+        if len(x) == 1:
+            least = most = ""  # one number is said once
+        lines.append(f"{title:<28} {least:>10} {median:>10} {most:>10}".rstrip())
+    return lines
 
 
 class Recorder:

@@ -11,10 +11,11 @@ import csv
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from lrt.config import Recipe, recipe_to_table
 from lrt.eval.runs import Record
+from lrt.tables import Table
 from lrt.train.monitor.metrics import JsonLines, Sink
 
 
@@ -131,7 +132,7 @@ class Csv:
             file.close()
 
 
-def _step(row: dict[str, Any]) -> float:
+def _step(row: Table) -> float:
     try:
         return int(row["step"])
     except (KeyError, TypeError, ValueError):  # a last line that a kill cut short
@@ -194,7 +195,7 @@ class Wandb:
 
     def write(self, record: Record) -> None:
         kind = record["kind"]
-        found: dict[str, Any] = {f"{kind}/{name}": value for name, value in scalars(record)}
+        found: Table = {f"{kind}/{name}": value for name, value in scalars(record)}
         if "text" in record:
             found[kind] = self._text(_as_html(record["text"]))
         self._run.log(found, step=record["step"])
@@ -228,7 +229,7 @@ class Trackio:
 
     def write(self, record: Record) -> None:
         kind = record["kind"]
-        found: dict[str, Any] = {f"{kind}/{name}": value for name, value in scalars(record)}
+        found: Table = {f"{kind}/{name}": value for name, value in scalars(record)}
         if "text" in record:
             found[kind] = record["text"]
         self._run.log(found, step=record["step"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lrt.config import OptimizerConfig, Recipe
+from lrt.tables import Table
 from lrt.train.optim.muon import (
     Direction,
     Parts,
@@ -60,7 +61,7 @@ MEMORY_GROUPS = ("memory_matrices", "memory_gates", "gains", "memory")
 MEMORY = r"(memory_projection|injection|blocks\.\d+\.(gate|projection))\..*"
 
 
-def rate_of(group: dict[str, Any], rates: Rates) -> float:
+def rate_of(group: Table, rates: Rates) -> float:
     """The learning rate of a group at a step."""
     return group["base_lr"] * rates.lr_scale * (rates.memory_scale if group["name"] in MEMORY_GROUPS else 1.0)
 
@@ -92,7 +93,7 @@ def group_of(name: str, parameter: Tensor, table: Sequence[Group] = NATIVE) -> G
     return rows[0]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> list[Table]:
     """The optimizer's groups with every setting in plain numbers.
 
     Args:
@@ -126,9 +127,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) 
     ]
 
 
-def _adamw_groups(
-    trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, scale: float
-) -> list[dict[str, Any]]:
+def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig, scale: float) -> list[Table]:
     memory_lr = config.adamw_lr if config.adamw_memory_lr is None else config.adamw_memory_lr
     common = {"kind": "adamw", "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     backbone = [(name, p) for name, p in trained if not is_memory(name)]
@@ -160,9 +159,7 @@ class MuonAdamW(torch.optim.Optimizer):
         compile: run Muon's parts compiled, each once a shape.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], *, direction: Direction = direction, compile: bool = False
-    ) -> None:
+    def __init__(self, groups: list[Table], *, direction: Direction = direction, compile: bool = False) -> None:
         super().__init__(groups, defaults={})
         parts = Parts(direction=direction)
         self._parts = parts.compiled() if compile else parts
@@ -194,7 +191,7 @@ class MuonAdamW(torch.optim.Optimizer):
             else:
                 self._adamw(params, group, flag, scale)
 
-    def _muon(self, params: list[Tensor], group: dict[str, Any], finite: Tensor, scale: Tensor | None) -> None:
+    def _muon(self, params: list[Tensor], group: Table, finite: Tensor, scale: Tensor | None) -> None:
         by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for parameter in params:
             by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
@@ -212,7 +209,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 parts=self._parts,
             )
 
-    def _adamw(self, params: list[Tensor], group: dict[str, Any], finite: Tensor, scale: Tensor | None) -> None:
+    def _adamw(self, params: list[Tensor], group: Table, finite: Tensor, scale: Tensor | None) -> None:
         params = [p for p in params if local(p).numel()]  # a rank may hold no row of a small parameter
         if not params:
             return

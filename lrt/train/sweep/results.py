@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lrt.eval.runs import RunFolder, read_records, read_run
+from lrt.tables import Table
 from lrt.train.sweep.spec import PlannedRun, Point, Sweep, toml_value
 
-Record = dict[str, Any]
+Record = Table
 MODES = ("zero", "parallel", "decode")
 
 

@@ -45,6 +45,7 @@ from typing import Any
 from lrt.config import Recipe, RecipeError, find_recipe, load_recipe
 from lrt.config.files import read_text
 from lrt.config.recipes import similar
+from lrt.tables import ReadTable, Table
 from lrt.train.sweep.keys import KINDS
 
 if sys.version_info >= (3, 11):
@@ -183,7 +184,7 @@ class _Reader:
     def __init__(self, folder: Path, errors: list[str]) -> None:
         self._folder, self._errors = folder, errors
 
-    def sweep(self, table: Mapping[str, Any], last: Point) -> Sweep | None:
+    def sweep(self, table: ReadTable, last: Point) -> Sweep | None:
         top = self._section(
             "", table, ("recipe", "set", "seeds", "side_by_side", "threads", "budget_minutes", "twins", "tune", "runs")
         )
@@ -216,7 +217,7 @@ class _Reader:
         self._errors += [f"runs: {label!r} stands for two settings: give one another name" for label in again]
         return self._checked(settings, tuning, top, stage.get("grid", {}), last)
 
-    def _section(self, where: str, table: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    def _section(self, where: str, table: ReadTable, keys: tuple[str, ...]) -> Table:
         found = {}
         for key, value in table.items():
             if key not in keys:
@@ -231,10 +232,10 @@ class _Reader:
                 found[key] = value
         return found
 
-    def _under(self, below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    def _under(self, below: ReadTable, above: ReadTable) -> Table:
         return {**below, **above, "set": [*below["set"], *above.get("set", [])]}
 
-    def _settings_of(self, where: str, run: Mapping[str, Any], below: Any, twins: Mapping[str, Any]) -> list[Setting]:
+    def _settings_of(self, where: str, run: ReadTable, below: Any, twins: ReadTable) -> list[Setting]:
         given = self._section(where, run, ("name", "twin", "recipe", "set", "seeds", "grid"))
         if "name" not in run:
             self._errors.append(f"{where}name is missing: give the run a name")
@@ -248,7 +249,7 @@ class _Reader:
         return self._grid("compare", given.get("name", ""), twin, merged, given.get("grid", {}))
 
     def _grid(
-        self, stage: str, label: str, twin: str | None, merged: Mapping[str, Any], grid: Mapping[str, list[Any]]
+        self, stage: str, label: str, twin: str | None, merged: ReadTable, grid: Mapping[str, list[Any]]
     ) -> list[Setting]:
         path = self._folder / str(merged["recipe"])
         recipe = path if path.is_file() else find_recipe(merged["recipe"])
@@ -341,7 +342,7 @@ def fingerprint(recipe: Recipe) -> str:
 
     A key that the library gains changes nothing.
     """
-    different: dict[str, Any] = {}
+    different: Table = {}
     for section in dataclasses.fields(recipe):
         values = getattr(recipe, section.name)
         if values is None:
