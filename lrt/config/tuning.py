@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrt.config.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class TuningConfig:
     lora_targets: tuple[str, ...] = ()  # names of the matrices that get adapters; () = all of the blocks
 
 
-def tuning_errors(r: Any) -> list[str]:
+def tuning_errors(r: Recipe) -> list[str]:
     """Keys of a recipe that do not go with its section [tuning], or that it needs."""
     t = r.tuning
     if t is None:
