@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lrt.plans import only_feeds
+from lrt.recurrence import aligned_mix
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;
@@ -122,7 +123,9 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
         return 0 if block.gate is None else matrices(block.gate)
 
     def own(block: Any) -> int:
-        more = getattr(block, "read_twice", None) if block.projection is None else block.projection
+        # a joint projection then reads both inputs
+        aligned = getattr(block, "mixer", None) is aligned_mix
+        more = getattr(block.block, "fused", None) if aligned else block.projection
         return 0 if more is None else matrices(more)
 
     seen, width = (mean_keys(length, block.window) for block in model.blocks), query_width(model)

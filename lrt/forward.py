@@ -73,6 +73,7 @@ def run_blocks(
     stores: Sequence[Any] | None = None,
     start: int = 0,
     stop: int | None = None,
+    keep_kv: bool = True,
     keep_inputs: bool = False,
     share: Callable[[Sequence[Any]], Sequence[Any]] = list,
 ) -> PassOutput:
@@ -83,8 +84,9 @@ def run_blocks(
         hidden: (B, P, D) what block ``start`` receives: embedded tokens, or the output of the block before.
         contexts: one a block of the model, for the same positions.
         received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
-        stores: what each block attends to, a ``KVStore`` or a ``Transient`` one; None = plain causal attention.
+        stores: what each block attends to, a ``KVStore``; None = plain causal attention.
         start, stop: run only these blocks (zero-based, half open).
+        keep_kv: also return the keys and values of every block that ran.
         keep_inputs: also return the input of every block that ran.
         share: applied to the tuples of tensors that the blocks read, one per block, of which several may hold one tensor.
 
@@ -99,8 +101,11 @@ def run_blocks(
         if keep_inputs:
             inputs.append(hidden)
         store = None if stores is None else stores[index]
-        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
-        kv.append(KV(attached(key), attached(value)))
+        if keep_kv:
+            hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
+            kv.append(KV(attached(key), attached(value)))
+        else:
+            hidden = model.blocks[index](hidden, mine, at_hand(context), store, False)[0]
         if index + 1 == model.source:
             memory = model.memory_of(hidden)
     return PassOutput(hidden, memory, tuple(kv), tuple(inputs))

@@ -30,6 +30,16 @@ class Projection(NamedTuple):
     value: Tensor
 
 
+class Mixed(NamedTuple):
+    """Queries, keys and values as attention reads them: gated, mixed with memory, rotated and normalized."""
+
+    query: Tensor  # (B, P, H, K)
+    key: Tensor  # (B, P, G, K)
+    value: Tensor  # (B, P, G, K)
+    key_path: Tensor | None = None  # where the gradients of later passes go; see ``Handed``
+    value_path: Tensor | None = None
+
+
 class MemoryInput(NamedTuple):
     """The recurrent memory as one block receives it.
 

@@ -87,14 +87,13 @@ class Engine:
         stores = self.whole_row(row) if stores is None else stores
         options: Table = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
         with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-            out = self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
-        return out if keep_kv else out._replace(kv=())
+            return self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
 
     def compute(
         self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
     ) -> PassOutput:
         """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
-        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, **options)
+        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, keep_kv=keep_kv, **options)
 
     def whole_row(self, row: Row) -> list[KVStore | None]:
         """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""

@@ -123,8 +123,8 @@ class _WatchedBlock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any) -> Any:
-        out = self._block(hidden, memory, context, kv)
+    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any, keep_kv: bool = True) -> Any:
+        out = self._block(hidden, memory, context, kv, keep_kv)
         self.calls.append(({} if memory is None else look(self._block, hidden, memory, context), _norm(out[0])))
         return out
 
