@@ -32,7 +32,8 @@ def adapt(
 ) -> LatentRecurrentModel:
     """Make a decoder recurrent; its logits under ``baseline()`` stay bit for bit what they were.
 
-    The decoder's modules are shared, none is edited. A few tokens are run through its description first, to make sure.
+    The decoder's modules are shared, and none is edited. A few tokens run through both models first, and what they
+    compute must agree.
 
     Args:
         model: a Hugging Face causal language model (PEFT-wrapped or not), a native model without recurrence, or any

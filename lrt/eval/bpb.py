@@ -95,7 +95,7 @@ def evaluate_bpb(
         decode: what scores mode ``decode``; None = the model itself, by the shortest exact way that needs no kernels.
 
     Returns:
-        One result a mode. A model without recurrence is scored once and has the same score in every mode.
+        One result per mode. A model without recurrence is scored once and has the same score in every mode.
 
     Raises:
         ValueError: an unknown mode, or batches that do not say their bytes without ``token_bytes``.

@@ -297,7 +297,7 @@ def watch_drift(model: LatentRecurrentModel, *, separator: int, tokens: int, row
     while tokens are drawn.
 
     Returns:
-        One number a token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
+        One number per token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -12,7 +12,7 @@ from lrt.model import LatentRecurrentModel
 @torch.no_grad()
 def recurrence_statistics(model: LatentRecurrentModel) -> dict[str, list[float]]:
     """What the parameters have become: gains g, size of gates and projections, one number a receiving block;
-    a and b, one a block.
+    a and b, one per block.
 
     Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
     Every rank must call this.

@@ -65,7 +65,7 @@ def test_the_page_of_keys_says_range_default_and_meaning(reference):
     )
     assert row in page.splitlines()
     assert (
-        '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one a block |'
+        '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one per block |'
         in page
     )
     for title in [f"## [{section}]" for section, _ in sections()] + [f"## {title}" for title in reference.TABLES]:
