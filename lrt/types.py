@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+Device = torch.device | str | int | None  # as torch takes it; None: the default one
+
 
 class Projection(NamedTuple):
     """What a decoder block computes before its keys and values are mixed with memory.
@@ -95,6 +97,13 @@ class Later:
             with torch.set_grad_enabled(self._graded):
                 self._made, self._make = self._make(), None
         return self._made
+
+
+class Saved(Protocol):
+    """What the backward of a ``torch.autograd.Function`` gets: the tensors that its forward kept."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
 
 
 class PassOutput(NamedTuple):
