@@ -94,6 +94,17 @@ def test_every_public_name_is_in_the_api(reference):
     assert "::: lrt.decoding.prefill\n" in page  # a module: shown with its functions
 
 
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    """CONTRIBUTING.md's command, with the extra docs; every page of the nav is a page of the site."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(build, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = re.findall(r": (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) > 20 and all((tmp_path / f"{page}.html").is_file() for page in pages)
+
+
 # ------------------------------------------------------------------ blocks of Python
 
 
