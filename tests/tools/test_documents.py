@@ -241,7 +241,19 @@ def test_the_recipe_of_the_page_about_own_data_is_one(tmp_path):
     assert mine.model == twin.model and mine.recurrence is not None and twin.recurrence is None
 
 
-# ------------------------------------------------------------------ the log
+# ------------------------------------------------------------------ claims, measurements and the log
+
+
+def test_numbers_of_the_readme_stand_on_the_pages_that_it_names():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| \[.+?\]\(([^)#]+)[^)]*\) \|$", readme, re.MULTILINE)
+    numbers = [(number, page) for _, claimed, page in rows for number in re.findall(r"\d+\.\d+", claimed)]
+    assert len(rows) == 12 and len(numbers) > 10
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for _, _, page in rows}
+    assert [(number, page) for number, page in numbers if number not in pages[page]] == []
+    families = pages["docs/adapt.md"].split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    configurations = families.count("| logits, loss, gradients bit for bit |")
+    assert f"bit for bit in {configurations} configurations" in readme
 
 
 def test_the_log_is_newest_first_and_its_index_names_every_entry():
