@@ -15,8 +15,9 @@ from torch import Tensor
 from lrt.decoding.fast import launching
 from lrt.decoding.fast.launching import EPS, Mix, Token, either
 from lrt.decoding.fast.tiles import power, share_of
+from lrt.decoding.one_position import attention_cut_of, keep_memory, separator_of
 from lrt.decoding.state import DecodeState
-from lrt.decoding.step import attention_cut_of, keep_memory, separator_of
+from lrt.decoding.step import Stepper
 from lrt.forward import Row
 
 
@@ -45,7 +46,7 @@ class Heads(NamedTuple):
     table: Tensor | None = None  # (V, G W) values of tokens
 
 
-class FusedStep:
+class FusedStep(Stepper):
     """A step over the blocks of a model; a subclass says what each part of a block is.
 
     Args:
@@ -54,7 +55,8 @@ class FusedStep:
     """
 
     def __init__(self, model: Any, frequencies: Tensor) -> None:
-        self.model, self.frequencies = model, frequencies
+        super().__init__(model)
+        self.frequencies = frequencies
 
     # -------------------------------------------------------------- what a subclass says
 
@@ -90,11 +92,10 @@ class FusedStep:
     # -------------------------------------------------------------- the step
 
     @torch.no_grad()
-    def absorb(
+    def step(
         self, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
     ) -> Tensor:
-        """Let active rows consume a token; as ``lrt.decoding.step.absorb``."""
-        model, start = self.model, 0 if row is None else row.start
+        model, start = self.plain, 0 if row is None else row.start
         stop = len(model.blocks) if stop is None else stop
         x, token = self._begin(state, tokens, active)
         if row is not None and start:
@@ -125,7 +126,7 @@ class FusedStep:
         return hidden if gain is None or token.memory is None else hidden + gain * token.memory
 
     def _mix(self, index: int, token: Token) -> Mix:
-        model, scales = self.model, self.scales(index)
+        model, scales = self.plain, self.scales(index)
         if token.memory is None or model.injection is None or index not in model.receivers:
             return Mix(*scales)
         place = model.receivers.index(index)
@@ -137,13 +138,13 @@ class FusedStep:
         rows, width, head_width = len(tokens), table.shape[1], 2 * len(self.frequencies)
         heads = -(-self.heads // 4) * 4  # a block's counters begin at 16 bytes
         x, embedding, received = (table.new_empty(rows, width, dtype=dtype) for _ in range(3))
-        remembers = state.memory is not None and self.model.recurrence is not None
+        remembers = state.memory is not None and self.plain.recurrence is not None
         token = Token(
             tokens, embedding, received if remembers else None, tokens.new_empty(rows, dtype=torch.int32),
-            table.new_empty(rows, 2, head_width, dtype=torch.float32), tokens.new_empty(rows, len(self.model.blocks), heads, dtype=torch.int32),
+            table.new_empty(rows, 2, head_width, dtype=torch.float32), tokens.new_empty(rows, len(self.plain.blocks), heads, dtype=torch.int32),
             state.document_starts,
         )  # fmt: skip
-        mix, separator, cut = self._mix(0, token), separator_of(self.model), attention_cut_of(self.model)
+        mix, separator, cut = self._mix(0, token), separator_of(self.plain), attention_cut_of(self.plain)
         counters = token.counters[0].numel()
         launching.launch(
             "start_kernel", (rows,), tokens, active, state.lengths, state.document_starts, table, self.frequencies, either(state.memory, x),

@@ -52,14 +52,13 @@ class FusedDecoder(FusedStep):
 
     def __init__(self, model: Any) -> None:
         backbone = model.backbone
-        self.config, self.vocab_size = backbone.config, backbone.vocab_size
         channels = torch.arange(0, backbone.head_dim, 2, dtype=torch.float32, device=backbone.head.weight.device)
-        frequencies = 1.0 / (self.config.rope_base ** (channels / backbone.head_dim))
+        frequencies = 1.0 / (backbone.config.rope_base ** (channels / backbone.head_dim))
         super().__init__(model, frequencies)
-        self.backbone = self
+        self.config = backbone.config
 
     def start(self) -> Start:
-        embedding = self.model.backbone.embedding
+        embedding = self.plain.backbone.embedding
         dtype = embedding.output_dtype or embedding.weight.dtype
         return Start(embedding.weight, dtype, normed=True, forward=False, rounded=self.config.rope_dtype == "bfloat16")
 
@@ -68,7 +67,7 @@ class FusedDecoder(FusedStep):
         return self.config.heads
 
     def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
-        backbone = self.model.backbone
+        backbone = self.plain.backbone
         residual, embedding = (
             None if scales is None else scales[index : index + 1]
             for scales in (backbone.residual_scales, backbone.embedding_scales)
@@ -76,7 +75,7 @@ class FusedDecoder(FusedStep):
         return residual, embedding
 
     def attention(self, index: int, x: Tensor, shared: Any, state: DecodeState, token: Token) -> tuple[Tensor, Any]:
-        model, wrapper = self.model, self.model.blocks[index]
+        model, wrapper = self.plain, self.plain.blocks[index]
         block = wrapper.block
         receives = token.memory is not None and index in model.receivers
         projection = wrapper.projection
@@ -96,16 +95,16 @@ class FusedDecoder(FusedStep):
         return self.attend(index, heads, projected, gates, shared if receives else None, state, token), shared
 
     def output(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor:
-        block = self.model.blocks[index].block
+        block = self.plain.blocks[index].block
         return linear(mixed, [block.output], residual=residual, ahead=block.mlp_in.weight)[0]
 
     def feed_forward(self, index: int, x: Tensor, token: Token, *, mix: Mix, keep: bool) -> tuple[Tensor, Tensor]:
-        block = self.model.blocks[index].block
+        block = self.plain.blocks[index].block
         inner, _ = linear(x, [block.mlp_in], norm=True, relu2=True)
         return linear(inner, [block.mlp_out], residual=x, token=token, mix=mix, keep=keep)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, 1, V) in float32 of the last block's output (B, 1, D)."""
-        head = self.model.backbone.head
+        """Logits (B, V) in float32 of the last block's output (B, D)."""
+        head = self.plain.backbone.head
         weights = [head.weight[: head.vocab_size]]
-        return linear(hidden[:, 0], weights, norm=True, cap=head.softcap, dtype=torch.float32)[0][:, None]
+        return linear(hidden, weights, norm=True, cap=head.softcap, dtype=torch.float32)[0]
