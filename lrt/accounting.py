@@ -137,7 +137,7 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
 
 def shared_flops(model: RecurrentDecoder) -> float:
     """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map;
-    once a pass with memory."""
+    once per pass with memory."""
     return sum(2.0 * matrices(module) for module in (model.memory_projection, model.injection) if module is not None)
 
 
@@ -164,12 +164,12 @@ class Work(NamedTuple):
 
 
 def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Work]:
-    """What a schedule runs: the blocks below the first receiver once a row, then those of every pass.
+    """What a schedule runs: the blocks below the first receiver once per row, then those of every pass.
 
     Args:
         model: its receivers and its source say which blocks a pass needs.
         schedule: of the step.
-        length: tokens a row.
+        length: tokens per row.
     """
     weights, first = schedule.group_weights(length), min(model.receivers, default=0)
     # an order costs the same; the default generator stays as it is
@@ -219,7 +219,7 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     Args:
         model: native or adapted, with ``requires_grad`` as it trains.
         schedule: of the step.
-        length: tokens a row.
+        length: tokens per row.
     """
     blocks, shared, head = block_flops(model, length), shared_flops(model), forward_flops(model, length).head
     frozen = [2.0 * matrices(block.block, frozen=True) for block in model.blocks]

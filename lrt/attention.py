@@ -147,7 +147,7 @@ def grouped_attention(
 class Buffer(NamedTuple):
     """Training store: keys and values of other positions, in groups; nothing is written in place.
 
-    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once a pass and
+    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once per pass and
     window: a boolean one over the groups' concatenation; a block mask over the positions' natural order, where
     group g holds the positions g, g + S, ...; None for the same groups where the kernel needs no mask.
     """

@@ -307,7 +307,7 @@ class Decoder(nn.Module):
         return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
-        """Hidden state (B, P, D) and one context a block.
+        """Hidden state (B, P, D) and one context per block.
 
         Args:
             tokens: (B, P) ids.

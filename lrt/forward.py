@@ -19,7 +19,7 @@ class Row(NamedTuple):
     """What passes run over: a hidden state for every position, and what the borders between documents say."""
 
     hidden: Tensor  # (B, T, D) embedded tokens, or what block ``start`` receives
-    contexts: tuple[Any, ...]  # one a block, positions on dimension 1
+    contexts: tuple[Any, ...]  # one per block, positions on dimension 1
     starts: Tensor | None  # bool (B, T): the memory received here is zero
     documents: Tensor | None  # (B, T): attention stays inside a document
     start: int = 0  # zero-based; the blocks before this one have run
@@ -88,7 +88,7 @@ def run_blocks(
         start, stop: run only these blocks (zero-based, half open).
         keep_kv: also return the keys and values of every block that ran.
         keep_inputs: also return the input of every block that ran.
-        share: applied to the tuples of tensors that the blocks read, one a block, of which several may hold one tensor.
+        share: applied to the tuples of tensors that the blocks read, one per block; several may hold one tensor.
 
     Returns:
         Output of the last block that ran, memory, keys and values of these positions.

@@ -20,7 +20,7 @@ ALIGNING = ("align", "project_aligned", "kv_bias")  # and those that aligned mem
 
 
 class Gate(nn.Module):
-    """One positive number a head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
+    """One positive number per head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
 
     Args:
         channels: c, the leading channels of the attention's input that it reads.
@@ -132,7 +132,7 @@ class ResidualInjection(nn.Module):
 class Injected(NamedTuple):
     """What a projected residual hands to the blocks."""
 
-    gains: tuple[Tensor, ...]  # (1, 1, 1), one a block
+    gains: tuple[Tensor, ...]  # (1, 1, 1), one per block
     direction: Tensor  # (B, P, D) RMSNorm(P m), the same for all
 
 

@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 class SourceConfig:
     """One of several sources of training data."""
 
-    path: str  # as data.train
+    path: str  # file, folder, glob or address, as data.train
     weight: float = 1.0  # its share of the rows, in proportion to the other sources
-    text_column: str | None = None  # None = data.text_column
+    text_column: str | None = None  # column of the text; None = data.text_column
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
     train: str = "demo"
-    sources: tuple[SourceConfig, ...] = ()  # in place of train: several, mixed by their weights
-    # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
+    sources: tuple[SourceConfig, ...] = ()  # several sources in place of train, mixed by their weights
+    # held-out data of the same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
     validation: str = "auto"
-    text_column: str = "text"  # of parquet, jsonl and csv
+    text_column: str = "text"  # column of the text in parquet, jsonl and csv
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
+    # processes per rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
     workers: int | None = None
     buffer_documents: int = 256  # documents among which a row's best fit is searched
-    shuffle_seed: int | None = None  # None = run.seed
-    on_corrupt: Literal["stop", "skip"] = "stop"  # a shard, or a text in it, that cannot be read
+    shuffle_seed: int | None = None  # seed of the order of data; None = run.seed
+    on_corrupt: Literal["stop", "skip"] = "stop"  # what happens at a shard, or a text in it, that cannot be read
 
 
 def data_errors(c: DataConfig) -> list[str]:

@@ -16,7 +16,7 @@ class TuningConfig:
     train: str = "arithmetic"  # "arithmetic", or JSONL: a file, a folder or a glob
     validation: str = "auto"  # JSONL; "auto" = other problems, or a twentieth of the conversations of train
     problems: int = 64  # held-out conversations that the model answers at every evaluation; 0 = none
-    answer_tokens: int = 96  # of an answer at most
+    answer_tokens: int = 96  # tokens of an answer at most
     lora_rank: int = 0  # adapters of this rank in place of the decoder's own weights; 0 = these train
     lora_alpha: float = 16.0  # the adapters' share is lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ()  # names of the matrices that get adapters; () = all of the blocks

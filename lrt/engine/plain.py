@@ -1,6 +1,6 @@
 """How one pass is computed, in plain PyTorch: rows taken apart, what blocks attend to, and the buffer between passes.
 
-Nothing is written in place where autograd follows: the buffer is tuples of tensors, one a residue, and writing back
+Nothing is written in place where autograd follows: the buffer is tuples of tensors, one per residue, and writing back
 replaces an entry, so untouched positions are never copied.
 
 Legend: B batch, T row length, P positions of the pass, S subsets, D width, G key/value heads, K head width.
@@ -100,7 +100,7 @@ class Engine:
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask a block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
+        """One mask per block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)

@@ -2,7 +2,7 @@
 
 PyTorch's own engine in torchtitan's order (AC, then compile each block, then ``fully_shard``). A training
 step runs the blocks several times before one backward pass, so by default gathered parameters stay until
-the step's end: one gather a parameter and step, however many passes the schedule has.
+the step's end: one gather per parameter and step, however many passes the schedule has.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
     blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
-    "after_forward"`` needs less memory and always reduces.
+    "after_forward"`` needs less GPU memory and always reduces.
     """
     model.set_requires_gradient_sync(now)
     if not now and schedule.token_compute == 1 and model.memory_projection is not None:
