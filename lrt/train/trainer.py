@@ -28,6 +28,8 @@ from lrt.train.session import open_session
 from lrt.train.step import train_step
 from lrt.train.steplog import StepLog
 
+__all__ = ["Callback", "Run", "RunResult", "train"]
+
 
 def train(recipe: Recipe, *, sinks: Sequence[Sink] = (), callbacks: Sequence[Callback] = ()) -> RunResult:
     """Train, evaluate, export: the whole life of a run.

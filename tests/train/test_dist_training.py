@@ -31,6 +31,7 @@ from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tens
 from lrt.train.checkpoint.saving import tensors_of
 from lrt.train.checkpoint.weights import export, gather
 from lrt.train.distributed import parallel
+from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.parallel import free_gathered, named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.evaluation import evaluate
@@ -168,10 +169,10 @@ def check_gradients(world, folder, plan, schedule):
 def check_replayed(world, folder):
     """The runner leaves the gradients of the sharded model: over one and four micro-batches, and after updates;
     on a GPU as CUDA graphs."""
-    graphs = {"parallel.compile": "true"} if world.device.type == "cuda" else {}
-    ours, plain = (runner_of(recipe_of(**more), world) for more in (graphs, {}))
+    model, plain = runner_of(recipe_of(), world).model, runner_of(recipe_of(), world)
     batches = (micro_batches(world) * 2)[:4]
     for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
+        ours = Runner(model, model, graphs=world.device.type == "cuda", reduces_once=True)
         for count in (4, 1, 4):
             numbers, seen = look(ours, world, batches[:count], schedule, rate=0.1)
             expected, gradients = look(plain, world, batches[:count], schedule, rate=0.1)
@@ -184,8 +185,8 @@ def check_replayed(world, folder):
         # outside the graph
         scores = [r.model.score(batches[0].input_ids, batches[0].targets, schedule).detach() for r in (ours, plain)]
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
-        for m in (ours, plain):
-            free_gathered(m)
+        for runner in (ours, plain):
+            free_gathered(runner.model)
     uneven = [batches[0], Batch(batches[1].input_ids[:, :-1], batches[1].targets[:, :-1], ())]
     with pytest.raises(ValueError, match="another shape"):
         look(ours, world, uneven, lrt.interleaved(2))
