@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lrt.plans import only_feeds
+from lrt.recurrence import aligned_mix
 from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
 
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;
@@ -122,7 +123,9 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
         return 0 if block.gate is None else matrices(block.gate)
 
     def own(block: Any) -> int:
-        more = getattr(block, "read_twice", None) if block.projection is None else block.projection
+        # a joint projection then reads both inputs
+        aligned = getattr(block, "mixer", None) is aligned_mix
+        more = getattr(block.block, "fused", None) if aligned else block.projection
         return 0 if more is None else matrices(more)
 
     seen, width = (mean_keys(length, block.window) for block in model.blocks), query_width(model)
@@ -134,7 +137,7 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
 
 def shared_flops(model: RecurrentDecoder) -> float:
     """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map;
-    once a pass with memory."""
+    once per pass with memory."""
     return sum(2.0 * matrices(module) for module in (model.memory_projection, model.injection) if module is not None)
 
 
@@ -161,12 +164,12 @@ class Work(NamedTuple):
 
 
 def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Work]:
-    """What a schedule runs: the blocks below the first receiver once a row, then those of every pass.
+    """What a schedule runs: the blocks below the first receiver once per row, then those of every pass.
 
     Args:
         model: its receivers and its source say which blocks a pass needs.
         schedule: of the step.
-        length: tokens a row.
+        length: tokens per row.
     """
     weights, first = schedule.group_weights(length), min(model.receivers, default=0)
     # an order costs the same; the default generator stays as it is
@@ -216,7 +219,7 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     Args:
         model: native or adapted, with ``requires_grad`` as it trains.
         schedule: of the step.
-        length: tokens a row.
+        length: tokens per row.
     """
     blocks, shared, head = block_flops(model, length), shared_flops(model), forward_flops(model, length).head
     frozen = [2.0 * matrices(block.block, frozen=True) for block in model.blocks]

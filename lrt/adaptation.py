@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Protocol, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -16,7 +17,8 @@ from lrt.families.blocks import on_device
 from lrt.families.description import Family
 from lrt.huggingface.registration import hugging_face_model
 from lrt.model import LatentRecurrentModel
-from lrt.types import Schedule
+from lrt.tables import ReadTable
+from lrt.types import KV, Schedule
 
 _adapted: WeakKeyDictionary[nn.Module, ReferenceType[LatentRecurrentModel]] = WeakKeyDictionary()
 
@@ -30,7 +32,8 @@ def adapt(
 ) -> LatentRecurrentModel:
     """Make a decoder recurrent; its logits under ``baseline()`` stay bit for bit what they were.
 
-    The decoder's modules are shared, none is edited. A few tokens are run through its description first, to make sure.
+    The decoder's modules are shared, and none is edited. A few tokens run through both models first, and what they
+    compute must agree.
 
     Args:
         model: a Hugging Face causal language model (PEFT-wrapped or not), a native model without recurrence, or any
@@ -51,7 +54,7 @@ def adapt(
     _refuse(model)
     decoder = unwrapped(model)
     backbone, blocks = take_apart(decoder, family)
-    known: Any = getattr(decoder, "config", None)
+    known = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
         face = hugging_face_model()
         adapted: LatentRecurrentModel = face.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
@@ -68,7 +71,7 @@ def adapt(
     return adapted
 
 
-def release(model: LatentRecurrentModel) -> Any:
+def release(model: LatentRecurrentModel) -> nn.Module:
     """The decoder that ``adapt`` was given, without memory; its own parameters are as they are now.
 
     Args:
@@ -132,16 +135,25 @@ def _spread(model: LatentRecurrentModel) -> None:
         block.register_forward_hook(lambda module, args, out: (out[0].to(home), *out[1:]))
 
 
-def _refresh_on(refresh: Any, device: torch.device, *args: Any) -> Any:
+def _refresh_on(refresh: Callable[..., KV], device: torch.device, *args: object) -> KV:
     return refresh(*on_device(args, device))
 
 
-def unwrapped(model: Any) -> Any:
+@runtime_checkable
+class Wrapped(Protocol):
+    """A PEFT model around a decoder."""
+
+    peft_config: ReadTable
+
+    def get_base_model(self) -> nn.Module: ...
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
     """The decoder inside a PEFT model; the model itself otherwise."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, Wrapped) else model
 
 
-def _refuse(model: Any) -> None:
+def _refuse(model: nn.Module) -> None:
     kind = type(model).__name__
     if not isinstance(model, nn.Module):
         raise ValueError(

@@ -178,7 +178,7 @@ def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
 
 
 def _as_rows(name: str, values: Tensor | None, input_ids: Tensor) -> Tensor | None:
-    """One number a token (B, T), from that or from one row for all."""
+    """One number per token (B, T), from that or from one row for all."""
     if values is None:
         return None
     length = input_ids.shape[-1]
@@ -234,7 +234,7 @@ def final_lengths(positions: Tensor, documents: Tensor | None, real: Tensor | No
 
     Args:
         positions: (B, T).
-        documents: (B, T) their numbers, rising by one from 0 or 1; None = one a row.
+        documents: (B, T) their numbers, rising by one from 0 or 1; None = one per row.
         real: bool (B, T), false where there is padding; None = none.
     """
     ends = positions + 1 if real is None else torch.where(real, positions + 1, 0)

@@ -7,13 +7,14 @@ N keys, H query heads, G key/value heads, K head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.kernels.attention import flex_groups, merged_attention, usable
+from lrt.types import KVStore
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -146,7 +147,7 @@ def grouped_attention(
 class Buffer(NamedTuple):
     """Training store: keys and values of other positions, in groups; nothing is written in place.
 
-    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once a pass and
+    The fresh keys take the place of group ``slot`` (or follow the last one). ``mask`` is built once per pass and
     window: a boolean one over the groups' concatenation; a block mask over the positions' natural order, where
     group g holds the positions g, g + S, ...; None for the same groups where the kernel needs no mask.
     """
@@ -179,7 +180,7 @@ class Buffer(NamedTuple):
         return flex_groups(query, keys, values, self.mask, scale=scale, softcap=softcap, sinks=sinks)
 
 
-def gradient_spacing(store: Any) -> int:
+def gradient_spacing(store: KVStore | None) -> int:
     """How many positions lie between those of a pass in the gradient of its keys that comes from later passes.
 
     FlexAttention reads keys in natural order. With two groups in turn one later pass reads them, and its gradient comes
@@ -193,13 +194,6 @@ def gradient_spacing(store: Any) -> int:
         and not isinstance(store.mask, Tensor)
     )
     return 2 if natural else 1
-
-
-class Transient(NamedTuple):
-    """A store of a pass whose keys and values nobody reads afterwards: the block returns none,
-    and no gradient comes back through them."""
-
-    store: Any  # a KVStore, or None
 
 
 class Cache(NamedTuple):

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import causal_attention
+from lrt.attention import causal_attention, gradient_spacing
 from lrt.config import ModelConfig
-from lrt.kernels.mixing import Mixed, columns, mix, usable
+from lrt.kernels.mixing import columns, mix, usable
 from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
-from lrt.recurrence import Gate
+from lrt.recurrence import Gate, plain_mix
 from lrt.rotary import rope_tables, rotate
 from lrt.tables import Table
-from lrt.types import KV, Handed, KVStore, Later, Projection
+from lrt.types import KV, Block, Handed, KVStore, Later, MemoryInput, Mixed, Projection
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class DecoderBlock(nn.Module):
             mixed = kv.attend(query, key, value, window=self.window, scale=scale, softcap=None)
         hidden = hidden + self.output(mixed.flatten(-2))
         hidden = hidden + self.mlp_out(F.relu(self.mlp_in(rms_norm(hidden))).square())
-        if isinstance(projection, Mixed) and projection.key_path is not None:
+        if isinstance(projection, Mixed) and projection.key_path is not None and projection.value_path is not None:
             return hidden, Handed(key.detach(), projection.key_path), Handed(value.detach(), projection.value_path)
         return hidden, key, value
 
@@ -178,6 +178,19 @@ class DecoderBlock(nn.Module):
             nn.init.zeros_(linear.weight)
         if self.value_gate is not None:
             self.value_gate.init_weights()
+
+
+def fused_mix(
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: Context, *, gate: Gate | None,
+    kv: KVStore | None, read_later: bool,
+) -> Projection | Mixed:  # fmt: skip
+    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: its ``lrt.recurrence.Mixer``."""
+    assert isinstance(block, DecoderBlock)
+    if not block.can_mix(hidden):
+        return plain_mix(block, hidden, memory, context, gate=gate, kv=kv, read_later=read_later)
+    key, value = (None, None) if gate is None or memory is None else (memory.key, memory.value)
+    hand_on = gradient_spacing(kv) if read_later else 0
+    return block.project_mixed(hidden, context, gate=gate, memory_key=key, memory_value=value, hand_on=hand_on)
 
 
 def _readable(linear: nn.Module) -> bool:
@@ -294,7 +307,7 @@ class Decoder(nn.Module):
         return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
-        """Hidden state (B, P, D) and one context a block.
+        """Hidden state (B, P, D) and one context per block.
 
         Args:
             tokens: (B, P) ids.

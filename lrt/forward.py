@@ -19,7 +19,7 @@ class Row(NamedTuple):
     """What passes run over: a hidden state for every position, and what the borders between documents say."""
 
     hidden: Tensor  # (B, T, D) embedded tokens, or what block ``start`` receives
-    contexts: tuple[Any, ...]  # one a block, positions on dimension 1
+    contexts: tuple[Any, ...]  # one per block, positions on dimension 1
     starts: Tensor | None  # bool (B, T): the memory received here is zero
     documents: Tensor | None  # (B, T): attention stays inside a document
     start: int = 0  # zero-based; the blocks before this one have run
@@ -73,6 +73,7 @@ def run_blocks(
     stores: Sequence[Any] | None = None,
     start: int = 0,
     stop: int | None = None,
+    keep_kv: bool = True,
     keep_inputs: bool = False,
     share: Callable[[Sequence[Any]], Sequence[Any]] = list,
 ) -> PassOutput:
@@ -83,10 +84,11 @@ def run_blocks(
         hidden: (B, P, D) what block ``start`` receives: embedded tokens, or the output of the block before.
         contexts: one a block of the model, for the same positions.
         received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
-        stores: what each block attends to, a ``KVStore`` or a ``Transient`` one; None = plain causal attention.
+        stores: what each block attends to, a ``KVStore``; None = plain causal attention.
         start, stop: run only these blocks (zero-based, half open).
+        keep_kv: also return the keys and values of every block that ran.
         keep_inputs: also return the input of every block that ran.
-        share: applied to the tuples of tensors that the blocks read, one a block, of which several may hold one tensor.
+        share: applied to the tuples of tensors that the blocks read, one per block, of which several may hold one tensor.
 
     Returns:
         Output of the last block that ran, memory, keys and values of these positions.
@@ -99,8 +101,11 @@ def run_blocks(
         if keep_inputs:
             inputs.append(hidden)
         store = None if stores is None else stores[index]
-        hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
-        kv.append(KV(attached(key), attached(value)))
+        if keep_kv:
+            hidden, key, value = model.blocks[index](hidden, mine, at_hand(context), store)
+            kv.append(KV(attached(key), attached(value)))
+        else:
+            hidden = model.blocks[index](hidden, mine, at_hand(context), store, False)[0]
         if index + 1 == model.source:
             memory = model.memory_of(hidden)
     return PassOutput(hidden, memory, tuple(kv), tuple(inputs))

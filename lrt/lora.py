@@ -7,7 +7,7 @@ so the modules of the memory join ``modules_to_save`` of the first adapter that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -29,6 +29,13 @@ BEGINNINGS = (
 MERGE = "merge it into the decoder first (merge_and_unload)"
 
 
+@runtime_checkable
+class Layer(Protocol):
+    """A module of PEFT around one of the model's own."""
+
+    def get_base_layer(self) -> nn.Module: ...
+
+
 def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: ReadTable) -> None:
     """Let the memory train, and be saved, with adapters that were just put into ``model``.
 
@@ -41,8 +48,8 @@ def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapt
     Raises:
         ValueError: a layer in the place of the native head, which computes its loss itself.
     """
-    head: Any = getattr(getattr(model, "backbone", None), "head", None)
-    if hasattr(head, "get_base_layer") and hasattr(head.get_base_layer(), "loss"):
+    head = getattr(getattr(model, "backbone", None), "head", None)
+    if isinstance(head, Layer) and hasattr(head.get_base_layer(), "loss"):
         raise ValueError(
             "LoRA cannot stand in for the native head, which computes its own loss: LoraConfig(..., "
             'exclude_modules=["backbone.head"])'
@@ -74,9 +81,8 @@ def _wrap(model: nn.Module, name: str, adapter: str) -> None:
 def _without_layers(module: nn.Module) -> None:
     """Take PEFT's layers out of a module that trains as a whole; "all-linear" has put some into the memory's
     projection."""
-    children: list[tuple[str, Any]] = list(module.named_children())
-    for name, child in children:
-        if hasattr(child, "get_base_layer"):
+    for name, child in list(module.named_children()):
+        if isinstance(child, Layer):
             setattr(module, name, child.get_base_layer())
         else:
             _without_layers(child)
@@ -85,7 +91,7 @@ def _without_layers(module: nn.Module) -> None:
 # ------------------------------------------------------------------ folders
 
 
-def describe_adapter(model: Any, decoder: Any) -> Table | None:
+def describe_adapter(model: nn.Module, decoder: nn.Module | None) -> Table | None:
     """What config.json says of the PEFT adapter in a model; None where there is none.
 
     Args:
@@ -96,14 +102,13 @@ def describe_adapter(model: Any, decoder: Any) -> Table | None:
         ValueError: several adapters, one that is not LoRA, one that is merged, or a setting that a folder does not
             hold.
     """
-    configs = {
-        on: part.peft_config
-        for on, part in (("model", model), ("decoder", decoder))
-        if getattr(part, "peft_config", None)
-    }
-    if not configs:
+    parts: tuple[tuple[str, Table], ...] = (
+        ("model", getattr(model, "peft_config", None) or {}),
+        ("decoder", getattr(decoder, "peft_config", None) or {}),
+    )
+    found = [(on, name, config) for on, adapters in parts for name, config in adapters.items()]
+    if not found:
         return None
-    found = [(on, name, config) for on, adapters in configs.items() for name, config in adapters.items()]
     if len(found) > 1:
         raise ValueError(
             f"this model holds {len(found)} PEFT adapters, and a folder one: "
@@ -125,7 +130,7 @@ def describe_adapter(model: Any, decoder: Any) -> Table | None:
     return {"on": on, "name": name, "lora": {k: v for k, v in fields.items() if v is not None}}
 
 
-def put_adapter(part: Any, table: ReadTable) -> Any:
+def put_adapter(part: nn.Module, table: ReadTable) -> nn.Module:
     """``part`` with the adapter that a config.json describes, its values not filled in.
 
     Args:

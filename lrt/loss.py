@@ -6,13 +6,14 @@ Legend: B batch, P positions, N = B P, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from lrt.types import at_least_float32
+from lrt.types import Saved, at_least_float32
 
 IGNORE = -100
 
@@ -66,7 +67,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, chunk: int, scorer: Scorer
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        chunk: int,
+        scorer: Scorer,
     ) -> tuple[Tensor, Tensor]:
         nats, grad_hidden = [], []
         grad_weight: Tensor | None = None
@@ -82,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return each.sum(), each
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def backward(ctx: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             (grad_hidden * grads[0]).to(grad_hidden.dtype),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.arguments import as_ids, check_ids, find_borders, read_rows
-from lrt.backbone import Decoder
+from lrt.backbone import Decoder, DecoderBlock, fused_mix
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.forward import Row
 from lrt.lora import train_memory_beside
@@ -25,9 +25,11 @@ from lrt.recurrence import (
     AlignedProjection,
     Gate,
     KVProjection,
+    Mixer,
     ProjectedInjection,
     RecurrentBlock,
     ResidualInjection,
+    plain_mix,
     rms_memory,
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
@@ -107,7 +109,8 @@ class LatentRecurrentModel(nn.Module):
                 )
                 self.injection = kind(len(self.receivers), **places[0])
         wrapped = [
-            RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i)) for i, block in enumerate(blocks)
+            RecurrentBlock(block, gate=gates.get(i), projection=projections.get(i), mixer=_mixer_of(block))
+            for i, block in enumerate(blocks)
         ]
         if isinstance(self.memory_projection, AlignedProjection):
             wrapped = [
@@ -360,6 +363,11 @@ def build_model(
     """The native decoder with its recurrence, parameters not initialized."""
     decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
     return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
+
+
+def _mixer_of(block: Block) -> Mixer:
+    """One kernel for the native decoder's blocks, plain PyTorch for any other."""
+    return fused_mix if isinstance(block, DecoderBlock) else plain_mix
 
 
 def _place(block: Any) -> Table:

@@ -44,7 +44,7 @@ def run_schedule(
         keep_inputs: also return the input of every block.
 
     Returns:
-        One result a pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
+        One result per pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
         not be scored.
 
     Raises:

@@ -43,7 +43,7 @@ def only_feeds(plan: Sequence[Pass], step: Pass, weights: Sequence[float], lengt
         plan: of full refinements; under any other, later passes read every block's keys and values.
         step: one of its passes.
         weights: of the loss groups.
-        length: tokens a row.
+        length: tokens per row.
     """
     unscored = step.group < 0 or weights[step.group] == 0
     return unscored and step is not plan[-1] and all(other.covers(length) for other in plan)

@@ -6,20 +6,21 @@ protocol. Legend: B batch, P positions of the pass, D width, G key/value heads, 
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.attention import Transient, gradient_spacing
-from lrt.types import KV, Block, KVStore, MemoryInput, Projection, at_least_float32
+from lrt.types import KV, AlignableBlock, Block, Handed, KVStore, MemoryInput, Mixed, Projection, at_least_float32
 
 HALVES = ("enter", "project", "attend")  # methods that every block needs; only kv_refresh asks for finish_kv too
+ALIGNING = ("align", "project_aligned", "kv_bias")  # and those that aligned memory asks for beside them
 
 
 class Gate(nn.Module):
-    """One positive number a head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
+    """One positive number per head: 2 sigmoid(W n[:c]), exactly 1 while W = 0.
 
     Args:
         channels: c, the leading channels of the attention's input that it reads.
@@ -131,7 +132,7 @@ class ResidualInjection(nn.Module):
 class Injected(NamedTuple):
     """What a projected residual hands to the blocks."""
 
-    gains: tuple[Tensor, ...]  # (1, 1, 1), one a block
+    gains: tuple[Tensor, ...]  # (1, 1, 1), one per block
     direction: Tensor  # (B, P, D) RMSNorm(P m), the same for all
 
 
@@ -161,6 +162,61 @@ class ProjectedInjection(ResidualInjection):
         nn.init.eye_(self.map.weight)
 
 
+class Mixer(Protocol):
+    """How memory enters a block's keys and values, between ``enter`` and ``attend``."""
+
+    def __call__(
+        self, block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None,
+        kv: KVStore | None, read_later: bool,
+    ) -> Projection | Mixed:  # fmt: skip
+        """What the block's ``attend`` and ``finish_kv`` take.
+
+        Args:
+            block: the decoder block.
+            hidden: (B, P, D) its input, with the memory that the residual receives.
+            memory: m[t-1] with keys and values of its own, where it has any; None = zero.
+            context: of these positions.
+            gate: of this block; None: memory enters no keys and values.
+            kv: the store that attention will read.
+            read_later: later passes read the keys and values, and their gradient comes back.
+        """
+        ...
+
+
+def plain_mix(
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None, kv: KVStore | None,
+    read_later: bool,
+) -> Projection:  # fmt: skip
+    """k = local W_k n + remote U_k m, and v alike: the ``Mixer`` of any block."""
+    projection = block.project(hidden, context)
+    if gate is None:
+        return projection
+    local, remote = gate(projection.normed).chunk(2, dim=2)
+    key, value = local * projection.key, local * projection.value
+    if memory is not None:
+        key, value = key + remote * memory.key, value + remote * memory.value
+    return Projection(projection.normed, projection.query, key, value)
+
+
+def aligned_mix(
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None,
+    kv: KVStore | None, read_later: bool,
+) -> Projection:  # fmt: skip
+    """k = gate W_k (n + w A m) + bias, and v alike: the ``Mixer`` of an ``AlignedBlock``."""
+    alignable = cast(AlignableBlock, block)
+    assert gate is not None
+    if memory is None:
+        projection = block.project(hidden, context)
+    else:
+        assert memory.aligned is not None
+        projection = alignable.project_aligned(hidden, context, memory.aligned)
+    local = gate(projection.normed)
+    key_bias, value_bias = alignable.kv_bias()
+    return projection._replace(
+        key=gated(projection.key, local, key_bias), value=gated(projection.value, local, value_bias)
+    )
+
+
 class RecurrentBlock(nn.Module):
     """A decoder block that can receive memory: hidden, memory -> hidden, key, value.
 
@@ -171,14 +227,18 @@ class RecurrentBlock(nn.Module):
         block: the decoder block.
         gate: gates of the local and of the memory part, 2 G heads; None: memory enters no keys and values.
         projection: this block's own memory projection; None: a shared one arrives with the memory.
+        mixer: how memory enters keys and values; the native decoder's blocks have one kernel for it.
 
     Raises:
         ValueError: the block lacks a method of ``lrt.types.Block``; a call gets a tensor as its memory.
     """
 
-    def __init__(self, block: Block, *, gate: Gate | None = None, projection: KVProjection | None = None) -> None:
+    def __init__(
+        self, block: Block, *, gate: Gate | None = None, projection: KVProjection | None = None,
+        mixer: Mixer = plain_mix,
+    ) -> None:  # fmt: skip
         super().__init__()
-        missing = [name for name in HALVES if not callable(getattr(block, name, None))]
+        missing = _missing(block, HALVES)
         if missing:
             raise ValueError(
                 f"{type(block).__name__} has no {', '.join(missing)}: "
@@ -188,20 +248,15 @@ class RecurrentBlock(nn.Module):
         self.block: Any = block
         self.gate = gate
         self.projection = projection
-        self._mixes = hasattr(block, "project_mixed")  # it can add the memory itself, in one kernel with the rest
+        self.mixer = mixer
 
     @property
     def window(self) -> int | None:
         return self.block.window
 
-    @property
-    def read_twice(self) -> nn.Module | None:
-        """What a pass with memory runs a second time."""
-        return None
-
     def forward(
-        self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | Transient | None
-    ) -> tuple[Tensor, Any, Any]:
+        self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | None, keep_kv: bool = True
+    ) -> tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]:
         """Run the block.
 
         Args:
@@ -209,21 +264,18 @@ class RecurrentBlock(nn.Module):
             memory: m[t-1] for these positions; None = zero everywhere, and nothing is computed on it.
             context: what the backbone's ``embed`` prepared for this block.
             kv: the store to attend to; None = plain causal attention over these positions.
+            keep_kv: return keys and values; otherwise no gradient of zeros comes back through what nobody reads.
 
         Returns:
-            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``;
-            None where the store is ``Transient``.
+            hidden (B, P, D), key and value (B, P, G, K) as the store keeps them, maybe ``Handed``, or None.
         """
         if isinstance(memory, Tensor):
             given = tuple(memory.shape)
             raise ValueError(f"memory is a tensor {given}: give lrt.MemoryInput(state) of every m[t-1], or None")
-        if isinstance(kv, Transient):
-            hidden, projection = self._mix(hidden, memory, context)
-            return self.block.attend(hidden, projection, context, kv.store)[0], None, None
-        hidden, projection = self._mix(
-            hidden, memory, context, hand_on=gradient_spacing(kv) if torch.is_grad_enabled() else 0
-        )
-        return self.block.attend(hidden, projection, context, kv)
+        read_later = keep_kv and torch.is_grad_enabled()
+        hidden, projection = self._project(hidden, memory, context, kv=kv, read_later=read_later)
+        hidden, key, value = self.block.attend(hidden, projection, context, kv)
+        return (hidden, key, value) if keep_kv else (hidden, None, None)
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
         """Keys and values with a newer memory, but with gates and local parts of the block input ``hidden``.
@@ -233,27 +285,17 @@ class RecurrentBlock(nn.Module):
             memory: newest m[t-1]; it is not injected into the residual here (spec: kv_refresh).
             context: as in ``forward``.
         """
-        _, projection = self._mix(hidden, memory._replace(gain=None), context)
+        _, projection = self._project(hidden, memory._replace(gain=None), context, kv=None, read_later=False)
         return self.block.finish_kv(projection, context)
 
-    def _mix(self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0) -> tuple[Tensor, Any]:
+    def _project(
+        self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, kv: KVStore | None, read_later: bool
+    ) -> tuple[Tensor, Projection | Mixed]:
         hidden = _injected(self.block.enter(hidden, context), memory)
-        memory_key = memory_value = None
-        if self.gate is not None and memory is not None:
-            memory_key, memory_value = (
-                self.projection(memory.state) if self.projection is not None else (memory.key, memory.value)
-            )
-        if self._mixes and self.block.can_mix(hidden):
-            more = {"gate": self.gate, "memory_key": memory_key, "memory_value": memory_value, "hand_on": hand_on}
-            return hidden, self.block.project_mixed(hidden, context, **more)
-        projection = self.block.project(hidden, context)
-        if self.gate is None:
-            return hidden, projection
-        local, remote = self.gate(projection.normed).chunk(2, dim=2)
-        key, value = local * projection.key, local * projection.value
-        if memory is not None:
-            key, value = key + remote * memory_key, value + remote * memory_value
-        return hidden, Projection(projection.normed, projection.query, key, value)
+        if memory is not None and self.projection is not None:
+            key, value = self.projection(memory.state)
+            memory = memory._replace(key=key, value=value)
+        return hidden, self.mixer(self.block, hidden, memory, context, gate=self.gate, kv=kv, read_later=read_later)
 
 
 class AlignedBlock(RecurrentBlock):
@@ -270,32 +312,18 @@ class AlignedBlock(RecurrentBlock):
     """
 
     def __init__(self, block: Block, *, gate: Gate) -> None:
-        if not hasattr(block, "align"):
+        if _missing(block, ALIGNING):
             raise ValueError(
-                f'recurrence.projection = "aligned" does not fit this block: {type(block).__name__} is no lrt.types.AlignableBlock; '
-                'use projection = "separate"'
+                'recurrence.projection = "aligned" does not fit this block: '
+                f'{type(block).__name__} is no lrt.types.AlignableBlock; use projection = "separate"'
             )
-        super().__init__(block, gate=gate)
+        super().__init__(block, gate=gate, mixer=aligned_mix)
         self.block.align()
 
-    @property
-    def read_twice(self) -> nn.Module | None:
-        return getattr(self.block, "fused", None)
 
-    def _mix(
-        self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, hand_on: int = 0
-    ) -> tuple[Tensor, Projection]:
-        hidden = _injected(self.block.enter(hidden, context), memory)
-        if memory is None:
-            projection = self.block.project(hidden, context)
-        else:
-            projection = self.block.project_aligned(hidden, context, memory.aligned)
-        assert self.gate is not None
-        local = self.gate(projection.normed)
-        key_bias, value_bias = self.block.kv_bias()
-        return hidden, projection._replace(
-            key=gated(projection.key, local, key_bias), value=gated(projection.value, local, value_bias)
-        )
+def _missing(block: object, methods: Sequence[str]) -> list[str]:
+    """Which methods a block of any class lacks."""
+    return [name for name in methods if not callable(getattr(block, name, None))]
 
 
 def gated(x: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:

@@ -157,7 +157,11 @@ def _residues(subsets: int, order: Order, generator: torch.Generator | None) -> 
 
 
 def baseline() -> Schedule:
-    """The initialization forward alone: every position, zero memory, 1x token compute."""
+    """The initialization forward alone: every position, zero memory.
+
+    Returns:
+        A schedule of 1x token compute.
+    """
     return Baseline()
 
 
@@ -225,10 +229,13 @@ def refine(K: int, weights: str | Sequence[float] = "paper", cut_gradient: Cut =
 
 
 def chunked(C: int) -> Schedule:
-    """Contiguous chunks of C tokens, left to right, each in parallel, memory only at its first token.
+    """Contiguous chunks of C tokens from left to right; only the first position of a chunk receives memory.
 
     Args:
-        C: tokens a chunk; clamped to the row's length. chunked(1) is true recurrence.
+        C: tokens per chunk; clamped to the row's length. chunked(1) is true recurrence.
+
+    Returns:
+        A schedule of 1x token compute.
 
     Raises:
         ValueError: C below 1.
@@ -238,7 +245,11 @@ def chunked(C: int) -> Schedule:
 
 
 def sequential() -> Schedule:
-    """True recurrence, one position after the other: the reference for every other schedule."""
+    """True recurrence, one position after the other: the reference for every other schedule.
+
+    Returns:
+        A schedule of 1x token compute, whose steps depend on each other.
+    """
     return Chunked(1)
 
 

@@ -13,25 +13,52 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+Device = torch.device | str | int | None  # as torch takes it; None: the default one
+
 
 class Projection(NamedTuple):
-    """What a decoder block computes before its keys and values are mixed with memory."""
+    """What a decoder block computes before its keys and values are mixed with memory.
 
-    normed: Tensor  # (B, P, D) input of the attention
-    query: Tensor  # (B, P, H, K) before RoPE and QK-norm
-    key: Tensor  # (B, P, G, K) before RoPE and QK-norm
+    Attributes:
+        normed: (B, P, D) input of the attention.
+        query: (B, P, H, K) before RoPE and QK-norm.
+        key: (B, P, G, K) before RoPE and QK-norm.
+        value: (B, P, G, K).
+    """
+
+    normed: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Mixed(NamedTuple):
+    """Queries, keys and values as attention reads them: gated, mixed with memory, rotated and normalized."""
+
+    query: Tensor  # (B, P, H, K)
+    key: Tensor  # (B, P, G, K)
     value: Tensor  # (B, P, G, K)
+    key_path: Tensor | None = None  # where the gradients of later passes go; see ``Handed``
+    value_path: Tensor | None = None
 
 
 class MemoryInput(NamedTuple):
-    """The recurrent memory as one block receives it."""
+    """The recurrent memory as one block receives it.
 
-    state: Tensor  # (B, P, D) m[t-1]
-    key: Tensor | None = None  # (B, P, G, K) U_k m, when the projection is shared
-    value: Tensor | None = None  # (B, P, G, K) U_v m, when the projection is shared
-    gain: Tensor | None = None  # (1, 1, 1) g of this block, when it injects into the residual
-    direction: Tensor | None = None  # (B, P, D) of size 1, what a projected residual adds in the place of the state
-    aligned: Tensor | None = None  # (B, P, D) A m, when keys and values read it through the block's own matrices
+    Attributes:
+        state: (B, P, D) m[t-1].
+        key, value: (B, P, G, K) U_k m and U_v m of a shared projection; None = the block projects, or has none.
+        gain: (1, 1, 1) g of this block; None = nothing is added to the residual stream.
+        direction: (B, P, D) of size 1, which a projected residual adds in the place of the state.
+        aligned: (B, P, D) A m, which keys and values read through the block's own matrices.
+    """
+
+    state: Tensor
+    key: Tensor | None = None
+    value: Tensor | None = None
+    gain: Tensor | None = None
+    direction: Tensor | None = None
+    aligned: Tensor | None = None
 
 
 class KV(NamedTuple):
@@ -72,12 +99,19 @@ class Later:
         return self._made
 
 
+class Saved(Protocol):
+    """What the backward of a ``torch.autograd.Function`` gets: the tensors that its forward kept."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+
 class PassOutput(NamedTuple):
     """What one forward over some positions returns."""
 
     hidden: Tensor  # (B, P, D) output of the last block that ran
     memory: Tensor | None  # (B, P, D) m[t]; None when the model has no recurrence
-    kv: tuple[KV, ...]  # one a block
+    kv: tuple[KV, ...]  # one per block
     inputs: tuple[Tensor, ...] = ()  # (B, P, D) input of each block, when asked for
 
 
@@ -155,7 +189,7 @@ class Backbone(Protocol):
     vocab_size: int
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        """(hidden (B, P, D), one context a block).
+        """(hidden (B, P, D), one context per block).
 
         A context is a tuple of tensors whose dimension 1 is positions, or 1 to broadcast; one may come ``Later``.
         """
@@ -189,14 +223,21 @@ class RecurrentDecoder(Protocol):
 
 
 class Pass(NamedTuple):
-    """One forward of a schedule, as data."""
+    """One forward of a schedule, as data.
+
+    Attributes:
+        start, stop, step: the positions that it computes, as of a slice.
+        group: loss group of the pass; -1 = none, because the pass only feeds the next one.
+        memory: positions that receive m[t-1]: none ("zero"), "all", or the "first" one only.
+        graded: gradients flow back through the pass.
+    """
 
     start: int
     stop: int
     step: int
-    group: int  # loss group it belongs to; -1: none, its memory is all that it gives
-    memory: Literal["zero", "all", "first"]  # positions that receive m[t-1]: none, all, or the first one only
-    graded: bool = True  # gradients come back through it
+    group: int
+    memory: Literal["zero", "all", "first"]
+    graded: bool = True
 
     @property
     def positions(self) -> slice:
@@ -208,7 +249,10 @@ class Pass(NamedTuple):
 
 
 class Schedule(Protocol):
-    """Which positions are computed, in which order, and how their losses are weighted."""
+    """Which positions are computed, in which order, and how their losses are weighted.
+
+    ``lrt.baseline()`` and its neighbours return one; a schedule of one's own needs these five members.
+    """
 
     @property
     def cut_gradient(self) -> bool | Literal["initialization"]:
@@ -216,18 +260,22 @@ class Schedule(Protocol):
         ...
 
     @property
-    def kv_refresh(self) -> bool: ...
+    def kv_refresh(self) -> bool:
+        """Whether the newest memory is projected again for positions not yet visited."""
+        ...
 
     @property
     def token_compute(self) -> int:
-        """Forward tokens a token of data, relative to the plain decoder."""
+        """Token compute: forward tokens per token of data."""
         ...
 
     def group_weights(self, length: int) -> tuple[float, ...]:
         """Loss weight of each group, initialization first."""
         ...
 
-    def plan(self, length: int, *, generator: torch.Generator | None = None) -> tuple[Pass, ...]: ...
+    def plan(self, length: int, *, generator: torch.Generator | None = None) -> tuple[Pass, ...]:
+        """The passes over a row of ``length`` positions, in order; a schedule that draws takes ``generator``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -240,8 +288,7 @@ class Output:
         memory: (B, T, D) m[t]; None for a model without recurrence.
         groups: detached loss of each group, initialization first; empty without targets.
         last_hidden_state: (B, T, D) normalized output of the last block, from the same passes as logits,
-            where neither loss nor logits are asked for, or hidden states are:
-            of it a head outside the model makes logits.
+            for a head outside the model. Present where neither loss nor logits are asked for, or hidden states are.
         hidden_states: (B, T, D) input of every block, then the output of the last one after the final norm;
             empty unless asked for.
     """

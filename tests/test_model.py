@@ -349,7 +349,7 @@ LAZY = {
     ("lrt.commands.train", "lrt.train.monitor.faults"),
     ("lrt.commands.train", "lrt.train.trainer"),
     ("lrt.data.sources", "lrt.data.hub"),
-    ("lrt.decoding.fast.one_token", "lrt.decoding.fast.one_token_triton"),
+    ("lrt.decoding.fast.launching", "lrt.decoding.fast.kernels"),
     ("lrt.huggingface", "lrt.huggingface.cache"),
     ("lrt.huggingface", "lrt.huggingface.causal_lm"),
     ("lrt.huggingface.modeling_lrt", "lrt.huggingface"),
@@ -358,12 +358,19 @@ LAZY = {
 }
 
 
+CHECKING = "TYPE_CHECKING"
+
+
 def imports_of(path, modules):
-    """Modules of lrt that a file imports, by absolute name, and whether it does so inside a function."""
+    """Modules of lrt that a file imports, by absolute name, and whether it does so inside a function.
+
+    What it imports for the type checker alone is left out, because it is never loaded.
+    """
     root = Path(lrt.__file__).parent
     package = ["lrt", *path.relative_to(root).parts[:-1]]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {id(node) for node in tree.body}
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == CHECKING)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]

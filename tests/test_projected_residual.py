@@ -18,6 +18,7 @@ from lrt.decoding.fast import one_token
 from lrt.eval.activations import activation_statistics
 from lrt.eval.parameters import recurrence_statistics
 from lrt.model import build_model
+from lrt.recurrence import into_residual
 from lrt.serialization import native_config
 from lrt.train.dry_run import dry_run
 from lrt.train.entrance import Entrance
@@ -74,11 +75,10 @@ def test_it_adds_as_much_as_its_gain_says_of_streams_of_any_size():
     with torch.no_grad():
         model.injection.gains.copy_(torch.tensor([0.1, -0.3, 2.0]))
         memory = 50 * torch.randn(1, 4, 24, dtype=torch.float64)
-        for wrapper, given, gain in zip(model.blocks, lrt.forward.memory_inputs(model, memory), model.injection.gains):
+        for given, gain in zip(lrt.forward.memory_inputs(model, memory), model.injection.gains):
             for size in (1e-3, 30.0):
                 stream = size * torch.randn(1, 4, 24, dtype=torch.float64)
-                entered, _ = wrapper._mix(stream, given, None)
-                ratio = (entered - stream).norm(dim=-1) / stream.norm(dim=-1)
+                ratio = into_residual(stream, given).norm(dim=-1) / stream.norm(dim=-1)
                 torch.testing.assert_close(ratio, gain.abs().expand_as(ratio), rtol=1e-9, atol=1e-12)
 
 

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lrt.config.files import LONGEST_NAME, longest_part
+
+if TYPE_CHECKING:
+    from lrt.config.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One of several sources of training data."""
 
-    path: str  # as data.train
+    path: str  # file, folder, glob or address, as data.train
     weight: float = 1.0  # its share of the rows, in proportion to the other sources
-    text_column: str | None = None  # None = data.text_column
+    text_column: str | None = None  # column of the text; None = data.text_column
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = (
-        "demo"  # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
-    )
-    sources: tuple[SourceConfig, ...] = ()  # in place of train: several, mixed by their weights
-    validation: str = (
-        "auto"  # same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
-    )
-    text_column: str = "text"  # of parquet, jsonl and csv
+    # "demo", a parquet/jsonl/csv/text file, folder or glob, a tokenized folder, or hf://datasets/NAME
+    train: str = "demo"
+    sources: tuple[SourceConfig, ...] = ()  # several sources in place of train, mixed by their weights
+    # held-out data of the same kinds; "auto" = the demo's held-out part, or the last shard of train, or of every source
+    validation: str = "auto"
+    text_column: str = "text"  # column of the text in parquet, jsonl and csv
     tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or a folder that holds one
-    workers: int | None = (
-        None  # processes a rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
-    )
+    # processes per rank that read and tokenize; 0 = the training process; None = 3 with a GPU, 0 without
+    workers: int | None = None
     buffer_documents: int = 256  # documents among which a row's best fit is searched
-    shuffle_seed: int | None = None  # None = run.seed
-    on_corrupt: Literal["stop", "skip"] = "stop"  # a shard, or a text in it, that cannot be read
+    shuffle_seed: int | None = None  # seed of the order of data; None = run.seed
+    on_corrupt: Literal["stop", "skip"] = "stop"  # what happens at a shard, or a text in it, that cannot be read
 
 
-def data_errors(c: Any) -> list[str]:
+def data_errors(c: DataConfig) -> list[str]:
     """Sources that do not go together with the rest of [data]."""
     errors = []
     if c.sources and c.train != DataConfig.train:
@@ -51,7 +51,7 @@ def data_errors(c: Any) -> list[str]:
     return errors
 
 
-def path_errors(r: Any) -> list[str]:
+def path_errors(r: Recipe) -> list[str]:
     """Empty paths, which an unset variable of a shell leaves, and names that no file system takes."""
     errors = []
     for key, value in _paths(r):
@@ -66,13 +66,13 @@ def path_errors(r: Any) -> list[str]:
     return errors + _name_errors(r.run.name)
 
 
-def _paths(r: Any) -> Iterator[tuple[str, Any]]:
+def _paths(r: Recipe) -> Iterator[tuple[str, object]]:
     for key in ("train", "validation", "tokenizer"):
         yield f"data.{key}", getattr(r.data, key)
     for index, source in enumerate(r.data.sources):
         yield f"data.sources[{index}].path", source.path
-    for index, source in enumerate(r.evaluation.sources):
-        yield f"evaluation.sources[{index}]", source
+    for index, path in enumerate(r.evaluation.sources):
+        yield f"evaluation.sources[{index}]", path
     if r.tuning is not None:
         yield from (("tuning.train", r.tuning.train), ("tuning.validation", r.tuning.validation))
     yield "run.output", r.run.output
@@ -81,7 +81,7 @@ def _paths(r: Any) -> Iterator[tuple[str, Any]]:
         yield f"training.{key}", getattr(r.training, key)
 
 
-def _name_errors(name: Any) -> list[str]:
+def _name_errors(name: object) -> list[str]:
     if not isinstance(name, str):
         return [f"run.name = {name!r}: expected a text"]
     parts = name.split("/")

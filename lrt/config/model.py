@@ -13,19 +13,20 @@ from lrt.config.ranges import choice_errors, entry_errors, raise_all, range_erro
 class RecurrenceConfig:
     """How the previous token's latent state enters the decoder (docs/method.md, section 1)."""
 
-    sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one a block
-    # projections of the memory's own, or one map into the space that each block's own read
+    sharing: Literal["shared", "layerwise"] = "shared"  # one pair of memory projections, or one per block
+    # projections of the memory's own, or one map into the space that each block's own projections read
     projection: Literal["separate", "aligned"] = "separate"
     # block whose output is the memory: 1..L, a fraction of L, None = round(2L/3) or the first receiver
     source_layer: int | float | None = None
     kv_projection: bool = True  # memory enters keys and values
-    # memory is added to the block's input, or a map of it as large as that input
+    # memory is added to the block's input; projected: a map of it, as large as that input
     residual: bool | Literal["projected"] = True
     gate_channels: int | None = None  # channels that the gates read; None = all
     blocks: tuple[int, ...] | None = None  # blocks that receive memory, 1..L; None = all
     memory_norm: Literal["rms", "final"] = "rms"  # parameter-free RMSNorm, or the backbone's own final norm
     separator: int | None = None  # token id at which the received memory is zero
-    init: Literal["paper", "identity"] = "paper"  # from scratch, or leaving a pretrained model unchanged
+    # initial values: paper is for training from scratch; identity leaves a pretrained model unchanged
+    init: Literal["paper", "identity"] = "paper"
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
@@ -81,23 +82,23 @@ class ModelConfig:
     """The nanochat-style decoder (docs/method.md, section 5)."""
 
     n_layers: int = 12  # L, decoder blocks
-    width: int | None = None  # D; None = 64 a layer
+    width: int | None = None  # D; None = 64 per layer
     n_heads: int | None = None  # query heads; None = heads of width 128
     n_kv_heads: int | None = None  # key/value heads (GQA); None = n_heads
-    vocab_size: int = 32768  # logits beyond it are cropped
+    vocab_size: int = 32768  # tokens that the model knows
     vocab_multiple: int = 64  # rows of the embeddings are padded to a multiple of this
     sequence_length: int = 2048  # T of training; a short window sees T/2 tokens back
     mlp_ratio: float = 4.0  # width of the MLP, times D
     window_pattern: str = "SSSL"  # S short, L long, tiled over the blocks; the last is always long
-    value_embeddings: Literal["all", "alternating", "none"] = "all"  # blocks whose values get a vector a token
-    embedding_residual: bool = True  # x <- a x + b x_0
-    residual_scales: bool = True  # the learned a
+    value_embeddings: Literal["all", "alternating", "none"] = "all"  # blocks whose values get a vector per token
+    embedding_residual: bool = True  # every block begins with x <- a x + b x_0
+    residual_scales: bool = True  # the a of x <- a x + b x_0 is learned
     qk_norm: bool = True  # RMSNorm of queries and keys, after RoPE
     softcap: float | None = 15.0  # logits <- c tanh(logits / c); "none" switches it off
-    rope_base: float = 10000.0  # of the rotary frequencies
-    rope_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 reproduces the official tables
+    rope_base: float = 10000.0  # base of the rotary frequencies
+    rope_dtype: Literal["float32", "bfloat16"] = "float32"  # of the rotary tables; bfloat16 as the official ones
     gate_channels: int | None = None  # channels that the value-embedding gate reads; None = all
-    attention_reset: int | None = None  # token id of the separator at which attention is cut too; None = never
+    attention_reset: int | None = None  # token id of the separator at which attention is cut; None = never
 
     @property
     def d_model(self) -> int:

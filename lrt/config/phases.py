@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.config.ranges import SHARES_SUM_WITHIN, choice_errors, unused_errors
 
+if TYPE_CHECKING:
+    from lrt.config.settings import Recipe, ScheduleConfig, StretchConfig
 
-def schedule_errors(c: Any) -> list[str]:
+
+def schedule_errors(c: ScheduleConfig) -> list[str]:
     """Phases and mixtures that do not fit together."""
     if c.phases is None:
         return _mixture_errors("schedule", c)
@@ -29,7 +32,7 @@ def schedule_errors(c: Any) -> list[str]:
     return errors
 
 
-def _mixture_errors(where: str, c: Any) -> list[str]:
+def _mixture_errors(where: str, c: StretchConfig) -> list[str]:
     if c.kind != "mixture":
         return []
     if not c.mix:
@@ -43,23 +46,21 @@ def _mixture_errors(where: str, c: Any) -> list[str]:
     return errors
 
 
-def stretches(c: Any) -> list[tuple[str, Any]]:
+def stretches(c: ScheduleConfig) -> list[tuple[str, StretchConfig]]:
     """The phases of a run and where each stands; one where there are no phases."""
-    return (
-        [("schedule", c)]
-        if c.phases is None
-        else [(f"schedule.phases[{i}]", phase) for i, phase in enumerate(c.phases)]
-    )
+    if c.phases is None:
+        return [("schedule", c)]
+    return [(f"schedule.phases[{i}]", phase) for i, phase in enumerate(c.phases)]
 
 
-def _kinds(where: str, c: Any) -> list[tuple[str, str]]:
+def _kinds(where: str, c: StretchConfig) -> list[tuple[str, str]]:
     """Every kind of passes in a phase, by the key that names it."""
     if c.kind != "mixture":
         return [(f"{where}.kind", c.kind)]
     return [(f"{where}.mix[{i}].kind", member.kind) for i, member in enumerate(c.mix)]
 
 
-def entrance_errors(r: Any) -> list[str]:
+def entrance_errors(r: Recipe) -> list[str]:
     """Where memory is used, trained or let in, but cannot be."""
     parts = stretches(r.schedule)
     kinds = [_kinds(where, c) for where, c in parts]

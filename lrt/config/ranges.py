@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from lrt.tables import ReadTable, Table
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from lrt.config.model import RecurrenceConfig
+    from lrt.config.settings import Recipe
 
 LARGEST = 1 << 62  # of whole numbers: products with few others still are numbers of a machine
 
@@ -150,7 +156,7 @@ def raise_all(errors: list[str]) -> None:
         raise ValueError("; ".join(errors))
 
 
-def choice_errors(section: str, c: Any) -> list[str]:
+def choice_errors(section: str, c: object) -> list[str]:
     """Settings that name none of their choices; in a recipe the reader says so, in code only this does."""
     hints = get_type_hints(type(c))
     choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
@@ -158,12 +164,12 @@ def choice_errors(section: str, c: Any) -> list[str]:
     return [f"{section}.{name} = {getattr(c, name)!r}: use one of {', '.join(choices[name])}" for name in wrong]
 
 
-def number_types(hint: Any) -> set[type]:
+def number_types(hint: object) -> set[type]:
     """``int`` and ``float``, as far as a value of this type may hold them."""
     if get_origin(hint) is Literal:
         return set()
     args = get_args(hint)
-    return set().union(*map(number_types, args)) if args else {hint} & {int, float}
+    return set().union(*map(number_types, args)) if args else {kind for kind in (int, float) if hint is kind}
 
 
 def range_errors(section: str, cls: type, values: ReadTable) -> list[str]:
@@ -207,7 +213,7 @@ def root_of(section: str) -> str:
     return section.partition(".")[0]
 
 
-def item_class(hint: Any) -> type | None:
+def item_class(hint: object) -> type | None:
     """The dataclass of which a value of this type holds several; None where it holds none."""
     if is_dataclass(hint):
         return hint if isinstance(hint, type) else None
@@ -229,7 +235,7 @@ def unused_keys(section: str, choice: str, chosen: object) -> set[str]:
     )
 
 
-def unused_errors(section: str, values: Any) -> list[str]:
+def unused_errors(section: str, values: DataclassInstance) -> list[str]:
     """Keys that differ from their default and have no effect, since a choice of the same section leaves them unused."""
     errors = []
     for where, choice in USED:
@@ -248,7 +254,7 @@ def unused_errors(section: str, values: Any) -> list[str]:
     return errors
 
 
-def entry_errors(c: Any) -> list[str]:
+def entry_errors(c: RecurrenceConfig) -> list[str]:
     """Ways for memory to enter that are unknown, or do not go together."""
     errors = []
     if not isinstance(c.residual, bool) and c.residual != "projected":
@@ -267,7 +273,7 @@ def entry_errors(c: Any) -> list[str]:
     return errors
 
 
-def memory_rate_errors(r: Any) -> list[str]:
+def memory_rate_errors(r: Recipe) -> list[str]:
     """Rates of parts that the recurrence of a recipe does not have; the twin without any may keep its recipe's."""
     c = r.recurrence
     if c is None:

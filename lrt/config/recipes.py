@@ -19,12 +19,15 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Literal, TypeVar, Union
 
 from lrt.config.files import read_text
 from lrt.config.ranges import USED, item_class, range_errors, without_replaced
 from lrt.config.settings import PassesConfig, Recipe, ScheduleConfig, ShareConfig, StretchConfig
 from lrt.tables import ReadTable, Table
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +36,8 @@ else:  # pragma: no cover - exercised on Python 3.10 only
 
 OPTIONAL = {"recurrence": "for the twin without memory", "tuning": "for training on text"}  # sections that may be off
 
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+Section = TypeVar("Section", bound="DataclassInstance")
 
 LONGEST_MISTAKE, MOST_MISTAKES = 2000, 20  # characters; those that are listed
 
@@ -183,7 +188,8 @@ def _recipe_from_table(table: ReadTable, errors: list[str], where: str) -> Recip
             off = f", or {key} = false {OPTIONAL[key]}" if key in OPTIONAL else ""
             errors.append(f"{key} = {value!r}: expected a table [{key}]{off}")
         else:
-            cls = next(c for c in (typing.get_args(hints[key]) or (hints[key],)) if dataclasses.is_dataclass(c))
+            cls = item_class(hints[key])
+            assert cls is not None
             sections[key] = _section_from_table(cls, key, value, errors)
     recipe = None
     if errors:  # those that a whole recipe would have told
@@ -204,7 +210,7 @@ def _recipe_from_table(table: ReadTable, errors: list[str], where: str) -> Recip
     return recipe
 
 
-def parse_section(cls: Any, name: str, table: Any) -> Any:
+def parse_section(cls: type[Section], name: str, table: object) -> Section:
     """One section from plain values, as a model's config.json holds it too.
 
     Args:
@@ -218,13 +224,13 @@ def parse_section(cls: Any, name: str, table: Any) -> Any:
     if not isinstance(table, Mapping):
         raise RecipeError(_shortened(f"{name} = {table!r}: expected a table"))
     errors: list[str] = []
-    section = _section_from_table(cls, name, _without_none(dict(table)), errors)
-    if errors:
+    section = _section_from_table(cls, name, {key: _without_none(value) for key, value in table.items()}, errors)
+    if section is None or errors:
         raise RecipeError("; ".join(map(_shortened, errors)))
     return section
 
 
-def _section_from_table(cls: Any, section: str, table: ReadTable, errors: list[str]) -> Any:
+def _section_from_table(cls: type[Section], section: str, table: ReadTable, errors: list[str]) -> Section | None:
     hints = typing.get_type_hints(cls)
     values: Table = {}
     before = len(errors)
@@ -266,7 +272,7 @@ def _section_from_table(cls: Any, section: str, table: ReadTable, errors: list[s
         return None
 
 
-def _item_from_table(cls: Any, where: str, raw: Any, errors: list[str]) -> Any:
+def _item_from_table(cls: type[Section], where: str, raw: object, errors: list[str]) -> Section | None:
     """One table of a list of tables."""
     if isinstance(raw, Mapping):
         return _section_from_table(cls, where, raw, errors)
@@ -275,7 +281,7 @@ def _item_from_table(cls: Any, where: str, raw: Any, errors: list[str]) -> Any:
     return None
 
 
-def _convert(raw: Any, hint: Any) -> Any:
+def _convert(raw: object, hint: object) -> object:
     """``raw`` as the type ``hint``; TypeError names what was expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
@@ -311,11 +317,9 @@ def _convert(raw: Any, hint: Any) -> Any:
             raise TypeError("a number that fits a float") from None
     if hint is int and isinstance(raw, int) and not isinstance(raw, bool):
         return raw
-    if hint in (bool, str) and isinstance(raw, hint):
+    if isinstance(hint, type) and hint in (bool, str) and isinstance(raw, hint):
         return raw
-    raise TypeError(
-        {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, str(hint))
-    )
+    raise TypeError(EXPECTED[hint] if isinstance(hint, type) and hint in EXPECTED else str(hint))
 
 
 def _unknown(kind: str, name: str, known: Sequence[str], *, inside: str = "") -> str:
@@ -353,7 +357,7 @@ def _used_keys(c: PassesConfig) -> Table:
     }
 
 
-def _without_none(value: Any) -> Any:
+def _without_none(value: object) -> object:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -25,33 +25,35 @@ Kind = Literal["baseline", "interleaved", "refine", "chunked", "sequential", "mi
 class PassesConfig:
     """The passes of a training step; the same names as the functions lrt.interleaved(...) and so on."""
 
-    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"  # which passes
-    subsets: int = 2  # S of interleaved
-    sweeps: int = 1  # sweeps of interleaved
-    order: Literal["ascending", "rotated", "random"] = "ascending"  # of residues; the last two draw every step
-    kv_refresh: bool = False  # of interleaved: project the newest memory again for positions not yet visited
-    passes: int = 1  # K of refine
-    chunks: int = 1  # C of chunked: tokens a chunk
+    # which passes a step runs
+    kind: Literal["baseline", "interleaved", "refine", "chunked", "sequential"] = "interleaved"
+    subsets: int = 2  # interleaved: S, the number of subsets
+    sweeps: int = 1  # interleaved: how often every position is computed again
+    # interleaved: order of the residues; rotated and random draw it anew every step
+    order: Literal["ascending", "rotated", "random"] = "ascending"
+    kv_refresh: bool = False  # interleaved: project the newest memory again for positions not yet visited
+    passes: int = 1  # refine: K, the passes after the initialization
+    chunks: int = 1  # chunked: C, the tokens of a chunk
     weights: Weights = "paper"  # loss weight of each group, initialization first
     # no gradient from one pass into the passes before, or into the initialization
     cut_gradient: bool | Literal["initialization"] = False
-    settle: int = 0  # passes of refine without gradient, before the graded ones
+    settle: int = 0  # refine: passes without gradient before the graded ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShareConfig(PassesConfig):
     """A member of a mixture."""
 
-    share: float  # of the steps
+    share: float  # share of the steps that draw this member
 
 
 @dataclass(frozen=True, kw_only=True)
 class StretchConfig(PassesConfig):
     """Passes, or a mixture of them, for a part of the steps or for all."""
 
-    # which passes
+    # which passes a step runs; mixture: those that the step draws
     kind: Kind = "interleaved"  # type: ignore[assignment]
-    mix: tuple[ShareConfig, ...] = ()  # of a mixture: every step draws one member
+    mix: tuple[ShareConfig, ...] = ()  # mixture: its members
     # steps in which the memory comes in: its values grow from zero to what recurrence.init gives,
     # its rates to their own
     ramp: int = 0
@@ -61,57 +63,58 @@ class StretchConfig(PassesConfig):
 class PhaseConfig(StretchConfig):
     """A part of a run with a schedule of its own."""
 
-    until: float  # share of the steps at which it ends, 1.0 for the last phase
+    until: float  # share of the steps at which the phase ends; 1.0 for the last one
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(StretchConfig):
     """The schedule of a run, or its phases, one after the other."""
 
-    phases: tuple[PhaseConfig, ...] | None = None  # beside them no other key is given
+    # parts of the run with a schedule each; no other key stands beside them
+    phases: tuple[PhaseConfig, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """One table of parameter groups (docs/method.md, section 5); AdamW rates at width 768 scale with (D/768)^-0.5."""
 
-    matrix_lr: float = 0.02  # Muon: block matrices, memory projections, gates
-    momentum: float = 0.95  # Muon, once it is warm
-    momentum_start: float = 0.85  # Muon, at the first step
-    momentum_warmup_steps: int = 300  # steps from momentum_start to momentum
+    matrix_lr: float = 0.02  # Muon: rate of block matrices, memory projections and gates
+    momentum: float = 0.95  # Muon: momentum once it is warm
+    momentum_start: float = 0.85  # Muon: momentum at the first step
+    momentum_warmup_steps: int = 300  # Muon: steps from momentum_start to momentum
     second_moment: float = 0.95  # Muon: decay of the factored second moment
-    weight_decay: float = 0.2  # Muon only; times (12/L)^2, falling linearly to 0
-    embedding_lr: float = 0.3  # token and value embeddings
-    head_lr: float = 0.004  # the output head
-    scale_lr: float = 0.005  # a
-    injection_lr: float = 0.5  # b and g
-    betas: tuple[float, float] = (0.8, 0.95)  # AdamW; b has its own, 0.96 and 0.95
-    eps: float = 1e-10  # AdamW
-    memory_map_scale: float = 1.0  # times the rates of the memory's matrices: projections and maps
-    memory_gate_scale: float = 1.0  # times the rates of the memory's gates
-    memory_gain_scale: float = 1.0  # times the rates of g
-    reference_batch_tokens: int = 524288  # all rates times sqrt(batch_tokens / this)
-    rate_scale: float = 1.0  # all rates times this: the axis that a search of rates varies
-    kind: Literal["muon", "adamw"] = "muon"  # adamw: every parameter, for adapted models
+    weight_decay: float = 0.2  # Muon: weight decay, times (12/L)^2, falling linearly to 0
+    embedding_lr: float = 0.3  # AdamW: rate of token and value embeddings
+    head_lr: float = 0.004  # AdamW: rate of the output head
+    scale_lr: float = 0.005  # AdamW: rate of the residual scales a
+    injection_lr: float = 0.5  # AdamW: rate of the embedding scales b and of the gains g
+    betas: tuple[float, float] = (0.8, 0.95)  # AdamW: betas; those of b are 0.96 and 0.95
+    eps: float = 1e-10  # AdamW: epsilon
+    memory_map_scale: float = 1.0  # factor of the rates of the memory's matrices, which are projections and maps
+    memory_gate_scale: float = 1.0  # factor of the rates of the memory's gates
+    memory_gain_scale: float = 1.0  # factor of the rate of the gains g
+    reference_batch_tokens: int = 524288  # all rates are multiplied by sqrt(batch_tokens / this)
+    rate_scale: float = 1.0  # factor of all rates, which a search of rates varies
+    kind: Literal["muon", "adamw"] = "muon"  # muon for native models; adamw for every parameter, as adapted models need
     adamw_lr: float = 3e-4  # kind = "adamw": rate of the backbone
     adamw_memory_lr: float | None = None  # kind = "adamw": rate of the memory parameters; None = adamw_lr
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    steps: int | None = None  # the horizon: exactly one of steps, tokens, tokens_per_parameter, compute
-    tokens: int | None = None  # tokens to train on
-    tokens_per_parameter: float | None = None  # parameters = matrices + head of the twin without memory
-    compute: int | None = None  # tokens on which the twin without memory would spend the run's FLOPs
-    batch_tokens: int = 524288  # tokens an optimizer step, over all ranks
-    micro_batch: int = 16  # rows a forward on one rank; the rest is gradient accumulation
+    steps: int | None = None  # horizon: optimizer steps; a recipe gives exactly one of the four horizons
+    tokens: int | None = None  # horizon: tokens to train on
+    tokens_per_parameter: float | None = None  # horizon: of the matrices and the head of the twin without memory
+    compute: int | None = None  # horizon: tokens on which the twin without memory would spend the run's FLOPs
+    batch_tokens: int = 524288  # tokens of an optimizer step, over all ranks
+    micro_batch: int = 16  # most rows of one forward on one rank; the rest is gradient accumulation
     lr_schedule: Literal["warmdown", "wsd", "cosine"] = "warmdown"  # a fall that is linear, 1 - sqrt, or a cosine
     warmup_steps: int = 0  # steps in which the rates rise from zero
     warmdown_fraction: float = 0.5  # share of the steps in which the rates fall
-    final_lr_fraction: float = 0.0  # what the rates end at, of their full value
-    clip_norm: float | None = None  # global gradient norm; "none" = no clipping
+    final_lr_fraction: float = 0.0  # share of their full value that the rates end at
+    clip_norm: float | None = None  # largest global gradient norm; "none" = no clipping
     max_skipped: int = 20  # stop after this many steps in a row with a non-finite loss or gradient
-    stage: Literal["all", "memory"] = "all"  # memory: train only the memory parameters
+    stage: Literal["all", "memory"] = "all"  # which parameters train: all, or those of the memory
     init_from: str | None = None  # warm start: a training checkpoint or an exported folder
     branch_from: str | None = None  # another run or its checkpoint: go on with its weights, optimizer, loader and step
 
@@ -120,32 +123,32 @@ class TrainingConfig:
 class ParallelConfig:
     replicate: int = 1  # data-parallel replicas, each sharded
     shard: int = -1  # ranks that share one copy of the parameters; -1 = all that remain
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # computed twice: none, all, what is cheap
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"  # what is computed twice
     compile: bool = True  # compile each block and the loss
     cuda_graphs: bool = True  # on a GPU and compiled: forward and backward of a micro-batch are one CUDA graph
-    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # computation; masters are always float32
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of gradients while they are summed over ranks
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the computation; masters are always float32
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of gradients while they are summed over ranks
     reshard: Literal["after_step", "after_forward"] = "after_step"  # when gathered parameters are freed
-    timeout_minutes: float = 10.0  # a collective that takes longer stops the run
+    timeout_minutes: float = 10.0  # longest collective; a longer one stops the run
     loss_chunk: int = 8192  # tokens whose logits are held at once; 0 = all
-    # of torch on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
+    # torch threads on the host; None = 1 with a GPU (or OMP_NUM_THREADS), torch's choice without
     host_threads: int | None = None
 
     @property
     def reduces_once(self) -> bool:
-        """Whether gradients of several ranks are summed once a step; not where micro-batches would be added up in
+        """Whether gradients of several ranks are summed once per step; not where micro-batches would be added up in
         bfloat16."""
         return self.reshard == "after_step" and "float32" in (self.param_dtype, self.reduce_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    every: int = 1000  # steps; 0 = only at the end
-    keep_last: int = 2  # checkpoints
-    keep_every: int = 0  # also keep every n-th step for good; 0 = none
-    asynchronous: bool = True  # write while training goes on
-    resume: bool = True  # continue from the newest whole checkpoint of the same run
-    export_at_end: bool = True  # safetensors + config.json beside the checkpoints
+    every: int = 1000  # steps between checkpoints; 0 = only at the end
+    keep_last: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # checkpoints of every n-th step stay for good; 0 = none
+    asynchronous: bool = True  # checkpoints are written while training goes on
+    resume: bool = True  # the run goes on from its newest whole checkpoint
+    export_at_end: bool = True  # the end writes safetensors and config.json beside the checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +158,24 @@ class MetricsConfig:
     tensorboard: bool = False  # event files in tensorboard/
     wandb: bool = False  # Weights & Biases; WANDB_MODE=offline in the environment needs no account
     trackio: bool = False  # a record of trackio on this machine
-    project: str = "lrt"  # of wandb and trackio
-    plot: bool = True  # PNG of the curves at the end
+    project: str = "lrt"  # project of wandb and trackio
+    plot: bool = True  # curves.png at the end
     profile_start: int | None = None  # first step of a torch.profiler window
-    profile_steps: int = 3  # steps of that window
+    profile_steps: int = 3  # steps of the torch.profiler window
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    every: int = 0  # steps; 0 = only at the end
+    every: int = 0  # steps between evaluations; 0 = only at the end
     tokens: int = 65536  # held-out tokens scored, the same in every mode
-    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: as data.validation, or NAME=PATH
-    batch: int = 16  # rows a forward
+    sources: tuple[str, ...] = ()  # further held-out data, each scored by itself: PATH or NAME=PATH
+    batch: int = 16  # rows of one forward
     modes: tuple[str, ...] = ("zero", "parallel", "decode")  # memory modes that are scored
-    buckets: int = 4  # position buckets of the report
-    sample_prompt: str = "The "  # of a text that is decoded with every evaluation
-    sample_tokens: int = 120  # 0 = no such text
+    buckets: int = 4  # parts of the row that the report scores apart
+    sample_prompt: str = "The "  # beginning of a text that every evaluation decodes
+    sample_tokens: int = 120  # tokens of that text; 0 = no text
     core: tuple[str, ...] = ()  # tasks of CORE, asked in memory mode decode
-    core_items: int = 200  # first items of each, after nanochat's shuffle
+    core_items: int = 200  # first items of each CORE task, after nanochat's shuffle
     # eval_bundle.zip or its folder; None = the downloaded one, or the packages that hold data
     core_bundle: str | None = None
 
@@ -181,7 +184,7 @@ class EvaluationConfig:
 class RunConfig:
     name: str = "lrt"  # the folder of the run, inside output
     output: str = "runs"  # the run writes to output/name
-    seed: int = 1  # of weights, order of data, and drawn schedules
+    seed: int = 1  # seed of weights, order of data, and drawn schedules
     backbone: str = "native"  # "native", or a folder with a Hugging Face decoder to adapt
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrt.config.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +16,13 @@ class TuningConfig:
     train: str = "arithmetic"  # "arithmetic", or JSONL: a file, a folder or a glob
     validation: str = "auto"  # JSONL; "auto" = other problems, or a twentieth of the conversations of train
     problems: int = 64  # held-out conversations that the model answers at every evaluation; 0 = none
-    answer_tokens: int = 96  # of an answer at most
+    answer_tokens: int = 96  # tokens of an answer at most
     lora_rank: int = 0  # adapters of this rank in place of the decoder's own weights; 0 = these train
     lora_alpha: float = 16.0  # the adapters' share is lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ()  # names of the matrices that get adapters; () = all of the blocks
 
 
-def tuning_errors(r: Any) -> list[str]:
+def tuning_errors(r: Recipe) -> list[str]:
     """Keys of a recipe that do not go with its section [tuning], or that it needs."""
     t = r.tuning
     if t is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,9 @@ from lrt.conversion.tokenizers import read_files, without_hub_files
 from lrt.serialization.decoders import open_config, open_decoder
 from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import check_shapes, open_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MODEL_TYPE = "nanochat"
 OUTSIDE = {"backbone.embedding.weight": "model.embed_tokens.weight", "backbone.head.weight": "lm_head.weight"}
@@ -67,7 +70,7 @@ def read_folder(path: Path, *, step: int | None = None) -> Checkpoint:
     )
 
 
-def _native(theirs: Any, path: Path) -> ModelConfig:
+def _native(theirs: PreTrainedConfig, path: Path) -> ModelConfig:
     """The settings of a native model that computes the same."""
     if theirs.model_type != MODEL_TYPE:
         raise ValueError(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from lrt.adaptation import adapt, without_memory
 from lrt.config import Recipe, RecurrenceConfig, load_recipe
@@ -27,6 +27,7 @@ from lrt.serialization.decoders import in_one_line, is_plain, open_decoder
 from lrt.serialization.description import schedule_of
 from lrt.train.checkpoint import find_checkpoint, latest, read_tensors, step_of
 from lrt.train.checkpoint.starting_model import is_native, read_backbone
+from lrt.types import Device
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def find_model(path: str | Path) -> Path:
 
 
 def open_model(
-    path: str | Path, *, base: str | Path | None = None, dtype: torch.dtype | None = None, device: Any = None
+    path: str | Path, *, base: str | Path | None = None, dtype: torch.dtype | None = None, device: Device = None
 ) -> Opened:
     """Open whatever model a path means.
 
@@ -197,7 +198,7 @@ def _step(export: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def _decoder(folder: Path) -> Any:
+def _decoder(folder: Path) -> nn.Module:
     """The decoder in a folder: native, or of Hugging Face."""
     return open_decoder(folder, dtype="auto") if is_plain(folder) else open_model(folder).model
 

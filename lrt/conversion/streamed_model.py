@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +65,10 @@ class _Rows:
 
 
 class _Fill:
-    def __init__(self, names: Mapping[str, str], read: Any) -> None:
+    def __init__(self, names: Mapping[str, str], read: Callable[[str], Tensor]) -> None:
         self.names, self.read = names, read
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: object) -> None:
         for key, name in self.names.items():
             module._parameters[key] = nn.Parameter(self.read(name), requires_grad=False)
 
@@ -78,7 +77,7 @@ class _Drop:
     def __init__(self, keys: list[str]) -> None:
         self.keys = keys
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
         for key in self.keys:
             gone = module._parameters[key]
             assert gone is not None

@@ -15,11 +15,10 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from lrt.adaptation import adapt
 from lrt.config import RecurrenceConfig
@@ -182,7 +181,7 @@ _ACCEPTED = {
 class _Contents(pickle.Unpickler):
     """Unpickles a table of contents, and nothing that could do anything."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module.split(".")[0] == "pathlib":
             return PurePosixPath  # where it was written, which is not read
         if (module, name) in _ACCEPTED or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -190,7 +189,7 @@ class _Contents(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _contents(file: Path) -> Any:
+def _contents(file: Path) -> Metadata:
     try:
         with file.open("rb") as stream:
             return _Contents(stream).load()
@@ -256,8 +255,10 @@ def _as_hugging_face(
         "eos_token_id": None,
     }
     config = about["config"]
+    llama = causal_class("LlamaForCausalLM")
+    assert llama is not None
     with torch.device("meta"):
-        decoder = causal_class("LlamaForCausalLM")(config_from_table(table))
+        decoder = llama(config_from_table(table))
         adapted = adapt(decoder, RecurrenceConfig(**config["recurrence"]), train_schedule=schedule_of(config))
         return {**config_of(adapted), "torch_dtype": "float32"}, tensors
 

@@ -10,7 +10,6 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -112,12 +111,12 @@ def write_nanochat(folder: Path, files: Files, *, vocab_size: int) -> list[str]:
 class _State:
     """Stands for a pickled tiktoken encoding; keeps its plain state, runs nothing."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
 class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("tiktoken.core", "Encoding"):
             return _State
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
@@ -230,5 +229,5 @@ def without_hub_files(files: Files) -> dict[str, bytes]:
     }
 
 
-def _hub_config(marker: Table, **more: Any) -> bytes:
+def _hub_config(marker: Table, **more: object) -> bytes:
     return (json.dumps({**hub_config(marker), **more}, indent=2) + "\n").encode()

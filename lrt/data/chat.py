@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lrt.config.files import read_text
-from lrt.data.tokenizer import HUB_CONFIG, Tokenizer, read_object
+from lrt.data.tokenizer import HUB_CONFIG, FileTokenizer, Tokenizer, read_object, token_name
 
 END = "\x04"  # of a turn, where the tokenizer has no token for it: end of transmission
 TEMPLATE = "chat_template.jinja"
@@ -98,14 +98,14 @@ class TemplateChat:
         ValueError: transformers, which renders templates, is not installed.
     """
 
-    def __init__(self, tokenizer: Any, *, source: str, folder: Path, names: dict[str, str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, source: str, folder: Path, names: dict[str, str]) -> None:
         try:
             from transformers import PreTrainedTokenizerFast
         except ImportError:
             raise ValueError(
                 'a chat template needs transformers: pip install -e ".[hf]" in a checkout of lrt'
             ) from None
-        if not hasattr(tokenizer, "added_ids"):
+        if not isinstance(tokenizer, FileTokenizer):
             raise ValueError(
                 f"{folder} holds a chat template beside a tokenizer of bytes, which has no such tokens: "
                 "remove one of them"
@@ -156,7 +156,7 @@ class TemplateChat:
         """What the template writes before, between and behind the contents of the messages."""
         table = [{"role": one.role, "content": f"\ue000{i}\ue001"} for i, one in enumerate(messages)]
         try:
-            text: Any = self._face.apply_chat_template(table, tokenize=False, add_generation_prompt=ask)
+            text = str(self._face.apply_chat_template(table, tokenize=False, add_generation_prompt=ask))
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             roles = ", ".join(one.role for one in messages)
             raise ValueError(
@@ -196,9 +196,8 @@ def find_template(place: str | Path) -> Template | None:
         return None
     names: dict[str, str] = {}
     for key in ("bos_token", "eos_token"):
-        value: Any = table.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        names |= {key: value} if isinstance(value, str) else {}
+        name = token_name(table.get(key))
+        names |= {} if name is None else {key: name}
     return Template(source, folder, names)
 
 

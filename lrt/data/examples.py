@@ -9,13 +9,14 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lrt.config import TuningConfig
 from lrt.data.arithmetic import answer_of, problems
 from lrt.data.chat import ROLES, Message
+from lrt.tables import Table
 
 TRAINED, HELD_OUT = 20000, 300  # problems of the source "arithmetic"
 PART = 20  # "auto" holds out one conversation in so many ...
@@ -92,23 +93,19 @@ def _read_line(line: bytes, where: str) -> Example:
     return _example(table, where)
 
 
-def _example(table: Any, where: str) -> Example:
+def _example(table: object, where: str) -> Example:
     """A conversation of a line's object.
 
     Raises:
         ValueError: it is none.
     """
     # What a table of several kinds of lines lacks in one of them is often written as null.
-    table = {key: value for key, value in table.items() if value is not None} if isinstance(table, dict) else table
-    if isinstance(table, dict) and "messages" not in table and {"prompt", "completion"} <= table.keys():
-        listed: Any = [
-            {"role": "user", "content": table["prompt"]},
-            {"role": "assistant", "content": table["completion"]},
-        ]
-    else:
-        listed = table.get("messages") if isinstance(table, dict) else None
+    given: Table = {k: v for k, v in table.items() if v is not None} if isinstance(table, dict) else {}
+    listed = given.get("messages")
+    if "messages" not in given and {"prompt", "completion"} <= given.keys():
+        listed = [{"role": "user", "content": given["prompt"]}, {"role": "assistant", "content": given["completion"]}]
     if not isinstance(listed, list) or not listed:
-        keys = f"has {', '.join(table) or 'no keys'}" if isinstance(table, dict) else "is no object"
+        keys = f"has {', '.join(given) or 'no keys'}" if isinstance(table, dict) else "is no object"
         raise ValueError(f"{where} {keys}: a conversation has messages, or prompt and completion")
     messages = []
     for one in listed:
@@ -126,6 +123,6 @@ def _example(table: Any, where: str) -> Example:
             f"{where} is an answer with nothing before it: put a message of the user or the system there, "
             "or train on text (data.train)"
         )
-    steps = table.get("steps")
-    answer = table.get("answer", answer_of(messages[-1].content))
+    steps = given.get("steps")
+    answer = given.get("answer", answer_of(messages[-1].content))
     return Example(tuple(messages), str(answer), steps if isinstance(steps, int) else None)

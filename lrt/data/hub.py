@@ -7,7 +7,7 @@ import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 PREFIX = "hf://datasets/"
 LESS = "a folder or a glob of files behind the dataset, as in hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
@@ -119,7 +119,7 @@ def _announce(spec: str, listing: _Listing) -> None:
     )
 
 
-def _turn(repository: str) -> AbstractContextManager[Any]:
+def _turn(repository: str) -> AbstractContextManager[object]:
     """Held by the process that fetches; the others find the files in the cache when their turn comes."""
     from huggingface_hub.utils import WeakFileLock
 

@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from lrt.config.files import not_utf8, read_text
 from lrt.data.documents import LARGEST_GROUP, CorruptShard, Shard, Text, corrupt
@@ -120,7 +120,7 @@ def _check_first(line: bytes, column: str, *, path: Path, key: str) -> None:
         raise ValueError(f"{where} of {path} holds {_kind(found[column])}, not text: {choose}")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",

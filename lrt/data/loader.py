@@ -8,7 +8,7 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -22,6 +22,11 @@ from lrt.data.sources import each_source, open_documents
 from lrt.data.stream import Plan, Stream, in_order, read_in_order
 from lrt.data.tokenizer import Tokenizer
 from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+T = TypeVar("T")
 
 PREFETCH = 4  # batches that each worker prepares ahead
 GPU_WORKERS = 3  # a rank, where the recipe names none: with them small models waited 0.0 % of a step (docs/data.md)
@@ -167,7 +172,7 @@ class TrainLoader:
         self._states = list(states) if states is not None else [deal.fresh() for _ in range(self._streams_here)]
         self._given = [state.get("rows") for state in self._states]  # of each stream here, rows of each source
         self._batches: Iterator[Batch | ValueError] | None = None
-        self._engine: Any = None
+        self._engine: StatefulDataLoader | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -331,13 +336,15 @@ class _Batches(IterableDataset):
         return iterator
 
     def _stream(self, number: int, state: Table) -> Stream | MixedStream:
-        settings = {
-            "length": self._length,
-            "bos_id": self._bos,
-            "buffer": self._data.buffer_documents,
-            "on_corrupt": self._data.on_corrupt,
-        }
-        return self._deal.open(self._documents, number=number, state=state, **settings)
+        return self._deal.open(
+            self._documents,
+            number=number,
+            state=state,
+            length=self._length,
+            bos_id=self._bos,
+            buffer=self._data.buffer_documents,
+            on_corrupt=self._data.on_corrupt,
+        )
 
 
 class _BatchIterator:
@@ -382,7 +389,7 @@ def _end_workers(loader: weakref.ref[TrainLoader]) -> None:
         alive._batches = alive._engine = None
 
 
-def _as_is(batch: Any) -> Any:
+def _as_is(batch: T) -> T:
     return batch
 
 

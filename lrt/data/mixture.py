@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -120,8 +119,11 @@ class Deal:
         states = [fresh_state(plan) for plan in self.plans]
         return states[0] if len(states) == 1 else {"rows": [0] * len(states), "sources": states}
 
-    def open(self, documents: Documents, *, number: int, state: Table, **settings: Any) -> Stream | MixedStream:
-        """A stream at a state; ``settings`` as of ``Stream``."""
+    def open(
+        self, documents: Documents, *, number: int, state: Table, length: int, bos_id: int, buffer: int, on_corrupt: str
+    ) -> Stream | MixedStream:
+        """A stream at a state; the other arguments as of ``Stream``."""
+        settings: Table = {"length": length, "bos_id": bos_id, "buffer": buffer, "on_corrupt": on_corrupt}
         opened = [
             Stream(documents, plan=plan, number=number, state=place, **settings)
             for plan, place in zip(self.plans, places(state))
@@ -163,7 +165,7 @@ class Deal:
             for number in range(streams)
         ]
 
-    def to_json(self) -> Any:
+    def to_json(self) -> Table | list[Table]:
         """What a state says of the plans: plain numbers."""
         said = [
             {"seed": plan.seed, "first_epoch": plan.first_epoch, "owed": [list(span) for span in plan.owed]}
@@ -171,7 +173,7 @@ class Deal:
         ]
         return said[0] if len(said) == 1 else said
 
-    def saved(self, said: Any, *, streams: int) -> Deal:
+    def saved(self, said: Table | list[Table], *, streams: int) -> Deal:
         """The same sources as ``to_json`` said."""
         every = [said] if isinstance(said, dict) else said
         return Deal(

@@ -6,9 +6,12 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.data.documents import LARGEST_GROUP, CorruptShard, Shard, Text, corrupt
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LARGEST_ROWS = 1 << 24  # of a row group; a few bytes can claim any number
 SMALLER = "write it again with smaller row groups, as in pyarrow.parquet.write_table(..., row_group_size=1000)"
@@ -43,7 +46,7 @@ def open_parquet(path: Path, *, column: str, key: str) -> Shard:
     return Shard(path, sizes, functools.partial(_read, path, column), content)
 
 
-def _check_column(schema: Any, column: str, *, path: Path, key: str) -> None:
+def _check_column(schema: pa.Schema, column: str, *, path: Path, key: str) -> None:
     names = list(schema.names)
     texts = list(dict.fromkeys(field.name for field in schema if _is_text(field.type)))
     choose = (
@@ -63,14 +66,14 @@ def _check_column(schema: Any, column: str, *, path: Path, key: str) -> None:
         raise ValueError(f"{where} of {path} holds {_word(kind)}, not text: {choose}")
 
 
-def _is_text(kind: Any) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _word(kind: Any) -> str:
+def _word(kind: pa.DataType) -> str:
     """A type as a reader of the message knows it."""
     import pyarrow as pa
 
@@ -115,7 +118,7 @@ def _check_size(path: Path, group: int, size: int) -> None:
         raise corrupt(path, f"row group {group} unpacks to {gib}; {SMALLER}")
 
 
-def _texts(chunk: Any, *, path: Path, group: int) -> list[Text]:
+def _texts(chunk: pa.Array, *, path: Path, group: int) -> list[Text]:
     import pyarrow as pa
 
     chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()

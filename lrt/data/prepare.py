@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from lrt.data.texts import TextDocuments
 from lrt.data.tokenized import MANIFEST, UNFINISHED, VERSION, write_shard
 from lrt.data.tokenizer import BOS, SPLIT, FileTokenizer, Tokenizer, load_tokenizer
 from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
 
 LARGEST = 1 << 22  # ids of a tokenizer; its trainer makes room for all of them before it begins
 
@@ -283,7 +286,7 @@ def _finished(folder: Path, job: Table) -> Table | None:
     """The manifest, if the folder already holds all of this job; refuses a folder that holds another one."""
     for name in (MANIFEST, UNFINISHED):
         if (folder / name).is_file():
-            content: Any = None
+            content: object = None
             with suppress(ValueError, RecursionError):  # then it is none of ours, and another job
                 content = json.loads(read_text(folder / name))
             content = content if isinstance(content, dict) else {}
@@ -348,7 +351,7 @@ def _interrupts_ignored() -> Iterator[None]:
 _opened: Table = {}  # of this worker process
 
 
-def _open_in_process(data: DataConfig, stop: Any = None) -> None:
+def _open_in_process(data: DataConfig, stop: Event | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _opened["documents"] = open_documents(data, tokenizer=load_tokenizer(data.tokenizer), split="train")
     _opened["stop"] = stop

@@ -9,10 +9,10 @@ import functools
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from lrt.config import DataConfig
 from lrt.config.files import local_path
@@ -30,7 +30,6 @@ from lrt.data.tokenized import (
     shard_paths,
 )
 from lrt.data.tokenizer import Tokenizer
-from lrt.tables import Table
 
 DEMO = Path(__file__).resolve().parent / "demo"
 KINDS = (
@@ -70,31 +69,38 @@ def each_source(data: DataConfig) -> list[tuple[str, DataConfig]]:
     ]
 
 
-def _open(data: DataConfig, *, tokenizer: Tokenizer, split: str, key: str) -> Documents:
-    held_out = split == "validation" and data.validation == "auto"
-    key = key if split == "train" or held_out else "data.validation"
-    files = _split(data, split=split, key=key)
-    tokenized = files[0].suffix == ".bin"
-    manifest: Table = {}
-    open_file: Callable[[Path], Any] = functools.partial(open_shard, column=data.text_column, key=key)
-    if tokenized:
-        manifest = read_manifest(files[0].parent)
-        check_tokenizer(files[0].parent, manifest=manifest, tokenizer=tokenizer, key=key)
-        open_file = functools.partial(check_shard, manifest=manifest)
+T = TypeVar("T")
+
+
+def _open_each(files: Sequence[Path], open_file: Callable[[Path], T], *, on_corrupt: str) -> list[T]:
+    """The files that can be opened; one that cannot is left out and named, or ends it all."""
     opened, left_out = [], LeftOut()
     for path in files:
         try:
             opened.append(open_file(path))
         except CorruptShard as error:
-            if data.on_corrupt == "stop":
+            if on_corrupt == "stop":
                 raise
             left_out.name(error)
-    skipped = len(files) - len(opened)
+    return opened
+
+
+def _open(data: DataConfig, *, tokenizer: Tokenizer, split: str, key: str) -> Documents:
+    held_out = split == "validation" and data.validation == "auto"
+    key = key if split == "train" or held_out else "data.validation"
+    files = _split(data, split=split, key=key)
+    tokenized = files[0].suffix == ".bin"
     documents: Documents
     if tokenized:
-        documents = TokenizedDocuments(opened, dtype=manifest["dtype"], tokenizer=tokenizer, skipped=skipped)
+        manifest = read_manifest(files[0].parent)
+        check_tokenizer(files[0].parent, manifest=manifest, tokenizer=tokenizer, key=key)
+        shards = _open_each(files, functools.partial(check_shard, manifest=manifest), on_corrupt=data.on_corrupt)
+        skipped = len(files) - len(shards)
+        documents = TokenizedDocuments(shards, dtype=manifest["dtype"], tokenizer=tokenizer, skipped=skipped)
     else:
-        documents = TextDocuments(opened, tokenizer, skipped=skipped)
+        open_file = functools.partial(open_shard, column=data.text_column, key=key)
+        texts = _open_each(files, open_file, on_corrupt=data.on_corrupt)
+        documents = TextDocuments(texts, tokenizer, skipped=len(files) - len(texts))
     if not documents.sizes.sum():
         if held_out and data.train != "demo":
             raise ValueError(

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -141,26 +141,25 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
-        self.bos_id = self._special(bos, _BOS_NAMES, origin)
-        self.eos_id = self._special(eos, _EOS_NAMES, origin, required=False)
+        separator = self._special(bos, _BOS_NAMES)
+        if separator is None:
+            wanted = repr(bos) if bos is not None else ", ".join(_BOS_NAMES)
+            raise ValueError(
+                f"data.tokenizer: {origin} has no separator token (looked for {wanted}): "
+                f"add {BOS} to its special tokens"
+            )
+        self.bos_id = separator
+        self.eos_id = self._special(eos, _EOS_NAMES)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._text = text
         self.fingerprint = hashlib.sha256(
             f"{json.dumps(json.loads(text), sort_keys=True)}|{self.bos_id}".encode()
         ).hexdigest()
 
-    def _special(self, name: str | None, usual: Sequence[str], origin: str, *, required: bool = True) -> Any:
-        for candidate in (name,) if name is not None else usual:
-            found = self._tokenizer.token_to_id(candidate)
-            if found is not None:
-                return found
-        if required:
-            wanted = repr(name) if name is not None else ", ".join(usual)
-            raise ValueError(
-                f"data.tokenizer: {origin} has no separator token (looked for {wanted}): "
-                f"add {BOS} to its special tokens"
-            )
-        return None
+    def _special(self, name: str | None, usual: Sequence[str]) -> int | None:
+        """Id of the special token of this name, or of the first usual one that there is."""
+        ids = (self._tokenizer.token_to_id(candidate) for candidate in ((name,) if name is not None else usual))
+        return next((found for found in ids if found is not None), None)
 
     def __getstate__(self) -> Table:
         return {"text": self._text, "bos": self._name(self.bos_id), "eos": self._name(self.eos_id)}
@@ -279,8 +278,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if marker.get("kind") == "bytes":
         return ByteTokenizer()
     hub = {} if marker else read_object(file.parent / HUB_CONFIG)
-    bos = _token_name(marker.get("bos")) or _token_name(hub.get("bos_token"))
-    eos = _token_name(marker.get("eos")) or _token_name(hub.get("eos_token"))
+    bos = token_name(marker.get("bos")) or token_name(hub.get("bos_token"))
+    eos = token_name(marker.get("eos")) or token_name(hub.get("eos_token"))
     return FileTokenizer(_text_of(file), bos=bos, eos=eos, origin=str(file))
 
 
@@ -336,7 +335,8 @@ def read_object(path: Path) -> Table:
     return found
 
 
-def _token_name(entry: Any) -> str | None:
+def token_name(entry: object) -> str | None:
+    """A special token as a table of transformers names it, by itself or as an object."""
     name = entry.get("content") if isinstance(entry, dict) else entry
     return name if isinstance(name, str) else None
 

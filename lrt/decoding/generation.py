@@ -70,7 +70,7 @@ def generate(
         top_k, top_p: keep only the k most probable tokens; the fewest whose probability reaches p.
         stop_ids: a row ends after one of these, then comes ``pad_id``.
         pad_id: fills rows that have ended.
-        generator: draws one seed a row; the same generator state gives the same tokens.
+        generator: draws one seed per row; the same generator state gives the same tokens.
         prefill: ``lrt.prefill.exact()`` (None), ``.refine(k)`` or ``.fixed_point(...)``.
         state: what the rows have consumed before ``prompt_ids``; it stays as it is. None = nothing.
 

@@ -37,7 +37,7 @@ DEFAULT_GROUPS = 1  # more groups need fewer sweeps, but a GPU runs a sweep of o
 
 @dataclass(frozen=True)
 class Report:
-    """What a prefill did; one number a row.
+    """What a prefill did; one number per row.
 
     Attributes:
         method: "exact", "refine(1)", ...
@@ -76,7 +76,7 @@ class Prefilled(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What settling a stretch gave, one entry a row."""
+    """What settling a stretch gave, one entry per row."""
 
     hidden: Tensor  # (B, D) at the last token, or (B, P, D)
     sweeps: list[int]

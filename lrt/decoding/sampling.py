@@ -65,7 +65,7 @@ def _is_number(value: object) -> bool:
 
 
 def row_seeds(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """One seed a row (B,) int64, drawn one after the other from ``generator``; None = torch's default one."""
+    """One seed per row (B,) int64, drawn one after the other from ``generator``; None = torch's default one."""
     where = torch.device("cpu") if generator is None else generator.device
     return torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator, device=where, dtype=torch.int64).to(device)
 

@@ -38,7 +38,7 @@ class DecodeState:
     The tensors are static and decoding writes them in place; ``fork`` first to keep a state as it is.
 
     Attributes:
-        keys, values: one a block, (B, N, G, K).
+        keys, values: one per block, (B, N, G, K).
         windows: of each block; None = it sees everything.
         memory: (B, D) m of the last token consumed; zero before the first. None without recurrence.
         lengths: (B,) int64 tokens consumed.
@@ -46,7 +46,7 @@ class DecodeState:
         approximate_from: (B,) int64 first position that is not exact for certain.
         kept_at: lengths at which the memory is kept, so that ``truncate`` can go back there.
         kept: (B, len(kept_at), D), or None.
-        capacity: tokens a row can hold.
+        capacity: tokens that a row can hold.
         reach: (B,) int64 tokens by which RoPE that depends on the length of a row rotates its keys;
             None where it does not.
         fingerprint: of the model, see ``fingerprint``.
@@ -206,7 +206,7 @@ class DecodeState:
                 getattr(self, name)[index] = getattr(other, name)
 
     def truncate(self, length: int | Sequence[int]) -> DecodeState:
-        """A copy that has consumed only the first ``length`` tokens (one number, or one a row).
+        """A copy that has consumed only the first ``length`` tokens (one number, or one per row).
 
         Raises:
             ValueError: longer than the row, the memory is not kept there, or a ring has overwritten what is needed.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrt.attention import Mask, Transient
+from lrt.attention import Mask
 from lrt.engine.plain import Engine, Entries, dtype_of
 from lrt.forward import Row, run_blocks
 from lrt.kernels.attention import block_mask, usable
@@ -56,10 +56,12 @@ class CompiledEngine(Engine):
     def compute(
         self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
     ) -> PassOutput:
-        stores = stores if keep_kv else [Transient(store) for store in stores]
         # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
         hidden = row.hidden.contiguous()
-        return run_blocks(self._decoder(index), hidden, row.contexts, received, stores=stores, share=fan_out, **options)
+        return run_blocks(
+            self._decoder(index), hidden, row.contexts, received, stores=stores, keep_kv=keep_kv, share=fan_out,
+            **options,
+        )  # fmt: skip
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
         """Block masks where FlexAttention is the fastest; eager, it would hold all scores."""

@@ -1,6 +1,6 @@
 """How one pass is computed, in plain PyTorch: rows taken apart, what blocks attend to, and the buffer between passes.
 
-Nothing is written in place where autograd follows: the buffer is tuples of tensors, one a residue, and writing back
+Nothing is written in place where autograd follows: the buffer is tuples of tensors, one per residue, and writing back
 replaces an entry, so untouched positions are never copied.
 
 Legend: B batch, T row length, P positions of the pass, S subsets, D width, G key/value heads, K head width.
@@ -87,21 +87,20 @@ class Engine:
         stores = self.whole_row(row) if stores is None else stores
         options: Table = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
         with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-            out = self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
-        return out if keep_kv else out._replace(kv=())
+            return self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
 
     def compute(
         self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
     ) -> PassOutput:
         """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
-        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, **options)
+        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, keep_kv=keep_kv, **options)
 
     def whole_row(self, row: Row) -> list[KVStore | None]:
         """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask a block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
+        """One mask per block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)

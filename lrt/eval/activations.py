@@ -21,7 +21,7 @@ from lrt.recurrence import into_residual
 from lrt.schedules import Interleaved, Refine, single
 from lrt.types import MemoryInput, Schedule, at_least_float32
 
-Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, each one number a block
+Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, each one number per block
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ class _Watched:
 def _final_calls(block: _WatchedBlock, here: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
     """A block's last calls, which together saw every position once, each with its part of ``here`` (B, T).
 
-    A pass is one call of a block, but the true recurrence calls the blocks in its loop once a position.
+    A pass is one call of a block, but the true recurrence calls the blocks in its loop once per position.
     """
     stop = here.shape[1]
     for seen, norms in reversed(block.calls):
@@ -123,8 +123,8 @@ class _WatchedBlock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any) -> Any:
-        out = self._block(hidden, memory, context, kv)
+    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any, keep_kv: bool = True) -> Any:
+        out = self._block(hidden, memory, context, kv, keep_kv)
         self.calls.append(({} if memory is None else look(self._block, hidden, memory, context), _norm(out[0])))
         return out
 

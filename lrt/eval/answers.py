@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
 from lrt.decoding.step import WithoutMemory
+from lrt.model import LatentRecurrentModel
 
 MODES = ("zero", "decode")
 ROWS = 64  # that are answered at once
@@ -59,7 +59,7 @@ class ExactMatch:
 
 @torch.no_grad()
 def exact_match(
-    model: Any,
+    model: LatentRecurrentModel,
     examples: Sequence[Example],
     chat: Chat,
     tokenizer: Tokenizer,
@@ -96,7 +96,12 @@ def exact_match(
 
 
 def _answers(
-    model: Any, examples: Sequence[Example], chat: Chat, tokenizer: Tokenizer, *, max_new_tokens: int
+    model: LatentRecurrentModel | WithoutMemory,
+    examples: Sequence[Example],
+    chat: Chat,
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
 ) -> list[str]:
     prompts = [chat.prompt(one.messages[:-1]) for one in examples]
     ids, mask = _padded(prompts, device=next(model.parameters()).device)

@@ -12,12 +12,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lrt.data.batch import Batch
+from lrt.data.held_out import HeldOut
 from lrt.eval.bootstrap import Interval, interval
 from lrt.loss import IGNORE
 from lrt.model import LatentRecurrentModel
@@ -67,13 +68,13 @@ class BitsPerByte:
 @torch.no_grad()
 def evaluate_bpb(
     model: LatentRecurrentModel,
-    batches: Iterable[Any],
+    batches: Iterable[Batch | HeldOut],
     *,
     token_bytes: Tensor | None = None,
     modes: Sequence[str] = MODES,
     schedule: Schedule | None = None,
     buckets: int = 4,
-    device: Any = None,
+    device: torch.device | str | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[], None] | None = None,
     decode: Decode | None = None,
@@ -94,7 +95,7 @@ def evaluate_bpb(
         decode: what scores mode ``decode``; None = the model itself, by the shortest exact way that needs no kernels.
 
     Returns:
-        One result a mode. A model without recurrence is scored once and has the same score in every mode.
+        One result per mode. A model without recurrence is scored once and has the same score in every mode.
 
     Raises:
         ValueError: an unknown mode, or batches that do not say their bytes without ``token_bytes``.
@@ -149,10 +150,10 @@ class _Counted:
     documents: Tensor | None  # (B, T) int64; None: a row is a document
 
 
-def _counted(batch: Any, token_bytes: Tensor | None) -> _Counted:
-    documents = getattr(batch, "documents", None)
-    if documents is not None:
-        return _Counted(documents >= 0, batch.sizes, documents)
+def _counted(batch: Batch | HeldOut, token_bytes: Tensor | None) -> _Counted:
+    documents, sizes = getattr(batch, "documents", None), getattr(batch, "sizes", None)
+    if documents is not None and sizes is not None:
+        return _Counted(documents >= 0, sizes, documents)
     if token_bytes is None:
         raise ValueError(
             "the batches do not say the bytes of their targets: give token_bytes, "

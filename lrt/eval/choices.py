@@ -7,13 +7,14 @@ Legend: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrt.decoding import prefill as prefills
 from lrt.decoding.step import Runner, WithoutMemory, graphed
+from lrt.model import LatentRecurrentModel
 from lrt.outcome import by_group, in_order
 from lrt.schedules import Interleaved, Refine, single
 
@@ -40,7 +41,13 @@ class ChoiceScorer:
     """
 
     def __init__(
-        self, model: Any, *, memory: str = "decode", max_length: int, rows: int = 16, runner: Runner = graphed
+        self,
+        model: LatentRecurrentModel,
+        *,
+        memory: str = "decode",
+        max_length: int,
+        rows: int = 16,
+        runner: Runner = graphed,
     ) -> None:
         if memory not in ("decode", "zero", "parallel"):
             raise ValueError(f"memory = {memory!r}: use decode, zero or parallel")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.eval.compare import AXES, Comparison, Curve, Point
 from lrt.eval.figures import COLOURS, MODE_COLOURS, amount, figure, label_amounts, limits, power_of_ten, smooth
 from lrt.eval.runs import RunFolder
+from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TITLES = {
     "tokens": "training tokens",
@@ -58,7 +62,7 @@ def _curves(comparison: Comparison, path: Path) -> str | None:
                 x = [point.amounts[axis] for point in points]
                 y = [point.mean(curve.mode) for point in points]
                 bars = [point.half(curve.mode) or 0.0 for point in points]
-                style: Any = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour, "label": curve.label}
+                style: Table = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour, "label": curve.label}
                 panel.errorbar(x, y, yerr=bars if any(bars) else None, **style)
                 spent += x
                 scores += [value + sign * bar for value, bar in zip(y, bars) for sign in (-1, 1)]
@@ -110,7 +114,7 @@ def _gains(comparison: Comparison, path: Path) -> str | None:
             for curve, colour in _coloured(comparison)[1:]:
                 points = found[axis, curve.label]
                 bars = [100 * (d.half or 0.0) for _, d in points]
-                style: Any = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour, "label": curve.label}
+                style: Table = {"marker": "o", "markersize": 5, "capsize": 3, "color": colour, "label": curve.label}
                 y = [100 * d.relative for _, d in points]
                 panel.errorbar([x for x, _ in points], y, yerr=bars if any(bars) else None, **style)
             panel.set_ylim(*limits([*ends, 0.0]))
@@ -247,13 +251,13 @@ def _on_the_way(run: RunFolder, axis: str, mode: str) -> list[tuple[float, float
     return found
 
 
-def _say(panel: Any, text: str) -> None:
+def _say(panel: Axes, text: str) -> None:
     """What stands in a panel without points."""
     panel.set_xticks([])
     panel.text(0.5, 0.5, text, transform=panel.transAxes, ha="center", color="#606060")
 
 
-def _legend(panel: Any) -> None:
+def _legend(panel: Axes) -> None:
     """Below the whole figure, so that it hides no line."""
     handles, labels = panel.get_legend_handles_labels()
     panel.figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrt.data.held_out import HeldOut
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import decode_one_token
 from lrt.engine import Engine
 from lrt.eval.activations import activation_statistics
 from lrt.eval.parameters import recurrence_statistics
 from lrt.forward import Row, memory_inputs
+from lrt.model import LatentRecurrentModel
+from lrt.passes import PassResult
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import Interleaved, Refine, baseline, sequential, single
 from lrt.tables import Table
-from lrt.types import MemoryInput, at_least_float32
+from lrt.types import MemoryInput, Schedule, at_least_float32
 
 PARTS = ("keys and values", "residual")
 SWEEPS = 8
@@ -35,8 +38,8 @@ Report = Table
 
 @torch.no_grad()
 def diagnose(
-    model: Any,
-    batch: Any,
+    model: LatentRecurrentModel,
+    batch: HeldOut,
     *,
     separator: int,
     sweeps: int = SWEEPS,
@@ -77,7 +80,7 @@ def diagnose(
     scored = batch.documents.to(device) >= 0
     progress("true recurrence")
     exact = model.run(tokens, sequential())
-    memory = torch.cat([result.memory for result in exact], dim=1)
+    memory = torch.cat(memories_of(exact), dim=1)
     report: Report = {"rows": len(tokens), "tokens_a_row": tokens.shape[1]}
     progress("changed memories")
     report["loss"] = changed_memories(model, tokens, targets, scored, int(sizes.sum()), memory)
@@ -97,7 +100,9 @@ def diagnose(
 # ------------------------------------------------------------------ the loss with another memory
 
 
-def changed_memories(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, size: int, memory: Tensor) -> Report:
+def changed_memories(
+    model: LatentRecurrentModel, tokens: Tensor, targets: Tensor, scored: Tensor, size: int, memory: Tensor
+) -> Report:
     """Bits per byte that are lost when one block's memory is changed, all else being as in decoding.
 
     Every position is fed the true memory of the position before, so one parallel forward is decoding;
@@ -110,6 +115,7 @@ def changed_memories(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor
     Returns:
         ``intact`` bits per byte, and by change the loss of ``all`` blocks at once, and of each block by part.
     """
+    with_keys = model.recurrence is not None and model.recurrence.kv_projection
     row = model.row(tokens)
     received = reset_memory(shift_right(memory), row.starts)
 
@@ -122,12 +128,7 @@ def changed_memories(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor
         everywhere = {index: dict.fromkeys(PARTS, other) for index in model.receivers}
         report[name] = {"all": bits(everywhere) - report["intact"]}
         for part in PARTS:
-            if (
-                part == "residual"
-                and model.injection is None
-                or part != "residual"
-                and not model.recurrence.kv_projection
-            ):
+            if part == "residual" and model.injection is None or part != "residual" and not with_keys:
                 continue
             report[name][part] = [bits({index: {part: other}}) - report["intact"] for index in model.receivers]
     return report
@@ -148,7 +149,7 @@ def _others(memory: Tensor, row: Row) -> dict[str, Tensor]:
 class _Changed:
     """A model some of whose blocks receive another memory."""
 
-    def __init__(self, model: Any, changed: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: LatentRecurrentModel, changed: Mapping[int, Mapping[str, Tensor]]) -> None:
         self._model = model
         self.blocks = [
             _ChangedBlock(model, i, changed[i]) if i in changed else block for i, block in enumerate(model.blocks)
@@ -161,14 +162,14 @@ class _Changed:
 class _ChangedBlock:
     """A block that receives another memory in some of its parts: what one part reads, the other does not see."""
 
-    def __init__(self, model: Any, index: int, changed: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: LatentRecurrentModel, index: int, changed: Mapping[str, Tensor]) -> None:
         self._model, self._index, self._changed = model, index, changed
         self._block = model.blocks[index]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any) -> Any:
+    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: object, kv: object) -> tuple[Tensor, ...]:
         assert memory is not None
         states = {part: self._changed.get(part, memory.state) for part in PARTS}
         into_keys, residual = (memory_inputs(self._model, states[part])[self._index] for part in PARTS)
@@ -177,9 +178,9 @@ class _ChangedBlock:
         if block.projection is not None:  # of its own: it would read the state that the residual gets
             block = copy.copy(block)
             block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
-        return block(
-            hidden, residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned), context, kv
-        )
+        mixed = residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned)
+        out: tuple[Tensor, ...] = block(hidden, mixed, context, kv)
+        return out
 
 
 class _Given(nn.Module):
@@ -196,7 +197,7 @@ class _Given(nn.Module):
 # ------------------------------------------------------------------ sweeps
 
 
-def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> Report:
+def watch_sweeps(model: LatentRecurrentModel, tokens: Tensor, memory: Tensor, *, count: int) -> Report:
     """How the memory settles over full refinements.
 
     Args:
@@ -209,7 +210,7 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
         change, the mean ``error`` to true recurrence, and the ``exact_prefix`` of the worst row.
     """
     results = model.run(tokens, Refine(count))
-    passes = [at_least_float32(result.memory) for result in results]
+    passes = [at_least_float32(memory) for memory in memories_of(results)]
     truth = at_least_float32(memory)
     report: Report = {name: [] for name in ("change", "largest_change", "change_over_two", "error", "exact_prefix")}
     for number in range(1, len(passes)):
@@ -225,6 +226,11 @@ def watch_sweeps(model: Any, tokens: Tensor, memory: Tensor, *, count: int) -> R
     return report
 
 
+def memories_of(results: Sequence[PassResult]) -> list[Tensor]:
+    """The memory of every pass that has one."""
+    return [result.memory for result in results if result.memory is not None]
+
+
 def _relative(new: Tensor, old: Tensor) -> Tensor:
     norm = new.norm(dim=-1)
     return (new - old).norm(dim=-1) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -233,7 +239,7 @@ def _relative(new: Tensor, old: Tensor) -> Tensor:
 # ------------------------------------------------------------------ positions
 
 
-def by_position(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, sizes: Tensor) -> Report:
+def by_position(model: LatentRecurrentModel, tokens: Tensor, targets: Tensor, scored: Tensor, sizes: Tensor) -> Report:
     """Bits per byte in every memory mode by position in the row, and by residue class of the position.
 
     The classes are those of the training schedule's subsets, and two where it has none: a memory that jumps between two
@@ -253,7 +259,7 @@ def by_position(model: Any, tokens: Tensor, targets: Tensor, scored: Tensor, siz
     }
 
 
-def _modes(schedule: Any) -> Table:
+def _modes(schedule: Schedule) -> dict[str, Schedule]:
     return {"zero": baseline(), "parallel": schedule, "decode": sequential()}
 
 
@@ -272,7 +278,7 @@ def _by_class(nats: Tensor, sizes: Tensor, scored: Tensor, of_position: Tensor, 
 class _Source:
     """A model whose source block's output is looked at."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LatentRecurrentModel) -> None:
         self._model = model
         self.norms: list[Tensor] = []
         self.blocks = [self._looked_at if i + 1 == model.source else block for i, block in enumerate(model.blocks)]
@@ -280,18 +286,18 @@ class _Source:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)
 
-    def _looked_at(self, *arguments: Any) -> Any:
-        out = self._model.blocks[self._model.source - 1](*arguments)
+    def _looked_at(self, *arguments: object) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = self._model.blocks[self._model.source - 1](*arguments)
         self.norms.append(at_least_float32(out[0][:, 0]).square().mean(-1).sqrt())
         return out
 
 
-def watch_drift(model: Any, *, separator: int, tokens: int, rows: int, seed: int) -> Report:
+def watch_drift(model: LatentRecurrentModel, *, separator: int, tokens: int, rows: int, seed: int) -> Report:
     """RMS of the source block's output, and the angle of the memory to those one and two tokens before,
     while tokens are drawn.
 
     Returns:
-        One number a token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
+        One number per token, the mean over rows: ``rms``, and in degrees ``angle`` and ``angle_over_two``.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)

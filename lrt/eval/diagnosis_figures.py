@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.eval.diagnosis import PARTS, Report
 from lrt.eval.figures import COLOURS, MODE_COLOURS, figure, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMOOTH = 50  # tokens of drift that are averaged
 
@@ -30,7 +33,7 @@ def draw(report: Report, path: Path, *, title: str) -> Path:
     return path
 
 
-def _losses(panel: Any, loss: Report) -> None:
+def _losses(panel: Axes, loss: Report) -> None:
     for (name, parts), colour in zip(((n, p) for n, p in loss.items() if isinstance(p, dict)), COLOURS):
         for part, style in zip(PARTS, ("-", "--")):
             if part in parts:
@@ -41,7 +44,7 @@ def _losses(panel: Any, loss: Report) -> None:
     panel.legend(fontsize=7, handlelength=4)
 
 
-def _gates(panel: Any, report: Report) -> None:
+def _gates(panel: Axes, report: Report) -> None:
     blocks = report["loss"]["blocks"]
     for name in ("memory_gate", "local_gate", "key_ratio", "value_ratio", "injection_ratio"):
         if name in report["activations"]:
@@ -55,7 +58,7 @@ def _gates(panel: Any, report: Report) -> None:
     panel.legend(fontsize=7)
 
 
-def _sweeps(panel: Any, sweeps: Report) -> None:
+def _sweeps(panel: Axes, sweeps: Report) -> None:
     numbers = range(1, len(sweeps["change"]) + 1)
     for name, label in (
         ("change", "change to one sweep before"),
@@ -75,7 +78,7 @@ def _sweeps(panel: Any, sweeps: Report) -> None:
     panel.legend(fontsize=7)
 
 
-def _gaps(panel: Any, report: Report) -> None:
+def _gaps(panel: Axes, report: Report) -> None:
     positions, residues = report["positions"], report["residues"]
     places = range(1, len(positions["decode"]) + 1)
     _line(
@@ -94,7 +97,7 @@ def _gaps(panel: Any, report: Report) -> None:
     panel.legend(fontsize=7)
 
 
-def _drift(panel: Any, drift: Report | None) -> None:
+def _drift(panel: Axes, drift: Report | None) -> None:
     panel.set(title="Drawn text: the memory over time", xlabel="token", ylabel="RMS of the source block's output")
     if drift is None:
         panel.text(0.5, 0.5, "no text was drawn", ha="center", va="center", transform=panel.transAxes)
@@ -105,10 +108,10 @@ def _drift(panel: Any, drift: Report | None) -> None:
     beside.plot(smooth(drift["angle_over_two"], window=SMOOTH), color=COLOURS[4], linewidth=0.8, label="to m[t-2]")
     beside.set(ylabel="degrees", ylim=(0, 180))
     lines = [*panel.get_lines(), *beside.get_lines()]
-    panel.legend(lines, [line.get_label() for line in lines], fontsize=7)
+    panel.legend(lines, [str(line.get_label()) for line in lines], fontsize=7)
 
 
-def _gains(panel: Any, positions: Report) -> None:
+def _gains(panel: Axes, positions: Report) -> None:
     places = range(1, len(positions["decode"]) + 1)
     for mode in ("parallel", "decode"):
         _line(panel, places, _differences(positions["zero"], positions[mode]), color=MODE_COLOURS[mode], label=mode)
@@ -121,9 +124,10 @@ def _gains(panel: Any, positions: Report) -> None:
     panel.legend(fontsize=7)
 
 
-def _line(panel: Any, places: Sequence[int], values: Sequence[float | None], **look: Any) -> None:
+def _line(panel: Axes, places: Sequence[int], values: Sequence[float | None], **look: str) -> None:
     shown = [(place, value) for place, value in zip(places, values) if value is not None]
-    panel.plot([place for place, _ in shown], [value for _, value in shown], marker="o", markersize=3, **look)
+    drawn = panel.plot([place for place, _ in shown], [value for _, value in shown], marker="o", markersize=3)
+    drawn[0].set(**look)
 
 
 def _differences(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:

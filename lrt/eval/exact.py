@@ -8,21 +8,21 @@ Legend: B batch, T row length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrt.decoding import step as decoding
-from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.fast.acceleration import Accelerated, accelerate
 from lrt.decoding.fast.one_token import can_fuse
 from lrt.decoding.prefill import Prefill
 from lrt.decoding.scoring import score
 from lrt.eval.bpb import Decode
 from lrt.loss import IGNORE
+from lrt.model import LatentRecurrentModel
 
 
-def exact_steps(decoder: Any, *, runner: decoding.Runner = decoding.graphed) -> Decode:
+def exact_steps(decoder: LatentRecurrentModel | Accelerated, *, runner: decoding.Runner = decoding.graphed) -> Decode:
     """Exact scores by the step of generation, one token of every row at a time.
 
     Args:
@@ -38,7 +38,7 @@ def exact_steps(decoder: Any, *, runner: decoding.Runner = decoding.graphed) -> 
     return nats
 
 
-def fastest_exact(model: Any) -> Decode | None:
+def fastest_exact(model: LatentRecurrentModel) -> Decode | None:
     """The fastest exact scores of a model on its device; None = its own sequential schedule.
 
     On a GPU a native model steps in fused kernels, where triton is installed, and any other as it is;
@@ -57,7 +57,7 @@ class ByPrefill:
         method: from ``lrt.prefill.fixed_point`` or ``lrt.prefill.refine``.
     """
 
-    def __init__(self, model: Any, method: Prefill) -> None:
+    def __init__(self, model: LatentRecurrentModel, method: Prefill) -> None:
         self._model = accelerate(model) if next(model.parameters()).device.type == "cuda" else model
         self._method = method
         self._counts = torch.zeros(2, dtype=torch.int64)  # rows, and those that did not converge

@@ -6,12 +6,18 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from lrt.tables import Table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axis import Axis
 
 # Okabe and Ito: told apart by people who see colours differently, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MODE_COLOURS = {"zero": "#8C8C8C", "parallel": "#56B4E9", "decode": "#0072B2"}
-STYLE: Any = {
+STYLE: Table = {
     "axes.axisbelow": True, "axes.edgecolor": "#606060", "axes.grid": True, "axes.labelsize": 10,
     "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left", "axes.titlesize": 11,
     "axes.titleweight": "bold", "figure.titlesize": 13, "font.size": 9.5,
@@ -22,7 +28,7 @@ STYLE: Any = {
 
 
 @contextlib.contextmanager
-def figure(path: Path, *, rows: int, columns: int, size: tuple[float, float], title: str = "") -> Iterator[Any]:
+def figure(path: Path, *, rows: int, columns: int, size: tuple[float, float], title: str = "") -> Iterator[np.ndarray]:
     """Axes to draw into, as a two-dimensional array; the PNG is written at the end.
 
     Args:
@@ -35,15 +41,14 @@ def figure(path: Path, *, rows: int, columns: int, size: tuple[float, float], ti
         ValueError: matplotlib is missing.
     """
     try:
-        import matplotlib
+        from matplotlib import style
     except ImportError:
         raise ValueError('figures need matplotlib: pip install -e ".[plot]" in a checkout of lrt') from None
     from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: Any = {**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}
-    with matplotlib.rc_context(style):
+    with style.context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         drawn = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(drawn)
         axes = drawn.subplots(rows, columns, squeeze=False)
@@ -63,7 +68,7 @@ def amount(value: float, unit: str = "") -> str:
     return f"{scaled:.{digits}f}{('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}{unit}"
 
 
-def label_amounts(axis: Any, values: Sequence[float], *, log: bool, form: Callable[[float], str] = amount) -> None:
+def label_amounts(axis: Axis, values: Sequence[float], *, log: bool, form: Callable[[float], str] = amount) -> None:
     """Ticks of an axis of amounts as people write them; a logarithmic axis has them at round numbers.
 
     Args:
@@ -92,7 +97,7 @@ def label_amounts(axis: Any, values: Sequence[float], *, log: bool, form: Callab
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
 
 
-def label_counts(axis: Any) -> None:
+def label_counts(axis: Axis) -> None:
     """Ticks of an axis of steps, which are whole numbers: at most seven, where its limits put them.
 
     Args:

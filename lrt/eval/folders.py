@@ -10,10 +10,9 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,6 +27,7 @@ from lrt.eval.bpb import MODES, BitsPerByte, Decode, evaluate_bpb
 from lrt.eval.exact import ByPrefill, fastest_exact
 from lrt.eval.processes import Processes
 from lrt.families.decoder import FamilyDecoder
+from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 
 FILES = 16  # one source with at most so many files is reported file by file
@@ -219,10 +219,12 @@ def evaluate_folder(
     )
 
 
-def sampled_effect(model: Any, batches: Any, *, exact: Decode | None, approximate: Decode) -> float:
+def sampled_effect(
+    model: LatentRecurrentModel, batches: Iterable[HeldOut], *, exact: Decode | None, approximate: Decode
+) -> float:
     """Bits per byte that approximate decoding adds to exact decoding, on the first rows."""
     batch = next(iter(batches))
-    sample = [HeldOut(*(part[:SAMPLED_ROWS] for part in batch))]
+    sample = [HeldOut._make(part[:SAMPLED_ROWS] for part in batch)]
     scores = [
         evaluate_bpb(model, sample, modes=("decode",), decode=way)["decode"].value for way in (approximate, exact)
     ]
@@ -238,13 +240,13 @@ def row_length(opened: Opened, settings: Settings) -> int:
     return min(row_length_of(opened.model), LONGEST_ROW)
 
 
-def row_length_of(model: Any) -> int:
+def row_length_of(model: LatentRecurrentModel) -> int:
     """Tokens that a model was made to read."""
     config = model.backbone.config if model.original is None else getattr(model.original[0], "config", None)
     return getattr(config, "sequence_length", None) or getattr(config, "max_position_embeddings", None) or LONGEST_ROW
 
 
-def rows_that_fit(model: Any, length: int) -> int:
+def rows_that_fit(model: LatentRecurrentModel, length: int) -> int:
     """Rows of a batch: few on a CPU, on a GPU as many as its free memory holds keys and values of."""
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
@@ -254,7 +256,7 @@ def rows_that_fit(model: Any, length: int) -> int:
     return max(1, min(MOST_ROWS, int(SHARE_OF_MEMORY * free / (width * length * parameter.element_size()))))
 
 
-def memory_modes(model: Any, memory: str, path: str | Path) -> tuple[str, ...]:
+def memory_modes(model: LatentRecurrentModel, memory: str, path: str | Path) -> tuple[str, ...]:
     """The memory modes that an option names.
 
     Raises:
@@ -349,7 +351,7 @@ def held_out_rows(
 
 
 def _conversations(
-    model: Any,
+    model: LatentRecurrentModel,
     recipe: Recipe,
     settings: Settings,
     tokenizer: Tokenizer,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,9 @@ from lrt.eval.choices import ChoiceScorer
 from lrt.eval.folders import row_length_of
 from lrt.eval.processes import own_device
 from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 try:
     import lm_eval.models  # noqa: F401 - before our own registration, which would otherwise hide every other model
@@ -84,7 +87,7 @@ class LatentRecurrentLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self._opened.folder)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         return self._tokenizer.encode(string)
 
     def get_model_info(self) -> Table:
@@ -98,7 +101,7 @@ class LatentRecurrentLM(TemplateLM):
         }
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[Instance], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         scored = self._score([(self._begun(context), continuation) for _, context, continuation in requests])
         answers = [(sum(one.logprobs), one.greedy) for one in scored]
@@ -107,7 +110,7 @@ class LatentRecurrentLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[tuple[None, list[int], list[int]]] = []
         borders = [0]
         for request in requests:
@@ -120,7 +123,7 @@ class LatentRecurrentLM(TemplateLM):
         scored = self._score([(context, continuation) for _, context, continuation in windows])
         return [sum(sum(one.logprobs) for one in scored[a:b]) for a, b in zip(borders, borders[1:])]
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         if self._memory == "parallel":
             raise ValueError(
                 "memory = 'parallel' scores text that is there already: generate with memory=decode or memory=zero"

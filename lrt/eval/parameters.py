@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lrt.model import LatentRecurrentModel
+
 
 @torch.no_grad()
-def recurrence_statistics(model: Any) -> dict[str, list[float]]:
+def recurrence_statistics(model: LatentRecurrentModel) -> dict[str, list[float]]:
     """What the parameters have become: gains g, size of gates and projections, one number a receiving block;
-    a and b, one a block.
+    a and b, one per block.
 
     Gates are 1 while their weights are 0, so the root mean square of the weights tells how far they have moved.
     Every rank must call this.
@@ -38,7 +38,7 @@ def recurrence_statistics(model: Any) -> dict[str, list[float]]:
     return found | _scales(model)
 
 
-def _scales(model: Any) -> dict[str, list[float]]:
+def _scales(model: LatentRecurrentModel) -> dict[str, list[float]]:
     """a and b of the native backbone."""
     known = {name: getattr(model.backbone, name, None) for name in ("residual_scales", "embedding_scales")}
     return {name: _whole(scales).tolist() for name, scales in known.items() if scales is not None}

@@ -125,7 +125,7 @@ def fit(
     """Train a recipe's model on a task.
 
     Args:
-        recipe: model, schedule, ``training`` (steps, micro_batch rows a step, warmup, clipping) and AdamW's rate.
+        recipe: model, schedule, ``training`` (steps, micro_batch rows per step, warmup, clipping) and AdamW's rate.
         task: makes the rows.
         length: inputs of a row at the end; rows begin short and grow whenever their present length is known.
         seed: of weights and rows.

@@ -72,7 +72,7 @@ class FamilyDecoder(nn.Module):
     def embed(
         self, tokens: Tensor, positions: Tensor, reach: Tensor | None = None
     ) -> tuple[Tensor, tuple[Context, ...]]:
-        """Hidden state (B, P, D) and one context a block.
+        """Hidden state (B, P, D) and one context per block.
 
         Args:
             tokens: (B, P) ids.

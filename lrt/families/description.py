@@ -79,7 +79,7 @@ class Family:
         split: (output, Geometry) -> query, key, value, each (B, P, heads, K).
         clip: config key of a bound on the absolute value of queries, keys and values, after their norms.
         output: projection back to the width.
-        query_norm, key_norm: norms of queries and keys, over a head or over the whole projection.
+        query_norm, key_norm: norms of queries and keys, per head or over the whole projection.
         norm_after_rotation: they come after RoPE; otherwise before.
         norm_heads_first: they take (B, heads, P, K); otherwise (B, P, heads, K).
         rotates: attention -> whether queries and keys rotate in this block.
@@ -89,7 +89,7 @@ class Family:
         scale: attention -> factor of the scores; None = its ``scaling``, or head width ** -0.5.
         scaled_query: the factor is put on the queries; otherwise on the scores, which rounds in another way.
         softcap: attribute of the attention: c of c tanh(score / c).
-        sinks: attribute of the attention: one score a head (H,) that joins the softmax and has no value.
+        sinks: attribute of the attention: one score per head (H,) that joins the softmax and has no value.
         dropout: attention -> rate on attention weights in training.
         heads, kv_heads, head_dim: None = from the decoder's config or attention.
     """

@@ -37,7 +37,7 @@ from lrt.huggingface.parts import Parts
 from lrt.huggingface.trunk import Trunk
 from lrt.model import LatentRecurrentModel
 from lrt.padding import packed_documents
-from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.serialization.adapted import is_foreign, pretrained
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
 from lrt.tables import Table
@@ -93,15 +93,15 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         return model if isinstance(model, cls) else cls._bare(model, None)
 
     @classmethod
-    def _bare(cls, built: LatentRecurrentModel, decoder: Any) -> LRTForCausalLM:
+    def _bare(cls, built: LatentRecurrentModel, decoder: PreTrainedModel | None) -> LRTForCausalLM:
         model = cls.__new__(cls)
         config = LRTConfig(**serialization.config_of(built, decoder))
         PreTrainedModel.__init__(model, config)
         model._take(built)
         if decoder is not None or is_foreign(model):
-            inside = decoder_of(model) if decoder is None else decoder
+            inside = pretrained(model) if decoder is None else decoder
             config._attn_implementation = inside.config._attn_implementation
-        if getattr(decoder, "generation_config", None) is not None:
+        if decoder is not None and getattr(decoder, "generation_config", None) is not None:
             model.generation_config = copy.deepcopy(decoder.generation_config)
             model.generation_config.cache_implementation = None
             model.generation_config.use_cache = True

@@ -8,17 +8,16 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.huggingface.config import LRTConfig
+from lrt.model import LatentRecurrentModel
+from lrt.serialization.adapted import is_foreign, pretrained
 from lrt.tables import Table
 
 
-class Parts:
+class Parts(LatentRecurrentModel):
     """The parts of an LRTForCausalLM in the hands of transformers."""
 
-    backbone: Any
-    blocks: Any
-    config: Any
-    original: Any
+    config: LRTConfig
 
     # -------------------------------------------------------------- embeddings
 
@@ -38,8 +37,8 @@ class Parts:
         _check_same_kind("embeddings", before, value)
         tied = self.backbone.head.weight is before.weight
         self.backbone.embedding = value
-        if is_foreign(self):  # type: ignore[arg-type]
-            decoder_of(self).set_input_embeddings(value)  # type: ignore[arg-type]
+        if is_foreign(self):
+            pretrained(self).set_input_embeddings(value)
         if tied:
             self.backbone.head.weight = value.weight
 
@@ -51,8 +50,8 @@ class Parts:
         """
         _check_same_kind("head", self.backbone.head, value)
         self.backbone.head = value
-        if is_foreign(self):  # type: ignore[arg-type]
-            decoder_of(self).set_output_embeddings(value)  # type: ignore[arg-type]
+        if is_foreign(self):
+            pretrained(self).set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(
@@ -67,9 +66,9 @@ class Parts:
         Raises:
             ValueError: a native model, which has no other than "sdpa".
         """
-        if is_foreign(self):  # type: ignore[arg-type]
-            decoder_of(self).set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[arg-type]
-            self.config._attn_implementation = decoder_of(self).config._attn_implementation  # type: ignore[arg-type]
+        if is_foreign(self):
+            pretrained(self).set_attn_implementation(attn_implementation, *args, **kwargs)
+            self.config._attn_implementation = pretrained(self).config._attn_implementation
         elif attn_implementation != "sdpa":
             raise ValueError(
                 "this native model chooses its attention itself: attn_implementation applies to adapted decoders"

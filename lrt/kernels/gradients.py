@@ -153,7 +153,7 @@ def fan_out(tuples: Sequence[Any]) -> list[Any]:
     """The same named tuples of tensors, with an alias of its own for each that receives a tensor of several.
 
     Args:
-        tuples: one a block, or None; tensors that need no gradient, and small ones, stay as they are.
+        tuples: one per block, or None; tensors that need no gradient, and small ones, stay as they are.
     """
     shared = Counter(id(x) for fields in tuples if fields is not None for x in fields if x is not None and _worth(x))
     aliases: dict[int, Any] = {}

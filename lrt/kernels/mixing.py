@@ -10,7 +10,6 @@ Legend: B batch, P positions, H query heads, G key/value heads, K head width, N 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +17,11 @@ from torch import Tensor
 
 from lrt.kernels.attention import HALF
 from lrt.rotary import rotate
+from lrt.types import Mixed
 
 HAS_TRITON = find_spec("triton") is not None
 BLOCK, WARPS = 16, 4  # positions a program: every load is 16 bytes wide, and nothing spills
 PADDING = 64
-
-
-class Mixed(NamedTuple):
-    """Queries, keys and values as attention reads them: gated, mixed with memory, rotated and normalized."""
-
-    query: Tensor  # (B, P, H, K)
-    key: Tensor  # (B, P, G, K)
-    value: Tensor  # (B, P, G, K)
-    key_path: Any = None  # where the gradients of later passes go; see ``Handed``
-    value_path: Any = None
 
 
 def usable(x: Tensor, head_dim: int) -> bool:

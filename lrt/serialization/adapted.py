@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt.adaptation import adapt, release, unwrapped
 from lrt.config import RecurrenceConfig
+from lrt.families.description import Family
 from lrt.lora import adapter_names, plain_name, put_adapter
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.decoders import (
@@ -26,13 +27,21 @@ from lrt.serialization.decoders import (
 from lrt.serialization.fingerprint import fingerprint, is_wrapped, same_weights
 from lrt.serialization.tensors import LazyTensor, check_shapes
 from lrt.tables import ReadTable, Table
-from lrt.types import Schedule
+from lrt.types import Device, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def decoder_of(model: LatentRecurrentModel) -> Any:
+def decoder_of(model: LatentRecurrentModel) -> nn.Module:
     """The decoder that was adapted, without a PEFT wrapper around it."""
     assert model.original is not None
     return unwrapped(model.original[0])
+
+
+def pretrained(model: LatentRecurrentModel) -> PreTrainedModel:
+    """The decoder that was adapted, where it is one of transformers."""
+    return cast("PreTrainedModel", decoder_of(model))
 
 
 def is_foreign(model: LatentRecurrentModel) -> bool:
@@ -80,7 +89,7 @@ def refuse_whole(model: LatentRecurrentModel) -> None:
         )
 
 
-def describe_decoder(decoder: Any) -> Table:
+def describe_decoder(decoder: nn.Module) -> Table:
     """What config.json says about an adapted decoder."""
     config = getattr(decoder, "config", None)
     if config is None or not hasattr(decoder, "generation_config"):
@@ -140,7 +149,9 @@ def skeleton(config: ReadTable, train_schedule: Schedule) -> LatentRecurrentMode
     )
 
 
-def _adapt_as(decoder: Any, config: ReadTable, *, train_schedule: Schedule, family: Any = None) -> LatentRecurrentModel:
+def _adapt_as(
+    decoder: nn.Module, config: ReadTable, *, train_schedule: Schedule, family: Family | None = None
+) -> LatentRecurrentModel:
     """A decoder with the memory and the PEFT adapter that a config.json describes, their values not filled in."""
     adapter = config.get("adapter")
     if adapter and adapter.get("on") == "decoder":
@@ -157,14 +168,14 @@ def load_whole(
     tensors: Mapping[str, LazyTensor],
     *,
     train_schedule: Schedule,
-    dtype: Any,
-    device: Any,
+    dtype: torch.dtype | None,
+    device: Device,
 ) -> LatentRecurrentModel:
     """Build the decoder from its config and tensors, adapt it, fill in the memory."""
     with torch.device("meta"):
         shape = skeleton(config, train_schedule)
     check_shapes(str(folder), tensors, {n: tuple(t.shape) for n, t in without_ties(shape, shape.state_dict()).items()})
-    foreign = decoder_of(shape)
+    foreign = pretrained(shape)
     theirs = {id(t): plain_name(name) for name, t in reversed(list(foreign.state_dict(keep_vars=True).items()))}
     added = {*shape.memory_parameters(), *adapter_names(shape)}
     ours = {
@@ -179,7 +190,9 @@ def load_whole(
     more: Table = {"attn_implementation": backend} if backend in ATTENTIONS else {}
     kind = dtype or getattr(torch, config["torch_dtype"])
     more |= {"config": foreign.config, "state_dict": state, "dtype": kind}
-    decoder = in_one_line(str(folder), config["adapted"]["config"], lambda: type(foreign).from_pretrained(None, **more))
+    decoder: nn.Module = in_one_line(
+        str(folder), config["adapted"]["config"], lambda: type(foreign).from_pretrained(None, **more)
+    )
     model = _adapt_as(decoder.to(device), config, train_schedule=train_schedule)
     for name, parameter in model.named_parameters():
         if name not in ours or dtype is None and parameter.dtype != tensors[name].dtype:
@@ -188,12 +201,12 @@ def load_whole(
 
 
 def load_into(
-    base: Any,
+    base: nn.Module | None,
     folder: str | Path,
     config: ReadTable,
     tensors: Mapping[str, LazyTensor],
     *,
-    family: Any,
+    family: Family | None,
     train_schedule: Schedule,
 ) -> LatentRecurrentModel:
     """Adapt ``base`` and fill in what the folder holds: the memory that was trained on it,

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 from lrt.config.files import read_text
 from lrt.config.ranges import MOST_LAYERS
@@ -18,13 +19,18 @@ from lrt.serialization.renewal import config_file
 from lrt.serialization.tensors import INDEX, WEIGHTS, open_folder
 from lrt.tables import ReadTable, Table
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
 SAFE: Table = {"trust_remote_code": False, "local_files_only": True}
 LONGEST_REASON = 1000  # characters of what transformers says
 ATTENTIONS = ("eager", "sdpa", "flex_attention")  # part of torch; a config may name no other
 INSTALL = 'pip install -e ".[hf]" in a checkout of lrt'
 
 
-def open_config(folder: str | Path, *, where: str | None = None) -> Any:
+def open_config(folder: str | Path, *, where: str | None = None) -> PreTrainedConfig:
     """The config of a Hugging Face decoder.
 
     Args:
@@ -47,7 +53,7 @@ def open_config(folder: str | Path, *, where: str | None = None) -> Any:
     return config
 
 
-def open_decoder(folder: str | Path, *, dtype: Any, where: str | None = None) -> Any:
+def open_decoder(folder: str | Path, *, dtype: torch.dtype | str, where: str | None = None) -> PreTrainedModel:
     """A Hugging Face decoder and its weights, from safetensors alone.
 
     Args:
@@ -74,7 +80,9 @@ def open_decoder(folder: str | Path, *, dtype: Any, where: str | None = None) ->
     return in_one_line(where, {}, lambda: make(folder, config=config, dtype=dtype, use_safetensors=True, **SAFE))
 
 
-def decoder_of_shapes(folder: str | Path, *, dtype: Any = None, where: str | None = None) -> Any:
+def decoder_of_shapes(
+    folder: str | Path, *, dtype: torch.dtype | None = None, where: str | None = None
+) -> PreTrainedModel:
     """The decoder of a folder without its weights, on the current default device.
 
     Raises:
@@ -86,7 +94,7 @@ def decoder_of_shapes(folder: str | Path, *, dtype: Any = None, where: str | Non
     return in_one_line(where or str(folder), {}, lambda: make(config, trust_remote_code=False, **more))
 
 
-def open_tokenizer(folder: str | Path) -> Any:
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder.
 
     Raises:
@@ -99,7 +107,7 @@ def open_tokenizer(folder: str | Path) -> Any:
     )
 
 
-def open_saved(folder: str | Path, *, dtype: Any) -> Any:
+def open_saved(folder: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """A folder that lrt wrote, as ``AutoModelForCausalLM`` gives it to its users;
     where transformers is not installed, that is an error.
 
@@ -116,7 +124,7 @@ def is_plain(folder: Path) -> bool:
     return config.is_file() and '"lrt_format"' not in config.read_text(encoding="utf-8", errors="replace")
 
 
-def causal_class(name: object) -> Any:
+def causal_class(name: object) -> type[PreTrainedModel] | None:
     """A class of transformers by its name, such as "LlamaForCausalLM"; None when there is no such causal language
     model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -131,7 +139,7 @@ def causal_class(name: object) -> Any:
     return getattr(transformers(), name, None) if name in known else None
 
 
-def config_from_table(table: Table) -> Any:
+def config_from_table(table: Table) -> PreTrainedConfig:
     """The config that a config.json describes, of a type that transformers knows.
 
     Raises:
@@ -215,7 +223,7 @@ def read_json(path: Path, *, where: str) -> Table:
     return table
 
 
-def transformers() -> Any:
+def transformers() -> ModuleType:
     """The library.
 
     Raises:
@@ -228,20 +236,20 @@ def transformers() -> Any:
     return library
 
 
-def _leaves(table: ReadTable) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(table: ReadTable) -> Iterator[tuple[tuple[str, ...], object]]:
     """Every value of a JSON object with its path; without recursion, because a hostile file nests as deep as it
     likes."""
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), table)]
+    waiting: list[tuple[tuple[str, ...], object]] = [((), table)]
     while waiting:
         path, value = waiting.pop()
         if isinstance(value, (Mapping, list)):
-            items: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
+            items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
             waiting += [((*path, str(key)), inner) for key, inner in items]
         else:
             yield path, value
 
 
-def in_one_line(where: str, table: ReadTable, make: Callable[[], Any], *, what: str = "a causal language model") -> Any:
+def in_one_line(where: str, table: ReadTable, make: Callable[[], T], *, what: str = "a causal language model") -> T:
     """What ``make`` returns; whatever transformers raises becomes one line."""
     try:
         return make()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from lrt.config import ModelConfig, RecurrenceConfig, ScheduleConfig, parse_section
 from lrt.lora import put_adapter
@@ -17,12 +17,12 @@ from lrt.serialization.decoders import check_attention, read_json
 from lrt.serialization.fingerprint import HALVES
 from lrt.serialization.renewal import config_file
 from lrt.tables import Table
-from lrt.types import Schedule
+from lrt.types import Device, Schedule
 
 FORMAT = 1
 
 
-def config_of(model: LatentRecurrentModel, decoder: Any = None) -> Table:
+def config_of(model: LatentRecurrentModel, decoder: nn.Module | None = None) -> Table:
     """config.json of a model; its keys also make it a Hugging Face config of type "lrt".
 
     Args:
@@ -55,7 +55,7 @@ def native_config(model: LatentRecurrentModel) -> Table:
     return config_of(model)
 
 
-def model_from_config(config: Table, *, device: Any = None) -> LatentRecurrentModel:
+def model_from_config(config: Table, *, device: Device = None) -> LatentRecurrentModel:
     """The model that a config.json describes, parameters not initialized."""
     recurrence = config.get("recurrence")
     if "adapted" in config:
@@ -69,7 +69,9 @@ def model_from_config(config: Table, *, device: Any = None) -> LatentRecurrentMo
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json is not one that this version of lrt can read: {error}") from None
     model.train_schedule = schedule_of(config)
-    return put_adapter(model, config["adapter"]) if config.get("adapter") else model
+    if config.get("adapter"):
+        put_adapter(model, config["adapter"])
+    return model
 
 
 def schedule_of(config: Table) -> Schedule:

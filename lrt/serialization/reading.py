@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
+from lrt.families.description import Family
 from lrt.model import LatentRecurrentModel
 from lrt.rotary import kept_frequencies
 from lrt.serialization.adapted import load_into, load_whole, needs_base
 from lrt.serialization.description import model_from_config, read_config, schedule_of
 from lrt.serialization.tensors import LazyTensor, check_shapes, open_folder
 from lrt.tables import Table
+from lrt.types import Device
 
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = None, base: Any = None, family: Any = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: Device = None,
+    base: nn.Module | None = None,
+    family: Family | None = None,
 ) -> LatentRecurrentModel:
     """Read a model that ``save`` wrote.
 
@@ -52,7 +59,7 @@ def filled(
     *,
     where: str,
     dtype: torch.dtype | None = None,
-    device: Any = None,
+    device: Device = None,
 ) -> LatentRecurrentModel:
     """A whole model from its config.json and its tensors.
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrt.config.files import read_text
+from lrt.types import Device
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,7 @@ class LazyTensor(NamedTuple):
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def own(self, *, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+    def own(self, *, device: Device = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, aligned as torch aligns every tensor.
 
         What ``read`` gives may begin at any address of a file's bytes, where kernels may sum in another order:

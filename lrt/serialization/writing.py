@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,7 +65,7 @@ def write_model(
         refuse_whole(model)
     every = model.state_dict() if tensors is None else tensors
     config, chosen = config_of(model), without_ties(model, every)
-    adapter = describe_adapter(model, model.original and model.original[0])
+    adapter = describe_adapter(model, None if model.original is None else model.original[0])
     config |= {"adapter": adapter} if adapter else {}
     if adapter_only:
         config |= {"adapter_only": True, "base_fingerprint": fingerprint(decoder_tensors(model, every).items())}
@@ -76,7 +75,7 @@ def write_model(
         }
     write_folder(place, in_memory(chosen), shard_size=size_in_bytes(shard_size))
     write_description(place, config)
-    settings: Any = getattr(model, "generation_config", None)
+    settings = getattr(model, "generation_config", None)
     if settings is not None:
         settings.save_pretrained(place)
 

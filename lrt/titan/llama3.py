@@ -121,7 +121,7 @@ class LlamaBackbone(nn.Module):
         self.register_buffer("turns", torch.view_as_real(transformer.freqs_cis), persistent=False)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Context, ...]]:
-        """Hidden state (B, P, D) and one context a block, for tokens (B, P) at positions (P,) or (B, P)."""
+        """Hidden state (B, P, D) and one context per block, for tokens (B, P) at positions (P,) or (B, P)."""
         hidden = self.embedding(tokens)
         turns = self.turns[positions]
         turns = (turns[None] if positions.ndim == 1 else turns)[:, :, None]

@@ -18,7 +18,7 @@ MAP = "injection.map.weight"
 
 @dataclass(frozen=True)
 class Entrance:
-    """Memory parameters that start at zero and receive their initial values in equal parts, one a step,
+    """Memory parameters that start at zero and receive their initial values in equal parts, one per step,
     beside the optimizer's updates.
 
     Their learning rates rise over the same steps, because an optimizer without a past takes full steps in every

@@ -18,7 +18,7 @@ class Horizon(NamedTuple):
 
     steps: int  # optimizer steps of the whole run
     rows: int  # a forward on one rank
-    accumulation: int  # forwards a step on one rank
+    accumulation: int  # forwards per step on one rank
     batch_tokens: int  # a step over all ranks
     tokens: int  # the whole run
 

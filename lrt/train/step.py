@@ -55,7 +55,7 @@ def train_step(
         optimizer: with the rates of this step.
         batches: this rank's micro-batches, on the device.
         schedule: passes of every forward.
-        seed: for schedules that draw: one order a step, the same on every rank and in every micro-batch.
+        seed: for schedules that draw: one order per step, the same on every rank and in every micro-batch.
         clip_norm: global gradient norm; None = no clipping.
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.

@@ -14,7 +14,7 @@ from strategies import randomized
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.decoding import prefill
 from lrt.decoding import step as decoding
-from lrt.decoding.fast import one_token
+from lrt.decoding.fast import one_token, tiles
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
@@ -54,18 +54,18 @@ def is_power(n):
 
 @given(rows=st.integers(1, 300), outputs=st.integers(1, 200_000), width=st.integers(16, 40_000))
 def test_every_product_has_a_tile_that_fits(rows, outputs, width):
-    tile = one_token.tile_of(rows, outputs, width)
+    tile = tiles.tile_of(rows, outputs, width)
     assert is_power(tile.outputs) and is_power(tile.inputs) and is_power(tile.warps)
     if rows == 1:
         assert tile.inputs == 256 * tile.warps  # every thread keeps what it loads
-        assert tile.outputs * -(-width // tile.inputs) * 8 <= 8 * one_token.HELD or tile.outputs == 1
+        assert tile.outputs * -(-width // tile.inputs) * 8 <= 8 * tiles.HELD or tile.outputs == 1
     else:
         assert 16 <= tile.inputs <= max(16, 2 * width)
 
 
 @given(pairs=st.integers(1, 5000), slots=st.integers(1, 100_000), width=st.sampled_from([16, 32, 64, 128, 256]))
 def test_shares_of_attention_fit_the_cache_and_the_gpu(pairs, slots, width):
-    splits, share = one_token.share_of(pairs, slots, width)
+    splits, share = tiles.share_of(pairs, slots, width)
     assert 1 <= splits <= 64 and is_power(share.slots)
     assert splits == 1 or (splits * pairs <= share.programs and (splits - 1) * share.slots < slots)
 
@@ -197,9 +197,9 @@ def test_a_captured_step_repeats_itself_and_sees_an_update(batch):
 def test_every_share_counts_once(batch, monkeypatch):
     model = make("layerwise-gqa")
     state = filled(model, batch, capacity=1000, longest=990)
-    monkeypatch.setattr(one_token, "SHARES", ((one_token.ANY, one_token.ANY, one_token.Share(16, 4, 1, 1)),))
+    monkeypatch.setattr(tiles, "SHARES", ((tiles.ANY, tiles.ANY, tiles.Share(16, 4, 1, 1)),))
     whole, _ = both(model, state.fork(), 3)
-    monkeypatch.setattr(one_token, "SHARES", ((one_token.ANY, one_token.ANY, one_token.Share(32, 4, 3, 10_000)),))
+    monkeypatch.setattr(tiles, "SHARES", ((tiles.ANY, tiles.ANY, tiles.Share(32, 4, 3, 10_000)),))
     shared, _ = both(model, state.fork(), 3)
     for (expected, one), (_, many) in zip(whole, shared):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)

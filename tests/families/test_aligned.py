@@ -101,15 +101,16 @@ def test_keys_and_values_are_those_of_the_formula(family):
     )
     for wrapper, given in zip(model.blocks, memory_inputs(model, memory)):
         block = wrapper.block
-        _, got = wrapper._mix(hidden, given._replace(gain=None), None)
+        plainly = {"gate": wrapper.gate, "kv": None, "read_later": False}
+        got = wrapper.mixer(block, hidden, given, None, **plainly)
         plain = block.project(hidden, None)
         gates = 2 * torch.sigmoid(plain.normed @ wrapper.gate.weight.T)
         for which in ("key", "value"):
             expected = by_hand(block, plain.normed, memory, gates, model.memory_projection.map.weight, which)
             torch.testing.assert_close(getattr(got, which), expected, **CLOSE)
         torch.testing.assert_close(got.query, plain.query, rtol=1e-12, atol=1e-12)
-        _, zero = wrapper._mix(hidden, MemoryInput(0 * memory, aligned=0 * memory), None)
-        _, none = wrapper._mix(hidden, None, None)
+        zero = wrapper.mixer(block, hidden, MemoryInput(0 * memory, aligned=0 * memory), None, **plainly)
+        none = wrapper.mixer(block, hidden, None, None, **plainly)
         for a, b in zip(zero[:4], none[:4]):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -8,20 +8,25 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from hf_decoders import make
 from pages import ROOT, blocks
-from runs import TINY
+from runs import TINY, tiny
 
 import lrt
 from lrt.__main__ import COMMANDS
 from lrt.config.settings import Recipe
+from lrt.data import load_tokenizer
 from lrt.train.horizon import shards_of
+from lrt.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def test_the_page_of_keys_says_range_default_and_meaning(reference):
     )
     assert row in page.splitlines()
     assert (
-        '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one a block |'
+        '| `sharing` | `"shared"`, `"layerwise"` | `"shared"` | one pair of memory projections, or one per block |'
         in page
     )
     for title in [f"## [{section}]" for section, _ in sections()] + [f"## {title}" for title in reference.TABLES]:
@@ -92,10 +97,15 @@ def test_every_public_name_is_in_the_api(reference):
 # ------------------------------------------------------------------ blocks of Python
 
 
-def run_page(page: str, scope: dict | None = None) -> list[str]:
-    """Run every block of a page, one after the other, as a reader would; what each of them prints."""
+def run_page(page: str, scope: dict | None = None, *, without: str = "!never!") -> list[str]:
+    """Run every block of a page, one after the other, as a reader would; what each of them prints.
+
+    Args:
+        scope: names that the page does not make itself.
+        without: blocks that hold this are not run.
+    """
     scope, printed = {} if scope is None else scope, []
-    for block in blocks(page, holding=""):
+    for block in (block for block in blocks(page, holding="") if without not in block):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(block, scope)  # noqa: S102
@@ -139,6 +149,50 @@ def test_the_first_page_works_as_it_says():
     assert len(words) == 3
     for name, rest in words:
         lrt.load_recipe(name.strip("`."), overrides=re.findall(r"--set (\S+)", rest))
+
+
+def test_examples_of_adapting_run(tmp_path, monkeypatch):
+    """Tiny decoders stand for the pretrained ones; trainers of others have tests of their own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+
+    monkeypatch.chdir(tmp_path)
+    kinds, read = {"smollm2": "llama", "gemma-3": "gemma3", "gpt2": "gpt2"}, AutoModelForCausalLM.from_pretrained
+
+    def pretrained(name, **options):
+        return make(kinds[name], dtype=torch.float32) if name in kinds else read(name, **options)
+
+    tokens = BatchEncoding({"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9, dtype=torch.int64)})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: lambda text, return_tensors: tokens)
+    scope = {}
+    for block in blocks("adapt.md", holding="")[:4]:
+        exec(block, scope)  # noqa: S102
+    assert scope["model"] is not None and type(scope["decoder"]).__name__ == "LlamaForCausalLM"
+    assert all((tmp_path / name / "config.json").is_file() for name in ("smollm2-lrt", "folder", "memory"))
+
+
+def test_examples_of_generating_run(tmp_path, monkeypatch):
+    """All but the one that needs a GPU; the names that the page leaves to its reader are given here."""
+    monkeypatch.chdir(tmp_path)
+    small = ["model.n_layers=2", "model.width=32", "model.window_pattern=L"]
+    lrt.save(lrt.build(lrt.load_recipe("lrt_tiny", overrides=small)), "runs/lrt_tiny/export")
+    tokens = torch.randint(256, (3, 64))
+    scope = {"prompt": tokens[:1], "question": tokens[:1, :4], "tokens": tokens, "next_tokens": tokens[:, :4]}
+    scope |= {"prompts": tokens[:2, :8], "mask": torch.ones(2, 8), "eos": 256, "queue": [tokens[2, :6]]}
+    scope["tokenizer"] = load_tokenizer("bytes")
+    printed = run_page("generate.md", scope, without="cuda")
+    assert "sweeps" in printed[2] and int(scope["more"].state.lengths[0]) == 68 and not scope["queue"]
+
+
+def test_examples_of_evaluating_run(tmp_path, monkeypatch):
+    """A trained run and its documents; the same run twice stands for two."""
+    monkeypatch.chdir(tmp_path)
+    train(tiny("runs", **{"run.name": "lrt_tiny", "evaluation.sample_tokens": "0"}))
+    for name in ("baseline", "lrt"):
+        shutil.copytree("runs/lrt_tiny", f"runs/{name}")
+    Path("my_text.txt").write_text("The same text, twice.\n\nThe same text, twice.\n" * 20)
+    interval, table = run_page("evaluate.md", {"torch": torch})
+    assert interval.startswith("Interval(value=") and "decode" in table
 
 
 def test_the_ten_lines_of_the_readme_run_as_they_stand():

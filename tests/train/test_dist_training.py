@@ -23,7 +23,7 @@ from lrt import backbone
 from lrt.config import CheckpointConfig, parse_recipe
 from lrt.data import Batch
 from lrt.decoding import step as decoding
-from lrt.decoding.fast import one_token
+from lrt.decoding.fast import launching, one_token
 from lrt.decoding.fast.acceleration import Accelerated
 from lrt.kernels import mixing
 from lrt.train import evaluation
@@ -494,7 +494,7 @@ def check_decoded(world, folder):
 
 def check_gathered(world, folder):
     """The kernels of decoding read whole parameters, though nothing tells FSDP that they do."""
-    before, seen = (evaluation.can_fuse, evaluation.accelerate, one_token.launch), []
+    before, seen = (evaluation.can_fuse, evaluation.accelerate, launching.launch), []
 
     def launch(name, grid, *args, **settings):
         for x in (
@@ -510,7 +510,7 @@ def check_gathered(world, folder):
     evaluation.accelerate = lambda model: Accelerated(
         model, one_token=one_token.fuse(model), blocks=list(model.blocks), compiled=lambda f: f
     )
-    one_token.launch = launch
+    launching.launch = launch
     try:
         for more in (
             {},
@@ -524,7 +524,7 @@ def check_gathered(world, folder):
             assert {"start_kernel", "attention_kernel", "memory_kernel"} < set(seen)
             seen.clear()
     finally:
-        evaluation.can_fuse, evaluation.accelerate, one_token.launch = before
+        evaluation.can_fuse, evaluation.accelerate, launching.launch = before
 
 
 def check_evaluation(world, folder):

@@ -147,7 +147,7 @@ def check(options: argparse.Namespace, *, cuda: bool) -> dict[tuple[str, str], f
     """Refuse what cannot be measured or kept, before anything is built.
 
     Returns:
-        Tokens a second by suite and row of the file --against; empty without it.
+        Tokens per second by suite and row of the file --against; empty without it.
 
     Raises:
         ValueError: one line on what was got and what is possible.
@@ -190,7 +190,7 @@ def check(options: argparse.Namespace, *, cuda: bool) -> dict[tuple[str, str], f
 
 
 def read_speeds(path: str, *, suites: Sequence[str], rows: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Tokens a second by suite and row of a file that --out wrote; see ``check``."""
+    """Tokens per second by suite and row of a file that --out wrote; see ``check``."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {(s["suite"], r["variant"]): float(r["tokens_per_second"]) for s in result["suites"] for r in s["rows"]}

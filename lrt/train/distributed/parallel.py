@@ -2,7 +2,7 @@
 
 PyTorch's own engine in torchtitan's order (AC, then compile each block, then ``fully_shard``). A training
 step runs the blocks several times before one backward pass, so by default gathered parameters stay until
-the step's end: one gather a parameter and step, however many passes the schedule has.
+the step's end: one gather per parameter and step, however many passes the schedule has.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _losses(axes: Any, train: Sequence[Record]) -> None:
 
 
 def _scores(axes: Any, scores: Sequence[Record]) -> None:
-    """Bits per byte of every evaluation, a line a mode."""
+    """Bits per byte of every evaluation, a line per mode."""
     values: list[float] = []
     for mode in scores_of(scores[-1]):
         points = [(r["step"], r["bpb"][mode]) for r in scores if r["bpb"].get(mode) is not None]
@@ -78,7 +78,7 @@ def _scores(axes: Any, scores: Sequence[Record]) -> None:
 
 
 def _positions(axes: Any, scores: Sequence[Record]) -> None:
-    """Bits per byte of the only evaluation by position in the row, a step line a mode."""
+    """Bits per byte of the only evaluation by position in the row, a step line per mode."""
     axes.set(
         title="held-out bits per byte by position",
         xlabel="position in the row (% of its length)",

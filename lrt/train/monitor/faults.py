@@ -101,7 +101,7 @@ class FiniteGuard:
 
     Args:
         limit: skipped steps in a row that stop the run.
-        path: file to which the offending batches' identity goes, one JSON object a step.
+        path: file to which the offending batches' identity goes, one JSON object per step.
         total: skipped steps so far, of a run that goes on.
     """
 

@@ -282,7 +282,7 @@ class Console:
         self._progress.stop()
 
 
-TABLE = (  # of an evaluation's record: what a line says, and the key of its numbers, one a block
+TABLE = (  # of an evaluation's record: what a line says, and the key of its numbers, one per block
     ("norm of the source's output", "source_norm", "mean"), ("norm of the memory", "memory_norm", "mean"),
     ("local gate, mean", "local_gate", "mean"), ("local gate, std", "local_gate", "std"),
     ("memory gate, mean", "memory_gate", "mean"), ("memory gate, std", "memory_gate", "std"),

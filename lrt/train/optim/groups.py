@@ -149,7 +149,7 @@ def _adamw_groups(trained: Sequence[tuple[str, nn.Parameter]], config: Optimizer
 class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW in one step that a flag on the device can turn into nothing.
 
-    State is made at once, one entry a parameter: ``momentum`` (laid out as the parameter) and
+    State is made at once, one entry per parameter: ``momentum`` (laid out as the parameter) and
     ``second_moment`` for Muon; ``exp_avg``, ``exp_avg_sq`` and ``step`` for AdamW. So a checkpoint can be
     read into it on any number of ranks.
 
