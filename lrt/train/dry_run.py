@@ -29,7 +29,7 @@ RECURRENT_PASS, LOGIT_BYTES = 1.05, 4.0
 
 
 class Memory(NamedTuple):
-    """Expected memory of one GPU in GiB, by what it holds."""
+    """Expected GPU memory of one GPU in GiB, by what it holds."""
 
     masters: float  # float32 parameters, this rank's rows
     copies: float  # parameters in the dtype of the computation: gathered ones, or the working copy of one GPU
@@ -100,7 +100,7 @@ def expected_memory(
     Args:
         recipe: of the run.
         model: its shapes, with ``requires_grad`` as it trains.
-        horizon: rows a forward, and forwards per step.
+        horizon: rows per forward, and forwards per step.
         world_size: GPUs.
         schedule: of the step; None = the model's.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import os
@@ -92,6 +93,17 @@ def test_every_public_name_is_in_the_api(reference):
     page = reference.api_page()
     assert [name for name in lrt.__all__ if f"::: lrt.{name}\n" not in page] == ["prefill"]
     assert "::: lrt.decoding.prefill\n" in page  # a module: shown with its functions
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    """CONTRIBUTING.md's command, with the extra docs; every page of the nav is a page of the site."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(build, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = re.findall(r": (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) > 20 and all((tmp_path / f"{page}.html").is_file() for page in pages)
 
 
 # ------------------------------------------------------------------ blocks of Python
@@ -241,7 +253,19 @@ def test_the_recipe_of_the_page_about_own_data_is_one(tmp_path):
     assert mine.model == twin.model and mine.recurrence is not None and twin.recurrence is None
 
 
-# ------------------------------------------------------------------ the log
+# ------------------------------------------------------------------ claims, measurements and the log
+
+
+def test_numbers_of_the_readme_stand_on_the_pages_that_it_names():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| \[.+?\]\(([^)#]+)[^)]*\) \|$", readme, re.MULTILINE)
+    numbers = [(number, page) for _, claimed, page in rows for number in re.findall(r"\d+\.\d+", claimed)]
+    assert len(rows) == 12 and len(numbers) > 10
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for _, _, page in rows}
+    assert [(number, page) for number, page in numbers if number not in pages[page]] == []
+    families = pages["docs/adapt.md"].split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    configurations = families.count("| logits, loss, gradients bit for bit |")
+    assert f"bit for bit in {configurations} configurations" in readme
 
 
 def test_the_log_is_newest_first_and_its_index_names_every_entry():
@@ -257,6 +281,38 @@ def test_measurement_pages_begin_with_their_goals():
     for page in ("frontier", "results", "benchmarks", "decoding", "attention", "prefill"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0] == "Goals", page
+
+
+# ------------------------------------------------------------------ names and links
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module of lrt, or something in one; modules of extras are not imported."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = ".".join(parts[:end])
+        with contextlib.suppress(ModuleNotFoundError):  # its parent is no package
+            if importlib.util.find_spec(module) is not None:
+                break
+    place: object = importlib.import_module(module) if end < len(parts) else None
+    for attribute in parts[end:]:
+        if not hasattr(place, attribute):
+            return False
+        place = getattr(place, attribute)
+    return True
+
+
+def test_names_and_files_that_the_pages_speak_of_exist():
+    """The log keeps the names of its days."""
+    pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages if page.name != "log.md"}
+    names = {(name, page) for page, text in texts.items() for name in re.findall(r"\blrt(?:\.[A-Za-z_]\w*)+", text)}
+    assert len(names) > 60 and [(name, page) for name, page in sorted(names) if not exists(name)] == []
+    shown = re.compile(r"\b(?:lrt|recipes|tools|tests)/[\w/]+\.(?:py|toml|md)\b")
+    files = {(file, page) for page, text in texts.items() for file in shown.findall(text)}
+    lost = [(file, page) for file, page in sorted(files) if not (ROOT / file).exists() and "NAME" not in file]
+    assert len(files) > 40 and lost == []
+    assert exists("lrt.prefill.run") and not exists("lrt.prefill.walk") and not exists("lrt.no_such_module.x")
 
 
 # ------------------------------------------------------------------ links
