@@ -226,14 +226,14 @@ def check_reductions(world, folder):
 
 def check_gathered_ahead(world, folder):
     """While a block computes, the table and the parameters of the next one are under way already, then the head."""
-    model = awake(build_parallel(recipe_of(), world)).train()
+    runner = runner_of(recipe_of(), world)
     name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
     real, begun, seen = getattr(torch.distributed, name), [], []  # by the version of torch
-    for block in model.blocks:
+    for block in runner.model.blocks:
         block.register_forward_pre_hook(lambda *_: seen.append(len(begun)))  # after FSDP's own
     setattr(torch.distributed, name, lambda *a, **k: (begun.append(1), real(*a, **k))[1])
     try:
-        look(model, world, micro_batches(world)[:1], lrt.baseline())
+        look(runner, world, micro_batches(world)[:1], lrt.baseline())
     finally:
         setattr(torch.distributed, name, real)
     ends = 2  # the root and the embedding

@@ -23,14 +23,15 @@ from columns import Columns, by_columns
 from torch import Tensor
 
 import lrt
-from lrt.commands.bench.steps import Built, bare_step, random_rows, recipe_of
+from lrt.commands.bench.steps import bare_step, random_rows, recipe_of
 from lrt.commands.bench.suites import SUITES, VARIANTS
 from lrt.commands.bench.timing import mark, span, synchronize
 from lrt.config import ParallelConfig, Recipe
 from lrt.model import build
-from lrt.train.checkpoint.weights import build_parallel, fill, named_tensors
+from lrt.train import plan
+from lrt.train.checkpoint.weights import fill, named_tensors
 from lrt.train.distributed import graphs, parallel
-from lrt.train.distributed.graphs import Runner, forward_backward, single_device
+from lrt.train.distributed.graphs import Runner, forward_backward, graphed
 from lrt.train.distributed.parallel import free_gathered, named_parameters
 from lrt.train.distributed.world import World, open_world
 
@@ -205,17 +206,21 @@ def awake(model: Any, recipe: Recipe, world: World, shared: Columns | None) -> A
     return model
 
 
-def made(candidate: str, recipe: Recipe, world: World) -> tuple[Any, Columns | None]:
-    """The model under the plan that a candidate names."""
+def made(candidate: str, recipe: Recipe, world: World) -> tuple[Runner, Columns | None]:
+    """What runs the model under the plan that a candidate names."""
     changes: dict[str, Any] = {"bfloat16": {"reduce_dtype": "bfloat16"}, "replicas": {"replicate": 2}}
     changed = dataclasses.replace(recipe.parallel, **changes.get(candidate, {}))
     recipe = dataclasses.replace(recipe, parallel=changed)
     if candidate == "columns":
         model, shared = by_columns(recipe, world)
-        return model.train(), shared
-    model = build_parallel(recipe, world).train()
-    {"not_ahead": not_ahead, "two_reductions": two_reductions}.get(candidate, lambda model: None)(model)
-    return model, None
+        once = recipe.parallel.reduces_once
+        return Runner(model.train(), model, graphs=graphed(recipe.parallel, world), reduces_once=once), shared
+    if candidate == "one":
+        world = World(0, 1, world.device, sharded=False, working_copy=world.device.type == "cuda")
+    runner = plan.build(recipe, world).runner
+    runner.compute.train()
+    {"not_ahead": not_ahead, "two_reductions": two_reductions}.get(candidate, lambda model: None)(runner.model)
+    return runner, None
 
 
 def main() -> int:
@@ -232,14 +237,10 @@ def main() -> int:
         torch.manual_seed(world.rank)
         recurrence = VARIANTS["interleaved(2)"].recurrence(suite)
         recipe = recipe_of(suite, recurrence, ParallelConfig(compile=cuda, param_dtype=dtype))
-        here, shared = world, None
+        here = world
         if options.candidate == "one":
             here = World(0, 1, world.device, sharded=False, working_copy=cuda)
-            model: Any = build(recipe, device=world.device).train()
-            runner = single_device(model, recipe.parallel, here) if cuda else None
-        else:
-            model, shared = made(options.candidate, recipe, world)
-            runner = Runner(model, model, graphs=True) if cuda else None
+        runner, shared = made(options.candidate, recipe, world)
         many = max(1, STEP // (suite.rows * suite.length * world.size)) if cuda else 2
         result: dict[str, Any] = {
             "candidate": options.candidate, "gpus": world.size, "torch": torch.__version__, "micro_batches": many,
@@ -247,7 +248,7 @@ def main() -> int:
         }  # fmt: skip
 
         def step_of(name: str, count: int) -> Callable[[], None]:
-            step = bare_step(Built(model, runner), SCHEDULES[name], suite, here, accumulation=count)
+            step = bare_step(runner, SCHEDULES[name], suite, here, accumulation=count)
 
             def zeroed() -> None:
                 for table in shared.tables if shared is not None else ():
@@ -280,9 +281,11 @@ def main() -> int:
         world.barrier()
         if not cuda and options.candidate not in ("one", "trainer"):
             build_awake = partial(awake, recipe=recipe, world=world)
-            trained = gradients_of(build_awake(made("trainer", recipe, world)[0], shared=None), suite, world, None)
+            trained = gradients_of(
+                build_awake(made("trainer", recipe, world)[0].model, shared=None), suite, world, None
+            )
             ours, shared = made(options.candidate, recipe, world)
-            found = gradients_of(build_awake(ours, shared=shared), suite, world, shared)
+            found = gradients_of(build_awake(ours.model, shared=shared), suite, world, shared)
             assert found.keys() == trained.keys()
             worst = max(float((found[n] - trained[n]).norm() / trained[n].norm().clamp_min(1e-9)) for n in trained)
             keep(worst_difference_of_gradients=worst)
