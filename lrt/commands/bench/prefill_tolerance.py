@@ -307,7 +307,7 @@ def table(dtype: str, rows: list[dict], exact: dict) -> None:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Residual, error and gap by sweep: a column a precision, a line a number of groups."""
+    """Residual, error and gap by sweep: one column per precision, one line per number of groups."""
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
     sweeps = sorted({row["sweeps"] for row in rows})
     panels = (

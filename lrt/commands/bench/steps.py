@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from lrt.commands.bench.suites import Suite
 from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
 from lrt.data import Batch, build_loader, load_tokenizer
-from lrt.train.distributed.graphs import Runner, forward_backward
-from lrt.train.distributed.parallel import free_gathered, reduce_gradients
+from lrt.train.distributed.graphs import Runner
+from lrt.train.distributed.parallel import free_gathered
 from lrt.train.distributed.world import World
 from lrt.train.step import train_step
 
@@ -29,18 +29,12 @@ def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: Paral
     )
 
 
-class Built(NamedTuple):
-    """A model ready to step, and what runs it."""
-
-    model: Any
-    runner: Runner | None
-
-    @property
-    def bytes(self) -> int:
-        modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
-        tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
-        sums = 0 if self.runner is None or self.runner.sums is None else self.runner.sums.bytes
-        return sums + sum(t.numel() * t.element_size() for t in tensors.values())
+def held_bytes(runner: Runner) -> int:
+    """What a rank holds between steps: masters, working copy and sums."""
+    modules = (runner.model, runner.compute)
+    tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
+    sums = 0 if runner.sums is None else runner.sums.bytes
+    return sums + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +42,12 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1) -> Callable[[], None]:
+def bare_step(
+    runner: Runner, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1
+) -> Callable[[], None]:
     """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
-    parameters = list(built.model.parameters())
+    parameters = list(runner.model.parameters())
     options = {
         "schedule": schedule,
         "seed": 1,
@@ -61,12 +57,8 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
     def step() -> None:
         for index in range(accumulation):
             first, last = index == 0, index == accumulation - 1
-            if built.runner is not None:
-                built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
-            else:
-                reduce_gradients(built.model, schedule, now=last)
-                forward_backward(built.model, tokens, targets, **options)
-        free_gathered(built.model)
+            runner.forward_backward(tokens, targets, **options, first=first, last=last)
+        free_gathered(runner.model)
         for parameter in parameters:
             parameter.grad = None
 
@@ -74,7 +66,7 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
 
 
 def whole_step(
-    built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
+    runner: Runner, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
 ) -> Callable[[], None]:
     """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     rows = recipe.training.micro_batch
@@ -92,9 +84,7 @@ def whole_step(
         batches = [
             Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows
         ]
-        train_step(
-            built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner
-        )
+        train_step(runner, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world)
 
     return step
 

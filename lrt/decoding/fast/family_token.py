@@ -1,4 +1,4 @@
-"""A Llama-style adapted decoder as one decoding step wants it: one token a row, in five kernels per block.
+"""A Llama-style adapted decoder as one decoding step wants it: one token per row, in five kernels per block.
 
 Not measured on a GPU yet, so ``accelerate`` does not choose it: pass it as ``one_token``. Legend: B rows, D width.
 """

@@ -1,4 +1,4 @@
-"""A native model as one decoding step wants it: the same blocks, one token a row, in five kernels per block."""
+"""A native model as one decoding step wants it: the same blocks, one token per row, in five kernels per block."""
 
 from __future__ import annotations
 

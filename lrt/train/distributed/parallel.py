@@ -93,12 +93,30 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    model.reduces_once = config.reduces_once
+    _gather_ahead(model)
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
+
+
+def _gather_ahead(model: Any) -> None:
+    """Have every block gather what the next one needs, its token table first, while it computes.
+
+    FSDP gathers a module when it is called, one ahead of what it waits for. A table is looked up in an instant, so the
+    gathering of its block, which begins with that lookup, would have nothing to run beside.
+    """
+    backbone, blocks = model.backbone, model.blocks
+    tables = [
+        [backbone.value_embeddings[key]] if (key := str(i)) in backbone.value_embeddings else []
+        for i in range(len(blocks))
+    ]
+    needs = [[*table, block] for table, block in zip(tables, blocks)]
+    if not _is_tied(model):
+        needs = [[backbone.embedding, *needs[0]], *needs[1:], [backbone.head]]
+    for module, following in zip((model, *blocks), needs):
+        module.set_modules_to_forward_prefetch(following)
 
 
 def _is_tied(model: Any) -> bool:
@@ -125,14 +143,12 @@ def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
 
 
 def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
-    """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
+    """Say whether the coming backward of a sharded model reduces gradients; otherwise they are added up where they are.
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
     blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
     "after_forward"`` needs less GPU memory and always reduces.
     """
-    if not getattr(model, "reduces_once", False):
-        return
     model.set_requires_gradient_sync(now)
     if not now and schedule.token_compute == 1 and model.memory_projection is not None:
         # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
