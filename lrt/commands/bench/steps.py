@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lrt.commands.bench.suites import Suite
 from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
 from lrt.data import Batch, build_loader, load_tokenizer
+from lrt.model import LatentRecurrentModel
 from lrt.train.distributed.graphs import Runner, forward_backward
 from lrt.train.distributed.parallel import free_gathered, reduce_gradients
 from lrt.train.distributed.world import World
+from lrt.train.optim.groups import MuonAdamW
 from lrt.train.step import train_step
+from lrt.types import Schedule
 
 
 def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: ParallelConfig) -> Recipe:
@@ -32,7 +35,7 @@ def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: Paral
 class Built(NamedTuple):
     """A model ready to step, and what runs it."""
 
-    model: Any
+    model: LatentRecurrentModel
     runner: Runner | None
 
     @property
@@ -48,7 +51,9 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1) -> Callable[[], None]:
+def bare_step(
+    built: Built, schedule: Schedule, suite: Suite, world: World, *, accumulation: int = 1
+) -> Callable[[], None]:
     """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
     parameters = list(built.model.parameters())
@@ -74,7 +79,7 @@ def bare_step(built: Built, schedule: Any, suite: Suite, world: World, *, accumu
 
 
 def whole_step(
-    built: Built, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
+    built: Built, schedule: Schedule, recipe: Recipe, world: World, optimizer: MuonAdamW, *, accumulation: int
 ) -> Callable[[], None]:
     """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     rows = recipe.training.micro_batch

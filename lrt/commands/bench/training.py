@@ -21,7 +21,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ RECIPE_TOKENS = 524288  # of a step by the recipes
 # ------------------------------------------------------------------ a suite
 
 
-def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Built:
+def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: tuple[int, int] | None) -> Built:
     """The model under the plan that the options name."""
     runner = None
     if options.plan.startswith("fsdp"):
