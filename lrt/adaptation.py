@@ -132,7 +132,7 @@ def _spread(model: LatentRecurrentModel) -> None:
         return
     for block, device in zip(model.blocks, devices):
         block.register_forward_pre_hook(lambda module, args, device=device: on_device(args, device))
-        block.refresh = partial(_refresh_on, block.refresh, device)
+        block.__dict__["refresh"] = partial(_refresh_on, block.refresh, device)
     for module in (model.memory_projection, model.injection):
         if module is not None:
             module.register_forward_pre_hook(lambda module, args: on_device(args, next(module.parameters()).device))

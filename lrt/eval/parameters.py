@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lrt.model import LatentRecurrentModel
+from lrt.recurrence import AlignedProjection, ProjectedInjection
 
 
 @torch.no_grad()
@@ -22,17 +23,18 @@ def recurrence_statistics(model: LatentRecurrentModel) -> dict[str, list[float]]
     found: dict[str, list[float]] = {}
     if model.injection is not None:
         found["gains"] = _whole(model.injection.gains).tolist()
-    if model.recurrence.residual == "projected":
+    if isinstance(model.injection, ProjectedInjection):
         found["residual_map_rms"] = [_rms(model.injection.map.weight)]
     blocks = [model.blocks[index] for index in model.receivers]
     gates = [block.gate for block in blocks if block.gate is not None]
     if gates:
         found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    shared = [] if model.memory_projection is None else [model.memory_projection]
-    pairs = shared or [block.projection for block in blocks if block.projection is not None]
-    if model.recurrence.projection == "aligned":
-        found["map_rms"] = [_rms(model.memory_projection.map.weight)]
-    elif pairs:
+    shared = model.memory_projection
+    if isinstance(shared, AlignedProjection):
+        found["map_rms"] = [_rms(shared.map.weight)]
+        return found | _scales(model)
+    pairs = [shared] if shared is not None else [block.projection for block in blocks if block.projection is not None]
+    if pairs:
         found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
         found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
     return found | _scales(model)

@@ -98,7 +98,7 @@ class Parts(LatentRecurrentModel):
         self.gradient_checkpointing_disable()
         # their forward alone, not a module around each: PEFT reads names of modules
         for block in list(self.blocks)[::every_n_layers]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the activations of every block again."""

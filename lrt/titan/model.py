@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from lrt.train.horizon import mean_flops
 from lrt.train.optim.groups import MEMORY_GROUPS, is_memory
 from lrt.train.timetable import plan_timetable
 from lrt.types import Backbone, Block, Device
+from lrt.recurrence import RecurrentBlock
 
 DESCRIPTION = "lrt_titan.json"  # in the job's dump folder: which model its checkpoints hold
 
@@ -178,7 +179,8 @@ def _checkpoint(model: Trainee, config: Theirs) -> None:
     by_operation = config.mode == "selective" and config.selective_ac_option == "op"
     every = 1 if config.mode == "full" or by_operation else _every(config.selective_ac_option)
     for index in range(every - 1, len(model.blocks), every):
-        model.blocks[index] = checkpointed(model.blocks[index], selective=by_operation)
+        wrapped = checkpointed(model.blocks[index], selective=by_operation)
+        model.blocks[index] = cast(RecurrentBlock, wrapped)
 
 
 def _every(option: str) -> int:

@@ -176,7 +176,8 @@ def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
 def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:
     """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one
     shape."""
-    modules = [module for module in (model.blocks, model.memory_projection, model.injection) if module is not None]
+    parts = (*model.blocks, model.memory_projection, model.injection)
+    modules = [module for module in parts if module is not None]
     shapes = Counter(
         tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad
     )
