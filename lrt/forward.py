@@ -88,7 +88,7 @@ def run_blocks(
         start, stop: run only these blocks (zero-based, half open).
         keep_kv: also return the keys and values of every block that ran.
         keep_inputs: also return the input of every block that ran.
-        share: applied to the tuples of tensors that the blocks read, one per block, of which several may hold one tensor.
+        share: applied to the tuples of tensors that the blocks read, one per block; several may hold one tensor.
 
     Returns:
         Output of the last block that ran, memory, keys and values of these positions.

@@ -115,7 +115,7 @@ class Chunked:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Schedules of which each step draws one; see ``mixture``."""
+    """Several schedules; each step draws one. See ``mixture``."""
 
     members: tuple[tuple[float, Schedule], ...]  # (share of the steps, schedule)
 

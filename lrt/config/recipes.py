@@ -4,10 +4,10 @@ A recipe file holds only what differs from the defaults. ``base = "other.toml"``
 recipe, and ``--set a.b=c`` overrides a single value. All mistakes of a recipe are collected and reported together.
 
 Three layers, each over the one before: the base, the file, all overrides. A layer that gives a horizon
-(``training.steps``, ``tokens`` or ``tokens_per_parameter``) replaces the horizon below it; one that gives
-``schedule.kind`` (``optimizer.kind``, ``training.lr_schedule``) leaves behind what it inherits and does not use:
-``schedule.kind=refine`` over a file with ``subsets = 4`` is no mistake. Such a key beside its kind or above it is one,
-unless it has the default's value.
+(``training.steps``, ``tokens``, ``tokens_per_parameter`` or ``compute``) replaces the horizon below it. A layer that
+gives ``schedule.kind`` (``optimizer.kind``, ``training.lr_schedule``) drops inherited keys that the new kind does not
+use: ``schedule.kind=refine`` over a file with ``subsets = 4`` is no mistake. Such a key beside its kind or above it is
+a mistake, unless it has the default's value.
 """
 
 from __future__ import annotations

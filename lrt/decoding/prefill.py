@@ -213,7 +213,11 @@ class FixedPoint:
 
 
 def exact() -> Prefill:
-    """The prompt token by token: true recurrence, the library's default."""
+    """Run a prompt token by token: true recurrence, the library's default.
+
+    Returns:
+        A method for ``run`` and ``lrt.generate``; every position is exact.
+    """
     return Exact()
 
 
@@ -222,7 +226,10 @@ def refine(k: int, *, chunk: int | None = None) -> Prefill:
 
     Args:
         k: refinements.
-        chunk: tokens in flight at once, to bound memory; None = the whole prompt.
+        chunk: tokens in flight at once, which bounds GPU memory; None = the whole prompt.
+
+    Returns:
+        A method for ``run`` and ``lrt.generate``.
 
     Raises:
         ValueError: k below 1.
@@ -237,15 +244,18 @@ def fixed_point(
 ) -> Prefill:
     """A parallel forward, then sweeps over ``groups`` interleaved subsets until the memory settles.
 
-    After n sweeps groups * n + 1 positions are exact; they and the rows that have settled are not swept again
-    (recorded passes of an accelerated model compute them along and drop the result).
+    After n sweeps groups * n + 1 positions are exact. They are not swept again, and neither are rows that have settled;
+    recorded passes of an accelerated model compute them along and drop the result.
 
     Args:
-        groups: subsets of a sweep; the default is the fastest on a GPU (docs/generate.md).
+        groups: subsets of a sweep; the default is the fastest on a GPU (docs/prefill.md).
         tol: a row stops when the largest relative change of its memory in a sweep is at most this; None = the
-            measured default of the dtype (docs/generate.md). A small residual does not bound the error.
+            measured default of the dtype (docs/prefill.md). A small residual does not bound the error.
         max_sweeps: stop there, converged or not; None = go on until everything is exact.
-        chunk: tokens in flight at once, to bound memory; None = the whole prompt.
+        chunk: tokens in flight at once, which bounds GPU memory; None = the whole prompt.
+
+    Returns:
+        A method for ``run`` and ``lrt.generate``.
 
     Raises:
         ValueError: groups or max_sweeps below 1, or tol not above 0.

@@ -169,7 +169,9 @@ class _ChangedBlock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: object, kv: object) -> tuple[Tensor, ...]:
+    def __call__(
+        self, hidden: Tensor, memory: MemoryInput | None, context: object, kv: object, keep_kv: bool = True
+    ) -> tuple[Tensor, ...]:
         assert memory is not None
         states = {part: self._changed.get(part, memory.state) for part in PARTS}
         into_keys, residual = (memory_inputs(self._model, states[part])[self._index] for part in PARTS)
@@ -179,7 +181,7 @@ class _ChangedBlock:
             block = copy.copy(block)
             block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
         mixed = residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned)
-        out: tuple[Tensor, ...] = block(hidden, mixed, context, kv)
+        out: tuple[Tensor, ...] = block(hidden, mixed, context, kv, keep_kv)
         return out
 
 

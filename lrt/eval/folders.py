@@ -247,7 +247,7 @@ def row_length_of(model: LatentRecurrentModel) -> int:
 
 
 def rows_that_fit(model: LatentRecurrentModel, length: int) -> int:
-    """Rows of a batch: few on a CPU, on a GPU as many as its free memory holds keys and values of."""
+    """Rows of a batch: few on a CPU, on a GPU as many as fit keys and values into its free GPU memory."""
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
         return ROWS_ON_CPU

@@ -2,7 +2,7 @@
 
 Local and remote gates, memory, token values, RoPE and QK-norm are a few operations a number. Written out in torch the
 compiler makes several kernels of them, and one in the backward that joins the gradients of queries, keys and values
-at less than half of the memory's speed. Here every number is read and written once.
+at less than half of the GPU memory's bandwidth. Here every number is read and written once.
 
 Legend: B batch, P positions, H query heads, G key/value heads, K head width, N columns of the joint projection.
 """

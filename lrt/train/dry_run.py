@@ -29,7 +29,7 @@ RECURRENT_PASS, LOGIT_BYTES = 1.05, 4.0
 
 
 class Memory(NamedTuple):
-    """Expected memory of one GPU in GiB, by what it holds."""
+    """Expected GPU memory of one GPU in GiB, by what it holds."""
 
     masters: float  # float32 parameters, this rank's rows
     copies: float  # parameters in the dtype of the computation: gathered ones, or the working copy of one GPU

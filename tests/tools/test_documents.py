@@ -8,20 +8,25 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from hf_decoders import make
 from pages import ROOT, blocks
-from runs import TINY
+from runs import TINY, tiny
 
 import lrt
 from lrt.__main__ import COMMANDS
 from lrt.config.settings import Recipe
+from lrt.data import load_tokenizer
 from lrt.train.horizon import shards_of
+from lrt.train.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +94,29 @@ def test_every_public_name_is_in_the_api(reference):
     assert "::: lrt.decoding.prefill\n" in page  # a module: shown with its functions
 
 
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path):
+    """CONTRIBUTING.md's command, with the extra docs; every page of the nav is a page of the site."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(build, cwd=ROOT, env=given, capture_output=True, text=True, timeout=300, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = re.findall(r": (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(pages) > 20 and all((tmp_path / f"{page}.html").is_file() for page in pages)
+
+
 # ------------------------------------------------------------------ blocks of Python
 
 
-def run_page(page: str, scope: dict | None = None) -> list[str]:
-    """Run every block of a page, one after the other, as a reader would; what each of them prints."""
+def run_page(page: str, scope: dict | None = None, *, without: str = "!never!") -> list[str]:
+    """Run every block of a page, one after the other, as a reader would; what each of them prints.
+
+    Args:
+        scope: names that the page does not make itself.
+        without: blocks that hold this are not run.
+    """
     scope, printed = {} if scope is None else scope, []
-    for block in blocks(page, holding=""):
+    for block in (block for block in blocks(page, holding="") if without not in block):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(block, scope)  # noqa: S102
@@ -139,6 +160,50 @@ def test_the_first_page_works_as_it_says():
     assert len(words) == 3
     for name, rest in words:
         lrt.load_recipe(name.strip("`."), overrides=re.findall(r"--set (\S+)", rest))
+
+
+def test_examples_of_adapting_run(tmp_path, monkeypatch):
+    """Tiny decoders stand for the pretrained ones; trainers of others have tests of their own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+
+    monkeypatch.chdir(tmp_path)
+    kinds, read = {"smollm2": "llama", "gemma-3": "gemma3", "gpt2": "gpt2"}, AutoModelForCausalLM.from_pretrained
+
+    def pretrained(name, **options):
+        return make(kinds[name], dtype=torch.float32) if name in kinds else read(name, **options)
+
+    tokens = BatchEncoding({"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9, dtype=torch.int64)})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", pretrained)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: lambda text, return_tensors: tokens)
+    scope = {}
+    for block in blocks("adapt.md", holding="")[:4]:
+        exec(block, scope)  # noqa: S102
+    assert scope["model"] is not None and type(scope["decoder"]).__name__ == "LlamaForCausalLM"
+    assert all((tmp_path / name / "config.json").is_file() for name in ("smollm2-lrt", "folder", "memory"))
+
+
+def test_examples_of_generating_run(tmp_path, monkeypatch):
+    """All but the one that needs a GPU; the names that the page leaves to its reader are given here."""
+    monkeypatch.chdir(tmp_path)
+    small = ["model.n_layers=2", "model.width=32", "model.window_pattern=L"]
+    lrt.save(lrt.build(lrt.load_recipe("lrt_tiny", overrides=small)), "runs/lrt_tiny/export")
+    tokens = torch.randint(256, (3, 64))
+    scope = {"prompt": tokens[:1], "question": tokens[:1, :4], "tokens": tokens, "next_tokens": tokens[:, :4]}
+    scope |= {"prompts": tokens[:2, :8], "mask": torch.ones(2, 8), "eos": 256, "queue": [tokens[2, :6]]}
+    scope["tokenizer"] = load_tokenizer("bytes")
+    printed = run_page("generate.md", scope, without="cuda")
+    assert "sweeps" in printed[2] and int(scope["more"].state.lengths[0]) == 68 and not scope["queue"]
+
+
+def test_examples_of_evaluating_run(tmp_path, monkeypatch):
+    """A trained run and its documents; the same run twice stands for two."""
+    monkeypatch.chdir(tmp_path)
+    train(tiny("runs", **{"run.name": "lrt_tiny", "evaluation.sample_tokens": "0"}))
+    for name in ("baseline", "lrt"):
+        shutil.copytree("runs/lrt_tiny", f"runs/{name}")
+    Path("my_text.txt").write_text("The same text, twice.\n\nThe same text, twice.\n" * 20)
+    interval, table = run_page("evaluate.md", {"torch": torch})
+    assert interval.startswith("Interval(value=") and "decode" in table
 
 
 def test_the_ten_lines_of_the_readme_run_as_they_stand():
@@ -187,7 +252,19 @@ def test_the_recipe_of_the_page_about_own_data_is_one(tmp_path):
     assert mine.model == twin.model and mine.recurrence is not None and twin.recurrence is None
 
 
-# ------------------------------------------------------------------ the log
+# ------------------------------------------------------------------ claims, measurements and the log
+
+
+def test_numbers_of_the_readme_stand_on_the_pages_that_it_names():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| \[.+?\]\(([^)#]+)[^)]*\) \|$", readme, re.MULTILINE)
+    numbers = [(number, page) for _, claimed, page in rows for number in re.findall(r"\d+\.\d+", claimed)]
+    assert len(rows) == 12 and len(numbers) > 10
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for _, _, page in rows}
+    assert [(number, page) for number, page in numbers if number not in pages[page]] == []
+    families = pages["docs/adapt.md"].split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    configurations = families.count("| logits, loss, gradients bit for bit |")
+    assert f"bit for bit in {configurations} configurations" in readme
 
 
 def test_the_log_is_newest_first_and_its_index_names_every_entry():

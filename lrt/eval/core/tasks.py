@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Item:
-    """A question: contexts with their continuations, of which number ``gold`` is right; a text to continue has one."""
+    """A question: contexts with their continuations. Number ``gold`` is right. A text to continue has one."""
 
     options: tuple[tuple[str, str], ...]
     gold: int

@@ -129,7 +129,7 @@ def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
     blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
-    "after_forward"`` needs less memory and always reduces.
+    "after_forward"`` needs less GPU memory and always reduces.
     """
     if not getattr(model, "reduces_once", False):
         return

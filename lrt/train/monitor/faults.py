@@ -34,7 +34,8 @@ class NotSavedError(RuntimeError):
 class StopSignal:
     """SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and a clean end; a second Ctrl-C ends at once.
 
-    So does the end of torchrun, which a signal that it does not know ends at once: nobody would watch or end its ranks.
+    Losing torchrun counts as a stop request too: a signal that it does not handle ends it at once, and nothing would
+    then supervise its ranks.
     Used as a context; outside it, and outside the main thread, no handler is changed.
     """
 

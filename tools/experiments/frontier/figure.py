@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrt.eval.figures import COLOURS, figure
 
@@ -30,13 +31,37 @@ SHOWN = {  # settings of the figure
 }
 
 
-def runs() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (HERE / "results.jsonl").read_text().splitlines()]
+class Point(NamedTuple):
+    """One setting at one budget, its seeds together."""
+
+    label: str
+    steps: int
+    cost: float
+    bpb: dict[str, float]  # by memory mode
+    spread: float | None  # deviation of decode over seeds; None with one seed
+    seeds: int
+    commits: str
 
 
-def curve(records: list[dict[str, Any]]) -> dict[float, float]:
+def points() -> list[Point]:
+    """The runs of results.jsonl, seeds of a setting and a budget as one point, by budget and by score."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for line in (HERE / "results.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        groups.setdefault((run["label"], run["steps"]), []).append(run)
+    found = []
+    for (label, steps), group in groups.items():
+        bpb = {mode: statistics.mean(run["bpb"][mode] for run in group) for mode in ("zero", "parallel", "decode")}
+        spread = statistics.stdev(run["bpb"]["decode"] for run in group) if len(group) > 1 else None
+        commits = ", ".join(sorted({run["commit"] for run in group}))
+        cost = statistics.mean(run["cost"] for run in group)
+        found.append(Point(label, steps, cost, bpb, spread, len(group), commits))
+    return sorted(found, key=lambda point: (point.steps, point.bpb["decode"]))
+
+
+def curve(found: list[Point]) -> dict[float, float]:
     """Bits per byte of the plain model by cost."""
-    return {r["cost"]: r["bpb"]["decode"] for r in sorted(records, key=lambda r: r["cost"]) if r["label"] == "plain"}
+    return {p.cost: p.bpb["decode"] for p in sorted(found, key=lambda p: p.cost) if p.label == "plain"}
 
 
 def at(plain: Mapping[float, float], cost: float) -> float:
@@ -46,38 +71,39 @@ def at(plain: Mapping[float, float], cost: float) -> float:
     return plain[low] + (plain[high] - plain[low]) * math.log(cost / low) / math.log(high / low)
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: every run against the plain model of equal compute and of equal tokens."""
-    plain, steps = curve(records), {r["steps"]: r["cost"] for r in records if r["label"] == "plain"}
+def table(found: list[Point]) -> str:
+    """Markdown: every setting against the plain model of equal compute and of equal tokens."""
+    plain, steps = curve(found), {p.steps: p.bpb["decode"] for p in found if p.label == "plain"}
     lines = [
-        "| schedule | steps | cost | zero | parallel | **decode** | plain at this cost | at equal compute | at "
-        "equal tokens | commit |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| schedule | steps | seeds | cost | zero | parallel | **decode** | plain at this cost | at equal compute | "
+        "at equal tokens | commit |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in records:
-        zero, parallel, decode = (r["bpb"][mode] for mode in ("zero", "parallel", "decode"))
-        row = f"| {r['label']} | {r['steps']:,} | {r['cost']:.2f} |"
-        if r["label"].startswith("plain,") or r["label"] == "plain":
-            lines.append(f"{row} | | **{decode:.4f}** | | | | {r['commit']} |")
+    for p in found:
+        decode, spread = p.bpb["decode"], "" if p.spread is None else f" ±{p.spread:.4f}"
+        row = f"| {p.label} | {p.steps:,} | {p.seeds} | {p.cost:.2f} |"
+        if p.label.startswith("plain,") or p.label == "plain":
+            lines.append(f"{row} | | **{decode:.4f}**{spread} | | | | {p.commits} |")
             continue
-        twin, same = at(plain, r["cost"]), plain[steps[r["steps"]]]
-        scores = f" {zero:.4f} | {parallel:.4f} | **{decode:.4f}** | {twin:.4f} |"
+        twin, same = at(plain, p.cost), steps[p.steps]
+        scores = f" {p.bpb['zero']:.4f} | {p.bpb['parallel']:.4f} | **{decode:.4f}**{spread} | {twin:.4f} |"
         gains = f" {100 * (decode / twin - 1):+.2f} % | {100 * (decode / same - 1):+.2f} % |"
-        lines.append(f"{row}{scores}{gains} {r['commit']} |")
+        lines.append(f"{row}{scores}{gains} {p.commits} |")
     return "\n".join(lines)
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
+def draw(found: list[Point], path: Path) -> None:
     """Bits per byte in ``decode`` against training compute and against tokens."""
-    plain = curve(records)
+    plain = curve(found)
     with figure(path, rows=1, columns=2, size=(10, 4.8)) as axes:
         for panel, by in zip(axes[0], ("cost", "steps")):
             unit = 1 if by == "cost" else EPOCH
-            twins = sorted((r[by] / unit, r["bpb"]["decode"]) for r in records if r["label"] == "plain")
-            panel.plot(*zip(*twins), color="#606060", marker=".", label="plain model")
-            for (label, marker), colour in zip(SHOWN.items(), COLOURS):
-                points = sorted((r[by] / unit, r["bpb"]["decode"]) for r in records if r["label"] == label)
-                panel.plot(*zip(*points), color=colour, marker=marker, label=f"LRT: {label}")
+            for (label, marker), colour in zip({"plain": ".", **SHOWN}.items(), ("#606060", *COLOURS)):
+                chosen = sorted((p for p in found if p.label == label), key=lambda p: p.steps)
+                places = [getattr(p, by) / unit for p in chosen]
+                scores, spreads = [p.bpb["decode"] for p in chosen], [p.spread or 0.0 for p in chosen]
+                name = "plain model" if label == "plain" else f"LRT: {label}"
+                panel.errorbar(places, scores, yerr=spreads, color=colour, marker=marker, capsize=3, label=name)
             panel.set(
                 xscale="log",
                 ylabel="bits per byte, decode",
@@ -94,6 +120,6 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        draw(runs(), Path(sys.argv[1]))
+        draw(points(), Path(sys.argv[1]))
     else:
-        print(table(runs()))
+        print(table(points()))
