@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrt.attention import Mask
 from lrt.engine.plain import Engine, Entries, Stores, dtype_of

@@ -176,10 +176,10 @@ class _ChangedBlock:
         states = {part: self._changed.get(part, memory.state) for part in PARTS}
         into_keys, residual = (memory_inputs(self._model, states[part])[self._index] for part in PARTS)
         assert into_keys is not None and residual is not None
-        block = self._block
-        if block.projection is not None:  # of its own: it would read the state that the residual gets
+        block, own = self._block, self._block.projection
+        if own is not None:  # it would read the state that the residual gets
             block = copy.copy(block)
-            block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
+            block._modules = {**block._modules, "projection": _Given(own(states[PARTS[0]]))}
         mixed = residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned)
         out: tuple[Tensor, ...] = block(hidden, mixed, context, kv, keep_kv)
         return out

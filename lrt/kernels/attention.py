@@ -20,15 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import FlexKernelOptions
-
 
 if TYPE_CHECKING:  # FlexAttention brings the compiler along, a second of every start, so it is imported where it runs
     from torch.nn.attention.flex_attention import BlockMask
@@ -38,7 +34,7 @@ HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # FlexAttention skips blocks of this many queries and keys
 # Of FlexAttention's forward on Hopper, heads of 128: 9 % less time than its own choice (docs/log.md, 16).
 # Its backward has no better.
-TILES: FlexKernelOptions = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
+TILES: Any = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 
 
 class Reach(NamedTuple):

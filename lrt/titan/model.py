@@ -23,6 +23,7 @@ from lrt.backbone import Decoder
 from lrt.config import ParallelConfig, Recipe
 from lrt.model import LatentRecurrentModel, build
 from lrt.outcome import by_group
+from lrt.recurrence import RecurrentBlock
 from lrt.schedules import from_config, single
 from lrt.serialization.description import config_of
 from lrt.tables import Table
@@ -35,7 +36,6 @@ from lrt.train.horizon import mean_flops
 from lrt.train.optim.groups import MEMORY_GROUPS, is_memory
 from lrt.train.timetable import plan_timetable
 from lrt.types import Backbone, Block, Device
-from lrt.recurrence import RecurrentBlock
 
 DESCRIPTION = "lrt_titan.json"  # in the job's dump folder: which model its checkpoints hold
 
