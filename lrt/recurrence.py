@@ -18,8 +18,8 @@ from lrt.types import (
     AlignableBlock,
     Block,
     BlockContext,
+    BlockOutput,
     Device,
-    Handed,
     KVStore,
     MemoryInput,
     Mixed,
@@ -273,7 +273,7 @@ class RecurrentBlock(nn.Module):
         context: BlockContext,
         kv: KVStore | None,
         keep_kv: bool = True,
-    ) -> tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]:
+    ) -> BlockOutput:
         """Run the block.
 
         Args:

@@ -208,6 +208,10 @@ class Backbone(Protocol):
         ...
 
 
+# hidden (B, P, D), key and value (B, P, G, K), which are None where nobody keeps them
+BlockOutput = tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]
+
+
 class PassBlock(Protocol):
     """A ``RecurrentBlock`` as passes call it."""
 
@@ -222,7 +226,7 @@ class PassBlock(Protocol):
         kv: KVStore | None,
         keep_kv: bool = True,
         /,
-    ) -> tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]: ...
+    ) -> BlockOutput: ...
 
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: BlockContext, /) -> KV: ...
 
