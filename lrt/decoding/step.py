@@ -108,7 +108,7 @@ def keep_memory(state: DecodeState) -> None:
 
 
 def masked_caches(state: DecodeState) -> list[Cache]:
-    """The stores of one token a row: where its key goes, and which slots it sees."""
+    """The stores of one token per row: where its key goes, and which slots it sees."""
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     for key in state.keys:
         slots = key.shape[1]

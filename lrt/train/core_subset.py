@@ -50,9 +50,8 @@ def ask_core(run: Run, *, progress: Callable[[], None]) -> Table:
     if not run.core:
         return {}
     recipe, longest = run.recipe, run.recipe.model.sequence_length
-    model: Any = copy_on_every_rank(run.model, recipe, run.world) if run.world.sharded else run.model
-    if not run.world.sharded and run.runner is not None:
-        model = run.runner.refresh()
+    sharded = run.world.sharded
+    model: Any = copy_on_every_rank(run.model, recipe, run.world) if sharded else run.runner.refresh()
     training = model.training
     model.eval()
     mode = "zero" if model.recurrence is None else "decode"

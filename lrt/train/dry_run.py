@@ -102,7 +102,7 @@ def expected_memory(
     Args:
         recipe: of the run.
         model: its shapes, with ``requires_grad`` as it trains.
-        horizon: rows a forward, and forwards per step.
+        horizon: rows per forward, and forwards per step.
         world_size: GPUs.
         schedule: of the step; None = the model's.
     """

@@ -27,7 +27,6 @@ from lrt.tables import Table
 from lrt.train.core_subset import ask_core
 from lrt.train.distributed.parallel import free_gathered, fsdp_modules
 from lrt.train.distributed.world import World
-from lrt.train.monitor.faults import Heartbeat
 from lrt.train.run import Run
 from lrt.train.tuning import answer_problems
 
@@ -136,13 +135,13 @@ def _reshard_after_forward(model: nn.Module, reshard: bool) -> None:
         module.set_reshard_after_forward(reshard and module is not model, recurse=False)
 
 
-def evaluate_run(run: Run, heart: Heartbeat) -> Table:
+def evaluate_run(run: Run) -> Table:
     """Score the held-out rows and record everything that is known of the model at this step;
     every rank must call this."""
-    where = f"evaluation at step {run.state.step}"
+    heart, where = run.heart, f"evaluation at step {run.state.step}"
     heart.beat(where)
     began = time.perf_counter()
-    model = run.model if run.runner is None else run.runner.refresh()
+    model = run.runner.refresh()
     scores, activations, sources = evaluate(
         model,
         run.recipe,
@@ -174,6 +173,8 @@ def evaluate_run(run: Run, heart: Heartbeat) -> Table:
         "seconds": time.perf_counter() - began,
     }
     run.recorder.write(record)
+    for callback in run.callbacks:
+        callback.evaluated(run, record)
     for mode, found in answers.items():
         run.say(f"{'':>8} exact match, {mode}: {found.describe()}")
     if run.world.main and scores:

@@ -24,7 +24,7 @@ class Horizon(NamedTuple):
 
 
 def plan_horizon(recipe: Recipe, parameters: Parameters, *, world_size: int) -> Horizon:
-    """Turn the recipe's horizon into steps, and its batch into rows a forward.
+    """Turn the recipe's horizon into steps, and its batch into rows per forward.
 
     Args:
         recipe: ``training`` and ``model.sequence_length`` are read.

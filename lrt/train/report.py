@@ -11,22 +11,22 @@ from lrt.eval.runs import Record, read_records, scores_of
 from lrt.train.checkpoint.weights import export
 from lrt.train.evaluation import evaluate_run
 from lrt.train.monitor.curves import plot_curves
-from lrt.train.monitor.faults import Heartbeat, NonFiniteError, NotSavedError
+from lrt.train.monitor.faults import NonFiniteError, NotSavedError
 from lrt.train.monitor.host import data_was_the_limit, share_waited
 from lrt.train.monitor.metrics import core_lines, memory_table, source_lines
 from lrt.train.run import Run, RunResult
 from lrt.train.samples import decode_sample, write_sample
 
 
-def finish(run: Run, result: RunResult, heart: Heartbeat) -> RunResult:
+def finish(run: Run, result: RunResult) -> RunResult:
     """Evaluate, export, draw and print what a finished run is worth; every rank must call this."""
-    record = evaluate_run(run, heart)
+    record = evaluate_run(run)
     bad = [mode for mode, value in record["bpb"].items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
             f"bits per byte of the trained model are not finite (in mode {', '.join(bad)}), so nothing is exported"
         )
-    heart.beat("export")
+    run.heart.beat("export")
     exported = run.folder / "export" if run.recipe.checkpoint.export_at_end else None
     try:
         plain = export(run.model, run.recipe, exported, run.world, tokenizer=run.tokenizer, step=run.state.step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
 from lrt.eval.core import Questions
+from lrt.eval.runs import Record
 from lrt.tables import ReadTable
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.world import World
 from lrt.train.entrance import Entrance
 from lrt.train.horizon import Horizon
-from lrt.train.monitor.faults import FiniteGuard
+from lrt.train.monitor.faults import FiniteGuard, Heartbeat, StopSignal
 from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
@@ -68,12 +69,39 @@ class RunResult:
     sample: str | None = None
 
 
-@dataclass
+class Callback:
+    """What a caller of ``train`` does at points of a run: derive from it what is wanted, the rest does nothing.
+
+    Every rank calls it, so that what it does together with other ranks is done by all. An exception ends the run.
+    """
+
+    def opened(self, run: Run) -> None:
+        """All parts of the run are there, at the step from which it goes on."""
+
+    def stepped(self, run: Run) -> None:
+        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute it."""
+
+    def evaluated(self, run: Run, record: Record) -> None:
+        """Held-out data have been scored.
+
+        Args:
+            run: at this step.
+            record: what the sinks get of it.
+        """
+
+    def closed(self, run: Run, result: RunResult) -> None:
+        """The last checkpoint is written, and of a run that reached its end the evaluation and the export."""
+
+
+@dataclass(kw_only=True)
 class Run:
     """The parts of a run, put together once and used by the loop."""
 
     recipe: Recipe
     world: World
+    signals: StopSignal
+    heart: Heartbeat
+    callbacks: Sequence[Callback] = ()
     folder: Path
     horizon: Horizon
     parameters: Parameters
@@ -82,7 +110,7 @@ class Run:
     model: Any
     memory: tuple[nn.Parameter, ...]  # the parameters of the model's recurrence, which rest in plain phases
     entrance: Entrance | None
-    runner: Runner | None
+    runner: Runner
     optimizer: MuonAdamW
     tokenizer: Tokenizer
     loader: Any
@@ -96,3 +124,16 @@ class Run:
     sources: ReadTable = field(default_factory=dict)  # further held-out rows by name
     core: tuple[Questions, ...] = ()  # tasks of CORE
     tuning: Tuning | None = None  # of a run that tunes on conversations
+
+    def stop(self, why: str) -> None:
+        """Ask for a checkpoint and a clean end, as a signal does; one rank's word is enough.
+
+        Args:
+            why: ``RunResult.stopped`` on this rank.
+        """
+        self.signals.ask(why)
+
+    def tell(self, state: str) -> None:
+        """Write into run.json how this attempt ended."""
+        if self.told is not None:
+            self.told.end(state, step=self.state.step)

@@ -23,7 +23,7 @@ def record_sample(run: Run) -> None:
     if run.world.sharded:
         model: Any = export(run.model, run.recipe, None, run.world)
     else:
-        model = run.model if run.runner is None else run.runner.refresh()
+        model = run.runner.refresh()
     if model is not None:
         training = model.training
         model.eval()

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from lrt.data import Batch
 from lrt.loss import IGNORE
-from lrt.tables import Table
-from lrt.train.distributed.graphs import Runner, forward_backward
-from lrt.train.distributed.parallel import free_gathered, reduce_gradients
+from lrt.train.distributed.graphs import Runner
+from lrt.train.distributed.parallel import free_gathered
 from lrt.train.distributed.world import World
 from lrt.train.monitor.metrics import Late
 from lrt.train.optim.groups import MuonAdamW, clip_factor, gradient_norm
@@ -36,7 +35,7 @@ class StepNumbers(NamedTuple):
 
 
 def train_step(
-    model: nn.Module,
+    runner: Runner,
     optimizer: MuonAdamW,
     batches: Sequence[Batch],
     *,
@@ -45,13 +44,12 @@ def train_step(
     clip_norm: float | None,
     world: World,
     stop: bool = False,
-    runner: Runner | None = None,
     frozen: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Forward and backward over all micro-batches, then one update.
 
     Args:
-        model: in training mode, plain or parallel.
+        runner: runs forward and backward of a model in training mode, plain or parallel.
         optimizer: with the rates of this step.
         batches: this rank's micro-batches, on the device.
         schedule: passes of every forward.
@@ -59,7 +57,6 @@ def train_step(
         clip_norm: global gradient norm; None = no clipping.
         world: the processes.
         stop: this rank was asked to stop; every rank learns it from the result.
-        runner: of ``model``, runs its forward and backward; None = the model itself does, eagerly.
         frozen: parameters that this step leaves as they are, with their optimizer state; the norm does not count them.
 
     Returns:
@@ -71,20 +68,17 @@ def train_step(
     valid = world.total(torch.stack([(batch.targets != IGNORE).sum() for batch in batches]).sum())
     scores: Tensor | None = None
     for index, batch in enumerate(batches):
-        options: Table = {"schedule": schedule, "seed": seed, "valid_targets": valid}
-        last = index == len(batches) - 1
-        if runner is not None:
-            part = runner.forward_backward(batch.input_ids, batch.targets, **options, first=index == 0, last=last)
-        else:
-            reduce_gradients(model, schedule, now=last)
-            part = forward_backward(model, batch.input_ids, batch.targets, **options)
+        part = runner.forward_backward(
+            batch.input_ids, batch.targets, schedule=schedule, seed=seed, valid_targets=valid, first=index == 0,
+            last=index == len(batches) - 1,
+        )  # fmt: skip
         scores = part if scores is None else scores + part
-    free_gathered(model)
+    free_gathered(runner.model)
     for parameter in frozen:
         parameter.grad = None
     assert scores is not None
     scores = world.total(torch.cat([scores, scores.new_full((1,), float(stop))]))
-    norm = gradient_norm(model.parameters())
+    norm = gradient_norm(runner.model.parameters())
     finite = torch.isfinite(norm) & torch.isfinite(scores[0])
     optimizer.step(finite=finite, scale=None if clip_norm is None else clip_factor(norm, clip_norm=clip_norm))
     optimizer.zero_grad(set_to_none=True)

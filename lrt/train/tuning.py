@@ -57,7 +57,7 @@ def answer_problems(run: Any, progress: Callable[[], None]) -> dict[str, ExactMa
     if run.world.sharded:
         model: Any = export(run.model, run.recipe, None, run.world)
     else:
-        model = run.model if run.runner is None else run.runner.refresh()
+        model = run.runner.refresh()
     found: dict[str, ExactMatch] = {}
     if model is not None:
         training = model.training

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import tiny
 from torch._dynamo.utils import counters
 
 import lrt
@@ -17,8 +18,10 @@ from lrt.backbone import TokenTable
 from lrt.config import ModelConfig, ParallelConfig, Recipe, RecurrenceConfig
 from lrt.data import Batch
 from lrt.model import build
+from lrt.train import plan
+from lrt.train.checkpoint.starting_model import shapes_of
 from lrt.train.distributed import graphs
-from lrt.train.distributed.graphs import Captured, Place, Runner, make_runner, single_device, working_copy
+from lrt.train.distributed.graphs import Captured, Place, Runner, single_device, working_copy
 from lrt.train.distributed.world import World
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
 from lrt.train.step import train_step
@@ -157,6 +160,7 @@ def test_changing_schedules_compile_nothing_once_each_was_seen():
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     optimizer = MuonAdamW(parameter_groups(model.named_parameters(), recipe))
+    runner = Runner(model, model, graphs=False)
     mixed = lrt.mixture([(0.5, lrt.refine(1)), (0.3, lrt.interleaved(2)), (0.2, lrt.baseline())])
     table = Timetable((Stretch(0, 4, lrt.baseline(), 0), Stretch(4, 40, mixed, 0)), 1)
     seen, compiled = set(), {}
@@ -165,7 +169,7 @@ def test_changing_schedules_compile_nothing_once_each_was_seen():
         schedule, tokens = table.schedule(step), batch(step)
         frozen = tuple(model.memory_parameters().values()) if table.at(step).plain else ()
         train_step(
-            model,
+            runner,
             optimizer,
             [Batch(*tokens, ())],
             schedule=schedule,
@@ -302,18 +306,36 @@ class Nothing:
         pass
 
 
-def test_who_needs_a_runner(monkeypatch):
-    assert make_runner(small(), EAGER, ALONE) is None
+def test_what_runs_a_model_under_which_plan(monkeypatch):
+    recipe = tiny("unused")
+    model, runner = plan.build(recipe, ALONE)
+    assert runner.compute is runner.model is model and runner._graphs is None and runner.sums is None
+    model, runner = plan.build(recipe, World(0, 1, torch.device("cpu"), sharded=False, working_copy=True))
+    assert runner.compute is not model is runner.model and runner.sums is not None
     cuda = World(0, 2, torch.device("cuda", 0), sharded=True)
-    assert (
-        make_runner(small(), EAGER, cuda) is None
-        and make_runner(small(), ParallelConfig(cuda_graphs=False), cuda) is None
-    )
+    assert graphs.graphed(ParallelConfig(), cuda) and not graphs.graphed(ParallelConfig(), ALONE)
+    assert not graphs.graphed(EAGER, cuda) and not graphs.graphed(ParallelConfig(cuda_graphs=False), cuda)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    model = small()
-    runner = make_runner(model, ParallelConfig(), cuda)
+    runner = Runner(model, model, graphs=True)
     assert runner.compute is model and runner._graphs == {}
-    assert make_runner(small(), EAGER, World(0, 1, torch.device("cpu"), sharded=False, working_copy=True)) is not None
+
+
+def test_a_plain_native_model_is_built_once(monkeypatch):
+    """No second copy is made to be copied from; its values are those of ``lrt.build``, and shapes given are not made."""
+    recipe, made = tiny("unused"), []
+
+    def counted(*args, **more):
+        made.append(more.get("device"))
+        return build(*args, **more)
+
+    for place in ("lrt.train.plan.build_native", "lrt.train.checkpoint.starting_model.build"):
+        monkeypatch.setattr(place, counted)
+    for world in (ALONE, World(0, 1, torch.device("cpu"), sharded=False, working_copy=True)):
+        made.clear()
+        model, _ = plan.build(recipe, world, shapes=shapes_of(recipe))
+        assert [str(device) for device in made] == ["meta", "cpu"]
+        for (name, ours), theirs in zip(model.named_parameters(), build(recipe).parameters()):
+            assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.gpu

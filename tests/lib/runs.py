@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from lrt.config import parse_recipe
-from lrt.train import trainer
-from lrt.train.checkpoint import read_rest, weights
+from lrt.train import plan
+from lrt.train.checkpoint import read_rest
 from lrt.train.distributed.world import World
 from lrt.train.monitor.metrics import read_records
 
@@ -83,10 +83,10 @@ def files_equal(a, b, *, except_for=()):
 
 def poison(monkeypatch, *, bad):
     """Gradients of the given steps become NaN, as a bad batch would make them."""
-    made = weights.build_parallel
+    made = plan.build_parallel
 
-    def build(recipe, world):
-        model, calls = made(recipe, world), iter(range(1, 1000))
+    def build(recipe, world, **more):
+        model, calls = made(recipe, world, **more), iter(range(1, 1000))
 
         def count(module, args, output):
             if (
@@ -97,4 +97,4 @@ def poison(monkeypatch, *, bad):
         model.backbone.embedding.register_forward_hook(count)
         return model
 
-    monkeypatch.setattr(trainer, "build_parallel", build)
+    monkeypatch.setattr(plan, "build_parallel", build)

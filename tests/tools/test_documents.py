@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import os
@@ -280,6 +281,38 @@ def test_measurement_pages_begin_with_their_goals():
     for page in ("frontier", "results", "benchmarks", "decoding", "attention", "prefill"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0] == "Goals", page
+
+
+# ------------------------------------------------------------------ names and links
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module of lrt, or something in one; modules of extras are not imported."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = ".".join(parts[:end])
+        with contextlib.suppress(ModuleNotFoundError):  # its parent is no package
+            if importlib.util.find_spec(module) is not None:
+                break
+    place: object = importlib.import_module(module) if end < len(parts) else None
+    for attribute in parts[end:]:
+        if not hasattr(place, attribute):
+            return False
+        place = getattr(place, attribute)
+    return True
+
+
+def test_names_and_files_that_the_pages_speak_of_exist():
+    """The log keeps the names of its days."""
+    pages = [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    texts = {page.name: page.read_text(encoding="utf-8") for page in pages if page.name != "log.md"}
+    names = {(name, page) for page, text in texts.items() for name in re.findall(r"\blrt(?:\.[A-Za-z_]\w*)+", text)}
+    assert len(names) > 60 and [(name, page) for name, page in sorted(names) if not exists(name)] == []
+    shown = re.compile(r"\b(?:lrt|recipes|tools|tests)/[\w/]+\.(?:py|toml|md)\b")
+    files = {(file, page) for page, text in texts.items() for file in shown.findall(text)}
+    lost = [(file, page) for file, page in sorted(files) if not (ROOT / file).exists() and "NAME" not in file]
+    assert len(files) > 40 and lost == []
+    assert exists("lrt.prefill.run") and not exists("lrt.prefill.walk") and not exists("lrt.no_such_module.x")
 
 
 # ------------------------------------------------------------------ links

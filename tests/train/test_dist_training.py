@@ -28,7 +28,8 @@ from lrt.decoding.fast.acceleration import Accelerated
 from lrt.kernels import mixing
 from lrt.train import evaluation
 from lrt.train.checkpoint import CheckpointManager, latest, read_rest, read_tensors
-from lrt.train.checkpoint.weights import build_parallel, export, gather
+from lrt.train.checkpoint.saving import tensors_of
+from lrt.train.checkpoint.weights import export, gather
 from lrt.train.distributed import parallel
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.parallel import free_gathered, named_parameters
@@ -37,8 +38,8 @@ from lrt.train.evaluation import evaluate
 from lrt.train.optim import muon
 from lrt.train.optim.groups import MuonAdamW, gradient_norm, parameter_groups
 from lrt.train.optim.rates import rates_at
+from lrt.train.plan import Built, build, build_parallel
 from lrt.train.step import train_step
-from lrt.train.trainer import _tensors
 
 pytestmark = pytest.mark.dist
 SCHEDULES = {
@@ -111,14 +112,21 @@ def awake(model):
     return model
 
 
+def runner_of(recipe, world):
+    """What runs the recipe's model, all of whose parameters are random, in training mode."""
+    model, runner = build(recipe, world)
+    awake(model).train()
+    return runner
+
+
 def gradients(recipe, world, batches, schedule):
     """Loss and whole gradients, by the training step itself with an optimizer that only looks."""
-    return look(awake(build_parallel(recipe, world)).train(), world, batches, schedule)
+    return look(runner_of(recipe, world), world, batches, schedule)
 
 
-def look(model, world, batches, schedule, *, rate=0.0, runner=None):
+def look(runner, world, batches, schedule, *, rate=0.0):
     """The same for a model that is there, which then moves against its gradients."""
-    seen = {}
+    model, seen = runner.model, {}
 
     class Look:
         def step(self, finite, scale):
@@ -132,9 +140,7 @@ def look(model, world, batches, schedule, *, rate=0.0, runner=None):
             for p in model.parameters():
                 p.grad = None
 
-    return train_step(
-        model, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world, runner=runner
-    ), seen
+    return train_step(runner, Look(), batches, schedule=schedule, seed=1, clip_norm=None, world=world), seen
 
 
 @contextlib.contextmanager
@@ -163,12 +169,12 @@ def check_gradients(world, folder, plan, schedule):
 def check_replayed(world, folder):
     """The runner leaves the gradients of the sharded model: over one and four micro-batches, and after updates;
     on a GPU as CUDA graphs."""
-    ours, plain = (awake(build_parallel(recipe_of(), world)).train() for _ in range(2))
+    model, plain = runner_of(recipe_of(), world).model, runner_of(recipe_of(), world)
     batches = (micro_batches(world) * 2)[:4]
     for schedule in (lrt.interleaved(2), lrt.refine(1), lrt.baseline()):
-        runner = Runner(ours, ours, graphs=world.device.type == "cuda")
+        ours = Runner(model, model, graphs=world.device.type == "cuda", reduces_once=True)
         for count in (4, 1, 4):
-            numbers, seen = look(ours, world, batches[:count], schedule, rate=0.1, runner=runner)
+            numbers, seen = look(ours, world, batches[:count], schedule, rate=0.1)
             expected, gradients = look(plain, world, batches[:count], schedule, rate=0.1)
             torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
             assert seen.keys() == gradients.keys() and len(seen) > 10
@@ -177,13 +183,13 @@ def check_replayed(world, folder):
                     seen[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
                 )
         # outside the graph
-        scores = [m.score(batches[0].input_ids, batches[0].targets, schedule).detach() for m in (ours, plain)]
+        scores = [r.model.score(batches[0].input_ids, batches[0].targets, schedule).detach() for r in (ours, plain)]
         torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-5)
-        for m in (ours, plain):
-            free_gathered(m)
+        for runner in (ours, plain):
+            free_gathered(runner.model)
     uneven = [batches[0], Batch(batches[1].input_ids[:, :-1], batches[1].targets[:, :-1], ())]
     with pytest.raises(ValueError, match="another shape"):
-        look(ours, world, uneven, lrt.interleaved(2), runner=runner)
+        look(ours, world, uneven, lrt.interleaved(2))
 
 
 def check_reductions(world, folder):
@@ -195,8 +201,8 @@ def check_reductions(world, folder):
         ({"parallel.reshard": "after_forward"}, {4}),
         ({**half, "parallel.reduce_dtype": "bfloat16"}, {4}),  # otherwise micro-batches would be added up in bfloat16
     ):
-        model = awake(build_parallel(recipe_of(**more), world)).train()
-        reduced = []
+        runner = runner_of(recipe_of(**more), world)
+        model, reduced = runner.model, []
         for name, parameter in named_parameters(model):
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, reduced=reduced: reduced.append(name))
         batches = (micro_batches(world) * 2)[:4]
@@ -204,7 +210,7 @@ def check_reductions(world, folder):
         for schedule in (lrt.baseline(), lrt.chunked(T), lrt.interleaved(2), lrt.refine(1)):
             reduced.clear()
             nothing = SimpleNamespace(step=lambda **_: None, zero_grad=model.zero_grad)
-            train_step(model, nothing, batches, schedule=schedule, seed=1, clip_norm=None, world=world)
+            train_step(runner, nothing, batches, schedule=schedule, seed=1, clip_norm=None, world=world)
             assert {reduced.count(name) for name in reduced} <= times and len(set(reduced)) > 10, (
                 more,
                 schedule,
@@ -229,20 +235,20 @@ def check_operator(world, folder):
         backbone.usable, mixing._forward = before
 
 
-def one_step(model, optimizer, batches, world, seed=0, stop=False):
+def one_step(runner, optimizer, batches, world, seed=0, stop=False):
     return train_step(
-        model, optimizer, batches, schedule=lrt.interleaved(2), seed=seed, clip_norm=1.0, world=world, stop=stop
+        runner, optimizer, batches, schedule=lrt.interleaved(2), seed=seed, clip_norm=1.0, world=world, stop=stop
     )
 
 
 def steps(recipe, world, batches, count=4):
-    model = awake(build_parallel(recipe, world)).train()
-    optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
+    runner = runner_of(recipe, world)
+    optimizer = MuonAdamW(parameter_groups(named_parameters(runner.model), recipe))
     numbers = []
     for step in range(count):
         optimizer.set_rates(rates_at(step, total=10, training=recipe.training, optimizer=recipe.optimizer))
-        numbers.append(one_step(model, optimizer, batches, world, seed=step))
-    return model, optimizer, torch.stack(numbers)
+        numbers.append(one_step(runner, optimizer, batches, world, seed=step))
+    return Built(runner.model, runner), optimizer, torch.stack(numbers)
 
 
 def check_optimizer(world, folder):
@@ -257,8 +263,8 @@ def check_optimizer(world, folder):
 
 def _check_optimizer(world):
     recipe = recipe_of()
-    model, _, numbers = steps(recipe, world, micro_batches(world))
-    plain, _, expected = steps(recipe, alone(world), [rows(world)])
+    (model, _), _, numbers = steps(recipe, world, micro_batches(world))
+    (plain, _), _, expected = steps(recipe, alone(world), [rows(world)])
     torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-5)
     whole = gather(model, world)
     if world.main:
@@ -313,12 +319,12 @@ def poisoned_gradient(module, args, output):
 def check_skipped(world, folder):
     """A bad number on one rank skips the step on all, and nothing but the counter shows it."""
     recipe = recipe_of()
-    model, optimizer, numbers = steps(recipe, world, micro_batches(world), count=2)
-    before = {n: t.clone() for n, t in _tensors(model, optimizer).items()}
+    (model, runner), optimizer, numbers = steps(recipe, world, micro_batches(world), count=2)
+    before = {n: t.clone() for n, t in tensors_of(model, optimizer).items()}
     handle = model.backbone.embedding.register_forward_hook(poisoned_gradient) if world.rank == world.size - 1 else None
-    bad = one_step(model, optimizer, micro_batches(world), world)
+    bad = one_step(runner, optimizer, micro_batches(world), world)
     assert bad[2] == 0 and numbers[:, 2].eq(1).all()
-    for name, tensor in _tensors(model, optimizer).items():
+    for name, tensor in tensors_of(model, optimizer).items():
         same = (
             tensor.to_local().equal(before[name].to_local())
             if hasattr(tensor, "to_local")
@@ -327,22 +333,22 @@ def check_skipped(world, folder):
         assert same, name
     if handle is not None:
         handle.remove()
-    good = one_step(model, optimizer, micro_batches(world), world, stop=True)
+    good = one_step(runner, optimizer, micro_batches(world), world, stop=True)
     assert good[2] == 1 and good[3] == world.size
 
 
 def check_saved(world, folder):
     """What two ranks save, one process reads (see the test), and two ranks read what one process saved."""
     recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, world, micro_batches(world))
+    (model, _), optimizer, _ = steps(recipe, world, micro_batches(world))
     said, place = [], {"rank": world.rank, "world_size": world.size, "process_group": world.checkpoint_group}
     manager = CheckpointManager(folder / "two", config=CheckpointConfig(), recipe=recipe, report=said.append, **place)
-    manager.save(4, tensors=_tensors(model, optimizer), rank_state={"rank": world.rank}, meta={})
+    manager.save(4, tensors=tensors_of(model, optimizer), rank_state={"rank": world.rank}, meta={})
     assert manager.wait(), said
     whole = gather(model, world)
     if world.main:
         torch.save(whole, folder / "two.pt")
-    read = _tensors(model, optimizer)
+    read = tensors_of(model, optimizer)
     read_tensors(folder / "one" / "step_00000003", read, process_group=world.checkpoint_group)
     saved = torch.load(folder / "parent.pt", weights_only=True)
     assert saved.keys() == read.keys()
@@ -397,10 +403,10 @@ def _compiled(world):
     torch._dynamo.config.recompile_limit = parallel.GRAPHS  # as the plan sets it where it compiles
     with float64():
         for plan, schedule in (("after_step", "interleaved"), ("after_forward", "refine"), ("AC block", "interleaved")):
-            model = awake(build_parallel(recipe_of(**PLANS[plan]), world)).train()
-            for block in model.blocks:
+            runner = runner_of(recipe_of(**PLANS[plan]), world)
+            for block in runner.model.blocks:
                 block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-            numbers, seen = look(model, world, micro_batches(world), SCHEDULES[schedule])
+            numbers, seen = look(runner, world, micro_batches(world), SCHEDULES[schedule])
             expected, plain = gradients(recipe_of(), alone(world), [rows(world)], SCHEDULES[schedule])
             torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-6)
             assert seen.keys() == plain.keys()
@@ -419,8 +425,8 @@ def _compiled_on_gpu(world):
         for schedule in (lrt.interleaved(2), lrt.refine(1, weights=(0.0, 1.0))):
             _, exact = gradients(recipe_of(**shape, **more), world, batches, schedule)
             _, eager = gradients(recipe_of(**half, **more), world, batches, schedule)
-            model = awake(build_parallel(recipe_of(**half, **more, **{"parallel.compile": "true"}), world)).train()
-            _, seen = look(model, world, batches, schedule, runner=Runner(model, model, graphs=True))
+            runner = runner_of(recipe_of(**half, **more, **{"parallel.compile": "true"}), world)
+            _, seen = look(runner, world, batches, schedule)
             assert seen.keys() == eager.keys() == exact.keys()
             for name, gradient in exact.items():
                 far, near = ((g[name] - gradient).norm() / gradient.norm().clamp_min(1e-9) for g in (seen, eager))
@@ -447,8 +453,8 @@ def check_decoded(world, folder):
     training goes on after it."""
     gpu = world.device.type == "cuda"
     recipe = recipe_of(**{"model.width": 32, "model.n_heads": 2, "evaluation.modes": '["decode"]'})
-    model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
-    batch = rows(world)
+    runner, plain = runner_of(recipe, world), awake(build_parallel(recipe, alone(world))).train()
+    model, batch = runner.model, rows(world)
     given = batch.input_ids, batch.targets
     expected = plain.score(*given, lrt.sequential())[-1].detach()
     before, asked = (evaluation.accelerate, evaluation._token_by_token), []
@@ -471,7 +477,7 @@ def check_decoded(world, folder):
         float(expected.double().sum()) / scores["decode"].bytes / np.log(2), rel=1e-4
     )
     assert (
-        one_step(model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2]
+        one_step(runner, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world)[2]
         == 1
     )
 
@@ -528,7 +534,8 @@ def check_evaluation(world, folder):
     with float64():
         for sharing in ("shared", "layerwise"):
             recipe = recipe_of(**more, **{"recurrence.sharing": sharing})
-            model, plain = (awake(build_parallel(recipe, w)).train() for w in (world, alone(world)))
+            runner, plain = runner_of(recipe, world), awake(build_parallel(recipe, alone(world))).train()
+            model = runner.model
             for block in model.blocks:
                 block.compile(backend="eager", fullgraph=True, dynamic=False)
             nothing = {"progress": lambda: None}
@@ -548,7 +555,7 @@ def check_evaluation(world, folder):
             free_gathered(model)
             assert (
                 one_step(
-                    model, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world
+                    runner, MuonAdamW(parameter_groups(named_parameters(model), recipe)), micro_batches(world), world
                 )[2]
                 == 1
             )
@@ -633,10 +640,10 @@ def launch(folder, *, ranks, gpu):
 def launched(request, tmp_path_factory):
     folder, gpu = tmp_path_factory.mktemp("two_ranks"), request.param == "gpu"
     recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=3)
-    torch.save({n: t.clone() for n, t in _tensors(model, optimizer).items()}, folder / "parent.pt")
+    (model, _), optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=3)
+    torch.save({n: t.clone() for n, t in tensors_of(model, optimizer).items()}, folder / "parent.pt")
     manager = CheckpointManager(folder / "one", config=CheckpointConfig(), recipe=recipe)
-    manager.save(3, tensors=_tensors(model, optimizer), rank_state={}, meta={})
+    manager.save(3, tensors=tensors_of(model, optimizer), rank_state={}, meta={})
     assert manager.wait()
     return folder, launch(folder, ranks=2, gpu=gpu)
 
@@ -664,8 +671,8 @@ def test_one_process_reads_what_two_saved(launched):
     folder = launched[0]
     newest = latest(folder / "two")
     recipe = recipe_of()
-    model, optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=1)
-    read_tensors(newest, _tensors(model, optimizer))
+    (model, _), optimizer, _ = steps(recipe, ONE, [rows(ONE)], count=1)
+    read_tensors(newest, tensors_of(model, optimizer))
     saved = torch.load(folder / "two.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name]), name

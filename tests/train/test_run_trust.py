@@ -29,11 +29,11 @@ def before_step(monkeypatch, number, change):
     """Have ``change(model, optimizer)`` run before the step of this number."""
     step, calls = trainer.train_step, []
 
-    def changed(model, optimizer, *args, **settings):
+    def changed(runner, optimizer, *args, **settings):
         calls.append(1)
         if len(calls) == number:
-            change(model, optimizer)
-        return step(model, optimizer, *args, **settings)
+            change(runner.model, optimizer)
+        return step(runner, optimizer, *args, **settings)
 
     monkeypatch.setattr(trainer, "train_step", changed)
 

@@ -24,11 +24,11 @@ from lrt.config import parse_recipe
 from lrt.data import build_loader, load_tokenizer
 from lrt.loss import Scorer
 from lrt.train.checkpoint.starting_model import read_backbone, shapes_of
-from lrt.train.checkpoint.weights import build_parallel
-from lrt.train.distributed.graphs import forward_backward, single_device
+from lrt.train.distributed.graphs import single_device
 from lrt.train.distributed.parallel import checkpointed, free_gathered, named_parameters
 from lrt.train.distributed.world import open_world
 from lrt.train.dry_run import dry_run
+from lrt.train.plan import build
 from lrt.train.trainer import train
 
 LENGTH = 24
@@ -298,7 +298,7 @@ def test_a_sharded_run_is_the_same_run(folder, finished, tmp_path):
 
 def test_the_working_copy_of_one_gpu_keeps_ties(folder):
     recipe = recipe_for(folder, "unused", **{"parallel.param_dtype": "bfloat16"})
-    model = build_parallel(recipe, ONE)
+    model = build(recipe, ONE).model
     runner = single_device(model, recipe.parallel, ONE)
     assert runner.compute.backbone.head.weight is runner.compute.backbone.embedding.weight
     assert {p.dtype for p in runner.compute.parameters()} == {torch.bfloat16} and {
@@ -355,10 +355,10 @@ def two_ranks(folder):
 
 def numbers(recipe, world, ids):
     """Losses of two schedules, and every gradient of their sum."""
-    model, losses = build_parallel(recipe, world), []
+    (model, runner), losses = build(recipe, world), []
     for schedule in (lrt.refine(2), lrt.interleaved(3)):
-        part = forward_backward(
-            model, ids[:, :-1], ids[:, 1:], schedule=schedule, seed=0, valid_targets=torch.tensor(32)
+        part = runner.forward_backward(
+            ids[:, :-1], ids[:, 1:], schedule=schedule, seed=0, valid_targets=torch.tensor(32)
         )
         losses.append(world.total(part))
     free_gathered(model)

@@ -9,6 +9,7 @@ import torch
 from runs import tiny, train_records
 
 from lrt.train import trainer
+from lrt.train.checkpoint.saving import tensors_of
 from lrt.train.trainer import train
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -28,10 +29,10 @@ def before_step(monkeypatch, action):
     """Call ``action(number, model)`` before every step; what it returns is called after it."""
     real, calls = trainer.train_step, []
 
-    def step(model, *args, **settings):
+    def step(runner, *args, **settings):
         calls.append(1)
-        after = action(len(calls), model)
-        result = real(model, *args, **settings)
+        after = action(len(calls), runner.model)
+        result = real(runner, *args, **settings)
         if after is not None:
             after()
         return result
@@ -44,27 +45,25 @@ def test_a_stopped_run_goes_on_from_what_it_was(tmp_path, monkeypatch, device):
     sets = {**sets, "evaluation.sample_tokens": 0, "checkpoint.every": 0}
     whole = train(tiny(tmp_path / "whole", **sets))
     kept = []
-    real_save, real_loop = trainer._save, trainer._loop
+    real_save, real_loop = trainer.save_last, trainer.go_through
 
     def tensors(run):
-        return {
-            name: tensor.detach().cpu().clone() for name, tensor in trainer._tensors(run.model, run.optimizer).items()
-        }
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(run.model, run.optimizer).items()}
 
     def save(run):
         kept.append(tensors(run))
         real_save(run)
 
-    def loop(run, *args):
+    def loop(run):
         if kept:
             found = tensors(run)
             assert found.keys() == kept[0].keys() and all(torch.equal(found[name], kept[0][name]) for name in found)
             kept.append("compared")
-        return real_loop(run, *args)
+        return real_loop(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_save", save)
-        patch.setattr(trainer, "_loop", loop)
+        patch.setattr(trainer, "save_last", save)
+        patch.setattr(trainer, "go_through", loop)
         with monkeypatch.context() as stopping:
             before_step(stopping, lambda number, model: os.kill(os.getpid(), signal.SIGTERM) if number == 4 else None)
             stopped = train(tiny(tmp_path / "parts", **sets))

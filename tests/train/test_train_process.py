@@ -176,6 +176,7 @@ def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path):
 
 FULL_DISK = """
 import resource, sys
+from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 from runs import tiny, train_records
 from lrt.train import report, trainer
@@ -205,7 +206,7 @@ except NotSavedError as error:
 room()
 report.evaluate_run = evaluate
 assert trainer.train(recipe).bpb
-folder = trainer.Path({folder!r}) / "tiny"
+folder = Path({folder!r}) / "tiny"
 assert [r["step"] for r in train_records(folder)] == list(range(1, 11))
 assert (folder / "export" / "config.json").is_file() and not list(folder.glob(".*"))
 print("STEPS", len(calls))

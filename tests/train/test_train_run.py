@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lrt
 from lrt.config import load_recipe, parse_recipe
 from lrt.data import Batch
-from lrt.train import trainer
+from lrt.train import plan, trainer
 from lrt.train.checkpoint import latest, read_rest, step_of, weights
 from lrt.train.distributed.parallel import named_parameters, parallelize
 from lrt.train.monitor.faults import FiniteGuard, Heartbeat, NonFiniteError, StopSignal
@@ -94,7 +94,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
     sets = {"evaluation.every": 4, "evaluation.sample_tokens": 0, "checkpoint.asynchronous": "false"}
     whole = train(tiny(tmp_path / "whole", **sets))
 
-    def cut(run, heart):
+    def cut(run):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -249,17 +249,17 @@ class Reads(TorchDispatchMode):
 
 def test_a_step_reads_nothing_from_the_device():
     recipe = tiny("unused")
-    model = lrt.build(recipe).train()
+    model, runner = plan.build(recipe, ONE)
     optimizer = MuonAdamW(parameter_groups(model.named_parameters(), recipe))
     ids = torch.zeros(2, 32, dtype=torch.long)
     with Reads() as reads:
         numbers = train_step(
-            model, optimizer, [Batch(ids, ids, ())] * 2, schedule=lrt.interleaved(2), seed=0, clip_norm=1.0, world=ONE
+            runner, optimizer, [Batch(ids, ids, ())] * 2, schedule=lrt.interleaved(2), seed=0, clip_norm=1.0, world=ONE
         )
         checks = len(reads.places)
         numbers.sum().item()
     assert len(reads.places) == checks + 1
-    assert all("_check" in stack for stack in reads.places[:checks])  # token ids are looked at on the CPU only
+    assert all("check_ids" in stack for stack in reads.places[:checks])  # token ids are looked at on the CPU only
 
 
 # ------------------------------------------------------------------ bad input

@@ -101,15 +101,13 @@ def ours(name: str, options: argparse.Namespace, world: World, pool: tuple[int, 
         parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32", compile=cuda),
     )
     model.backbone.loss_chunk = recipe.parallel.loss_chunk
-    runner = single_device(model, recipe.parallel, world)
-    if pool is not None:
-        runner.pool = pool
+    runner = single_device(model, recipe.parallel, world, pool=pool)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
     rows = tokens_for(options, model.vocab_size, world.device)
     parts = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), "random")]
 
     def step() -> None:
-        train_step(model, optimizer, parts, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=runner)
+        train_step(runner, optimizer, parts, schedule=schedule, seed=1, clip_norm=1.0, world=world)
 
     sizes = [p.numel() * p.element_size() for p in (*model.parameters(), *runner.compute.parameters())]
     own = sum(sizes) + (0 if runner.sums is None else runner.sums.bytes)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from lrt.commands.bench.suites import Suite
 from lrt.config import DataConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, ScheduleConfig, TrainingConfig
 from lrt.data import Batch, build_loader, load_tokenizer
-from lrt.model import LatentRecurrentModel
-from lrt.train.distributed.graphs import Runner, forward_backward
-from lrt.train.distributed.parallel import free_gathered, reduce_gradients
+from lrt.train.distributed.graphs import Runner
+from lrt.train.distributed.parallel import free_gathered
 from lrt.train.distributed.world import World
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.step import train_step
@@ -32,18 +30,12 @@ def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: Paral
     )
 
 
-class Built(NamedTuple):
-    """A model ready to step, and what runs it."""
-
-    model: LatentRecurrentModel
-    runner: Runner | None
-
-    @property
-    def bytes(self) -> int:
-        modules = [self.model] if self.runner is None else [self.model, self.runner.compute]
-        tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
-        sums = 0 if self.runner is None or self.runner.sums is None else self.runner.sums.bytes
-        return sums + sum(t.numel() * t.element_size() for t in tensors.values())
+def held_bytes(runner: Runner) -> int:
+    """What a rank holds between steps: masters, working copy and sums."""
+    modules = (runner.model, runner.compute)
+    tensors = {id(p): getattr(p, "_local_tensor", p) for module in modules for p in module.parameters()}
+    sums = 0 if runner.sums is None else runner.sums.bytes
+    return sums + sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +44,11 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def bare_step(
-    built: Built, schedule: Schedule, suite: Suite, world: World, *, accumulation: int = 1
+    runner: Runner, schedule: Schedule, suite: Suite, world: World, *, accumulation: int = 1
 ) -> Callable[[], None]:
     """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
-    parameters = list(built.model.parameters())
+    parameters = list(runner.model.parameters())
     options = {
         "schedule": schedule,
         "seed": 1,
@@ -66,12 +58,8 @@ def bare_step(
     def step() -> None:
         for index in range(accumulation):
             first, last = index == 0, index == accumulation - 1
-            if built.runner is not None:
-                built.runner.forward_backward(tokens, targets, **options, first=first, last=last)
-            else:
-                reduce_gradients(built.model, schedule, now=last)
-                forward_backward(built.model, tokens, targets, **options)
-        free_gathered(built.model)
+            runner.forward_backward(tokens, targets, **options, first=first, last=last)
+        free_gathered(runner.model)
         for parameter in parameters:
             parameter.grad = None
 
@@ -79,7 +67,7 @@ def bare_step(
 
 
 def whole_step(
-    built: Built, schedule: Schedule, recipe: Recipe, world: World, optimizer: MuonAdamW, *, accumulation: int
+    runner: Runner, schedule: Schedule, recipe: Recipe, world: World, optimizer: MuonAdamW, *, accumulation: int
 ) -> Callable[[], None]:
     """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     rows = recipe.training.micro_batch
@@ -97,9 +85,7 @@ def whole_step(
         batches = [
             Batch(*(x.to(world.device, non_blocking=True) for x in (b.input_ids, b.targets)), b.source) for b in rows
         ]
-        train_step(
-            built.model, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world, runner=built.runner
-        )
+        train_step(runner, optimizer, batches, schedule=schedule, seed=1, clip_norm=1.0, world=world)
 
     return step
 

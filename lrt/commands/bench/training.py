@@ -25,14 +25,14 @@ from pathlib import Path
 import torch
 
 from lrt.accounting import peak_flops, training_flops
-from lrt.commands.bench.steps import Built, bare_step, official_step, recipe_of, whole_step
+from lrt.commands.bench.steps import bare_step, held_bytes, official_step, recipe_of, whole_step
 from lrt.commands.bench.suites import OFFICIAL, OFFICIAL_LRT, SUITES, VARIANTS, Suite, Variant, check, parser
 from lrt.commands.bench.timing import Subject, device_name, graph_count, profiled
 from lrt.config import ParallelConfig, Recipe, RecurrenceConfig
 from lrt.model import build
 from lrt.tables import Table
-from lrt.train.checkpoint.weights import build_parallel
-from lrt.train.distributed.graphs import Runner, single_device
+from lrt.train import plan
+from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
@@ -43,22 +43,16 @@ RECIPE_TOKENS = 524288  # of a step by the recipes
 # ------------------------------------------------------------------ a suite
 
 
-def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: tuple[int, int] | None) -> Built:
-    """The model under the plan that the options name."""
-    runner = None
-    if options.plan.startswith("fsdp"):
-        model = build_parallel(recipe, world).train()
-        if options.plan == "fsdp-graph":
-            runner = Runner(model, model, graphs=True)
-    else:
-        model = build(recipe, device=world.device).train()
-        runner = single_device(model, recipe.parallel, world)
-    if runner is not None and pool is not None:
-        runner.pool = pool  # graphs that take turns may share their memory
+def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: tuple[int, int] | None) -> Runner:
+    """What runs the recipe's model under the plan that the options name; graphs that take turns share ``pool``."""
+    parallel = dataclasses.replace(recipe.parallel, cuda_graphs=options.plan != "fsdp")
+    world = world if options.plan.startswith("fsdp") else dataclasses.replace(world, working_copy=True)
+    model, runner = plan.build(dataclasses.replace(recipe, parallel=parallel), world, pool=pool)
+    model.train()
     if options.backend is not None:
-        for block in (model if runner is None else runner.compute).blocks:
+        for block in runner.compute.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=options.backend)
-    return Built(model, runner)
+    return runner
 
 
 def run_suite(
@@ -112,7 +106,7 @@ def run_suite(
         )
 
     chosen = {key: VARIANTS[key] for key in VARIANTS if key in options.variants}
-    models: dict[RecurrenceConfig | None, Built] = {}
+    models: dict[RecurrenceConfig | None, Runner] = {}
     pool = torch.cuda.graph_pool_handle() if world.device.type == "cuda" else None
     subjects: list[Subject] = []
     tokens = suite.rows * suite.length * options.accumulation
@@ -122,10 +116,10 @@ def run_suite(
         recipe = recipe_of(suite, variant.recurrence(suite), parallel)
         if recipe.recurrence not in models:
             models[recipe.recurrence] = build_for(recipe, world, options, pool)
-        built = models[recipe.recurrence]
+        runner = models[recipe.recurrence]
         flops = training_flops(build(recipe, device="meta"), variant.schedule, suite.length)
-        step = bare_step(built, variant.schedule, suite, world, accumulation=options.accumulation)
-        subjects.append(Subject(key, step, own_bytes=built.bytes, flops=flops, world=world, tokens=tokens))
+        step = bare_step(runner, variant.schedule, suite, world, accumulation=options.accumulation)
+        subjects.append(Subject(key, step, own_bytes=held_bytes(runner), flops=flops, world=world, tokens=tokens))
         expected += variant.graphs[0] * windows + variant.graphs[1]
     for recurrent in (False, True) if options.reference else ():
         if not recurrent or options.reference_lrt:
@@ -182,7 +176,7 @@ def run_suite(
 def whole_steps(
     key: str,
     variant: Variant,
-    models: dict[RecurrenceConfig | None, Built],
+    models: dict[RecurrenceConfig | None, Runner],
     suite: Suite,
     parallel: ParallelConfig,
     world: World,
@@ -190,15 +184,15 @@ def whole_steps(
 ) -> Table:
     """Whole steps of one and of many micro-batches, and bare forward + backward of one, taking turns."""
     recipe = recipe_of(suite, variant.recurrence(suite), parallel)
-    built = models[recipe.recurrence]
-    optimizer = MuonAdamW(parameter_groups(named_parameters(built.model), recipe), compile=options.backend is None)
+    runner = models[recipe.recurrence]
+    optimizer = MuonAdamW(parameter_groups(named_parameters(runner.model), recipe), compile=options.backend is None)
     micro_batches = (
         max(1, round(RECIPE_TOKENS / (suite.rows * suite.length * world.size))) if world.device.type == "cuda" else 2
     )
     options_of: Table = {"own_bytes": 0, "flops": None, "world": world, "tokens": suite.rows * suite.length}
-    bare = Subject(key, bare_step(built, variant.schedule, suite, world), **options_of)
+    bare = Subject(key, bare_step(runner, variant.schedule, suite, world), **options_of)
     one, many = (
-        Subject(key, whole_step(built, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of)
+        Subject(key, whole_step(runner, variant.schedule, recipe, world, optimizer, accumulation=count), **options_of)
         for count in (1, micro_batches)
     )
     for whole in (one, many):

@@ -1,4 +1,4 @@
-"""A native model as one decoding step wants it: the same blocks, one token a row, in five kernels per block.
+"""A native model as one decoding step wants it: the same blocks, one token per row, in five kernels per block.
 
 ``fuse`` gives a decoder that does a whole step (``absorb``) and makes logits. Parameters stay where they
 are; nothing is copied or packed, so an update is seen at once.

@@ -153,6 +153,7 @@ class CheckpointManager:
         recipe: stored with every checkpoint.
         rank, world_size: of this process.
         process_group: a gloo group for the background thread alone; None for one process.
+        last_saved: step whose checkpoint is there already.
         report: receives one line for the user.
     """
 
@@ -165,12 +166,13 @@ class CheckpointManager:
         rank: int = 0,
         world_size: int = 1,
         process_group: dist.ProcessGroup | None = None,
+        last_saved: int = -1,
         report: Callable[[str], None] = print,
     ) -> None:
         self.folder, self._config, self._recipe = Path(folder), config, recipe
         self._rank, self._world_size, self._group, self._report = rank, world_size, process_group, report
         self._pending: tuple[int, Future] | None = None
-        self.last_saved = -1
+        self.last_saved = last_saved
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in [*self.folder.glob(".writing_*"), *self.folder.glob(".deleting_*")]:

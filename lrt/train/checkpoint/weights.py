@@ -1,4 +1,4 @@
-"""Parameters in and out of a (sharded) model: building, filling, gathering."""
+"""Parameters in and out of a (sharded) model: filling, gathering, exporting."""
 
 from __future__ import annotations
 
@@ -22,28 +22,11 @@ from lrt.serialization import load, write_model
 from lrt.serialization.adapted import decoder_of, is_foreign
 from lrt.serialization.renewal import config_file, renewed_folder
 from lrt.train.checkpoint.checkpoint import read_tensors
-from lrt.train.checkpoint.starting_model import is_native, read_backbone, shapes_of
+from lrt.train.checkpoint.starting_model import is_native, read_backbone
 from lrt.train.checkpoint.verifying import find_checkpoint
-from lrt.train.distributed.parallel import WRAPPED, named_parameters, parallelize
+from lrt.train.distributed.parallel import WRAPPED, named_parameters
 from lrt.train.distributed.world import World
 from lrt.train.optim.muon import layout_of, local
-
-
-def build_parallel(recipe: Recipe, world: World) -> LatentRecurrentModel:
-    """The recipe's model on this rank, planned, with the values that training starts from.
-
-    They are the same whatever the number of ranks: each rank makes the whole model for a moment and keeps its rows.
-    A native model is planned on the meta device and has the values of ``lrt.build``; a decoder from a folder may tie
-    weights and hold tables that an empty model loses, so it is read before it is planned.
-    """
-    native = is_native(recipe)
-    model = shapes_of(recipe) if native else read_backbone(recipe).to(world.device)
-    if not world.working_copy:  # otherwise the plan is the copy's (lrt.train.distributed.graphs)
-        parallelize(model, recipe.parallel, world)
-    if native:
-        model.to_empty(device=world.device)
-        fill(model, named_tensors(build(recipe, device=world.device)))
-    return model
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

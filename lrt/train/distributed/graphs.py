@@ -78,20 +78,25 @@ class Runner:
         model: the masters, which the optimizer updates and a checkpoint holds: plain, or sharded by FSDP.
         compute: what computes: ``model`` itself, or its ``working_copy``.
         graphs: capture CUDA graphs; the model must be on a GPU, with compiled blocks.
+        reduces_once: of a sharded model, gradients are reduced in the last micro-batch of a step
+            (``reduce_gradients``).
+        pool: memory of graphs, which runners that take turns may share; None = one of its own.
         report: receives one line for the user when there are more plans than graphs.
     """
 
     def __init__(
-        self, model: nn.Module, compute: nn.Module, *, graphs: bool, report: Callable[[str], None] = warnings.warn
-    ) -> None:
+        self, model: nn.Module, compute: nn.Module, *, graphs: bool, reduces_once: bool = False,
+        pool: Any = None, report: Callable[[str], None] = warnings.warn,
+    ) -> None:  # fmt: skip
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
         self._working = [p for _, p in named_parameters(compute)]
         self.sums = None if compute is model else Sums(self._masters, compute, apart=graphs)
         self._graphs: dict[Any, dict[Place, Captured]] | None = {} if graphs else None
+        self._reduces_once = reduces_once
         self._report: Callable[[str], None] | None = report  # None: it has been said
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
-        self.pool: Any = torch.cuda.graph_pool_handle() if graphs else None  # runners that take turns may share one
+        self._pool: Any = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
 
     @torch.no_grad()
     def refresh(self) -> nn.Module:
@@ -135,7 +140,7 @@ class Runner:
         if self.sums is not None:
             place = Place(first=not self.sums.adopt())
             places = (place,)
-        elif getattr(self.compute, "reduces_once", False) and not (first and last):
+        elif self._reduces_once and not (first and last):
             place, places = Place(first, last), ACCUMULATED
         plan: tuple[Pass, ...] = schedule.plan(input_ids.shape[1], generator=torch.Generator().manual_seed(seed))
         key = (tuple(input_ids.shape), schedule, plan, places is ACCUMULATED)
@@ -146,6 +151,8 @@ class Runner:
                 "a micro-batch has another shape, schedule or plan than the first of its step, "
                 "whose gradients wait for it"
             )
+        if self._graphs is None and self.sums is None:
+            return self._add(input_ids, targets, schedule, seed, valid_targets, place=place)
         beyond = self._graphs is not None and key not in self._graphs and len(self._graphs) >= GRAPHS
         if beyond and self._report is not None:
             self._report(
@@ -178,11 +185,8 @@ class Runner:
         self.refresh()
         if self.sums is not None:
             self.sums.begin(add=not place.first)
-        reduce_gradients(self.compute, schedule, now=place.last)
         try:
-            scores = forward_backward(
-                self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid
-            )
+            scores = self._add(input_ids, targets, schedule, seed, valid, place=place)
         except BaseException:
             if self.sums is not None:
                 self.sums.abandon()
@@ -195,6 +199,14 @@ class Runner:
         for master in self._masters:
             master.grad = None
         return scores, gradients
+
+    def _add(
+        self, input_ids: Tensor, targets: Tensor, schedule: Schedule, seed: int, valid: Tensor, *, place: Place
+    ) -> Tensor:
+        """Scores of one micro-batch, whose gradients autograd adds to those that are there."""
+        if self._reduces_once:
+            reduce_gradients(self.compute, schedule, now=place.last)
+        return forward_backward(self.compute, input_ids, targets, schedule=schedule, seed=seed, valid_targets=valid)
 
     def _keep_apart(self) -> None:
         """Copy gradients that lie where a graph has its own: the replay may overwrite them,
@@ -250,7 +262,7 @@ class Runner:
         for place in places:
             graph = torch.cuda.CUDAGraph()
             register_graph(graph)
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 scores, gradients = self._run(*inputs[:2], schedule, seed, inputs[2], place=place)
             captured[place] = Captured(graph, *inputs, scores, gradients)
         for master, gradient in zip(self._masters, kept):
@@ -260,27 +272,20 @@ class Runner:
         return captured
 
 
-def make_runner(
-    model: nn.Module, config: ParallelConfig, world: World, *, report: Callable[[str], None] = warnings.warn
-) -> Runner | None:
-    """What runs a model that ``build_parallel`` made; None: the model itself."""
-    if world.working_copy:
-        return single_device(model, config, world, report=report)
-    return Runner(model, model, graphs=True, report=report) if _graphed(config, world) else None
-
-
-def _graphed(config: ParallelConfig, world: World) -> bool:
+def graphed(config: ParallelConfig, world: World) -> bool:
+    """Whether steps are captured as CUDA graphs."""
     return config.cuda_graphs and config.compile and world.device.type == "cuda"
 
 
 def single_device(
-    model: nn.Module, config: ParallelConfig, world: World, *, report: Callable[[str], None] = warnings.warn
-) -> Runner:
+    model: nn.Module, config: ParallelConfig, world: World, *, pool: Any = None,
+    report: Callable[[str], None] = warnings.warn,
+) -> Runner:  # fmt: skip
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled,
     with CUDA graphs on a GPU."""
     compute = working_copy(model, dtype=DTYPES[config.param_dtype])
     parallelize(compute, config, dataclasses.replace(world, sharded=False))
-    return Runner(model, compute, graphs=_graphed(config, world), report=report)
+    return Runner(model, compute, graphs=graphed(config, world), pool=pool, report=report)
 
 
 def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:

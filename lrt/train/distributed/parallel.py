@@ -93,7 +93,6 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    model.reduces_once = config.reduces_once
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
@@ -125,14 +124,12 @@ def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
 
 
 def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
-    """Whether the coming backward reduces gradients over the ranks; otherwise they are added up where they are.
+    """Say whether the coming backward of a sharded model reduces gradients; otherwise they are added up where they are.
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
     blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
     "after_forward"`` needs less GPU memory and always reduces.
     """
-    if not getattr(model, "reduces_once", False):
-        return
     model.set_requires_gradient_sync(now)
     if not now and schedule.token_compute == 1 and model.memory_projection is not None:
         # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered

@@ -86,7 +86,7 @@ def open_world(recipe: Recipe) -> Iterator[World]:
 
     FSDP is used where there are several processes, and on a CPU where the computation's dtype differs from the
     masters' float32. On one GPU the model stays a plain module: a working copy in the computation's dtype costs one
-    cast a step (``lrt.train.distributed.graphs``), FSDP's copies for one rank several.
+    cast per step (``lrt.train.distributed.graphs``), FSDP's copies for one rank several.
 
     Raises:
         ValueError: the environment describes no process group, or the processes do not find each other.

@@ -66,6 +66,10 @@ class StopSignal:
             self._received = "the end of torchrun"
         return self._received
 
+    def ask(self, by: str) -> None:
+        """Ask for the end without a signal."""
+        self._received = self._received or by
+
     @contextmanager
     def unheard(self) -> Iterator[None]:
         """Processes that are started inside never hear these signals, which reach a whole process group:

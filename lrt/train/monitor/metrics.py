@@ -125,7 +125,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class JsonLines:
-    """One JSON object a line; ``kind`` tells train from evaluation.
+    """One JSON object per line; ``kind`` tells train from evaluation.
 
     Where the disk is full, records wait in memory until there is room, and the run goes on.
 
@@ -292,7 +292,7 @@ TABLE = (  # of an evaluation's record: what a line says, and the key of its num
 
 
 def source_lines(record: Record) -> list[str]:
-    """Bits per byte of an evaluation's further sources, one a line."""
+    """Bits per byte of an evaluation's further sources, one per line."""
     found = record.get("bpb_of_sources") or {}
     width = max(map(len, found), default=0)
     return [f"{name:<{width}}  {score_line({**record, 'bpb': scores})}" for name, scores in found.items()]

@@ -87,7 +87,7 @@ def scalars(record: Record) -> Iterator[tuple[str, float]]:
 
 
 class Csv:
-    """One table a kind of record: train.csv, evaluation.csv; a column a number.
+    """One table per kind of record (train.csv, evaluation.csv), one column per number.
 
     Args:
         folder: of the tables.
