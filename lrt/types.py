@@ -231,10 +231,6 @@ class PassBlock(Protocol):
     def refresh(self, hidden: Tensor, memory: MemoryInput, context: BlockContext, /) -> KV: ...
 
 
-# (model, index of a pass) -> the decoder with the same weights that runs it
-Twins = Callable[["RecurrentDecoder", int], "RecurrentDecoder"]
-
-
 class RecurrentDecoder(Protocol):
     """What a pass needs of a model: the decoder's parts and the recurrence around them."""
 
@@ -261,6 +257,10 @@ class RecurrentDecoder(Protocol):
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output."""
         ...
+
+
+# (model, index of a pass) -> the decoder with the same weights that runs it
+Twins = Callable[[RecurrentDecoder, int], RecurrentDecoder]
 
 
 class Pass(NamedTuple):

@@ -11,7 +11,8 @@ import torch
 from lrt.accounting import Parameters, count_parameters, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Tokenizer, build_loader, load_tokenizer
-from lrt.data.conversations import open_rows
+from lrt.data.conversations import TuningLoader, open_rows
+from lrt.data.loader import TrainLoader
 from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 from lrt.train import plan
@@ -184,7 +185,7 @@ def plan_course(recipe: Recipe, world: World) -> Course:
 
 def _go_on(
     recipe: Recipe, course: Course, model: LatentRecurrentModel, optimizer: MuonAdamW, entrance: Entrance | None,
-    loader: Any, world: World,
+    loader: TrainLoader | TuningLoader, world: World,
 ) -> None:  # fmt: skip
     """Put model, optimizer and loader where the checkpoint has them, if there is one."""
     tensors = tensors_of(model, optimizer)

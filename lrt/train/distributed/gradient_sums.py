@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Sums:
             and they are added here in one kernel, unrounded; otherwise it adds them one by one in the copy's dtype.
     """
 
-    def __init__(self, masters: Sequence[Tensor], compute: Any, *, apart: bool = False) -> None:
+    def __init__(self, masters: Sequence[Tensor], compute: LatentRecurrentModel, *, apart: bool = False) -> None:
         self._masters = masters
         self._totals = [torch.zeros_like(m) if m.requires_grad else None for m in masters]
         self._leaves = [[parameter] for _, parameter in named_parameters(compute)]
