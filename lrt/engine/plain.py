@@ -271,7 +271,7 @@ def _part(both: Later[Branched], number: int) -> Tensor:
 
 
 def dense_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
-    """One boolean mask (1 or B, 1, P, N) a block, built once for each distinct window.
+    """One boolean mask (1 or B, 1, P, N) per block, built once for each distinct window.
 
     Args:
         model: its blocks have the windows.
