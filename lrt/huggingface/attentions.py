@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from lrt.attention import Cache, attention_weights
+from lrt.decoding.one_position import masked_caches
 from lrt.decoding.state import DecodeState, slot_positions
-from lrt.decoding.step import masked_caches
 
 
-def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Any]:
+def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Cache]:
     """The stores of one step, which also note the weights (B, H, 1, S) of every block.
 
     Args:
