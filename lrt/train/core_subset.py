@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -51,7 +50,7 @@ def ask_core(run: Run, *, progress: Callable[[], None]) -> Table:
         return {}
     recipe, longest = run.recipe, run.recipe.model.sequence_length
     sharded = run.world.sharded
-    model: Any = copy_on_every_rank(run.model, recipe, run.world) if sharded else run.runner.refresh()
+    model = copy_on_every_rank(run.model, recipe, run.world) if sharded else run.runner.refresh()
     training = model.training
     model.eval()
     mode = "zero" if model.recurrence is None else "decode"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,9 @@ from lrt.data.chat import PlainChat, TemplateChat, open_chat
 from lrt.data.examples import Example, open_examples
 from lrt.eval.answers import ExactMatch, exact_match
 from lrt.train.checkpoint.weights import export
+
+if TYPE_CHECKING:
+    from lrt.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def open_tuning(recipe: Recipe, tokenizer: Tokenizer) -> Tuning | None:
     return Tuning(open_chat(tokenizer, recipe.data.tokenizer), problems)
 
 
-def answer_problems(run: Any, progress: Callable[[], None]) -> dict[str, ExactMatch]:
+def answer_problems(run: Run, progress: Callable[[], None]) -> dict[str, ExactMatch]:
     """Let the model answer the held-out problems; every rank must call this, and rank 0 gets the scores.
 
     A model that is sharded over processes answers on the CPU of rank 0, where it takes no memory from the training.
@@ -54,8 +57,9 @@ def answer_problems(run: Any, progress: Callable[[], None]) -> dict[str, ExactMa
     tuning: Tuning | None = run.tuning
     if tuning is None or not tuning.problems:
         return {}
+    assert run.recipe.tuning is not None
     if run.world.sharded:
-        model: Any = export(run.model, run.recipe, None, run.world)
+        model = export(run.model, run.recipe, None, run.world)
     else:
         model = run.runner.refresh()
     found: dict[str, ExactMatch] = {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from lrt.adaptation import adapt, release, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig, TuningConfig
@@ -192,7 +192,7 @@ def _where(folder: Path) -> str:
     return f'run.backbone = "{folder}"'
 
 
-def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
+def _adapted(decoder: nn.Module, recipe: Recipe) -> LatentRecurrentModel:
     """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero,
     so only LoRA draws from the seed."""
     if recipe.tuning is not None and recipe.tuning.lora_rank:
@@ -219,7 +219,7 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
     return again
 
 
-def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
+def with_lora(decoder: nn.Module, tuning: TuningConfig, *, seed: int) -> nn.Module:
     """A decoder whose own weights are frozen beside LoRA adapters that train.
 
     Args:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -64,17 +64,16 @@ class World:
         """What ``function`` gives on rank 0, on every rank; so its ValueError or OSError."""
         if self.size == 1:
             return function()
-        answer: list[Any] = [None, None]
+        answer: list[T | Exception | None] = [None, None]  # what it gives, or its error
         if self.main:
             try:
                 answer[0] = function()
             except (ValueError, OSError) as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, src=0, group=self.checkpoint_group)
-        if answer[1] is not None:
+        if isinstance(answer[1], Exception):
             raise answer[1]
-        result: T = answer[0]
-        return result
+        return cast(T, answer[0])
 
     def barrier(self) -> None:
         if self.checkpoint_group is not None:
@@ -152,7 +151,7 @@ def check_same_on_all(recipe: Recipe, world: World) -> None:
     )
 
 
-_GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()
+_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def register_graph(graph: torch.cuda.CUDAGraph) -> None:
