@@ -32,8 +32,8 @@ def attention_cut_of(model: Any) -> int | None:
 
 @torch.no_grad()
 def consume(
-    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None, stores: Any = None,
-    keep_inputs: bool = False,
+    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None,
+    stores: Any = None, keep_inputs: bool = False,
 ) -> PassOutput:  # fmt: skip
     """Let every active row of ``state`` consume one token, in place; all that the blocks computed, (B, 1, ...).
 

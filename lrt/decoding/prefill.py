@@ -20,14 +20,15 @@ from torch import Tensor
 from lrt.accounting import Work, work_flops
 from lrt.decoding import step as decoding
 from lrt.decoding.exact import recur
-from lrt.decoding.prefill_contract import Prefill, Prefilled, Report, Settled
+from lrt.decoding.prefill_contract import Prefill as Prefill
+from lrt.decoding.prefill_contract import Prefilled, Report, Settled
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.padding import check_prompt
 
 # Residual at which a fixed point counts as reached, by dtype (docs/prefill.md): 0.1 leaves at most 1.5e-4 bits per byte
-# to exact prefill with one group and 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near 2e-2.
-# float16 is not measured; float64 is for checks.
+# to exact prefill with one group and 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near
+# 2e-2. float16 is not measured; float64 is for checks.
 DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 DEFAULT_GROUPS = 1  # more groups need fewer sweeps, but a GPU runs a sweep of one group in a third of the time of four
 
@@ -298,8 +299,8 @@ def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, every
 
 
 def _finish(
-    span: Span, state: DecodeState, tokens: Tensor, real: list[int], sweeps: list[int], residual: list[float], exact: list[int],
-    converged: list[bool], everywhere: bool,
+    span: Span, state: DecodeState, tokens: Tensor, real: list[int], sweeps: list[int], residual: list[float],
+    exact: list[int], converged: list[bool], everywhere: bool,
 ) -> Settled:  # fmt: skip
     """The blocks above the source, and everything into the state."""
     hidden = _taken(span.finish(), tokens, span.counts, everywhere)

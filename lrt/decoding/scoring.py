@@ -20,8 +20,8 @@ from lrt.padding import align
 
 @torch.no_grad()
 def score(
-    model: Any, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
+    model: Any, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *,
+    prefill: Prefill | None = None, runner: decoding.Runner = decoding.graphed,
 ) -> tuple[Tensor, Report]:  # fmt: skip
     """Nats of given targets in ``decode`` semantics, batched.
 
@@ -50,8 +50,8 @@ def score(
 
 
 def score_continuations(
-    model: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
+    model: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *,
+    prefill: Prefill | None = None, runner: decoding.Runner = decoding.graphed,
 ) -> list[list[float]]:  # fmt: skip
     """Log-probability of every token of given continuations, in ``decode`` semantics, all rows in one batch.
 

@@ -349,7 +349,10 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
     if rows < 1 or bool(
         ((known < 0) | (known > capacity) | (starts < 0) | (starts > known) | (tensors["approximate_from"] < 0)).any()
     ):
-        return f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, with a capacity of {capacity}"
+        return (
+            f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, "
+            f"with a capacity of {capacity}"
+        )
     return None
 
 

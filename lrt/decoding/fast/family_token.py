@@ -83,8 +83,9 @@ class FusedFamily(FusedStep):
         biases = [parts.query.bias, None if later else parts.key.bias, None if later else parts.value.bias]
         added = shared if aligned and receives else None
         projected, _ = linear(
-            x, (*three, wrapper.gate), norm=True, norm_weight=parts.entry.module.weight, eps=parts.entry.eps, aligned=True,
-            fed=(0, 0) if added is None else (1, 3), added=added, biases=(*biases, *([None] if gated else [])),
+            x, (*three, wrapper.gate), norm=True, norm_weight=parts.entry.module.weight, eps=parts.entry.eps,
+            aligned=True, fed=(0, 0) if added is None else (1, 3), added=added,
+            biases=(*biases, *([None] if gated else [])),
         )  # fmt: skip
         memory = None
         if receives and gated and not aligned:
