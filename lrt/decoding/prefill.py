@@ -24,6 +24,7 @@ from lrt.decoding.prefill_contract import Prefill as Prefill
 from lrt.decoding.prefill_contract import Prefilled, Report, Settled
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes, itself
 from lrt.padding import check_prompt
 
 # Residual at which a fixed point counts as reached, by dtype (docs/prefill.md): 0.1 leaves at most 1.5e-4 bits per byte
@@ -47,7 +48,7 @@ class Exact:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -77,7 +78,7 @@ class Refine:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -111,7 +112,7 @@ class FixedPoint:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -203,7 +204,7 @@ def fixed_point(
 
 @torch.no_grad()
 def run(
-    model: Any,
+    model: Decodes,
     tokens: Tensor,
     *,
     lengths: Tensor | None = None,
@@ -247,7 +248,7 @@ def run(
 
 @torch.no_grad()
 def consume(
-    model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, method: Prefill, everywhere: bool = False,
+    model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, *, method: Prefill, everywhere: bool = False,
     runner: decoding.Runner = decoding.eager,
 ) -> Prefilled:  # fmt: skip
     """``run`` on a state that is written in place; rows may have nothing to consume."""
@@ -285,12 +286,12 @@ def _check_chunk(chunk: int | None) -> int | None:
     return chunk
 
 
-def _span(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
+def _span(model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
     """The stretch that a parallel prefill works on."""
     return decoding.stepper_of(model).stretch(state, tokens, counts, kind=kind)
 
 
-def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
+def _plain(model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
     """A model without recurrence: one causal forward is exact."""
     span, real = _span(model, state, tokens, counts, kind="plain"), counts.tolist()
     hidden = _taken(span.whole(), tokens, counts, everywhere)
@@ -315,7 +316,7 @@ def _taken(hidden: Tensor, tokens: Tensor, counts: Tensor, everywhere: bool) -> 
     return hidden[torch.arange(len(hidden), device=hidden.device), (counts - 1).clamp_min(0)]
 
 
-def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:
+def _report(model: Decodes, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:
     rows = range(state.batch)
     return Report(
         method=str(method),
@@ -328,10 +329,10 @@ def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Set
     )
 
 
-def _flops(model: Any, state: DecodeState, parts: Sequence[Settled]) -> float | None:
+def _flops(model: Decodes, state: DecodeState, parts: Sequence[Settled]) -> float | None:
     """Forward FLOPs of every block of every pass, and of the head at the last position of every row."""
     if not hasattr(getattr(model.backbone, "config", None), "windows"):
         return None
     head = Work(state.batch, 0, 0, received=False, scored=True)
     work = [head, *(one for part in parts for one in part.work)]
-    return work_flops(model, work, length=max(1, int(state.lengths.max())))
+    return work_flops(itself(model), work, length=max(1, int(state.lengths.max())))

@@ -18,6 +18,7 @@ from lrt.decoding.fast.tiles import power, share_of
 from lrt.decoding.one_position import attention_cut_of, keep_memory, separator_of
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import Stepper
+from lrt.decoding.which_model import Decodes
 from lrt.forward import Row
 
 
@@ -54,7 +55,7 @@ class FusedStep(Stepper):
         frequencies: (W / 2,) of RoPE, float32.
     """
 
-    def __init__(self, model: Any, frequencies: Tensor) -> None:
+    def __init__(self, model: Decodes, frequencies: Tensor) -> None:
         super().__init__(model)
         self.frequencies = frequencies
 
