@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt.config import ParallelConfig
+from lrt.model import LatentRecurrentModel
 from lrt.train.distributed.gradient_sums import Sums
 from lrt.train.distributed.parallel import (
     DTYPES,
@@ -85,7 +86,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, compute: nn.Module, *, graphs: bool, reduces_once: bool = False,
+        self, model: LatentRecurrentModel, compute: LatentRecurrentModel, *, graphs: bool, reduces_once: bool = False,
         pool: Any = None, report: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
         self.model, self.compute = model, compute
@@ -99,7 +100,7 @@ class Runner:
         self._pool: Any = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
 
     @torch.no_grad()
-    def refresh(self) -> nn.Module:
+    def refresh(self) -> LatentRecurrentModel:
         """The working copy, brought up to date: to evaluate with."""
         pairs = [(w, m) for w, m in zip(self._working, self._masters) if w is not m]
         if pairs:
@@ -278,7 +279,7 @@ def graphed(config: ParallelConfig, world: World) -> bool:
 
 
 def single_device(
-    model: nn.Module, config: ParallelConfig, world: World, *, pool: Any = None,
+    model: LatentRecurrentModel, config: ParallelConfig, world: World, *, pool: Any = None,
     report: Callable[[str], None] = warnings.warn,
 ) -> Runner:  # fmt: skip
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled,
@@ -288,11 +289,11 @@ def single_device(
     return Runner(model, compute, graphs=graphed(config, world), pool=pool, report=report)
 
 
-def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
+def working_copy(model: LatentRecurrentModel, *, dtype: torch.dtype) -> LatentRecurrentModel:
     """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
     kept = {id(table.weight): table.weight for table in token_tables(model)}
-    work: Any = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
-    cast = dict(kept)  # by identity, so that tied weights stay tied
+    work = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
+    cast: dict[int, Any] = dict(kept)  # by identity, so that tied weights stay tied
     for module in work.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
