@@ -362,7 +362,8 @@ def build_model(
 ) -> LatentRecurrentModel:
     """The native decoder with its recurrence, parameters not initialized."""
     decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
-    return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
+    blocks = decoder.make_blocks(device=device, dtype=dtype)
+    return LatentRecurrentModel(decoder, blocks, recurrence)
 
 
 def _mixer_of(block: Block) -> Mixer:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from lrt.adaptation import adapt, release, without_memory
-from lrt.config import ModelConfig, Recipe, RecurrenceConfig, TuningConfig
+from lrt.adaptation import adapt, with_lora_inside, without_memory
+from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.config.files import local_path
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
+from lrt.lora import with_lora
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
@@ -202,7 +203,7 @@ def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
 
 
 def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
-    """An adapted model, with LoRA in its decoder and its memory as it is, where the recipe asks for LoRA."""
+    """An adapted model from a folder, with LoRA in its decoder where the recipe asks for it."""
     if recipe.tuning is None or not recipe.tuning.lora_rank:
         return model
     assert model.original is not None
@@ -211,44 +212,7 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
             f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, '
             "or leave tuning.lora_rank out"
         )
-    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
-    again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)
-    with torch.no_grad():
-        for name, parameter in again.memory_parameters().items():
-            parameter.copy_(memory[name])
-    return again
-
-
-def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
-    """A decoder whose own weights are frozen beside LoRA adapters that train.
-
-    Args:
-        decoder: of Hugging Face.
-        tuning: rank, share and places of the adapters.
-        seed: of their initial values.
-
-    Raises:
-        ValueError: PEFT is not installed, or a named matrix is not there.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise ValueError('tuning.lora_rank needs PEFT: pip install -e ".[peft]" in a checkout of lrt') from None
-    targets = list(tuning.lora_targets) or "all-linear"
-    config = peft.LoraConfig(
-        r=tuning.lora_rank,
-        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
-        return peft.get_peft_model(decoder, config)
-    except ValueError as error:
-        raise ValueError(f"tuning.lora_targets = {list(tuning.lora_targets)}: {' '.join(str(error).split())}") from None
-    finally:
-        torch.set_rng_state(state)
+    return with_lora_inside(model, recipe.tuning, seed=recipe.run.seed)
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
