@@ -34,7 +34,7 @@ from lrt.recurrence import (
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.tables import Table
-from lrt.types import Backbone, Block, Output, Schedule
+from lrt.types import Backbone, Block, Output, Schedule, Twins
 
 
 class LatentRecurrentModel(nn.Module):
@@ -50,7 +50,7 @@ class LatentRecurrentModel(nn.Module):
         ValueError: a setting of ``recurrence`` does not fit this decoder.
     """
 
-    twins: Any = None  # a trainer keeps the gradients of passes apart with it
+    twins: Twins | None = None
 
     def __init__(
         self,
@@ -261,6 +261,10 @@ class LatentRecurrentModel(nn.Module):
         if self.recurrence is None:
             return baseline()
         return self.train_schedule if self.training else self.eval_schedule
+
+    def run_passes_by(self, twins: Twins | None) -> None:
+        """Have passes run by decoders with the same weights, which keep their gradients apart; None = by this one."""
+        self.twins = twins
 
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output (B, P, D)."""

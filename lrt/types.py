@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,10 @@ class Backbone(Protocol):
         ...
 
 
+# (model, index of a pass) -> the decoder with the same weights that runs it
+Twins: TypeAlias = "Callable[[RecurrentDecoder, int], RecurrentDecoder]"
+
+
 class RecurrentDecoder(Protocol):
     """What a pass needs of a model: the decoder's parts and the recurrence around them."""
 
@@ -215,7 +219,7 @@ class RecurrentDecoder(Protocol):
     injection: Any  # ResidualInjection, ProjectedInjection, or None
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
-    twins: Any  # (model, index of a pass) -> the decoder with the same weights that runs it; None: the model itself
+    twins: Twins | None  # None: the model itself runs every pass
 
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output."""

@@ -41,8 +41,10 @@ def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     with torch.device("meta"):
         if "lrt_format" in config:
-            return _prepared(_tuned(model_from_config(config), recipe), recipe)
-        return _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
+            model = _tuned(model_from_config(config), recipe)
+        else:
+            model = _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
+    return _prepared(model, recipe)
 
 
 def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
@@ -57,7 +59,7 @@ def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     if "lrt_format" in config:
         return _prepared(_tuned(load(folder, dtype=torch.float32), recipe), recipe)
-    return _adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe)
+    return _prepared(_adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe), recipe)
 
 
 def freeze(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
@@ -123,6 +125,7 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def _open(recipe: Recipe) -> tuple[Path, Table]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
+    _check_settings(recipe)
     folder = local_path(recipe.run.backbone, key="run.backbone")
     key = f'run.backbone = "{recipe.run.backbone}"'
     if not config_file(folder).is_file():
@@ -131,7 +134,6 @@ def _open(recipe: Recipe) -> tuple[Path, Table]:
             f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model'
         )
     config = read_json(folder / "config.json", where=key)
-    _check_settings(recipe)
     if "lrt_format" in config:
         _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
@@ -199,7 +201,7 @@ def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
     if recipe.tuning is not None and recipe.tuning.lora_rank:
         decoder = with_lora(decoder, recipe.tuning, seed=recipe.run.seed)
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
-    return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
+    return without_memory(model) if recipe.recurrence is None else model
 
 
 def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
@@ -216,7 +218,6 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
-    model.backbone.loss_chunk = recipe.parallel.loss_chunk
-    model.backbone.attention_reset = recipe.model.attention_reset
+    model.backbone.pack(loss_chunk=recipe.parallel.loss_chunk, attention_reset=recipe.model.attention_reset)
     model.train_schedule = baseline() if recipe.recurrence is None else from_config(recipe.schedule)
     return freeze(model.train(), recipe)

@@ -60,15 +60,11 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
             torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
         compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
-        if isinstance(getattr(model.backbone, "head", None), Head):
-            model.backbone.head.scorer = Scorer(*compiled)
-        elif getattr(model.backbone, "is_linear", False) and (_is_tied(model) or not world.sharded):
-            # an untied head that FSDP shards is gathered by its own call alone
-            model.backbone.scorer = Scorer(*compiled)
+        model.backbone.score_by(Scorer(*compiled), apart=world.sharded and not _is_tied(model))
         if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
             compiled_lookup = torch.compile(lookup, dynamic=False)
             for table in token_tables(model):
-                table.lookup = compiled_lookup
+                table.read_by(compiled_lookup)
     if not world.sharded:
         return
     mesh = make_mesh(config, world) if mesh is None else mesh
