@@ -82,7 +82,7 @@ def run_blocks(
     Args:
         model: the decoder's parts.
         hidden: (B, P, D) what block ``start`` receives: embedded tokens, or the output of the block before.
-        contexts: one a block of the model, for the same positions.
+        contexts: one per block of the model, for the same positions.
         received: m[t-1] (B, P, D); None = zero memory, on which nothing is computed.
         stores: what each block attends to, a ``KVStore``; None = plain causal attention.
         start, stop: run only these blocks (zero-based, half open).

@@ -120,7 +120,7 @@ class ResidualInjection(nn.Module):
         self.gains = nn.Parameter(torch.zeros(blocks, device=device, dtype=dtype))
 
     def forward(self, memory: Tensor | None = None) -> Any:
-        """One gain (1, 1, 1) a block, to be handed to it as data; the memory (B, P, D) is added as it is."""
+        """One gain (1, 1, 1) per block, to be handed to it as data; the memory (B, P, D) is added as it is."""
         return self.gains.view(-1, 1, 1, 1).unbind(0)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
-from lrt.decoding.step import Runner, absorb
+from lrt.decoding.step import Runner, stepper_of
 from lrt.forward import Row
 from lrt.types import Later
 
@@ -36,13 +36,14 @@ def recur(span: Span, state: DecodeState, *, runner: Runner) -> None:
     hidden, memory, source, counts = span.hidden, span.memory, torch.empty_like(span.hidden), span.counts
     own: dict[str, Any] = {name: getattr(state, name).clone() for name in ("memory", "lengths", "document_starts")}
     loop = replace(state, **own, kept_at=(), kept=None)
+    stepper = stepper_of(span.model)
     column = torch.zeros(1, dtype=torch.int64, device=counts.device)
     active = torch.ones(len(counts), dtype=torch.bool, device=counts.device)
 
     def step() -> None:
         row = Row(hidden.index_select(1, column), at_column(span.contexts, column), None, None, span.entry)
         tokens = span.tokens.index_select(1, column)[:, 0]
-        out = absorb(span.model, loop, tokens, active & (column < counts), row=row, stop=span.model.source)
+        out = stepper.step(loop, tokens, active & (column < counts), row=row, stop=span.model.source)
         source.index_copy_(1, column, out[:, None])
         assert loop.memory is not None
         memory.index_copy_(1, column + 1, loop.memory[:, None])

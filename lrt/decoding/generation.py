@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrt.decoding import step as decoding
-from lrt.decoding.prefill import Prefill, Report
+from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.prompts import after, before_last
 from lrt.decoding.sampling import Sampling, check_stops, row_seeds

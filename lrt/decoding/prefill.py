@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,92 +20,16 @@ from torch import Tensor
 from lrt.accounting import Work, work_flops
 from lrt.decoding import step as decoding
 from lrt.decoding.exact import recur
+from lrt.decoding.prefill_contract import Prefill, Prefilled, Report, Settled
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.padding import check_prompt
 
-# Residual at which a fixed point counts as reached, by dtype. Measured with tools/bench/prefill_tolerance.py on 4
-# blocks of 192 (T 512)
-# and on lrt_tiny, trained, in float32 and bfloat16 (docs/generate.md, "The default tol and groups"):
-# 0.1 leaves at most 1.5e-4 bits
-# per byte to exact prefill with one group, 3.5e-4 with any number; 0.3 leaves more than 0.001.
-# bfloat16 itself ends near 2e-2.
+# Residual at which a fixed point counts as reached, by dtype (docs/prefill.md): 0.1 leaves at most 1.5e-4 bits per byte
+# to exact prefill with one group and 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near 2e-2.
 # float16 is not measured; float64 is for checks.
 DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 DEFAULT_GROUPS = 1  # more groups need fewer sweeps, but a GPU runs a sweep of one group in a third of the time of four
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a prefill did; one number per row.
-
-    Attributes:
-        method: "exact", "refine(1)", ...
-        sweeps: passes over the positions not yet exact, after the first forward (the most in any chunk).
-        residual: largest ||m_new - m_old|| / ||m_new|| of the last sweep; 0 where exact. It does not bound the error.
-        exact_positions: leading positions of the row that are exact for certain.
-        converged: every position exact, or residual within tol (refine: exact only).
-        flops: matrix products of all rows together, padding included; None when the decoder is not a native one.
-        seconds: wall clock.
-    """
-
-    method: str
-    sweeps: tuple[int, ...]
-    residual: tuple[float, ...]
-    exact_positions: tuple[int, ...]
-    converged: tuple[bool, ...]
-    flops: float | None
-    seconds: float
-
-    def __str__(self) -> str:
-        missed = self.converged.count(False)
-        cost = "" if self.flops is None else f", {self.flops / 1e9:.3g} GFLOP"
-        return (
-            f"{self.method}: {max(self.sweeps)} sweeps, largest residual {max(self.residual):.2g}, "
-            f"exact for certain up to {min(self.exact_positions)} tokens"
-            f"{f', {missed} of {len(self.converged)} rows not converged' if missed else ''}{cost}, {self.seconds:.3f} s"
-        )
-
-
-class Prefilled(NamedTuple):
-    """A state that has consumed the prompt, and what came with it."""
-
-    state: DecodeState
-    hidden: Tensor  # (B, D) last block's output at each row's last token; (B, T, D) where all were asked for
-    report: Report
-
-
-class Settled(NamedTuple):
-    """What settling a stretch gave, one entry per row."""
-
-    hidden: Tensor  # (B, D) at the last token, or (B, P, D)
-    sweeps: list[int]
-    residual: list[float]
-    exact: list[int]  # leading positions of the stretch that are exact, given an exact state
-    converged: list[bool]
-    work: list[Work]  # what ran, in positions of all rows together
-
-
-class Prefill(Protocol):
-    """A way to run prompts: plain data that ``run`` applies chunk by chunk."""
-
-    @property
-    def chunk(self) -> int | None:
-        """Tokens in flight at once; None = the whole prompt."""
-        ...
-
-    def settle(
-        self,
-        model: Any,
-        state: DecodeState,
-        tokens: Tensor,
-        counts: Tensor,
-        *,
-        everywhere: bool,
-        runner: decoding.Runner,
-    ) -> Settled:
-        """Let the rows of ``state`` consume ``counts`` (B,) tokens each of ``tokens`` (B, P), in place."""
-        ...
 
 
 # ------------------------------------------------------------------ the three contracts
@@ -361,10 +285,8 @@ def _check_chunk(chunk: int | None) -> int | None:
 
 
 def _span(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
-    """The stretch that a parallel prefill works on: recorded passes where the model has a recorder and they fit."""
-    recorder = getattr(model, "recorder", None)
-    span = None if recorder is None else recorder.span(state, tokens, counts, kind=kind)
-    return Span(model, state, tokens, counts) if span is None else span
+    """The stretch that a parallel prefill works on."""
+    return decoding.stepper_of(model).stretch(state, tokens, counts, kind=kind)
 
 
 def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lrt.accounting import Work
 from lrt.attention import Buffer, Cache, Strided, causal_mask
-from lrt.decoding.state import DecodeState, slot_positions
-from lrt.decoding.step import attention_cut_of, separator_of
+from lrt.decoding.compiled_block import CompiledBlock
+from lrt.decoding.one_position import attention_cut_of, separator_of
+from lrt.decoding.ragged_mask import ragged_mask
+from lrt.decoding.state import DecodeState, keys_so_far, slot_positions
 from lrt.forward import run_blocks, take
 from lrt.kernels.attention import usable
 from lrt.recurrence import reset_memory
@@ -53,7 +55,7 @@ class Span:
         self.model, self.tokens, self.counts = model, tokens, counts
         self.places = torch.arange(tokens.shape[1], device=tokens.device)
         # Compiled blocks want tensors, not numbers that change: masks and slots, and inputs of one layout.
-        self.compiled = any(getattr(block, "compiled", False) for block in model.blocks)
+        self.compiled = any(isinstance(block, CompiledBlock) for block in model.blocks)
         self.start: Tensor | None = None  # (B,) tokens that the state has consumed; None = no row has any
         self.straight = True  # all rows begin at one position, so that keys lie in natural order
         self.past: list[KV] = []  # (B, M, G, K) of every block, where the state has consumed tokens
@@ -67,15 +69,8 @@ class Span:
 
     def _follow(self, state: DecodeState, lengths: list[int]) -> None:
         """Begin after the tokens that the rows of ``state`` have consumed."""
-        self.start, used = state.lengths.clone(), max(lengths)
-        self.straight = min(lengths) == used
-        for key, value in zip(state.keys, state.values):
-            slots = key.shape[1]
-            if self.straight and used > slots:  # a ring that has wrapped
-                order = torch.arange(used - slots, used, device=key.device).remainder(slots)
-                self.past.append(KV(key.index_select(1, order), value.index_select(1, order)))
-            else:
-                self.past.append(KV(key[:, :used], value[:, :used]))
+        self.start, self.straight = state.lengths.clone(), min(lengths) == max(lengths)
+        self.past = keys_so_far(state, lengths)
 
     def _embed(self, memory: Tensor | None, document_starts: Tensor | None) -> None:
         tokens = self.tokens
@@ -141,11 +136,8 @@ class Span:
         contexts = [take(context, where) for context in self.contexts[entry:source]]
         hidden, received = self.hidden[:, where], self.received(where)
         if self.compiled:  # the same strides as in a pass over all positions
-            contexts, hidden, received = (
-                [_contiguous(context) for context in contexts],
-                hidden.contiguous(),
-                received.contiguous(),
-            )
+            contexts = [_contiguous(context) for context in contexts]
+            hidden, received = hidden.contiguous(), received.contiguous()
         contexts = [*self.contexts[:entry], *contexts]
         out = run_blocks(self.model, hidden, contexts, received, stores=stores, start=entry, stop=source)
         assert out.memory is not None
@@ -285,31 +277,13 @@ class Span:
                 earlier + queries, torch.arange(earlier + self.length, device=queries.device), window=window
             )
         else:
-            mask = self._ragged_mask(queries, where, earlier, window)
+            mask = ragged_mask(
+                self.places, where, earlier=earlier, window=window, start=self.start, straight=self.straight,
+                document_starts=self.document_starts,
+            )  # fmt: skip
         if len(self._masks) >= MASKS:
             self._masks.clear()
         self._masks[name] = mask
-        return mask
-
-    def _ragged_mask(self, queries: Tensor, where: slice, earlier: int, window: int | None) -> Tensor:
-        mask = causal_mask(queries, self.places, window=window)
-        if self.document_starts is not None:
-            begin = self.document_starts[:, None, where, None]
-            first = self.places if self.start is None else self.start[:, None, None, None] + self.places
-            mask = mask & (first >= begin)
-        if self.start is not None:
-            if self.straight:  # unwrapped: the newest key lies last
-                held = (self.start[:, None] - earlier + torch.arange(earlier, device=queries.device))[:, None, None]
-            else:
-                held = slot_positions(self.start - 1, earlier)[:, None, None]
-            distance = (self.start[:, None] + queries)[:, None, :, None] - held
-            seen = held >= 0
-            if window is not None:
-                seen = seen & (distance <= window)
-            seen = seen.expand(-1, -1, len(queries), -1)
-            if self.document_starts is not None:
-                seen = seen & (held >= self.document_starts[:, None, where, None])
-            mask = torch.cat([seen, mask.expand(len(seen), -1, -1, -1)], dim=-1)
         return mask
 
     def _residual(self, new: Tensor, old: Tensor, where: slice, keep: Tensor | None = None) -> Tensor:
@@ -357,12 +331,8 @@ class Span:
     def put(self, rows: Sequence[int], part: Span) -> None:
         """Write what ``part``, the same rows selected, has worked out."""
         index = torch.tensor(rows, device=self.counts.device)
-        assert (
-            self.memory is not None
-            and part.memory is not None
-            and self.source_hidden is not None
-            and part.source_hidden is not None
-        )
+        assert self.memory is not None and part.memory is not None
+        assert self.source_hidden is not None and part.source_hidden is not None
         self.memory[index], self.source_hidden[index] = part.memory, part.source_hidden
         for layer, fresh in part.work.items():
             self.work[layer].key[index], self.work[layer].value[index] = fresh

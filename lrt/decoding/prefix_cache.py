@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lrt.decoding.prefill import Exact, Prefill
-from lrt.decoding.state import DecodeState, fingerprint
+from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import fingerprint
 
 
 class PrefixCache:

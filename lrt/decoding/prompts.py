@@ -13,7 +13,7 @@ from torch import Tensor
 from lrt.decoding import prefill as prefills
 from lrt.decoding import step as decoding
 from lrt.decoding.lengths import lengthen, rotated_alike
-from lrt.decoding.prefill import Prefill, Report
+from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.state import DecodeState
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrt.decoding import prefill as prefills
 from lrt.decoding import step as decoding
-from lrt.decoding.prefill import Prefill, Report
+from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.loss import IGNORE
 from lrt.padding import align
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrt.decoding import step as decoding
 from lrt.decoding.lengths import up_to_the_border
-from lrt.decoding.prefill import Prefill, Report
+from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.prompts import before_last
 from lrt.decoding.sampling import Sampling, check_stops, choose, row_seeds
@@ -30,10 +30,6 @@ class Burst(NamedTuple):
     tokens: list[list[int]]  # new token ids of each row, in order
     logprobs: list[list[float]]  # under the model's own distribution
     active: list[bool]  # rows that go on
-
-
-def _same(function: Any) -> Any:
-    return function
 
 
 class Session:
@@ -110,7 +106,7 @@ class Session:
         for row in range(batch):
             self._remember(row, None if history is None else history[row])
         self._runner = runner
-        self._emit = getattr(model, "compiled", _same)(self._choose)
+        self._emit = decoding.stepper_of(model).quick(self._choose)
         self._run: decoding.Action | None = None
 
     # -------------------------------------------------------------- the step

@@ -10,22 +10,19 @@ Legend: B batch, N slots, L blocks, G key/value heads, K head width, D model wid
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.forward import run_blocks
-from lrt.serialization.fingerprint import parts
-from lrt.types import PassOutput
+from lrt.decoding.which_model import check_fingerprint, fingerprint, probe
+from lrt.types import KV
 
 FORMAT = 1
 NEVER = 2**62  # approximate_from of a row whose every position is exact
@@ -86,17 +83,17 @@ class DecodeState:
         if any(not 1 <= n <= capacity for n in kept_at):
             raise ValueError(f"keep_at = {list(kept_at)}: use lengths 1..{capacity}, the capacity of this state")
         device = next(model.parameters()).device
-        probe = _probe(getattr(model, "plain", model))
+        one = probe(model)
         windows = tuple(block.window for block in model.blocks)
 
         def blank(like: Tensor, window: int | None) -> Tensor:
             slots = capacity + 1 if window is None else min(window + 1, capacity + 1)
             return like.new_zeros(batch, slots, *like.shape[2:])
 
-        memory = None if probe.memory is None else probe.memory.new_zeros(batch, probe.memory.shape[-1])
+        memory = None if one.memory is None else one.memory.new_zeros(batch, one.memory.shape[-1])
         return cls(
-            keys=tuple(blank(kv.key, w) for kv, w in zip(probe.kv, windows)),
-            values=tuple(blank(kv.value, w) for kv, w in zip(probe.kv, windows)),
+            keys=tuple(blank(kv.key, w) for kv, w in zip(one.kv, windows)),
+            values=tuple(blank(kv.value, w) for kv, w in zip(one.kv, windows)),
             windows=windows,
             memory=memory,
             lengths=torch.zeros(batch, dtype=torch.int64, device=device),
@@ -131,7 +128,7 @@ class DecodeState:
 
     def check_model(self, model: Any) -> None:
         """Raises ValueError when this state was made by another model (or the same one before an update)."""
-        _check_fingerprint(self.fingerprint, model)
+        check_fingerprint(self.fingerprint, model)
 
     def check_room(self, tokens: int) -> None:
         """Raises ValueError when a row cannot take ``tokens`` more; one host sync."""
@@ -291,7 +288,7 @@ class DecodeState:
             raise ValueError(
                 f"{path}: not a decoding state of this version of lrt: give a file that DecodeState.save wrote"
             )
-        _check_fingerprint(str(about.get("fingerprint")), model)
+        check_fingerprint(str(about.get("fingerprint")), model)
         wrong = _misfit(about, tensors, model)
         if wrong is not None:
             raise ValueError(f"{path}: {wrong}: the file was changed, or its model has another shape")
@@ -318,15 +315,6 @@ class DecodeState:
         )
 
 
-def _check_fingerprint(made_by: str, model: Any) -> None:
-    found = fingerprint(model)
-    if found != made_by:
-        raise ValueError(
-            f"this state belongs to another model (fingerprint {made_by[:12]}, the model's is {found[:12]}): "
-            "use the weights and dtype it was made with, or prefill the prompt again"
-        )
-
-
 def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> str | None:
     """What of a file is not what ``DecodeState.save`` writes of a state of ``model``; None when all is."""
     windows = [block.window for block in model.blocks]
@@ -337,18 +325,18 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
         return f"it keeps the memory at {kept_at}, which are no lengths 1..{capacity}"
     lengths = tensors.get("lengths")
     rows = len(lengths) if lengths is not None and lengths.ndim == 1 else 0
-    probe = _probe(getattr(model, "plain", model))
+    made = probe(model)
     one: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         name: ((rows,), torch.int64) for name in ("lengths", "document_starts", "approximate_from")
     }
-    for i, (kv, window) in enumerate(zip(probe.kv, windows)):
+    for i, (kv, window) in enumerate(zip(made.kv, windows)):
         slots = capacity + 1 if window is None else min(window + 1, capacity + 1)
         one[f"key.{i}"] = (rows, slots, *kv.key.shape[2:]), kv.key.dtype
         one[f"value.{i}"] = (rows, slots, *kv.value.shape[2:]), kv.value.dtype
-    if probe.memory is not None:
-        one["memory"] = (rows, probe.memory.shape[-1]), probe.memory.dtype
+    if made.memory is not None:
+        one["memory"] = (rows, made.memory.shape[-1]), made.memory.dtype
         if kept_at:
-            one["kept"] = (rows, len(kept_at), probe.memory.shape[-1]), probe.memory.dtype
+            one["kept"] = (rows, len(kept_at), made.memory.shape[-1]), made.memory.dtype
     if getattr(model.backbone, "by_length", None) is not None:
         one["reach"] = (rows,), torch.int64
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -373,6 +361,24 @@ def slot_positions(last: Tensor, slots: int) -> Tensor:
     return last[:, None] - (last[:, None] - torch.arange(slots, device=last.device)).remainder(slots)
 
 
+def keys_so_far(state: DecodeState, lengths: Sequence[int]) -> list[KV]:
+    """Keys and values of every block, oldest first where all rows are ``lengths`` long alike, otherwise by slot.
+
+    Args:
+        state: whose caches are read.
+        lengths: of its rows, on the host.
+    """
+    used, found = max(lengths), []
+    for key, value in zip(state.keys, state.values):
+        slots = key.shape[1]
+        if min(lengths) == used > slots:  # a ring that has wrapped
+            order = torch.arange(used - slots, used, device=key.device).remainder(slots)
+            found.append(KV(key.index_select(1, order), value.index_select(1, order)))
+        else:
+            found.append(KV(key[:, :used], value[:, :used]))
+    return found
+
+
 def _reslot(cache: Tensor, lengths: Tensor, slots: int) -> Tensor:
     """The rows of ``cache`` (B, N, G, K) laid out in another number of slots."""
     if cache.shape[1] == slots:
@@ -384,52 +390,3 @@ def _reslot(cache: Tensor, lengths: Tensor, slots: int) -> Tensor:
     return cache.gather(1, index[:, :, None, None].expand(-1, -1, *cache.shape[2:])) * kept[:, :, None, None].to(
         cache.dtype
     )
-
-
-# ------------------------------------------------------------------ which model
-
-_probed: WeakKeyDictionary[Any, tuple[Any, PassOutput]] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _probe(model: Any) -> PassOutput:
-    """One position through the model, to learn the shape and dtype of its keys and memory; done once."""
-    parameter = next(model.parameters())
-    about = (parameter.device, parameter.dtype, model.source)
-    if model not in _probed or _probed[model][0] != about:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=parameter.device)
-        hidden, contexts = model.backbone.embed(token, token)
-        _probed[model] = (about, run_blocks(model, hidden, contexts, None))
-    return _probed[model][1]
-
-
-_known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def fingerprint(model: Any) -> str:
-    """A digest of the model's settings and of every weight; equal on every device, recomputed after an update.
-
-    An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen:
-    the digest of before stays, so states made before such an update must be made again.
-    """
-    whole_tensors = ((n, p.to_local() if hasattr(p, "to_local") else p) for n, p in model.named_parameters())
-    parameters = [part for whole in whole_tensors for part in parts(*whole)]
-    version = tuple((p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for _, p in parameters)
-    if model in _known and _known[model][0] == version:
-        return _known[model][1]
-    config = getattr(model.backbone, "config", None)
-    # of a native model: RoPE base, softcap and the like
-    settings = config if dataclasses.is_dataclass(config) else None
-    digest = hashlib.sha256(repr((model.recurrence, settings, [block.window for block in model.blocks])).encode())
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = []
-    for name, parameter in parameters:
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        bits = parameter.detach().flatten().view(whole[parameter.element_size()])
-        stride = max(1, bits.numel() // 64)
-        # Sums of the bit patterns are integers: the order of summation, and so the device, does not matter.
-        sums.append(torch.cat([bits.sum(dtype=torch.int64)[None], bits[::stride].to(torch.int64)]))
-    digest.update(torch.cat([part.to(sums[0].device) for part in sums]).cpu().numpy().tobytes())
-    _known[model] = (version, digest.hexdigest())
-    return _known[model][1]

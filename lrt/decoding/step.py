@@ -1,9 +1,8 @@
-"""One token for every row of a state: the step of decoding and of exact prefill.
+"""How a model decodes: one token for every row of a state, its logits, and stretches of prompt.
 
-The step works on static tensors and never asks the device for anything, so the same function runs
-eagerly, under ``torch.compile``, or replayed as a CUDA graph.
+A ``Stepper`` is what decoding asks. It takes the model's place: whatever it does not say itself is the model's.
 
-Legend: B batch, N slots, L blocks, D width, G key/value heads, K head width, V vocabulary.
+Legend: B batch, P positions of a stretch, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,114 +13,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrt.attention import Cache
-from lrt.decoding.state import DecodeState, slot_positions
-from lrt.forward import Row, run_blocks
-from lrt.recurrence import reset_memory
-from lrt.types import PassOutput
+from lrt.decoding.one_position import consume
+from lrt.decoding.prefill_passes import Span
+from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import StandIn
+from lrt.forward import Row
 
 Action = Callable[[], None]  # a step on static tensors
 Runner = Callable[[Action, "Tensor"], Action]  # how steps run: (step, static ``active`` (B,)) -> step
 
 
-def separator_of(model: Any) -> int | None:
-    """Token at which the received memory is zero; None = none."""
-    return None if model.recurrence is None else model.recurrence.separator
+class Stepper(StandIn):
+    """A model that decodes by its own blocks, in plain PyTorch."""
+
+    @torch.no_grad()
+    def step(
+        self, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
+    ) -> Tensor:
+        """Let every active row of ``state`` consume one token, in place.
+
+        Args:
+            state: its rows; must have room for one token.
+            tokens: (B,) token ids.
+            active: (B,) bool; other rows stay as they are.
+            row: what block ``row.start`` receives at these tokens, with contexts;
+                None = the tokens embedded, for the first block.
+            stop: the first block that does not run, above the source; None = all run.
+
+        Returns:
+            (B, D) output of the last block that ran.
+        """
+        return consume(self.plain, state, tokens, active, row=row, stop=stop).hidden[:, 0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, V) of the last block's output (B, D)."""
+        return self.plain.backbone.logits(hidden[:, None])[:, 0]
+
+    def stretch(self, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
+        """A stretch of prompt in parallel passes.
+
+        Args:
+            state: where it begins.
+            tokens: (B, P).
+            counts: (B,) real tokens of each row.
+            kind: which passes: groups of a sweep, "refine" or "plain".
+        """
+        return Span(self, state, tokens, counts)
+
+    def quick(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of tensors, as fast as this stepper can make it."""
+        return function
 
 
-def attention_cut_of(model: Any) -> int | None:
-    """Token at which attention is cut too; None = none."""
-    return getattr(model.backbone, "attention_reset", None)
-
-
-@torch.no_grad()
-def absorb(
-    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
-) -> Tensor:
-    """Let every active row of ``state`` consume one token, in place.
-
-    Args:
-        model: a RecurrentDecoder.
-        state: its rows; must have room for one token.
-        tokens: (B,) token ids.
-        active: (B,) bool; other rows stay as they are.
-        row: what block ``row.start`` receives at these tokens, with contexts;
-            None = the tokens embedded, for the first block.
-        stop: the first block that does not run, above the source; None = all run.
-
-    Returns:
-        (B, D) output of the last block that ran.
-    """
-    model = getattr(model, "one_token", model)
-    if hasattr(model, "absorb"):
-        return model.absorb(state, tokens, active, row=row, stop=stop)
-    return consume(model, state, tokens, active, row=row, stop=stop).hidden[:, 0]
-
-
-@torch.no_grad()
-def consume(
-    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None, stores: Any = None,
-    keep_inputs: bool = False,
-) -> PassOutput:  # fmt: skip
-    """The step of ``absorb`` in plain PyTorch, with all that the blocks computed (B, 1, ...).
-
-    Args:
-        model, state, tokens, active, row, stop: as in ``absorb``.
-        stores: what each block attends to; None = the caches of ``state``.
-        keep_inputs: also return the input of every block.
-    """
-    positions = state.lengths[:, None]
-    cut = attention_cut_of(model)
-    if cut is not None:
-        state.document_starts.copy_(torch.where(active & (tokens == cut), state.lengths, state.document_starts))
-    if row is None:
-        more = () if state.reach is None else (state.reach[:, None],)
-        hidden, contexts = model.backbone.embed(tokens[:, None], positions, *more)
-        row = Row(hidden, contexts, None, None)
-    received = None
-    if state.memory is not None:
-        separator = separator_of(model)
-        received = reset_memory(state.memory[:, None], None if separator is None else (tokens == separator)[:, None])
-    stores = masked_caches(state) if stores is None else stores
-    out = run_blocks(
-        model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_inputs=keep_inputs
-    )
-    state.lengths.add_(active)
-    if state.memory is not None and out.memory is not None:
-        torch.where(active[:, None], out.memory[:, 0], state.memory, out=state.memory)
-        keep_memory(state)
-    return out
+def stepper_of(model: Any) -> Stepper:
+    """How a model decodes: what stands in its place, or its own blocks."""
+    return model if isinstance(model, Stepper) else Stepper(model)
 
 
 @torch.no_grad()
 def decode_one_token(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
-    """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``absorb``."""
-    hidden = absorb(model, state, tokens, active)
-    return getattr(model, "one_token", model).backbone.logits(hidden[:, None])[:, 0]
+    """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``Stepper.step``."""
+    stepper = stepper_of(model)
+    return stepper.logits(stepper.step(state, tokens, active))
 
 
-def keep_memory(state: DecodeState) -> None:
-    """Keep the memory of rows whose length is one of ``kept_at``."""
-    if state.kept is not None and state.memory is not None:
-        here = torch.stack([state.lengths == length for length in state.kept_at], dim=1)[..., None]
-        state.kept.copy_(torch.where(here, state.memory[:, None], state.kept))
-
-
-def masked_caches(state: DecodeState) -> list[Cache]:
-    """The stores of one token per row: where its key goes, and which slots it sees."""
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
-    for key in state.keys:
-        slots = key.shape[1]
-        if slots not in shared:
-            held = slot_positions(state.lengths, slots)
-            shared[slots] = (
-                state.lengths.remainder(slots)[:, None],
-                (held >= state.document_starts[:, None])[:, None, None],
-            )
-    return [Cache(key, value, *shared[key.shape[1]]) for key, value in zip(state.keys, state.values)]
-
-
-class WithoutMemory:
+class WithoutMemory(StandIn):
     """A model whose memory is never received: memory mode ``zero``, to see what the memory changes.
 
     Args:
@@ -129,12 +85,12 @@ class WithoutMemory:
     """
 
     def __init__(self, model: Any) -> None:
-        self.plain = self
-        self._model = model
+        super().__init__(model)
         self.recurrence, self.source, self.receivers, self.memory_projection, self.injection = None, 0, (), None, None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_model"], name)
+    @property
+    def itself(self) -> Any:
+        return self
 
 
 # ------------------------------------------------------------------ how a step runs

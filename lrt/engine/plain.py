@@ -260,7 +260,7 @@ def _apart(x: Any, subsets: int, branch: Branch) -> tuple[Any, Sequence[Any]]:
 
 
 def dense_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:
-    """One boolean mask (1 or B, 1, P, N) a block, built once for each distinct window.
+    """One boolean mask (1 or B, 1, P, N) per block, built once for each distinct window.
 
     Args:
         model: its blocks have the windows.

@@ -226,7 +226,7 @@ def _coloured(comparison: Comparison) -> list[tuple[Curve, str]]:
 
 
 def _alike(comparison: Comparison) -> tuple[dict[str, Point], str]:
-    """One point a curve: those of the most tokens that all have, or the longest of each; and what to call them."""
+    """One point per curve: at the most tokens that all have, or its longest run; and what to call them."""
     amounts = [{round(p.amounts["tokens"] / 1e3) for p in curve.points} for curve in comparison.curves]
     common = set.intersection(*amounts)
     if not common:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lrt.attention import Cache, attention_weights
+from lrt.decoding.one_position import masked_caches
 from lrt.decoding.state import DecodeState, slot_positions
-from lrt.decoding.step import masked_caches
 
 
 def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Any]:

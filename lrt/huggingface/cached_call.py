@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrt.arguments import alignment
 from lrt.decoding.lengths import lengthen
-from lrt.decoding.step import absorb, consume
+from lrt.decoding.one_position import consume
 from lrt.huggingface.attentions import watched
 from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.output import LRTOutput
@@ -55,7 +55,7 @@ def decode_columns(
             out = consume(model, state, tokens[:, t], inside[:, t], stores=stores, keep_inputs=output_hidden_states)
             steps.append((*out.inputs, out.hidden))
         else:
-            steps.append((absorb(model, state, tokens[:, t], inside[:, t])[:, None],))
+            steps.append((consume(model, state, tokens[:, t], inside[:, t]).hidden,))
     # Columns of padding repeat the row's last token, so that logits[:, -1] are the next token's on either side.
     places = torch.minimum(back.expand(batch, -1), inside.to(torch.int64).cumsum(1).argmax(1, keepdim=True))
     *inputs, hidden = (

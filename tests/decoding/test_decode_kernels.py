@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import randomized
 
+import lrt
+from lrt.adaptation import without_memory
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.decoding import prefill
 from lrt.decoding import step as decoding
 from lrt.decoding.fast import one_token, tiles
 from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.fast.family_parts import unlike
+from lrt.decoding.fast.family_token import FusedFamily
 from lrt.decoding.state import DecodeState
 from lrt.model import build_model
 from lrt.schedules import sequential
@@ -82,14 +90,65 @@ def test_what_the_kernels_cannot_do_is_left_to_the_ordinary_step(monkeypatch):
     assert not one_token.can_fuse(SimpleNamespace(backbone=object()))
 
 
-def test_a_step_of_its_own_is_used():
-    model = build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=7), None)
-    state = DecodeState.empty(model, batch=2, capacity=3)
-    asked = []
-    fast = SimpleNamespace(one_token=SimpleNamespace(absorb=lambda *given, row, stop: asked.append(given)))
+def test_a_stepper_takes_the_models_place():
+    """Steps, logits and stretches are what it says; everything else is the model's own."""
+    model = randomized(build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=7), None), 1).eval()
+    state, asked = DecodeState.empty(model, batch=2, capacity=3), []
+
+    class Own(decoding.Stepper):
+        def step(self, *given, row=None, stop=None):
+            asked.append(given)
+            return super().step(*given, row=row, stop=stop)
+
+        def logits(self, hidden):
+            return super().logits(hidden) + 1
+
+        def stretch(self, *given, kind):
+            asked.append(kind)
+            return super().stretch(*given, kind=kind)
+
+    own, other = Own(model), state.fork()
     tokens, active = torch.tensor([1, 2]), torch.tensor([True, False])
-    decoding.absorb(fast, state, tokens, active)
-    assert asked == [(state, tokens, active)]
+    got = decoding.decode_one_token(own, state, tokens, active)
+    assert torch.equal(got, decoding.decode_one_token(model, other, tokens, active) + 1)
+    assert asked == [(state, tokens, active)] and state.lengths.tolist() == [1, 0]
+    assert own.backbone is model.backbone and decoding.stepper_of(own) is own
+    done = prefill.run(own, torch.tensor([[1, 2, 3]]), method=prefill.refine(1))
+    assert asked[1:] == ["plain"] and done.state.fingerprint == state.fingerprint
+
+
+@pytest.mark.slow
+def test_steps_of_llama_style_decoders_in_tritons_interpreter():
+    """Biases, norms of heads, windows, groups, aligned, shared and layerwise memory; no GPU is needed."""
+    pytest.importorskip("triton")
+    lib = Path(__file__).parent.parent / "lib"
+    here = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(lib.parent.parent), str(lib)])}
+    out = subprocess.run([sys.executable, lib / "fused_families.py"], env=here, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("the same") == 10
+
+
+def test_decoders_that_the_kernels_do_not_compute_are_refused_by_what_they_lack():
+    import transformers as hf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 20}
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval()
+    model = lrt.adapt(llama, RecurrenceConfig(projection="aligned"))
+    assert unlike(model) is None and unlike(without_memory(model)) is None
+    hook = model.blocks[1].register_forward_hook(lambda *given: None)
+    assert "block 2 has hooks" in unlike(model)
+    hook.remove()
+    llama.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    assert "block 2 is not Llama's" in unlike(model)
+    with pytest.raises(ValueError, match="do not compute this model: block 2"):
+        FusedFamily(model, many=decoding.Stepper(model))
+    lrt.release(model)
+    again = lrt.adapt(hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)), RecurrenceConfig(residual="projected"))
+    assert "a residual of another kind" in unlike(again)
+    gemma = hf.Gemma2Config(**sizes, layer_types=["full_attention"] * 2)
+    assert unlike(lrt.adapt(hf.Gemma2ForCausalLM(gemma).eval())) is not None
+    assert "not an adapted one" in unlike(build_model(ModelConfig(n_layers=1, width=32, n_heads=2, vocab_size=7), None))
 
 
 # ------------------------------------------------------------------ the kernels
@@ -116,7 +175,7 @@ def filled(model, batch, capacity, longest):
 
 def both(model, state, steps):
     """Logits and states of the ordinary and of the fused step, one row in five waiting for a while."""
-    quick, fast = state.fork(), SimpleNamespace(one_token=one_token.fuse(model))
+    quick, fast = state.fork(), one_token.fuse(model)
     generator = torch.Generator().manual_seed(2)
     out = []
     for step in range(steps):
@@ -157,7 +216,7 @@ def test_in_half_precision_a_fused_step_is_as_near_to_float32_as_the_ordinary_on
     quick = state.fork()
     expected = decoding.decode_one_token(exact, right, tokens, active)
     ordinary = decoding.decode_one_token(model, state, tokens, active)
-    got = decoding.decode_one_token(SimpleNamespace(one_token=one_token.fuse(model)), quick, tokens, active)
+    got = decoding.decode_one_token(one_token.fuse(model), quick, tokens, active)
 
     def error(x, y):
         return float((x.double() - y.double()).norm() / y.double().norm())
@@ -171,7 +230,7 @@ def test_in_half_precision_a_fused_step_is_as_near_to_float32_as_the_ordinary_on
 def test_a_captured_step_repeats_itself_and_sees_an_update(batch):
     model = make("shared", torch.bfloat16)
     start = filled(model, batch, capacity=300, longest=200)
-    state, fast = start.fork(), SimpleNamespace(one_token=one_token.fuse(model))
+    state, fast = start.fork(), one_token.fuse(model)
     tokens, active = torch.arange(1, batch + 1, device="cuda"), torch.ones(batch, dtype=torch.bool, device="cuda")
     logits = torch.empty(batch, 50, device="cuda")
     replay = decoding.graphed(lambda: logits.copy_(decoding.decode_one_token(fast, state, tokens, active)), active)

@@ -278,7 +278,7 @@ def test_the_log_is_newest_first_and_its_index_names_every_entry():
 
 
 def test_measurement_pages_begin_with_their_goals():
-    for page in ("frontier", "results", "benchmarks", "decoding", "attention", "prefill"):
+    for page in ("frontier", "results", "tracking", "benchmarks", "decoding", "attention", "prefill"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0] == "Goals", page
 

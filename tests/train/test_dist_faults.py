@@ -45,12 +45,20 @@ def workers(process):
 ON_GPUS = ("parallel.compile=true", "parallel.param_dtype=bfloat16", "model.width=64")  # with CUDA graphs, by default
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(False, id="cpu"), pytest.param(True, id="gpu", marks=gpus(2))])
-def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gpu):
+@pytest.mark.parametrize(
+    ("gpu", "ranks"),
+    [
+        pytest.param(False, 2, id="cpu"),
+        pytest.param(True, 2, id="gpu", marks=gpus(2)),
+        pytest.param(False, 4, id="four on a cpu", marks=pytest.mark.slow),
+        pytest.param(True, 4, id="four gpus", marks=gpus(4)),
+    ],
+)
+def test_a_killed_rank_restarts_and_another_number_of_ranks_goes_on(tmp_path, gpu, ranks):
     sets, options = ("checkpoint.every=4", *(ON_GPUS if gpu else ())), {"gpu": gpu}
-    first = launch(tmp_path, "training.steps=24", *sets, options=("--max-restarts=1",), **options)
+    first = launch(tmp_path, "training.steps=24", *sets, options=("--max-restarts=1",), ranks=ranks, **options)
     wait_for_step(first, 9)
-    os.kill(workers(first)[1], signal.SIGKILL)
+    os.kill(workers(first)[-1], signal.SIGKILL)
     output, errors = first.communicate(timeout=300 if gpu else 120)
     assert first.returncode == 0, errors
     assert re.search(r"resumed from .*step_\d+", output)

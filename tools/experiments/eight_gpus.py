@@ -20,16 +20,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from host import Host, records
+
 PHASES = (
     'schedule.phases=[{{until=0.5,kind="baseline"}},{{until=1.0,kind="mixture",ramp={ramp},mix=['
     '{{share=0.3,kind="baseline"}},'
@@ -50,85 +48,6 @@ class Size:
         self.steps, self.stop, self.twin, self.more, self.one = (12, 5, 4, 3, 4) if tiny else (60, 25, 20, 8, 20)
         self.batch = 256 * gpus if tiny else 65536 * gpus
         self.vocabulary, self.megabytes = (320, 0.2) if tiny else (32768, 50)
-
-
-class Host:
-    """Commands within a time limit, each with its own log; what they leave is written down as soon as it is there."""
-
-    def __init__(self, out: Path, size: Size, *, seconds: float) -> None:
-        self.out, self.work, self.size, self.until = out, out / "work", size, time.monotonic() + seconds
-        self.results: dict[str, Any] = {"gpus": size.gpus, "left_out": [], "seconds": {}, "exit_codes": {}}
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
-
-    @property
-    def left(self) -> float:
-        return self.until - time.monotonic()
-
-    def keep(self, **found: Any) -> None:
-        self.results.update(found)
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1), encoding="utf-8")
-
-    def start(self, name: str, *line: str, processes: int = 0, gpus: range | None = None) -> Job | None:
-        """Start a command of the checkout, under torchrun with ``processes``; None where no time is left for it."""
-        if self.left < 15:
-            self.results["left_out"].append(name)
-            return None
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        if self.size.tiny or gpus is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = "" if self.size.tiny or gpus is None else ",".join(map(str, gpus))
-        log = self.work / f"{name}.log"
-        with log.open("w") as stream:
-            process = subprocess.Popen(
-                [sys.executable, *(launcher if processes else []), *line],
-                stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True,
-            )  # fmt: skip
-        return Job(name, process, log, time.monotonic())
-
-    def wait(self, job: Job | None) -> bool:
-        """Wait for a command, at most until the time limit; whether it ended well."""
-        if job is None:
-            return False
-        try:
-            code = job.process.wait(max(1.0, self.left))
-        except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
-            code = job.process.wait()
-        self.results["seconds"][job.name] = round(time.monotonic() - job.began, 1)
-        self.results["exit_codes"][job.name] = code
-        print(f"{job.name}: exit code {code}, {time.monotonic() - job.began:.0f} s, {self.left:.0f} s left", flush=True)
-        if code:
-            print("\n".join(job.log.read_text(errors="replace").splitlines()[-25:]), flush=True)
-        self.keep()
-        return code == 0
-
-    def run(self, name: str, *line: str, processes: int = 0, gpus: range | None = None) -> bool:
-        return self.wait(self.start(name, *line, processes=processes, gpus=gpus))
-
-
-class Job:
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, began: float) -> None:
-        self.name, self.process, self.log, self.began = name, process, log, began
-
-    def stop_at(self, folder: Path, step: int) -> None:
-        """Send one rank SIGUSR1 when the run has recorded a step: all ranks save and end."""
-        while self.process.poll() is None:
-            if steps := [r["step"] for r in records(folder)]:
-                if steps[-1] >= step:
-                    break
-            time.sleep(0.1)
-        with contextlib.suppress(FileNotFoundError, IndexError, ProcessLookupError):
-            pid = self.process.pid
-            os.kill(int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]), signal.SIGUSR1)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The training steps that a run has recorded so far."""
-    with contextlib.suppress(FileNotFoundError):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    return []
 
 
 def speeds(folder: Path, *, above: int = 0) -> dict[str, Any]:
@@ -157,9 +76,11 @@ def estimate(host: Host, name: str, line: list[str], *, gpus: int) -> float | No
     return float(found[1]) if found else None
 
 
-def recipe_line(host: Host, name: str, *sets: str, ramp: int | None = None, output: str = "runs") -> list[str]:
+def recipe_line(
+    host: Host, size: Size, name: str, *sets: str, ramp: int | None = None, output: str = "runs"
+) -> list[str]:
     """The command of a run, data given; ``ramp``: of a recipe with phases."""
-    work, size = host.work, host.size
+    work = host.work
     given = [f"data.train={work / 'tokens'}", f"data.tokenizer={work / 'tokenizer'}", f"run.output={work / output}"]
     given += [f"data.validation={work / 'held_out.parquet'}"]
     given += [] if ramp is None else [PHASES.format(ramp=ramp)]
@@ -169,11 +90,11 @@ def recipe_line(host: Host, name: str, *sets: str, ramp: int | None = None, outp
     return ["recipes/run.py", "--recipe", name, *(x for pair in (*given, *sets) for x in ("--set", pair))]
 
 
-def train(host: Host) -> None:
+def train(host: Host, size: Size) -> None:
     """The recipe on all GPUs, stopped and gone on with, and its twin."""
-    size, runs = host.size, host.work / "runs"
+    runs = host.work / "runs"
     lrt_sets = (f"training.steps={size.steps}", f"training.batch_tokens={size.batch}")
-    line = recipe_line(host, "lrt_24l", *lrt_sets, ramp=2 if size.tiny else 10)
+    line = recipe_line(host, size, "lrt_24l", *lrt_sets, ramp=2 if size.tiny else 10)
     host.keep(estimated_gib={"lrt_24l": estimate(host, "dry_run", line, gpus=size.gpus)})
     job = host.start("lrt_24l", *line, processes=size.gpus)
     if job is not None:
@@ -189,20 +110,20 @@ def train(host: Host) -> None:
         host.keep(about=json.loads((runs / "lrt_24l" / "run.json").read_text(encoding="utf-8")))
     host.keep(lrt_24l=speeds(runs / "lrt_24l", above=host.results.get("stopped_at", 0)))
     sets = (f"training.steps={size.twin}", f"training.batch_tokens={size.batch}", "checkpoint.export_at_end=false")
-    twin = recipe_line(host, "baseline_24l", *sets)
+    twin = recipe_line(host, size, "baseline_24l", *sets)
     host.results["estimated_gib"]["baseline_24l"] = estimate(host, "dry_run_twin", twin, gpus=size.gpus)
     host.run("baseline_24l", *twin, processes=size.gpus)
     host.keep(baseline_24l=speeds(runs / "baseline_24l"))
 
 
-def afterwards(host: Host) -> None:
+def afterwards(host: Host, size: Size) -> None:
     """Side by side: half of the GPUs, one GPU, the export in three memory modes and as a Hugging Face folder."""
-    size, work = host.size, host.work
+    work = host.work
     half, rest = range(size.half), range(size.half, size.gpus)
     steps = (f"training.steps={size.steps}", f"training.batch_tokens={size.batch}")
     ramp = 2 if size.tiny else 10
     on_half = host.start(
-        "half", *recipe_line(host, "lrt_24l", *steps, ramp=ramp, output="half"), processes=size.half, gpus=half
+        "half", *recipe_line(host, size, "lrt_24l", *steps, ramp=ramp, output="half"), processes=size.half, gpus=half
     )
     single = (
         "run.name=one", f"training.steps={size.one}", f"training.batch_tokens={size.batch // size.gpus}",
@@ -212,7 +133,7 @@ def afterwards(host: Host) -> None:
     if on_half is not None:
         enough = host.results.get("stopped_at", 0) + size.more
         threading.Thread(target=on_half.stop_at, args=(work / "half" / "lrt_24l", enough), daemon=True).start()
-    alone = host.start("one", *recipe_line(host, "lrt_24l", *single, ramp=2), processes=1, gpus=rest[:1])
+    alone = host.start("one", *recipe_line(host, size, "lrt_24l", *single, ramp=2), processes=1, gpus=rest[:1])
     export = work / "runs" / "lrt_24l" / "export"
     scores = work / "scores.json"
     others = rest[2:] or rest[-1:]
@@ -261,7 +182,8 @@ def main() -> int:
     if len(shards) < 2 or options.gpus < 2:
         parser.error("--data needs two parquet files or more, the last of them held out, and --gpus 2 or more")
     size = Size(options.gpus, tiny=options.tiny)
-    host = Host(options.out.resolve(), size, seconds=options.limit)
+    host = Host(options.out.resolve(), seconds=options.limit, processors=options.tiny)
+    host.keep(gpus=size.gpus)
     (host.work / "held_out.parquet").symlink_to(shards[-1])
     (host.work / "shards").mkdir()
     for shard in shards[-1:] if size.tiny else shards[:-1]:
@@ -272,8 +194,8 @@ def main() -> int:
     made = host.run("tokenizer", "tools/prepare_data.py", "train-tokenizer", *source, *sizes, "--output", tokenizer)
     corpus = ("--tokenizer", tokenizer, "--output", str(host.work / "tokens"))
     if made and host.run("tokenize", "tools/prepare_data.py", "tokenize", *source, *corpus):
-        train(host)
-        afterwards(host)
+        train(host, size)
+        afterwards(host, size)
     conclude(host)
     return 0 if not host.results["left_out"] and not any(host.results["exit_codes"].values()) else 1
 

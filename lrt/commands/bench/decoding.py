@@ -35,7 +35,9 @@ from lrt.commands.bench.decoders import ALIGNED, LAYERWISE, LLAMAS, NARROW, NATI
 from lrt.commands.bench.prompts import prefill_rows
 from lrt.commands.options import at_least
 from lrt.decoding import step as decoding
-from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.fast import tiles
+from lrt.decoding.fast.acceleration import accelerate, compiled_decoder
+from lrt.decoding.fast.family_token import FusedFamily
 from lrt.decoding.state import DecodeState
 from lrt.tables import Table
 
@@ -107,6 +109,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-prefill", action="store_true", help="time decoding alone")
     add("--no-decode", action="store_true", help="time prefill alone")
     add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without kernels of its own")
+    add(
+        "--unmeasured", action="store_true",
+        help="kernels that no GPU has timed yet, which nothing else uses: an adapted Llama's step, products of 2 to 32 rows",
+    )  # fmt: skip
     add("--model", metavar="FOLDER", help="that lrt.save wrote: prefill, and of an adapted decoder decoding too")
     add(
         "--against", choices=[ORIGINAL],
@@ -175,7 +181,13 @@ class Bench:
     def fast(self, model: Any) -> Any:
         if self.args.ordinary:
             return model
-        return accelerate(model, backend="inductor" if next(model.parameters()).is_cuda else "eager")
+        backend = "inductor" if next(model.parameters()).is_cuda else "eager"
+        if self.args.unmeasured:
+            tiles.FEW = tiles.MOST
+            if model.original is not None:
+                many = compiled_decoder(model, backend=backend)
+                return accelerate(model, backend=backend, one_token=FusedFamily(model, many=many))
+        return accelerate(model, backend=backend)
 
     def time(self, size: str, models: Table, original: Any, *, trained: bool = False) -> None:
         """Decoding at every context and number of rows, then prefill."""

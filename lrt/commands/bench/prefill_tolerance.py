@@ -201,7 +201,7 @@ def run_exactly(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.T
     hidden, memory = (state.memory.new_zeros(batch, length, model.backbone.width) for _ in range(2))
 
     def step() -> None:
-        out = decoding.absorb(model, state, tokens.index_select(1, column)[:, 0], active)
+        out = decoding.stepper_of(model).step(state, tokens.index_select(1, column)[:, 0], active)
         hidden.index_copy_(1, column, out[:, None])
         memory.index_copy_(1, column, state.memory[:, None])
         column.add_(active.any())
@@ -307,7 +307,7 @@ def table(dtype: str, rows: list[dict], exact: dict) -> None:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Residual, error and gap by sweep: a column a precision, a line a number of groups."""
+    """Residual, error and gap by sweep: one column per precision, one line per number of groups."""
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
     sweeps = sorted({row["sweeps"] for row in rows})
     panels = (

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 
 from lrt.backbone import Decoder
-from lrt.decoding.fast import one_token
+from lrt.decoding.compiled_block import CompiledBlock
+from lrt.decoding.fast.one_token import can_fuse, fuse
 from lrt.decoding.fast.prefill_graphs import Recorder
+from lrt.decoding.prefill_passes import Span
+from lrt.decoding.state import DecodeState
+from lrt.decoding.step import Stepper, stepper_of
+from lrt.forward import Row
 
 
-class Accelerated:
+class Accelerated(Stepper):
     """A model that decodes faster; everything else about it is the model's own.
 
     Args:
         model: a RecurrentDecoder.
-        one_token: the decoder that runs single tokens.
+        one_token: what runs single tokens, a Stepper or a model.
         blocks: the blocks that run passes over many positions.
         compiled: makes a function of tensors faster.
         recorded: whether passes over short prompts become CUDA graphs; on the CPU they run the same way,
@@ -29,26 +34,39 @@ class Accelerated:
     def __init__(
         self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False
     ) -> None:
-        self.plain, self.one_token, self.blocks, self.compiled = model, one_token, blocks, compiled
+        super().__init__(model)
+        self.one_token, self.blocks, self.compiled = stepper_of(one_token), blocks, compiled
         self.recorder = Recorder(self, record=next(model.parameters()).is_cuda) if recorded else None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["plain"], name)
+    def step(
+        self, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None
+    ) -> Tensor:
+        return self.one_token.step(state, tokens, active, row=row, stop=stop)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.one_token.logits(hidden)
+
+    def stretch(self, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
+        """Recorded passes where they fit; otherwise those of the blocks."""
+        span = None if self.recorder is None else self.recorder.span(state, tokens, counts, kind=kind)
+        return super().stretch(state, tokens, counts, kind=kind) if span is None else span
+
+    def quick(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.compiled(function)
 
 
-def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
+def accelerate(model: Any, *, backend: str = "inductor", one_token: Stepper | None = None) -> Accelerated:
     """Make a model fast at decoding and prefill, to be used in its place; compiling takes place at the first calls.
 
-    On CUDA a native model's single tokens run in hand-written kernels (``lrt.decoding.fast.one_token``),
-    where triton is
-    installed, and its passes over short prompts as CUDA graphs (``lrt.decoding.fast.prefill_graphs``);
-    other models' blocks are compiled, one graph for all blocks of a kind. Parameters are shared with the model,
-    so an update is seen
+    On CUDA a native model's single tokens run in hand-written kernels (``lrt.decoding.fast.one_token``), where triton
+    is installed, and its passes over short prompts as CUDA graphs (``lrt.decoding.fast.prefill_graphs``); other models'
+    blocks are compiled, one graph for all blocks of a kind. Parameters are shared with the model, so an update is seen
     at once.
 
     Args:
         model: a LatentRecurrentModel in evaluation, on its device and in its dtype.
         backend: of torch.compile.
+        one_token: what runs single tokens; None = the kernels or the compiled blocks.
 
     Raises:
         ValueError: the model is accelerated already.
@@ -56,26 +74,19 @@ def accelerate(model: Any, *, backend: str = "inductor") -> Accelerated:
     if isinstance(model, Accelerated):
         raise ValueError("this model is accelerated already: accelerate the model itself, once")
     on_gpu = next(model.parameters()).device.type == "cuda"
-    decoder = (
-        one_token.fuse(model) if on_gpu and one_token.can_fuse(model) else compiled_decoder(model, backend=backend)
-    )
+    if one_token is None:
+        one_token = fuse(model) if on_gpu and can_fuse(model) else compiled_decoder(model, backend=backend)
     recorded = on_gpu and type(model.backbone) is Decoder
     blocks = list(model.blocks) if recorded else compiled_blocks(model, dynamic=True, backend=backend)
-    return Accelerated(
-        model,
-        one_token=decoder,
-        blocks=blocks,
-        compiled=torch.compile(dynamic=False, backend=backend),
-        recorded=recorded,
-    )
+    compiled = torch.compile(dynamic=False, backend=backend)
+    return Accelerated(model, one_token=one_token, blocks=blocks, compiled=compiled, recorded=recorded)
 
 
-def compiled_decoder(model: Any, *, backend: str) -> Any:
-    """A RecurrentDecoder whose blocks are compiled for static shapes."""
+def compiled_decoder(model: Any, *, backend: str) -> Stepper:
+    """A model whose blocks are compiled for static shapes."""
     names = ("backbone", "memory_projection", "injection", "source", "receivers", "recurrence", "memory_of")
-    return SimpleNamespace(
-        blocks=compiled_blocks(model, dynamic=False, backend=backend), **{name: getattr(model, name) for name in names}
-    )
+    parts = {name: getattr(model, name) for name in names}
+    return Stepper(SimpleNamespace(blocks=compiled_blocks(model, dynamic=False, backend=backend), **parts))
 
 
 def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[CompiledBlock]:
@@ -84,19 +95,6 @@ def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[Compiled
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     function = torch.compile(_run, dynamic=dynamic, backend=backend)
     return [CompiledBlock(block, function) for block in model.blocks]
-
-
-class CompiledBlock:
-    """A RecurrentBlock called through a compiled function."""
-
-    compiled = True
-
-    def __init__(self, block: Any, function: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
-        self.block, self.window, self.gate, self.projection = block, block.window, block.gate, block.projection
-        self._function = function
-
-    def __call__(self, hidden: Tensor, memory: Any, context: Any, kv: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return self._function(self.block, hidden, memory, context, kv)
 
 
 def _run(block: Any, hidden: Tensor, memory: Any, context: Any, kv: Any) -> tuple[Tensor, Tensor, Tensor]:

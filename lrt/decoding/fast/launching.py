@@ -41,7 +41,8 @@ class Token(NamedTuple):
 def linear(
     x: Tensor, layers: Sequence[Any], *, fed: tuple[int, int] = (0, 0), token: Token | None = None, mix: Mix = Mix(), norm: bool = False,
     relu2: bool = False, residual: Tensor | None = None, cap: float | None = None, keep: bool = False, dtype: torch.dtype | None = None,
-    aligned: bool = False, ahead: Tensor | None = None,
+    aligned: bool = False, ahead: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = EPS,
+    added: Tensor | None = None, biases: Sequence[Tensor | None] = (), gated: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows (B, K) through matrices side by side.
 
@@ -59,36 +60,52 @@ def linear(
         dtype: of the result; None = that of x.
         aligned: the result's rows begin at multiples of 16 numbers.
         ahead: weights of a later product, which may be brought to L2.
+        norm_weight: (K,) what the norm multiplies by; None = nothing.
+        eps: of the norm.
+        added: (B, K) what the layers ``fed`` read beside the normed x, in place of the memory.
+        biases: one a layer that counts, None among them; () = none.
+        gated: 1 or 2: the two layers are a gate, through SiLU or GELU's tanh, and its partner; at most 32 rows.
 
     Returns:
-        (B, N) result or next input, N the sum of n_i, and h when asked for.
+        (B, N) result or next input, N the sum of n_i (of a gate and its partner n), and h when asked for.
     """
     weights = tuple(getattr(layer, "weight", layer) for layer in layers if layer is not None)
     embedding, memory = (None, None) if token is None else (token.embedding, token.memory)
+    memory = memory if added is None else added
     sizes, widths = tuple(w.shape[0] for w in weights), tuple(w.shape[1] for w in weights)
-    (rows, width), outputs = x.shape, sum(sizes)
+    (rows, width), outputs = x.shape, sizes[0] if gated else sum(sizes)
     stride = -(-outputs // 16) * 16 if aligned else outputs
     out = x.new_empty(rows, stride, dtype=dtype or x.dtype)[:, :outputs]
     hidden = x.new_empty(rows, outputs) if keep else out
-    tile, block, name, pack = tile_of(rows, outputs, width), 1, "vector_kernel", 1
+    tile, block, name, pack = tile_of(rows, sum(sizes), width), 1, "vector_kernel", 1
     more: dict[str, Any] = {}
-    if 1 < rows <= tiles.FEW and x.dtype != torch.float32:
-        tile, block, name = tiles.few_of(rows, outputs, width), max(8, power(rows)), "few_kernel"
-        more = {"PARTS": tile.warps, "EARLY": tile.stages}
+    given: tuple[Tensor, ...] = (x,)
+    if any(bias is not None for bias in biases):
+        given = tuple(weight if bias is None else bias for bias, weight in zip(biases, weights))
+        more["BIASED"] = tuple(int(bias is not None) for bias in biases)
+    foreign = gated or norm_weight is not None or given[0] is not x
+    assert rows <= tiles.MOST or not foreign
+    if rows > 1 and (foreign or rows <= tiles.FEW and x.dtype != torch.float32):
+        tile, block, name = tiles.few_of(rows, sum(sizes), width), max(8, power(rows)), "few_kernel"
+        more |= {"PARTS": tile.warps, "EARLY": tile.stages}
     elif rows > 1:
         block, name = min(64, max(16, power(rows))), "matrix_kernel"
     elif x.dtype == torch.bfloat16 and all(k % 2 == 0 for k in (width, *widths)):
         pack = 2  # pairs of numbers as one int32
         x, weights = x.view(torch.int32), tuple(w.view(torch.int32) for w in weights)
+        norm_weight = None if norm_weight is None else norm_weight.view(torch.int32)
         memory = memory.view(torch.int32) if fed[0] < fed[1] and memory is not None else memory
     lines = 0 if ahead is None or rows > 1 else min(AHEAD, ahead.nbytes) // 128
+    each = tile.outputs // 2 if gated else tile.outputs
     launch(
-        name, (sum(-(-n // tile.outputs) for n in sizes), -(-rows // block)),
+        name, (sum(-(-n // each) for n in (sizes[:1] if gated else sizes)), -(-rows // block)),
         x, either(memory, x), weights, either(residual, x), either(embedding, x), *(either(s, x) for s in mix), hidden, out, either(ahead, x),
-        rows, EPS, cap or 1.0, SIZES=sizes, WIDTHS=tuple(k // pack for k in widths), FED=fed, K=width // pack, STRIDE=stride,
+        either(norm_weight, x), given, rows, eps, cap or 1.0,
+        SIZES=sizes, WIDTHS=tuple(k // pack for k in widths), FED=fed, K=width // pack, STRIDE=stride,
         NORM=norm, RELU2=relu2, CAP=cap is not None, RESIDUAL=residual is not None, KEEP=keep,
         SCALE=mix.scale is not None, EMBED=mix.embedding_scale is not None, INJECT=mix.gain is not None, AHEAD=lines,
-        BLOCK_M=block, BLOCK_N=tile.outputs, BLOCK_K=tile.inputs // pack, num_warps=tile.warps, num_stages=tile.stages, **more,
+        WEIGHTED=norm_weight is not None, ADDED=added is not None, PAIR=gated, BLOCK_M=block, BLOCK_N=tile.outputs,
+        BLOCK_K=tile.inputs // pack, num_warps=tile.warps, num_stages=tile.stages, **({"BIASED": ()} | more),
     )  # fmt: skip
     return out, hidden
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrt.decoding.one_position import attention_cut_of
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
-from lrt.decoding.step import attention_cut_of
 from lrt.kernels.attention import usable
 
 SHAPES = 8  # kept at most; each holds its keys, values and activations

@@ -47,6 +47,7 @@ SHARES = (  # rows x heads, slots of the cache
     (ANY, 4096, Share(32, 4, 2, 660, 96)),
     (ANY, ANY, Share(32, 4, 3, 660, 96)),
 )
+MOST = 32  # rows that the kernel of few rows takes
 FEW = 0  # rows up to which products of half precision hold their weights
 FEW_TURNS = 6  # of a warp, whose weights are in flight before the kernel in front has ended
 HELD = 40  # weights of one output that a thread holds: more warps otherwise

@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     """What a checkpoint held beside its tensors."""
 
     meta: Table
-    rank_states: list[Table]  # one a rank of the run that wrote it
+    rank_states: list[Table]  # one per rank of the run that wrote it
 
 
 def step_of(folder: Path) -> int:

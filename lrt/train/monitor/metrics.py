@@ -314,7 +314,7 @@ def score_line(record: Record) -> str:
 
 
 def memory_table(record: Record) -> list[str]:
-    """What the memory does, a line a statistic: least, median and most over the blocks; empty without memory.
+    """What the memory does, one line per statistic: least, median and most over the blocks; empty without memory.
 
     Args:
         record: of an evaluation, with ``activations`` and ``recurrence``.

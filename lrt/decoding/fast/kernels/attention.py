@@ -45,10 +45,11 @@ def _scores(q, keys, entry, last):
 @triton.jit
 def attention_kernel(
     projected, memory_key, memory_value, table, tokens, positions, starts, angles,
-    cache_key, cache_value, partial, summary, counters, out,
+    cache_key, cache_value, partial, summary, counters, out, query_weight, key_weight, key_bias, value_bias,
     projected_stride, memory_stride, counters_stride, eps, scale,
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
     GATES: tl.constexpr, GATED: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, QK_NORM: tl.constexpr,
+    HEAD_NORM: tl.constexpr, KV_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head of one row over a share of its slots; share 0 also makes the fresh key and value, and keeps them.
@@ -96,8 +97,19 @@ def attention_kernel(
     if MEMORY:
         remote = _gate(tl.load(gates + G + g))
         key, other, value = key + remote * far, other + remote * opposite_far, value + remote * far_value
+    if KV_BIAS:  # what no gate multiplies
+        key += tl.load(key_bias + g * W + whole, mask=makes, other=0.0).to(tl.float32)
+        other += tl.load(key_bias + g * W + partner, mask=makes, other=0.0).to(tl.float32)
+        value += tl.load(value_bias + g * W + whole, mask=makes, other=0.0).to(tl.float32)
     if TOKEN:
         value += _gate(tl.load(gates + (2 * G if GATED else 0) + g)) * embedded
+    if HEAD_NORM:
+        by = tl.rsqrt(tl.sum(query * query, axis=1) / W + eps)[:, None]
+        query *= by * tl.load(query_weight + whole).to(tl.float32)
+        opposite *= by * tl.load(query_weight + partner).to(tl.float32)
+        by = tl.rsqrt(tl.sum(key * key, axis=1) / W + eps)[:, None]
+        key *= by * tl.load(key_weight + whole).to(tl.float32)
+        other *= by * tl.load(key_weight + partner).to(tl.float32)
     query = _rotated(query, opposite, cos, sin, eps, W, QK_NORM, dtype) * scale
     fresh = tl.full((ROWS,), float("-inf"), tl.float32)
     if split == 0:

@@ -16,14 +16,17 @@ from lrt.decoding.fast.kernels.waiting import wait
 def start_kernel(
     tokens, active, lengths, starts, table, frequencies, memory, scale, embedding_scale, gain,
     embedding, x, received, positions, angles, counters,  # written
-    eps, separator, cut,
+    eps, separator, cut, factor, stretch,
     K: tl.constexpr, W: tl.constexpr, COUNTERS: tl.constexpr,
     SCALE: tl.constexpr, EMBED: tl.constexpr, INJECT: tl.constexpr, MEMORY: tl.constexpr,
-    ROUND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COUNTERS: tl.constexpr, DEPENDENT: tl.constexpr,
+    NORM: tl.constexpr, FORWARD: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_COUNTERS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Everything that the blocks share, for one row: x_0, the first block's input, the received memory, the place.
 
-    A row at the token ``cut`` sees nothing before it; at ``separator`` it receives zero (-1: no such token).
+    Embedded tokens are normed, or multiplied by ``factor``; cosines and sines are multiplied by ``stretch``, and a head
+    turns FORWARD as transformers has it. A row at the token ``cut`` sees nothing before it; at ``separator`` it
+    receives zero (-1: no such token).
     """
     if DEPENDENT:
         gdc_launch_dependents()
@@ -31,7 +34,11 @@ def start_kernel(
     inside = k < K
     token, position, runs = tl.load(tokens + b), tl.load(lengths + b), tl.load(active + b).to(tl.int1)
     e = tl.load(table + token * K + k, mask=inside, other=0.0).to(tl.float32)
-    e = (e * tl.rsqrt(tl.sum(e * e, axis=0) / K + eps)).to(x.dtype.element_ty)
+    if NORM:
+        e = e * tl.rsqrt(tl.sum(e * e, axis=0) / K + eps)
+    else:
+        e = e * factor
+    e = e.to(x.dtype.element_ty)
     tl.store(embedding + b * K + k, e, mask=inside)
     e = e.to(tl.float32)
     mixed = e
@@ -51,11 +58,11 @@ def start_kernel(
     tl.store(starts + b, position, mask=runs & (token == cut))
     whole = tl.arange(0, W)
     angle = position.to(tl.float32) * tl.load(frequencies + whole % (W // 2))
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = stretch * tl.cos(angle), stretch * tl.sin(angle)
     if ROUND:
         cos, sin = cos.to(tl.bfloat16).to(tl.float32), sin.to(tl.bfloat16).to(tl.float32)
     tl.store(angles + b * (2 * W) + whole, cos)
-    tl.store(angles + b * (2 * W) + W + whole, tl.where(whole < W // 2, sin, -sin))
+    tl.store(angles + b * (2 * W) + W + whole, tl.where((whole < W // 2) == FORWARD, -sin, sin))
     counter = tl.arange(0, BLOCK_COUNTERS)
     tl.store(counters + b * COUNTERS + counter, tl.zeros((BLOCK_COUNTERS,), tl.int32), mask=counter < COUNTERS)
 
