@@ -206,10 +206,6 @@ class Backbone(Protocol):
         ...
 
 
-# (model, index of a pass) -> the decoder with the same weights that runs it
-Twins: TypeAlias = "Callable[[RecurrentDecoder, int], RecurrentDecoder]"
-
-
 class RecurrentDecoder(Protocol):
     """What a pass needs of a model: the decoder's parts and the recurrence around them."""
 
@@ -224,6 +220,10 @@ class RecurrentDecoder(Protocol):
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output."""
         ...
+
+
+# (model, index of a pass) -> the decoder with the same weights that runs it
+Twins: TypeAlias = Callable[[RecurrentDecoder, int], RecurrentDecoder]
 
 
 class Pass(NamedTuple):
