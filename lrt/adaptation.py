@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -20,6 +20,9 @@ from lrt.lora import with_lora
 from lrt.model import LatentRecurrentModel
 from lrt.tables import ReadTable
 from lrt.types import KV, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _adapted: WeakKeyDictionary[nn.Module, ReferenceType[LatentRecurrentModel]] = WeakKeyDictionary()
 
@@ -58,7 +61,9 @@ def adapt(
     known = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
         face = hugging_face_model()
-        adapted: LatentRecurrentModel = face.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
+        adapted: LatentRecurrentModel = face.around(
+            cast("PreTrainedModel", decoder), backbone, blocks, config, train_schedule=train_schedule
+        )
     else:
         adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
     adapted.original = (model,)
@@ -147,7 +152,7 @@ def _spread(model: LatentRecurrentModel) -> None:
         return
     for block, device in zip(model.blocks, devices):
         block.register_forward_pre_hook(lambda module, args, device=device: on_device(args, device))
-        block.refresh = partial(_refresh_on, block.refresh, device)
+        block.__dict__["refresh"] = partial(_refresh_on, block.refresh, device)
     for module in (model.memory_projection, model.injection):
         if module is not None:
             module.register_forward_pre_hook(lambda module, args: on_device(args, next(module.parameters()).device))

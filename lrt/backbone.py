@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lrt.attention import causal_attention, gradient_spacing
 from lrt.config import ModelConfig
@@ -21,7 +22,7 @@ from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.recurrence import Gate, plain_mix
 from lrt.rotary import rope_tables, rotate
 from lrt.tables import Table
-from lrt.types import KV, Block, Handed, KVStore, Later, MemoryInput, Mixed, Projection
+from lrt.types import KV, Block, Device, Handed, KVStore, Later, MemoryInput, Mixed, Projection
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class DecoderBlock(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, device: Any = None, dtype: torch.dtype | None = None
+        self, config: ModelConfig, layer: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
@@ -149,7 +150,7 @@ class DecoderBlock(nn.Module):
 
     def attend(
         self, hidden: Tensor, projection: Projection | Mixed, context: Context, kv: KVStore | None
-    ) -> tuple[Tensor, Any, Any]:
+    ) -> tuple[Tensor, Tensor | Handed, Tensor | Handed]:
         key, value = self.finish_kv(projection, context)
         query = projection.query if isinstance(projection, Mixed) else self._rotate(projection.query, context)
         scale = self.head_dim**-0.5
@@ -212,7 +213,7 @@ class TokenTable(nn.Embedding):
     A table in float32 costs no copy in half precision, and its gradient is summed in float32 where it stays.
     """
 
-    def __init__(self, rows: int, width: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rows: int, width: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(rows, width, device=device, dtype=dtype)
         self.output_dtype: torch.dtype | None = None  # None: the table's
         self.lookup: Lookup = lookup
@@ -239,11 +240,11 @@ class _Anchored(torch.autograd.Function):
     """The first argument; the second has a gradient too."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor, anchor: Tensor) -> Tensor:
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return grad, grad.new_zeros((), dtype=torch.float32)
 
 
@@ -257,7 +258,7 @@ class Head(nn.Linear):
     """
 
     def __init__(
-        self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None
+        self, config: ModelConfig, *, loss_chunk: int = 8192, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
         self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
@@ -289,7 +290,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
+        self, config: ModelConfig, *, device: Device = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
     ) -> None:
         super().__init__()
         self.config = config
@@ -317,7 +318,7 @@ class Decoder(nn.Module):
         """Token at which attention is cut; None = none."""
         return self.config.attention_reset
 
-    def make_blocks(self, *, device: Any = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
+    def make_blocks(self, *, device: Device = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
         """The blocks that belong to this decoder, not registered here."""
         return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]
 

@@ -38,7 +38,7 @@ class Layer(Protocol):
     def get_base_layer(self) -> nn.Module: ...
 
 
-def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
+def with_lora(decoder: nn.Module, tuning: TuningConfig, *, seed: int) -> nn.Module:
     """A decoder whose own weights are frozen beside LoRA adapters that train.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,9 +13,13 @@ from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
 from lrt.data.chat import Chat
+from lrt.data.conversations import HeldOutConversations, TuningLoader
 from lrt.data.examples import Example
+from lrt.data.held_out import ValidationLoader
+from lrt.data.loader import TrainLoader
 from lrt.eval.core import Questions
 from lrt.eval.runs import Record
+from lrt.model import LatentRecurrentModel
 from lrt.tables import ReadTable
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
@@ -121,14 +124,14 @@ class Run:
     parameters: Parameters
     timetable: Timetable
     flops_a_token: dict[Schedule, float]
-    model: Any
+    model: LatentRecurrentModel
     memory: tuple[nn.Parameter, ...]  # the parameters of the model's recurrence, which rest in plain phases
     entrance: Entrance | None
     runner: Runner
     optimizer: MuonAdamW
     tokenizer: Tokenizer
-    loader: Any
-    validation: Any
+    loader: TrainLoader | TuningLoader
+    validation: ValidationLoader | HeldOutConversations
     manager: CheckpointManager
     recorder: Recorder
     guard: FiniteGuard

@@ -133,7 +133,7 @@ def turns_alike(rotary: Any, like: Tensor) -> bool:
         return False
     positions = torch.tensor([[0, 1, 7, 100]], device=frequencies.device)
     cos, sin = rotary(like[:1, None].to(torch.float32), positions)
-    angles = (positions[..., None] * frequencies).repeat(1, 1, 2)
+    angles = (positions[..., None].float() * frequencies.float()).repeat(1, 1, 2)
     stretch = getattr(rotary, "attention_scaling", 1.0)
     return _near(cos, stretch * angles.cos()) and _near(sin, stretch * angles.sin())
 

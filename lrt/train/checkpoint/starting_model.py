@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from lrt.adaptation import adapt, with_lora_inside, without_memory
 from lrt.config import ModelConfig, Recipe, RecurrenceConfig
@@ -195,7 +195,7 @@ def _where(folder: Path) -> str:
     return f'run.backbone = "{folder}"'
 
 
-def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
+def _adapted(decoder: nn.Module, recipe: Recipe) -> LatentRecurrentModel:
     """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero,
     so only LoRA draws from the seed."""
     if recipe.tuning is not None and recipe.tuning.lora_rank:

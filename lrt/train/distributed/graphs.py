@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from lrt.train.distributed.parallel import (
 )
 from lrt.train.distributed.world import World, register_graph
 from lrt.types import Pass, Schedule
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+    Pool = _POOL_HANDLE | None  # of the memory of CUDA graphs; None: one of its own
 
 GRAPHS = 16  # plans captured at most, each as up to three graphs; what a run draws beyond them runs eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
@@ -64,7 +69,7 @@ ACCUMULATED = (Place(last=False), Place(first=False, last=False), Place(first=Fa
 class Captured(NamedTuple):
     """A graph, what it reads and what it writes."""
 
-    graph: Any
+    graph: torch.cuda.CUDAGraph
     input_ids: Tensor
     targets: Tensor
     valid: Tensor
@@ -87,7 +92,7 @@ class Runner:
 
     def __init__(
         self, model: LatentRecurrentModel, compute: LatentRecurrentModel, *, graphs: bool, reduces_once: bool = False,
-        pool: Any = None, report: Callable[[str], None] = warnings.warn,
+        pool: Pool = None, report: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
@@ -97,7 +102,7 @@ class Runner:
         self._reduces_once = reduces_once
         self._report: Callable[[str], None] | None = report  # None: it has been said
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
-        self._pool: Any = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
+        self._pool: Pool = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
 
     @torch.no_grad()
     def refresh(self) -> LatentRecurrentModel:
@@ -279,7 +284,7 @@ def graphed(config: ParallelConfig, world: World) -> bool:
 
 
 def single_device(
-    model: LatentRecurrentModel, config: ParallelConfig, world: World, *, pool: Any = None,
+    model: LatentRecurrentModel, config: ParallelConfig, world: World, *, pool: Pool = None,
     report: Callable[[str], None] = warnings.warn,
 ) -> Runner:  # fmt: skip
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled,
@@ -291,9 +296,9 @@ def single_device(
 
 def working_copy(model: LatentRecurrentModel, *, dtype: torch.dtype) -> LatentRecurrentModel:
     """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
-    kept = {id(table.weight): table.weight for table in token_tables(model)}
+    kept: dict[int, nn.Parameter] = {id(p): p for table in token_tables(model) for p in table.parameters()}
     work = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
-    cast: dict[int, Any] = dict(kept)  # by identity, so that tied weights stay tied
+    cast = dict(kept)  # by identity, so that tied weights stay tied
     for module in work.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -141,7 +141,7 @@ def check_same_on_all(recipe: Recipe, world: World) -> None:
     )
 
 
-_GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()
+_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def register_graph(graph: torch.cuda.CUDAGraph) -> None:

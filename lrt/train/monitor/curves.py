@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.eval.figures import COLOURS, MODE_COLOURS, amount, figure, label_amounts, label_counts, limits, smooth
 from lrt.eval.runs import Record, scores_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 START = 0.05  # share of a run whose steep fall would press everything after it together
 
@@ -48,7 +51,7 @@ def _heading(title: str, records: Sequence[Record], found: dict[str, float]) -> 
     return "   ·   ".join(words)
 
 
-def _losses(axes: Any, train: Sequence[Record]) -> None:
+def _losses(axes: Axes, train: Sequence[Record]) -> None:
     """Loss of every pass: thin as it was, thick its moving average."""
     late: list[float] = []
     for group in range(
@@ -65,7 +68,7 @@ def _losses(axes: Any, train: Sequence[Record]) -> None:
     _finish(axes, train, late)
 
 
-def _scores(axes: Any, scores: Sequence[Record], found: dict[str, float]) -> None:
+def _scores(axes: Axes, scores: Sequence[Record], found: dict[str, float]) -> None:
     """Bits per byte of every evaluation, a line per mode."""
     values: list[float] = []
     for mode in found:
@@ -76,7 +79,7 @@ def _scores(axes: Any, scores: Sequence[Record], found: dict[str, float]) -> Non
     _finish(axes, scores, values)
 
 
-def _positions(axes: Any, scores: Sequence[Record], found: dict[str, float]) -> None:
+def _positions(axes: Axes, scores: Sequence[Record], found: dict[str, float]) -> None:
     """Bits per byte of the only evaluation by position in the row, a step line per mode."""
     axes.set(
         title="held-out bits per byte by position",
@@ -107,7 +110,7 @@ def _called(mode: str, found: dict[str, float]) -> str:
     return name if value is None else f"{name} {value:.4f}"
 
 
-def _line(axes: Any, train: Sequence[Record], key: str, *, title: str, log: bool = False) -> None:
+def _line(axes: Axes, train: Sequence[Record], key: str, *, title: str, log: bool = False) -> None:
     shown = [r for r in train if r.get(key) is not None and (r[key] > 0 or not log)]
     axes.plot([r["step"] for r in shown], [r[key] for r in shown], color=COLOURS[0], linewidth=1.0)
     axes.set_title(title)
@@ -119,7 +122,7 @@ def _line(axes: Any, train: Sequence[Record], key: str, *, title: str, log: bool
     _finish(axes, train, [])
 
 
-def _finish(axes: Any, records: Sequence[Record], values: Sequence[float]) -> None:
+def _finish(axes: Axes, records: Sequence[Record], values: Sequence[float]) -> None:
     """Axes from the data, and a legend where there are several lines."""
     axes.set_xlabel("step")
     label_counts(axes.xaxis)

@@ -10,7 +10,7 @@ arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -175,8 +175,7 @@ class Parts(NamedTuple):
 
     def compiled(self) -> Parts:
         """The same in few kernels, made once a shape: numbers that change from step to step are tensors."""
-        compiled: list[Any] = [torch.compile(part, fullgraph=True, dynamic=False) for part in self]
-        return Parts(*compiled)
+        return Parts._make(torch.compile(part, fullgraph=True, dynamic=False) for part in self)
 
 
 # ------------------------------------------------------------------ one step on one stack
