@@ -94,30 +94,11 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    _gather_ahead(model)
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
-
-
-def _gather_ahead(model: LatentRecurrentModel) -> None:
-    """Have every block gather what the next one needs, its token table first, while it computes.
-
-    FSDP gathers a module when it is called, one ahead of what it waits for. A table is looked up in an instant, so the
-    gathering of its block, which begins with that lookup, would have nothing to run beside.
-    """
-    backbone, blocks = model.backbone, model.blocks
-    tables = [
-        [backbone.value_embeddings[key]] if (key := str(i)) in backbone.value_embeddings else []
-        for i in range(len(blocks))
-    ]
-    needs = [[*table, block] for table, block in zip(tables, blocks)]
-    if not _is_tied(model):
-        needs = [[backbone.embedding, *needs[0]], *needs[1:], [backbone.head]]
-    for module, following in zip((model, *blocks), needs):
-        cast(FSDPModule, module).set_modules_to_forward_prefetch(following)
 
 
 def _is_tied(model: LatentRecurrentModel) -> bool:
