@@ -153,7 +153,7 @@ def evaluate_run(run: Run) -> Table:
         sources=run.sources,
     )
     core = ask_core(run, progress=lambda: heart.beat(where))
-    answers = answer_problems(run, lambda: heart.beat(where))
+    answers = answer_problems(run, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,

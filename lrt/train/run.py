@@ -12,7 +12,9 @@ from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
+from lrt.data.chat import Chat
 from lrt.data.conversations import HeldOutConversations, TuningLoader
+from lrt.data.examples import Example
 from lrt.data.held_out import ValidationLoader
 from lrt.data.loader import TrainLoader
 from lrt.eval.core import Questions
@@ -29,7 +31,6 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
-from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -70,6 +71,19 @@ class RunResult:
     tokens_per_second: float
     parameters: int
     sample: str | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuning run needs beside its rows.
+
+    Attributes:
+        chat: makes tokens of conversations.
+        problems: held-out conversations to answer.
+    """
+
+    chat: Chat
+    problems: Sequence[Example]
 
 
 class Callback:
