@@ -10,12 +10,13 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from lrt.config import RecurrenceConfig
+from lrt.config import RecurrenceConfig, TuningConfig
 from lrt.engine.compiled import is_compiled
 from lrt.families import take_apart
 from lrt.families.blocks import on_device
 from lrt.families.description import Family
 from lrt.huggingface.registration import hugging_face_model
+from lrt.lora import with_lora
 from lrt.model import LatentRecurrentModel
 from lrt.tables import ReadTable
 from lrt.types import KV, Schedule
@@ -105,6 +106,25 @@ def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
     plain = LatentRecurrentModel(model.backbone, [block.block for block in model.blocks], None)
     plain.original = model.original
     return plain
+
+
+def with_lora_inside(model: LatentRecurrentModel, tuning: TuningConfig, *, seed: int) -> LatentRecurrentModel:
+    """An adapted model with LoRA in its decoder and its memory as it is.
+
+    Args:
+        model: around a decoder without LoRA; not to be used afterwards.
+        tuning: rank, share and places of the adapters.
+        seed: of their initial values.
+
+    Raises:
+        ValueError: as ``lrt.lora.with_lora``.
+    """
+    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
+    again = adapt(with_lora(release(model), tuning, seed=seed), recurrence)
+    with torch.no_grad():
+        for name, parameter in again.memory_parameters().items():
+            parameter.copy_(memory[name])
+    return again
 
 
 def _adapt_native(

@@ -6,9 +6,9 @@ K head width, V vocabulary. Source: docs/method.md, section 5; facts from the of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,8 @@ def fused_mix(
     block: Block, hidden: Tensor, memory: MemoryInput | None, context: Context, *, gate: Gate | None,
     kv: KVStore | None, read_later: bool,
 ) -> Projection | Mixed:  # fmt: skip
-    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: its ``lrt.recurrence.Mixer``."""
+    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: "
+    "its ``lrt.recurrence.Mixer``."""
     assert isinstance(block, DecoderBlock)
     if not block.can_mix(hidden):
         return plain_mix(block, hidden, memory, context, gate=gate, kv=kv, read_later=read_later)
@@ -204,6 +205,9 @@ def lookup(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.embedding(tokens, weight).to(dtype)
 
 
+Lookup: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]  # (tokens, weight, dtype of the rows) -> rows
+
+
 class TokenTable(nn.Embedding):
     """An embedding whose rows may come in another dtype than the table's.
 
@@ -213,7 +217,15 @@ class TokenTable(nn.Embedding):
     def __init__(self, rows: int, width: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(rows, width, device=device, dtype=dtype)
         self.output_dtype: torch.dtype | None = None  # None: the table's
-        self.lookup = lookup  # the trainer's plan puts a compiled one here
+        self.lookup: Lookup = lookup
+
+    def read_by(self, lookup: Lookup) -> None:
+        """Have rows read by another function than ``lookup``, such as a compiled one."""
+        self.lookup = lookup
+
+    def read_as(self, dtype: torch.dtype) -> None:
+        """Have rows come in another dtype than the table's."""
+        self.output_dtype = dtype
 
     def forward(self, tokens: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Rows of the tokens (B, P) -> (B, P, D).
@@ -251,7 +263,11 @@ class Head(nn.Linear):
     ) -> None:
         super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
         self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
-        self.scorer = Scorer()  # what computes a chunk of the loss; the trainer's plan puts compiled functions here
+        self.scorer = Scorer()
+
+    def score_by(self, scorer: Scorer) -> None:
+        """Have the chunks of ``loss`` computed by other functions, such as compiled ones."""
+        self.scorer = scorer
 
     def forward(self, normed: Tensor) -> Tensor:
         """(B, P, D) -> logits (B, P, V), in float32 at least."""
@@ -329,6 +345,10 @@ class Decoder(nn.Module):
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden)
+
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """As ``Head.score_by``; the head's own call is what a plan gathers, so ``apart`` changes nothing."""
+        self.head.score_by(scorer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) in float32 at least, of the last block's output."""

@@ -50,7 +50,7 @@ class LatentRecurrentModel(nn.Module):
         ValueError: a setting of ``recurrence`` does not fit this decoder.
     """
 
-    twins: Twins | None = None  # a trainer keeps the gradients of passes apart with it
+    twins: Twins | None = None
 
     def __init__(
         self,
@@ -262,6 +262,10 @@ class LatentRecurrentModel(nn.Module):
             return baseline()
         return self.train_schedule if self.training else self.eval_schedule
 
+    def run_passes_by(self, twins: Twins | None) -> None:
+        """Have passes run by decoders with the same weights, which keep their gradients apart; None = by this one."""
+        self.twins = twins
+
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output (B, P, D)."""
         assert self.recurrence is not None
@@ -362,7 +366,8 @@ def build_model(
 ) -> LatentRecurrentModel:
     """The native decoder with its recurrence, parameters not initialized."""
     decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
-    return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
+    blocks = decoder.make_blocks(device=device, dtype=dtype)
+    return LatentRecurrentModel(decoder, blocks, recurrence)
 
 
 def _mixer_of(block: Block) -> Mixer:

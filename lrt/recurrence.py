@@ -196,8 +196,8 @@ class Mixer(Protocol):
 
 
 def plain_mix(
-    block: Block, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, gate: Gate | None, kv: KVStore | None,
-    read_later: bool,
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, gate: Gate | None,
+    kv: KVStore | None, read_later: bool,
 ) -> Projection:  # fmt: skip
     """k = local W_k n + remote U_k m, and v alike: the ``Mixer`` of any block."""
     projection = block.project(hidden, context)

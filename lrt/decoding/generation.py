@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lrt.decoding.request import Asked, Request
 from lrt.decoding.sampling import Sampling, row_seeds
 from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 from lrt.padding import align, check_prompt, on_device
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Generated:
 
 
 def generate(
-    model: Any,
+    model: Decodes,
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 64,
@@ -86,14 +87,14 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
-        model, prompt_ids, attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id,
-        generator=generator, prefill=prefill, state=state,
+        model, prompt_ids, attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
+        pad_id=pad_id, generator=generator, prefill=prefill, state=state,
     ).ids  # fmt: skip
 
 
 @torch.no_grad()
 def start(
-    model: Any,
+    model: Decodes,
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -142,7 +143,7 @@ def start(
 
 
 def complete(
-    model: Any,
+    model: Decodes,
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,

@@ -6,7 +6,7 @@ Legend: B batch, T prompt tokens, V vocabulary, N tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lrt.decoding.prompts import before_last
 from lrt.decoding.request import Request, StopWhen
 from lrt.decoding.sampling import choose, row_seeds
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 from lrt.padding import check_prompt
 
 
@@ -45,7 +46,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         pending: Tensor,
         request: Request,
@@ -156,7 +157,7 @@ class Session:
         )
 
     def _end(self, burst: Burst) -> None:
-        """Remember the tokens of a burst, and end the rows that ``stop_when`` ends; what comes after it is taken out."""
+        """Remember the tokens of a burst, and end the rows that ``stop_when`` ends; what comes after is taken out."""
         stop_when = self.request.stop_when
         for row, new in enumerate(burst.tokens):
             before = len(self.rows[row])
@@ -199,8 +200,10 @@ class Session:
         self.live[row] = False
 
     @torch.no_grad()
-    def replace(self, row: int, prompt: Sequence[int], *, max_new_tokens: int, seed: int | None = None, prefill: Prefill | None = None,
-                prefix_cache: PrefixCache | None = None) -> Report | None:  # fmt: skip
+    def replace(
+        self, row: int, prompt: Sequence[int], *, max_new_tokens: int, seed: int | None = None,
+        prefill: Prefill | None = None, prefix_cache: PrefixCache | None = None,
+    ) -> Report | None:  # fmt: skip
         """Put a new prompt in the place of a row, while the others stay as they are.
 
         Args:

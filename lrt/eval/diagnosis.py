@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -309,7 +309,7 @@ def watch_drift(model: LatentRecurrentModel, *, separator: int, tokens: int, row
     current = torch.full((rows,), separator, dtype=torch.int64, device=device)
     memories: list[Tensor] = []
     for _ in range(tokens):
-        logits = decode_one_token(watched, state, current, active)
+        logits = decode_one_token(cast(LatentRecurrentModel, watched), state, current, active)
         assert state.memory is not None
         memories.append(at_least_float32(state.memory).clone())
         logits[:, separator] = -math.inf  # one long document: a separator would begin another memory

@@ -7,7 +7,8 @@ from torch import nn
 from lrt.families.blocks import FamilyBlock
 from lrt.families.cohere import COHERE, COHERE2, COHERE_NORMED
 from lrt.families.decoder import FamilyDecoder
-from lrt.families.description import Family, Foreign, describe_fields, missing_parts, part, text_config
+from lrt.families.description import Family as Family
+from lrt.families.description import Foreign, describe_fields, missing_parts, part, text_config
 from lrt.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TWO_TABLES, GEMMA3_VISION, GEMMA3_VISION_TWO_TABLES, GLM4
 from lrt.families.gpt2 import GPT2, GPT_BIGCODE, GPT_BIGCODE_BY_HEAD
 from lrt.families.gpt_neox import GPT_NEOX, GPT_NEOX_4

@@ -55,8 +55,22 @@ class FamilyDecoder(nn.Module):
         self._unmasked: set[tuple[object, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
         self.attention_reset: int | None = None  # token of packed rows at which attention is cut; None = never
-        # a trainer's compiled parts of the loss; None = as the decoder itself computes it
-        self.scorer: Scorer | None = None
+        self.scorer: Scorer | None = None  # None = the loss as the decoder itself computes it
+
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """Have the chunks of ``loss`` computed by other functions, such as compiled ones, where logits are one product.
+
+        Args:
+            scorer: the functions.
+            apart: the head's weight is sharded by itself, so that only its own call gathers it: then nothing changes.
+        """
+        if self.is_linear and not apart:
+            self.scorer = scorer
+
+    def pack(self, *, loss_chunk: int, attention_reset: int | None) -> None:
+        """Say how rows are trained on: tokens whose logits are held at once (0 = all), and the token of packed rows at
+        which attention is cut (None = never)."""
+        self.loss_chunk, self.attention_reset = loss_chunk, attention_reset
 
     @property
     def is_linear(self) -> bool:

@@ -20,6 +20,7 @@ from lrt.backbone import Head, TokenTable
 from lrt.config import ModelConfig, Recipe
 from lrt.families.description import Geometry
 from lrt.families.norm_weight import multiplied
+from lrt.loss import Scorer
 from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 from lrt.titan.model import Trainee
@@ -131,6 +132,10 @@ class LlamaBackbone(nn.Module):
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden)
+
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """As ``lrt.backbone.Decoder.score_by``."""
+        self.head.score_by(scorer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) in float32 at least, of the last block's output."""

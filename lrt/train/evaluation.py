@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.conversations import HeldOutConversations
-from lrt.data.loader import ValidationLoader
+from lrt.data.held_out import ValidationLoader
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.fast.one_token import can_fuse
@@ -153,7 +153,7 @@ def evaluate_run(run: Run) -> Table:
         sources=run.sources,
     )
     core = ask_core(run, progress=lambda: heart.beat(where))
-    answers = answer_problems(run, lambda: heart.beat(where))
+    answers = answer_problems(run, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,

@@ -12,7 +12,9 @@ from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
+from lrt.data.chat import Chat
 from lrt.data.conversations import HeldOutConversations, TuningLoader
+from lrt.data.examples import Example
 from lrt.data.held_out import ValidationLoader
 from lrt.data.loader import TrainLoader
 from lrt.eval.core import Questions
@@ -29,7 +31,6 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
-from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -72,6 +73,19 @@ class RunResult:
     sample: str | None = None
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuning run needs beside its rows.
+
+    Attributes:
+        chat: makes tokens of conversations.
+        problems: held-out conversations to answer.
+    """
+
+    chat: Chat
+    problems: Sequence[Example]
+
+
 class Callback:
     """What a caller of ``train`` does at points of a run: derive from it what is wanted, the rest does nothing.
 
@@ -82,7 +96,8 @@ class Callback:
         """All parts of the run are there, at the step from which it goes on."""
 
     def stepped(self, run: Run) -> None:
-        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute it."""
+        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute "
+        "it."""
 
     def evaluated(self, run: Run, record: Record) -> None:
         """Held-out data have been scored.

@@ -100,7 +100,7 @@ def ours(name: str, options: argparse.Namespace, world: World, pool: tuple[int, 
         ),
         parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32", compile=cuda),
     )
-    model.backbone.loss_chunk = recipe.parallel.loss_chunk
+    model.backbone.pack(loss_chunk=recipe.parallel.loss_chunk, attention_reset=None)
     runner = single_device(model, recipe.parallel, world, pool=pool)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
     rows = tokens_for(options, model.vocab_size, world.device)

@@ -115,7 +115,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without kernels of its own")
     add(
         "--unmeasured", action="store_true",
-        help="kernels that no GPU has timed yet, which nothing else uses: an adapted Llama's step, products of 2 to 32 rows",
+        help=(
+            "kernels that no GPU has timed yet, which nothing else uses: an adapted Llama's step, "
+            "products of 2 to 32 rows"
+        ),
     )  # fmt: skip
     add("--model", metavar="FOLDER", help="that lrt.save wrote: prefill, and of an adapted decoder decoding too")
     add(

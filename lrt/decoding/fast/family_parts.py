@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrt.decoding.which_model import Decodes
 from lrt.families.blocks import FamilyBlock
 from lrt.families.decoder import FamilyDecoder
 from lrt.families.description import part
@@ -44,7 +45,7 @@ class Parts(NamedTuple):
     activation: int
 
 
-def unlike(model: Any) -> str | None:
+def unlike(model: Decodes) -> str | None:
     """What of a model the kernels do not compute; None when they compute all of it."""
     backbone, recurrence = model.backbone, model.recurrence
     if not isinstance(backbone, FamilyDecoder):

@@ -178,7 +178,7 @@ class CheckpointManager:
     ) -> None:
         self.folder, self._config, self._recipe = Path(folder), config, recipe
         self._rank, self._world_size, self._group, self._report = rank, world_size, process_group, report
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, Future[object]] | None = None
         self.last_saved = last_saved
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

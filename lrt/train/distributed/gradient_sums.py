@@ -109,7 +109,7 @@ def twin_of(model: LatentRecurrentModel) -> tuple[LatentRecurrentModel, dict[int
     own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()} | own
     twin = copy.copy(model)
-    twin.twins = None
+    twin.run_passes_by(None)
     twin._modules = dict(model._modules)
     for name in ("blocks", "memory_projection", "injection"):
         if model._modules.get(name) is not None:
@@ -171,9 +171,9 @@ class Sums:
             for index in self._shared:
                 if masters[index] is table.weight and table.weight.requires_grad and table.lookup is not lookup:
                     self._tables.add(index)
-                    table.lookup = partial(_look_up, table.lookup, partial(self._take_rows, index))
+                    table.read_by(partial(_look_up, table.lookup, partial(self._take_rows, index)))
         if apart:
-            compute.twins = Twins(self._leaves)
+            compute.run_passes_by(Twins(self._leaves))
 
     @property
     def bytes(self) -> int:

@@ -308,5 +308,5 @@ def working_copy(model: LatentRecurrentModel, *, dtype: torch.dtype) -> LatentRe
                 kept[id(parameter)] = parameter  # alive, so that no other tensor takes its identity
             module._parameters[name] = cast[id(parameter)]
     for table in token_tables(work):
-        table.output_dtype = dtype
+        table.read_as(dtype)
     return work

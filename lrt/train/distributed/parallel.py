@@ -65,15 +65,11 @@ def parallelize(
             torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
         scorer = Scorer._make(torch.compile(function, dynamic=False) for function in Scorer())
-        if isinstance(getattr(model.backbone, "head", None), Head):
-            model.backbone.head.scorer = scorer
-        elif getattr(model.backbone, "is_linear", False) and (_is_tied(model) or not world.sharded):
-            # an untied head that FSDP shards is gathered by its own call alone
-            model.backbone.scorer = scorer
+        model.backbone.score_by(scorer, apart=world.sharded and not _is_tied(model))
         if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
             compiled_lookup = torch.compile(lookup, dynamic=False)
             for table in token_tables(model):
-                table.lookup = compiled_lookup
+                table.read_by(compiled_lookup)
     if not world.sharded:
         return
     mesh = make_mesh(config, world) if mesh is None else mesh
@@ -98,30 +94,11 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    _gather_ahead(model)
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
     for block in model.blocks:
         register_fsdp_forward_method(block, "refresh")
-
-
-def _gather_ahead(model: LatentRecurrentModel) -> None:
-    """Have every block gather what the next one needs, its token table first, while it computes.
-
-    FSDP gathers a module when it is called, one ahead of what it waits for. A table is looked up in an instant, so the
-    gathering of its block, which begins with that lookup, would have nothing to run beside.
-    """
-    backbone, blocks = model.backbone, model.blocks
-    tables = [
-        [backbone.value_embeddings[key]] if (key := str(i)) in backbone.value_embeddings else []
-        for i in range(len(blocks))
-    ]
-    needs = [[*table, block] for table, block in zip(tables, blocks)]
-    if not _is_tied(model):
-        needs = [[backbone.embedding, *needs[0]], *needs[1:], [backbone.head]]
-    for module, following in zip((model, *blocks), needs):
-        cast(FSDPModule, module).set_modules_to_forward_prefetch(following)
 
 
 def _is_tied(model: LatentRecurrentModel) -> bool:

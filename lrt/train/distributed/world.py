@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrt.config import Recipe, dump_recipe, parse_recipe
 from lrt.config.environment import not_met, place_of_process
+from lrt.eval.processes import from_main
 from lrt.train.checkpoint.same_run import changes
 from lrt.train.monitor.faults import HangError
 
@@ -62,18 +63,7 @@ class World:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` gives on rank 0, on every rank; so its ValueError or OSError."""
-        if self.size == 1:
-            return function()
-        answer: list[T | Exception | None] = [None, None]  # what it gives, or its error
-        if self.main:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, src=0, group=self.checkpoint_group)
-        if isinstance(answer[1], Exception):
-            raise answer[1]
-        return cast(T, answer[0])
+        return function() if self.size == 1 else from_main(function, main=self.main, group=self.checkpoint_group)
 
     def barrier(self) -> None:
         if self.checkpoint_group is not None:
