@@ -12,13 +12,18 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import or_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from lrt.plans import only_feeds
 from lrt.recurrence import aligned_mix
-from lrt.types import Pass, RecurrentDecoder, Schedule, parameter_count
+from lrt.types import Pass, Schedule, parameter_count
+
+if TYPE_CHECKING:
+    from lrt.model import LatentRecurrentModel
+    from lrt.recurrence import RecurrentBlock
 
 # Dense bf16 peak of one device, FLOP/s, by words of the name that the driver reports (vendor datasheets;
 # halved where they count sparsity).
@@ -58,7 +63,7 @@ class Parameters(NamedTuple):
         return self.blocks + self.head
 
 
-def count_parameters(model: Any) -> Parameters:
+def count_parameters(model: LatentRecurrentModel) -> Parameters:
     """Parameters of a model by part, native or adapted; works on the meta device.
 
     A head that is tied to the embedding counts once, as the head. Whatever else a backbone has is a scale:
@@ -96,13 +101,13 @@ def mean_keys(length: int, window: int | None) -> float:
     return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
 
 
-def query_width(model: RecurrentDecoder) -> int:
+def query_width(model: LatentRecurrentModel) -> int:
     """Width of all queries of a block together: query heads times their width."""
     geometry = getattr(model.blocks[0].block, "geometry", None)  # of an adapted block
     return (model.backbone.config.heads if geometry is None else geometry.heads) * model.backbone.head_dim
 
 
-def matrices(module: Any, *, frozen: bool = False) -> int:
+def matrices(module: nn.Module, *, frozen: bool = False) -> int:
     """Numbers in the matrices of a module, or only in those that do not train;
     a mixture of experts counts every expert."""
     return sum(p.numel() for p in module.parameters() if p.ndim > 1 and not (frozen and p.requires_grad))
@@ -116,13 +121,13 @@ class BlockFlops(NamedTuple):
     memory: float  # its own memory projection, or what an aligned one reads twice; it runs only where memory arrives
 
 
-def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
+def block_flops(model: LatentRecurrentModel, length: int) -> tuple[BlockFlops, ...]:
     """Forward FLOPs a position of each block in a pass over rows of ``length`` tokens."""
 
-    def gates(block: Any) -> int:
+    def gates(block: RecurrentBlock) -> int:
         return 0 if block.gate is None else matrices(block.gate)
 
-    def own(block: Any) -> int:
+    def own(block: RecurrentBlock) -> int:
         # a joint projection then reads both inputs
         aligned = getattr(block, "mixer", None) is aligned_mix
         more = getattr(block.block, "fused", None) if aligned else block.projection
@@ -135,13 +140,13 @@ def block_flops(model: RecurrentDecoder, length: int) -> tuple[BlockFlops, ...]:
     )
 
 
-def shared_flops(model: RecurrentDecoder) -> float:
+def shared_flops(model: LatentRecurrentModel) -> float:
     """Forward FLOPs a position of what all blocks share of the memory: a projection, the residual's map;
     once per pass with memory."""
     return sum(2.0 * matrices(module) for module in (model.memory_projection, model.injection) if module is not None)
 
 
-def forward_flops(model: RecurrentDecoder, length: int) -> ForwardFlops:
+def forward_flops(model: LatentRecurrentModel, length: int) -> ForwardFlops:
     """Forward FLOPs a position of a pass over rows of ``length`` tokens, by part."""
     blocks = block_flops(model, length)
     return ForwardFlops(
@@ -163,7 +168,7 @@ class Work(NamedTuple):
     graded: bool = True  # a backward pass follows
 
 
-def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Work]:
+def work_of(model: LatentRecurrentModel, schedule: Schedule, length: int) -> list[Work]:
     """What a schedule runs: the blocks below the first receiver once per row, then those of every pass.
 
     Args:
@@ -184,7 +189,7 @@ def work_of(model: RecurrentDecoder, schedule: Schedule, length: int) -> list[Wo
     return parts
 
 
-def work_flops(model: RecurrentDecoder, work: Sequence[Work], *, length: int) -> float:
+def work_flops(model: LatentRecurrentModel, work: Sequence[Work], *, length: int) -> float:
     """Forward FLOPs of what runs over rows of ``length`` tokens; memory projections count only where memory arrives."""
     blocks, shared, head = block_flops(model, length), shared_flops(model), forward_flops(model, length).head
     total = 0.0
@@ -198,7 +203,7 @@ def work_flops(model: RecurrentDecoder, work: Sequence[Work], *, length: int) ->
     return total
 
 
-def block_forwards(model: RecurrentDecoder, schedule: Schedule, length: int) -> tuple[float, ...]:
+def block_forwards(model: LatentRecurrentModel, schedule: Schedule, length: int) -> tuple[float, ...]:
     """How often a position runs through each block in a training step; their sum is the cost in block forwards.
 
     Args:
@@ -210,7 +215,7 @@ def block_forwards(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     )
 
 
-def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> float:
+def training_flops(model: LatentRecurrentModel, schedule: Schedule, length: int) -> float:
     """Forward and backward FLOPs of a training step, a token of data, every block of every pass counted as it runs.
 
     Memory projections count only where memory arrives, the head only for scored groups. Frozen matrices hand gradients
@@ -244,7 +249,7 @@ def training_flops(model: RecurrentDecoder, schedule: Schedule, length: int) -> 
     return total
 
 
-def _differentiated(model: RecurrentDecoder) -> list[bool]:
+def _differentiated(model: LatentRecurrentModel) -> list[bool]:
     """For each block: whether it, or anything below it, trains, so that a backward pass reaches it even without
     memory."""
     above = ("head", "norm")  # a tied head goes by the embedding's name
@@ -260,7 +265,7 @@ def _refreshed_share(plan: Sequence[Pass]) -> float:
     return (subsets - 1) / 2
 
 
-def _projection_flops(model: RecurrentDecoder) -> float:
+def _projection_flops(model: LatentRecurrentModel) -> float:
     """Forward FLOPs a position of queries, keys, values and gates of all receiving blocks;
     of adapted blocks the gates alone."""
     blocks = [model.blocks[index] for index in model.receivers]
@@ -270,7 +275,7 @@ def _projection_flops(model: RecurrentDecoder) -> float:
     )
 
 
-def kv_bytes(model: RecurrentDecoder, length: int, *, bytes_per_number: int = 2) -> int:
+def kv_bytes(model: LatentRecurrentModel, length: int, *, bytes_per_number: int = 2) -> int:
     """Bytes of the decoding state of one sequence: keys and values (short windows as rings) and one memory vector."""
     backbone = model.backbone
     kept = sum(length if block.window is None else min(length, block.window + 1) for block in model.blocks)

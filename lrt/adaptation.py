@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
-from lrt.config import RecurrenceConfig
+from lrt.config import RecurrenceConfig, TuningConfig
 from lrt.engine.compiled import is_compiled
 from lrt.families import take_apart
 from lrt.families.blocks import on_device
 from lrt.families.description import Family
 from lrt.huggingface.registration import hugging_face_model
+from lrt.lora import with_lora
 from lrt.model import LatentRecurrentModel
 from lrt.tables import ReadTable
 from lrt.types import KV, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _adapted: WeakKeyDictionary[nn.Module, ReferenceType[LatentRecurrentModel]] = WeakKeyDictionary()
 
@@ -57,7 +61,9 @@ def adapt(
     known = getattr(decoder, "config", None)
     if known is not None and hasattr(decoder, "generation_config"):
         face = hugging_face_model()
-        adapted: LatentRecurrentModel = face.around(decoder, backbone, blocks, config, train_schedule=train_schedule)
+        adapted: LatentRecurrentModel = face.around(
+            cast("PreTrainedModel", decoder), backbone, blocks, config, train_schedule=train_schedule
+        )
     else:
         adapted = LatentRecurrentModel(backbone, blocks, config, train_schedule=train_schedule)
     adapted.original = (model,)
@@ -102,6 +108,25 @@ def without_memory(model: LatentRecurrentModel) -> LatentRecurrentModel:
     return plain
 
 
+def with_lora_inside(model: LatentRecurrentModel, tuning: TuningConfig, *, seed: int) -> LatentRecurrentModel:
+    """An adapted model with LoRA in its decoder and its memory as it is.
+
+    Args:
+        model: around a decoder without LoRA; not to be used afterwards.
+        tuning: rank, share and places of the adapters.
+        seed: of their initial values.
+
+    Raises:
+        ValueError: as ``lrt.lora.with_lora``.
+    """
+    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
+    again = adapt(with_lora(release(model), tuning, seed=seed), recurrence)
+    with torch.no_grad():
+        for name, parameter in again.memory_parameters().items():
+            parameter.copy_(memory[name])
+    return again
+
+
 def _adapt_native(
     model: LatentRecurrentModel, config: RecurrenceConfig, train_schedule: Schedule | None
 ) -> LatentRecurrentModel:
@@ -127,7 +152,7 @@ def _spread(model: LatentRecurrentModel) -> None:
         return
     for block, device in zip(model.blocks, devices):
         block.register_forward_pre_hook(lambda module, args, device=device: on_device(args, device))
-        block.refresh = partial(_refresh_on, block.refresh, device)
+        block.__dict__["refresh"] = partial(_refresh_on, block.refresh, device)
     for module in (model.memory_projection, model.injection):
         if module is not None:
             module.register_forward_pre_hook(lambda module, args: on_device(args, next(module.parameters()).device))

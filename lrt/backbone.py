@@ -6,13 +6,14 @@ K head width, V vocabulary. Source: docs/method.md, section 5; facts from the of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lrt.attention import causal_attention, gradient_spacing
 from lrt.config import ModelConfig
@@ -21,7 +22,7 @@ from lrt.loss import Scorer, capped_logits, chunked_cross_entropy
 from lrt.recurrence import Gate, plain_mix
 from lrt.rotary import rope_tables, rotate
 from lrt.tables import Table
-from lrt.types import KV, Block, Handed, KVStore, Later, MemoryInput, Mixed, Projection
+from lrt.types import KV, Block, Device, Handed, KVStore, Later, MemoryInput, Mixed, Projection
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class DecoderBlock(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, device: Any = None, dtype: torch.dtype | None = None
+        self, config: ModelConfig, layer: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         width, kv_width = config.d_model, config.kv_heads * config.head_dim
@@ -149,7 +150,7 @@ class DecoderBlock(nn.Module):
 
     def attend(
         self, hidden: Tensor, projection: Projection | Mixed, context: Context, kv: KVStore | None
-    ) -> tuple[Tensor, Any, Any]:
+    ) -> tuple[Tensor, Tensor | Handed, Tensor | Handed]:
         key, value = self.finish_kv(projection, context)
         query = projection.query if isinstance(projection, Mixed) else self._rotate(projection.query, context)
         scale = self.head_dim**-0.5
@@ -184,7 +185,8 @@ def fused_mix(
     block: Block, hidden: Tensor, memory: MemoryInput | None, context: Context, *, gate: Gate | None,
     kv: KVStore | None, read_later: bool,
 ) -> Projection | Mixed:  # fmt: skip
-    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: its ``lrt.recurrence.Mixer``."""
+    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: "
+    "its ``lrt.recurrence.Mixer``."""
     assert isinstance(block, DecoderBlock)
     if not block.can_mix(hidden):
         return plain_mix(block, hidden, memory, context, gate=gate, kv=kv, read_later=read_later)
@@ -203,16 +205,27 @@ def lookup(tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.embedding(tokens, weight).to(dtype)
 
 
+Lookup: TypeAlias = Callable[[Tensor, Tensor, torch.dtype], Tensor]  # (tokens, weight, dtype of the rows) -> rows
+
+
 class TokenTable(nn.Embedding):
     """An embedding whose rows may come in another dtype than the table's.
 
     A table in float32 costs no copy in half precision, and its gradient is summed in float32 where it stays.
     """
 
-    def __init__(self, rows: int, width: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, rows: int, width: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(rows, width, device=device, dtype=dtype)
         self.output_dtype: torch.dtype | None = None  # None: the table's
-        self.lookup = lookup  # the trainer's plan puts a compiled one here
+        self.lookup: Lookup = lookup
+
+    def read_by(self, lookup: Lookup) -> None:
+        """Have rows read by another function than ``lookup``, such as a compiled one."""
+        self.lookup = lookup
+
+    def read_as(self, dtype: torch.dtype) -> None:
+        """Have rows come in another dtype than the table's."""
+        self.output_dtype = dtype
 
     def forward(self, tokens: Tensor, anchor: Tensor | None = None) -> Tensor:
         """Rows of the tokens (B, P) -> (B, P, D).
@@ -228,11 +241,11 @@ class _Anchored(torch.autograd.Function):
     """The first argument; the second has a gradient too."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor, anchor: Tensor) -> Tensor:
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return grad, grad.new_zeros((), dtype=torch.float32)
 
 
@@ -246,11 +259,15 @@ class Head(nn.Linear):
     """
 
     def __init__(
-        self, config: ModelConfig, *, loss_chunk: int = 8192, device: Any = None, dtype: torch.dtype | None = None
+        self, config: ModelConfig, *, loss_chunk: int = 8192, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(config.d_model, config.padded_vocab, bias=False, device=device, dtype=dtype)
         self.vocab_size, self.softcap, self.loss_chunk = config.vocab_size, config.softcap, loss_chunk
-        self.scorer = Scorer()  # what computes a chunk of the loss; the trainer's plan puts compiled functions here
+        self.scorer = Scorer()
+
+    def score_by(self, scorer: Scorer) -> None:
+        """Have the chunks of ``loss`` computed by other functions, such as compiled ones."""
+        self.scorer = scorer
 
     def forward(self, normed: Tensor) -> Tensor:
         """(B, P, D) -> logits (B, P, V), in float32 at least."""
@@ -274,7 +291,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, device: Any = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
+        self, config: ModelConfig, *, device: Device = None, dtype: torch.dtype | None = None, loss_chunk: int = 8192
     ) -> None:
         super().__init__()
         self.config = config
@@ -302,7 +319,7 @@ class Decoder(nn.Module):
         """Token at which attention is cut; None = none."""
         return self.config.attention_reset
 
-    def make_blocks(self, *, device: Any = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
+    def make_blocks(self, *, device: Device = None, dtype: torch.dtype | None = None) -> list[DecoderBlock]:
         """The blocks that belong to this decoder, not registered here."""
         return [DecoderBlock(self.config, i, device=device, dtype=dtype) for i in range(self.config.n_layers)]
 
@@ -328,6 +345,10 @@ class Decoder(nn.Module):
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden)
+
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """As ``Head.score_by``; the head's own call is what a plan gathers, so ``apart`` changes nothing."""
+        self.head.score_by(scorer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) in float32 at least, of the last block's output."""

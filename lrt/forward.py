@@ -5,21 +5,21 @@ Legend: B batch, T row length, P positions of the pass, D width, G key/value hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lrt.kernels.gradients import attached
+from lrt.kernels.gradients import Share, attached
 from lrt.recurrence import Injected
-from lrt.types import KV, Later, MemoryInput, PassOutput, RecurrentDecoder
+from lrt.types import KV, BlockContext, KVStore, Later, MemoryInput, PassOutput, RecurrentDecoder
 
 
 class Row(NamedTuple):
     """What passes run over: a hidden state for every position, and what the borders between documents say."""
 
     hidden: Tensor  # (B, T, D) embedded tokens, or what block ``start`` receives
-    contexts: tuple[Any, ...]  # one per block, positions on dimension 1
+    contexts: tuple[BlockContext, ...]  # one per block, positions on dimension 1
     starts: Tensor | None  # bool (B, T): the memory received here is zero
     documents: Tensor | None  # (B, T): attention stays inside a document
     start: int = 0  # zero-based; the blocks before this one have run
@@ -67,15 +67,15 @@ def for_keys(model: RecurrentDecoder, received: Tensor) -> MemoryInput:
 def run_blocks(
     model: RecurrentDecoder,
     hidden: Tensor,
-    contexts: Sequence[Any],
+    contexts: Sequence[BlockContext],
     received: Tensor | None,
     *,
-    stores: Sequence[Any] | None = None,
+    stores: Sequence[KVStore | None] | None = None,
     start: int = 0,
     stop: int | None = None,
     keep_kv: bool = True,
     keep_inputs: bool = False,
-    share: Callable[[Sequence[Any]], Sequence[Any]] = list,
+    share: Share = list,
 ) -> PassOutput:
     """One forward over some positions.
 
@@ -114,13 +114,13 @@ def run_blocks(
 # ------------------------------------------------------------------ contexts
 
 
-def at_hand(context: Any) -> Any:
+def at_hand(context: BlockContext) -> BlockContext:
     """The context with every tensor made."""
     if not any(isinstance(x, Later) for x in context):
         return context
     return type(context)(*(x() if isinstance(x, Later) else x for x in context))
 
 
-def take(context: Any, positions: slice) -> Any:
+def take(context: BlockContext, positions: slice) -> BlockContext:
     """The context of some positions: dimension 1 of every tensor, unless it broadcasts."""
     return type(context)(*(x if x is None or x.shape[1] == 1 else x[:, positions] for x in at_hand(context)))

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
+from lrt.config import TuningConfig
 from lrt.tables import ReadTable, Table
 
 # What a folder says of a LoRA adapter; a config with anything else set is refused when it is saved,
@@ -34,6 +36,38 @@ class Layer(Protocol):
     """A module of PEFT around one of the model's own."""
 
     def get_base_layer(self) -> nn.Module: ...
+
+
+def with_lora(decoder: nn.Module, tuning: TuningConfig, *, seed: int) -> nn.Module:
+    """A decoder whose own weights are frozen beside LoRA adapters that train.
+
+    Args:
+        decoder: of Hugging Face.
+        tuning: rank, share and places of the adapters.
+        seed: of their initial values.
+
+    Raises:
+        ValueError: PEFT is not installed, or a named matrix is not there.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError('tuning.lora_rank needs PEFT: pip install -e ".[peft]" in a checkout of lrt') from None
+    targets = list(tuning.lora_targets) or "all-linear"
+    config = peft.LoraConfig(
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        return peft.get_peft_model(decoder, config)
+    except ValueError as error:
+        raise ValueError(f"tuning.lora_targets = {list(tuning.lora_targets)}: {' '.join(str(error).split())}") from None
+    finally:
+        torch.set_rng_state(state)
 
 
 def train_memory_beside(model: nn.Module, memory: Mapping[str, nn.Module], adapters: ReadTable) -> None:

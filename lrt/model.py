@@ -5,10 +5,10 @@ Legend: B batch, T row length, L blocks, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from lrt.recurrence import (
 )
 from lrt.schedules import Interleaved, Mixture, Refine, baseline, from_config, interleaved, resolve, sequential
 from lrt.tables import Table
-from lrt.types import Backbone, Block, Output, Schedule
+from lrt.types import Backbone, Block, Device, Output, Schedule, Twins
 
 
 class LatentRecurrentModel(nn.Module):
@@ -50,7 +50,7 @@ class LatentRecurrentModel(nn.Module):
         ValueError: a setting of ``recurrence`` does not fit this decoder.
     """
 
-    twins: Any = None  # a trainer keeps the gradients of passes apart with it
+    twins: Twins | None = None
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class LatentRecurrentModel(nn.Module):
         # what lrt.adapt was given; in a tuple, so that it is not registered
         self.original: tuple[nn.Module, ...] | None = None
         self.recurrence = recurrence
-        self.memory_projection: Any = None
-        self.injection: Any = None
+        self.memory_projection: KVProjection | AlignedProjection | None = None
+        self.injection: ResidualInjection | None = None
         self.receivers: tuple[int, ...] = ()
         self.source = 0
         gates, projections = dict[int, Gate](), dict[int, KVProjection]()
@@ -116,7 +116,7 @@ class LatentRecurrentModel(nn.Module):
             wrapped = [
                 AlignedBlock(blocks[i], gate=gates[i]) if i in gates else block for i, block in enumerate(wrapped)
             ]
-        self.blocks: Any = nn.ModuleList(wrapped)
+        self.blocks: MutableSequence[RecurrentBlock] = cast(MutableSequence[RecurrentBlock], nn.ModuleList(wrapped))
         self.train_schedule: Schedule | Mixture = train_schedule or (
             baseline() if recurrence is None else interleaved(2)
         )
@@ -262,6 +262,10 @@ class LatentRecurrentModel(nn.Module):
             return baseline()
         return self.train_schedule if self.training else self.eval_schedule
 
+    def run_passes_by(self, twins: Twins | None) -> None:
+        """Have passes run by decoders with the same weights, which keep their gradients apart; None = by this one."""
+        self.twins = twins
+
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output (B, P, D)."""
         assert self.recurrence is not None
@@ -307,7 +311,7 @@ class LatentRecurrentModel(nn.Module):
         return {name: module for name, module in added.items() if module is not None}
 
     @property
-    def peft_config(self) -> Any:
+    def peft_config(self) -> Table:
         """Configs of the adapters that PEFT has put into this model, by name; it sets them once its layers are in."""
         try:
             return self.__dict__["_peft_config"]
@@ -315,7 +319,7 @@ class LatentRecurrentModel(nn.Module):
             raise AttributeError("peft_config") from None
 
     @peft_config.setter
-    def peft_config(self, adapters: Any) -> None:
+    def peft_config(self, adapters: Table) -> None:
         self.__dict__["_peft_config"] = adapters
         train_memory_beside(self, self.memory_modules(), adapters)
 
@@ -327,7 +331,7 @@ class LatentRecurrentModel(nn.Module):
 # ------------------------------------------------------------------ building
 
 
-def build(recipe: Recipe, *, device: Any = None, dtype: torch.dtype | None = None) -> LatentRecurrentModel:
+def build(recipe: Recipe, *, device: Device = None, dtype: torch.dtype | None = None) -> LatentRecurrentModel:
     """Build the model of a recipe, initialized with the recipe's seed.
 
     Args:
@@ -356,13 +360,14 @@ def build_model(
     config: ModelConfig,
     recurrence: RecurrenceConfig | None,
     *,
-    device: Any = None,
+    device: Device = None,
     dtype: torch.dtype | None = None,
     loss_chunk: int = 8192,
 ) -> LatentRecurrentModel:
     """The native decoder with its recurrence, parameters not initialized."""
     decoder = Decoder(config, device=device, dtype=dtype, loss_chunk=loss_chunk)
-    return LatentRecurrentModel(decoder, decoder.make_blocks(device=device, dtype=dtype), recurrence)
+    blocks = decoder.make_blocks(device=device, dtype=dtype)
+    return LatentRecurrentModel(decoder, blocks, recurrence)
 
 
 def _mixer_of(block: Block) -> Mixer:
@@ -370,7 +375,8 @@ def _mixer_of(block: Block) -> Mixer:
     return fused_mix if isinstance(block, DecoderBlock) else plain_mix
 
 
-def _place(block: Any) -> Table:
+def _place(block: Block) -> Table:
     """Device and dtype of a block's own parameters."""
+    assert isinstance(block, nn.Module)
     parameter = next(p for p in block.parameters() if p.is_floating_point())
     return {"device": parameter.device, "dtype": parameter.dtype}

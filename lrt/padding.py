@@ -5,13 +5,12 @@ Legend: B batch, T columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lrt.arguments import alignment, as_ids
+from lrt.types import RecurrentDecoder
 
 
 def packed_documents(
@@ -65,7 +64,7 @@ def packed_documents(
     return borders.cumsum(1) if numbers else None
 
 
-def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+def check_prompt(model: RecurrentDecoder, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     """The real tokens (B,) of each row.
 
     Raises:
@@ -95,7 +94,7 @@ def check_prompt(model: Any, tokens: Tensor, lengths: Tensor | None) -> Tensor:
     return counts
 
 
-def on_device(tokens: Any, attention_mask: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def on_device(tokens: Tensor, attention_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Prompt and mask on a device.
 
     Raises:

@@ -44,8 +44,8 @@ def run_schedule(
         keep_inputs: also return the input of every block.
 
     Returns:
-        One result per pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden`` must
-        not be scored.
+        One result per pass, in order. A pass that only feeds the next one stops at the source block; its ``hidden``
+        must not be scored.
 
     Raises:
         ValueError: a schedule of one's own has a plan of another shape than those of ``lrt.plans.check_plan``.

@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lrt.types import KV, AlignableBlock, Block, Handed, KVStore, MemoryInput, Mixed, Projection, at_least_float32
+from lrt.types import (
+    KV,
+    AlignableBlock,
+    Block,
+    BlockContext,
+    BlockOutput,
+    Device,
+    KVStore,
+    MemoryInput,
+    Mixed,
+    Projection,
+    at_least_float32,
+)
 
 HALVES = ("enter", "project", "attend")  # methods that every block needs; only kv_refresh asks for finish_kv too
 ALIGNING = ("align", "project_aligned", "kv_bias")  # and those that aligned memory asks for beside them
@@ -28,7 +40,7 @@ class Gate(nn.Module):
         device, dtype: of the weight.
     """
 
-    def __init__(self, channels: int, heads: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, channels: int, heads: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.channels = channels
         self.weight = nn.Parameter(torch.zeros(heads, channels, device=device, dtype=dtype))
@@ -58,7 +70,7 @@ class KVProjection(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, head_dim: int, *, device: Any = None, dtype: torch.dtype | None = None
+        self, width: int, heads: int, head_dim: int, *, device: Device = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -88,7 +100,7 @@ class AlignedProjection(nn.Module):
         device, dtype: of the weight.
     """
 
-    def __init__(self, width: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, width: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.map = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
 
@@ -115,7 +127,7 @@ class ResidualInjection(nn.Module):
         device, dtype: of the gains.
     """
 
-    def __init__(self, blocks: int = 1, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, blocks: int = 1, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.gains = nn.Parameter(torch.zeros(blocks, device=device, dtype=dtype))
 
@@ -146,7 +158,7 @@ class ProjectedInjection(ResidualInjection):
         device, dtype: of the weights.
     """
 
-    def __init__(self, blocks: int = 1, *, width: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, blocks: int = 1, *, width: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(blocks, device=device, dtype=dtype)
         self.map = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
 
@@ -166,7 +178,7 @@ class Mixer(Protocol):
     """How memory enters a block's keys and values, between ``enter`` and ``attend``."""
 
     def __call__(
-        self, block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None,
+        self, block: Block, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, gate: Gate | None,
         kv: KVStore | None, read_later: bool,
     ) -> Projection | Mixed:  # fmt: skip
         """What the block's ``attend`` and ``finish_kv`` take.
@@ -184,8 +196,8 @@ class Mixer(Protocol):
 
 
 def plain_mix(
-    block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None, kv: KVStore | None,
-    read_later: bool,
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, gate: Gate | None,
+    kv: KVStore | None, read_later: bool,
 ) -> Projection:  # fmt: skip
     """k = local W_k n + remote U_k m, and v alike: the ``Mixer`` of any block."""
     projection = block.project(hidden, context)
@@ -199,7 +211,7 @@ def plain_mix(
 
 
 def aligned_mix(
-    block: Block, hidden: Tensor, memory: MemoryInput | None, context: Any, *, gate: Gate | None,
+    block: Block, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, gate: Gate | None,
     kv: KVStore | None, read_later: bool,
 ) -> Projection:  # fmt: skip
     """k = gate W_k (n + w A m) + bias, and v alike: the ``Mixer`` of an ``AlignedBlock``."""
@@ -255,8 +267,13 @@ class RecurrentBlock(nn.Module):
         return self.block.window
 
     def forward(
-        self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: KVStore | None, keep_kv: bool = True
-    ) -> tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]:
+        self,
+        hidden: Tensor,
+        memory: MemoryInput | None,
+        context: BlockContext,
+        kv: KVStore | None,
+        keep_kv: bool = True,
+    ) -> BlockOutput:
         """Run the block.
 
         Args:
@@ -277,7 +294,7 @@ class RecurrentBlock(nn.Module):
         hidden, key, value = self.block.attend(hidden, projection, context, kv)
         return (hidden, key, value) if keep_kv else (hidden, None, None)
 
-    def refresh(self, hidden: Tensor, memory: MemoryInput, context: Any) -> KV:
+    def refresh(self, hidden: Tensor, memory: MemoryInput, context: BlockContext) -> KV:
         """Keys and values with a newer memory, but with gates and local parts of the block input ``hidden``.
 
         Args:
@@ -289,7 +306,7 @@ class RecurrentBlock(nn.Module):
         return self.block.finish_kv(projection, context)
 
     def _project(
-        self, hidden: Tensor, memory: MemoryInput | None, context: Any, *, kv: KVStore | None, read_later: bool
+        self, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, *, kv: KVStore | None, read_later: bool
     ) -> tuple[Tensor, Projection | Mixed]:
         hidden = _injected(self.block.enter(hidden, context), memory)
         if memory is not None and self.projection is not None:

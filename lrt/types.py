@@ -6,13 +6,15 @@ H query heads, G key/value heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
+BlockContext = Any  # what a backbone prepares for one of its blocks, a named tuple; only that block looks inside
 Device = torch.device | str | int | None  # as torch takes it; None: the default one
 
 
@@ -79,7 +81,7 @@ class Handed(NamedTuple):
     path: Tensor  # of the same shape, never read
 
 
-class Later:
+class Later(Generic[T]):
     """A tensor of a context that is made when a block first asks for it, and then kept.
 
     What is made in the order of the blocks is also differentiated in their order: a sharded table is gathered while
@@ -87,16 +89,16 @@ class Later:
     may be the first to ask: what is made has a gradient if it would have had one when it was promised.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make: Callable[[], Any] | None = make
-        self._made: Any = None
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make: Callable[[], T] | None = make
+        self._made: T | None = None
         self._graded = torch.is_grad_enabled()
 
-    def __call__(self) -> Any:
+    def __call__(self) -> T:
         if self._make is not None:
             with torch.set_grad_enabled(self._graded):
                 self._made, self._make = self._make(), None
-        return self._made
+        return cast(T, self._made)
 
 
 class Saved(Protocol):
@@ -146,19 +148,19 @@ class Block(Protocol):
 
     window: int | None
 
-    def enter(self, hidden: Tensor, context: Any) -> Tensor:
+    def enter(self, hidden: Tensor, context: BlockContext) -> Tensor:
         """The block's input (B, P, D) before any memory is added."""
         ...
 
-    def project(self, hidden: Tensor, context: Any) -> Projection: ...
+    def project(self, hidden: Tensor, context: BlockContext) -> Projection: ...
 
     def attend(
-        self, hidden: Tensor, projection: Projection, context: Any, kv: KVStore | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, hidden: Tensor, projection: Projection, context: BlockContext, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor | Handed, Tensor | Handed]:
         """Returns (hidden, key, value): the block's output and what the buffer or cache keeps."""
         ...
 
-    def finish_kv(self, projection: Projection, context: Any) -> KV:
+    def finish_kv(self, projection: Projection, context: BlockContext) -> KV:
         """Keys and values as the store keeps them: after RoPE, norm and value embedding."""
         ...
 
@@ -166,7 +168,7 @@ class Block(Protocol):
 class AlignableBlock(Block, Protocol):
     """A decoder block whose own key and value matrices can read memory beside its normed input."""
 
-    def project_aligned(self, hidden: Tensor, context: Any, aligned: Tensor) -> Projection:
+    def project_aligned(self, hidden: Tensor, context: BlockContext, aligned: Tensor) -> Projection:
         """``project``, where keys and values read the normed input plus w times ``aligned`` (B, P, D),
         w the norm's own weight."""
         ...
@@ -188,7 +190,7 @@ class Backbone(Protocol):
     head_dim: int
     vocab_size: int
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, tuple[BlockContext, ...]]:
         """(hidden (B, P, D), one context per block).
 
         A context is a tuple of tensors whose dimension 1 is positions, or 1 to broadcast; one may come ``Later``.
@@ -206,20 +208,59 @@ class Backbone(Protocol):
         ...
 
 
+# hidden (B, P, D), key and value (B, P, G, K), which are None where nobody keeps them
+BlockOutput = tuple[Tensor, Tensor | Handed | None, Tensor | Handed | None]
+
+
+class PassBlock(Protocol):
+    """A ``RecurrentBlock`` as passes call it."""
+
+    @property
+    def window(self) -> int | None: ...
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        memory: MemoryInput | None,
+        context: BlockContext,
+        kv: KVStore | None,
+        keep_kv: bool = True,
+        /,
+    ) -> BlockOutput: ...
+
+    def refresh(self, hidden: Tensor, memory: MemoryInput, context: BlockContext, /) -> KV: ...
+
+
 class RecurrentDecoder(Protocol):
     """What a pass needs of a model: the decoder's parts and the recurrence around them."""
 
-    backbone: Any  # a Backbone
-    blocks: Any  # ModuleList of RecurrentBlock
-    memory_projection: Any  # KVProjection when shared, AlignedProjection, or None
-    injection: Any  # ResidualInjection, ProjectedInjection, or None
+    @property
+    def backbone(self) -> Backbone: ...
+
+    @property
+    def blocks(self) -> Sequence[PassBlock]: ...
+
+    @property
+    def memory_projection(self) -> Callable[[Tensor], tuple[Tensor, Tensor] | Tensor] | None:
+        """KVProjection when shared, or AlignedProjection."""
+        ...
+
+    @property
+    def injection(self) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        """ResidualInjection or ProjectedInjection."""
+        ...
+
     source: int  # block (1..L) whose output is the memory; 0 without recurrence
     receivers: tuple[int, ...]  # zero-based indices of the blocks that receive memory
-    twins: Any  # (model, index of a pass) -> the decoder with the same weights that runs it; None: the model itself
+    twins: Twins | None  # None: the model itself
 
     def memory_of(self, hidden: Tensor) -> Tensor:
         """m (B, P, D) of the source block's output."""
         ...
+
+
+# (model, index of a pass) -> the decoder with the same weights that runs it
+Twins = Callable[[RecurrentDecoder, int], RecurrentDecoder]
 
 
 class Pass(NamedTuple):
@@ -300,7 +341,7 @@ class Output:
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] = ()
 
-    def __getitem__(self, index: int | slice | str) -> Any:
+    def __getitem__(self, index: int | slice | str) -> Tensor | tuple[Tensor, ...] | None:
         """The loss and the logits as ``transformers.Trainer`` reads them, by name or by place;
         what is None has no place."""
         named = {"loss": self.loss, "logits": self.logits}

@@ -10,13 +10,16 @@ import argparse
 import re
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
 from lrt.commands.frame import framed
 from lrt.commands.options import path, whole_number
 from lrt.conversion import KINDS, convert, verify
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -49,27 +52,27 @@ def run(options: argparse.Namespace) -> None:
     print(f"{done.output} written" + ("" if done.verification else ", not verified (--no-verify)"))
 
 
-def _stop(*_: Any) -> None:
+def _stop(*_: object) -> None:
     raise KeyboardInterrupt  # so that what lies beside the output is removed
 
 
 class _Bar:
     """A progress bar on a terminal; silent elsewhere."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         console = Console(file=stream)
         columns = ("writing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task: Any = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> _Bar:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:

@@ -34,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     return framed(lambda: run(args), interrupted="nothing was scored, and nothing is left of a download")
 
 
+def fetch() -> Path:
+    """Download the bundle under a bar."""
+    with Bar(sys.stderr, done="fetched", of="bytes") as bar:
+        return download(progress=bar)
+
+
 def run(args: argparse.Namespace) -> int:
     if args.folder is None and not args.download:
         raise ValueError("name a folder with a model, or --download alone")
@@ -41,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.json} cannot be written: there is no folder {Path(args.json).resolve().parent}")
     other = None if args.against is None else CoreScores.read(args.against)
     with joined() as processes:
-        if args.download and processes.main:
-            with Bar(sys.stderr, done="fetched", of="bytes") as bar:
-                print(f"the bundle is {download(progress=bar)}")
+        if args.download:
+            bundle = processes.from_main(fetch)
+            if processes.main:
+                print(f"the bundle is {bundle}")
         if args.folder is None:
             return 0
-        processes.total(torch.zeros(1))  # the others wait for the bundle
         settings = CoreSettings(
             memory=args.memory, tasks=tuple(args.tasks), items=args.items, bundle=args.bundle, longest=args.max_length,
             rows=args.rows, tokenizer=args.tokenizer, base=args.base,

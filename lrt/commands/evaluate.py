@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -30,6 +30,9 @@ from lrt.data.examples import read_examples
 from lrt.eval.answers import MODES, exact_match
 from lrt.eval.folders import Settings, evaluate_folder
 from lrt.eval.processes import joined, own_device
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 # nothing that --answers asks
 OF_BITS = ("data", "decode", "tokens", "sequence_length", "rows", "text_column", "documents")
@@ -122,7 +125,7 @@ class Bar:
         done, of: what is done with what.
     """
 
-    def __init__(self, stream: Any, *, done: str = "scored", of: str = "batches") -> None:
+    def __init__(self, stream: TextIO | None, *, done: str = "scored", of: str = "batches") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -132,13 +135,13 @@ class Bar:
         self._progress = Progress(
             done, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not self._shown
         )
-        self._task: Any = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Bar:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:

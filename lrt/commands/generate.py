@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,13 +26,14 @@ from lrt.commands.options import parse_prefill, path, seed, whole_number
 from lrt.config.files import read_text
 from lrt.conversion.opening import open_model, open_tokenizer
 from lrt.data.chat import Chat, Message
+from lrt.data.tokenizer import Tokenizer
 from lrt.decoding import scoring
 from lrt.decoding import step as decoding
-from lrt.decoding.fast.acceleration import accelerate
+from lrt.decoding.fast.acceleration import Accelerated, accelerate
 from lrt.decoding.generation import start
 from lrt.decoding.sampling import Sampling
 from lrt.decoding.session import stop_at
-from lrt.tables import Table
+from lrt.model import LatentRecurrentModel
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     opened = open_model(args.model, base=args.base, dtype=dtype, device=args.device)
     model, tokenizer = opened.model, open_tokenizer(opened, name=args.tokenizer, base=args.base)
     text = args.prompt if args.file is None else read_prompt(Path(args.file))
-    modes: Table = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
+    modes: dict[str, Decodes] = {"decode": accelerate(model) if args.device.startswith("cuda") else model}
     if args.compare:
         modes["zero"] = decoding.WithoutMemory(model)
     if args.chat:
@@ -115,7 +115,10 @@ def run(args: argparse.Namespace) -> None:
     continue_text(args, modes, tokenizer, text)
 
 
-def converse(args: argparse.Namespace, model: Any, tokenizer: Any, chat: Chat, text: str | None) -> None:
+Decodes = LatentRecurrentModel | Accelerated | decoding.WithoutMemory
+
+
+def converse(args: argparse.Namespace, model: Decodes, tokenizer: Tokenizer, chat: Chat, text: str | None) -> None:
     """Answer one message, or one line after the other."""
     opening = [] if args.system is None else [Message("system", args.system)]
     messages = list(opening)
@@ -140,7 +143,7 @@ def read_prompt(path: Path) -> str:
         raise ValueError(f"--file {path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def continue_text(args: argparse.Namespace, modes: Table, tokenizer: Any, text: str) -> None:
+def continue_text(args: argparse.Namespace, modes: dict[str, Decodes], tokenizer: Tokenizer, text: str) -> None:
     prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
     texts: dict[str, list[int]] = {}
     for mode, model in modes.items():
@@ -156,7 +159,13 @@ def continue_text(args: argparse.Namespace, modes: Table, tokenizer: Any, text: 
 
 
 def stream(
-    args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], text: str, *, ends: Sequence[int] = ()
+    args: argparse.Namespace,
+    model: Decodes,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    text: str,
+    *,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Print the continuation as it comes; the report goes to stderr.
 

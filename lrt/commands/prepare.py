@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from lrt.commands.frame import framed
 from lrt.commands.options import at_least, path
@@ -128,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(
         name: str, run: Callable[[DataConfig, argparse.Namespace], None], about: str, *, after_interrupt: str
-    ) -> Any:
+    ) -> argparse.ArgumentParser:
         example = next(line for line in (__doc__ or "").splitlines() if f"prepare_data.py {name} " in line)
         command = commands.add_parser(
             name, parents=[source], help=about, description=f"{about}\n\nexample: {example}", **shown

@@ -2,7 +2,8 @@
 
 from lrt.data.batch import Batch
 from lrt.data.documents import CorruptShard
-from lrt.data.loader import TrainLoader, ValidationLoader, build_loader
+from lrt.data.held_out import ValidationLoader
+from lrt.data.loader import TrainLoader, build_loader
 from lrt.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [

@@ -202,24 +202,18 @@ class TrainLoader:
         order = [(first + worker) % count for worker in range(count)]  # worker 0 gives the first batch
         streams = [(self._rank * count + number, self._states[number]) for number in order]
         dataset = _Batches(
-            self._documents,
-            deal=self._deal,
-            streams=streams,
-            rows=self._rows,
-            length=self._length,
-            bos_id=self._bos,
+            self._documents, deal=self._deal, streams=streams, rows=self._rows, length=self._length, bos_id=self._bos,
             data=self._data,
-        )
-        workers = self.workers
+        )  # fmt: skip
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, the library warns in every forked worker
-        options: Table = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if workers else {}
+        options: Table = {"prefetch_factor": PREFETCH, "worker_init_fn": _set_up_worker} if self.workers else {}
         with warnings.catch_warnings():
             # torchdata 0.11 calls what torch 2.13 has deprecated
             warnings.filterwarnings("ignore", message=".*set_vital")
             self._engine = StatefulDataLoader(
                 dataset,
                 batch_size=None,
-                num_workers=workers,
+                num_workers=self.workers,
                 collate_fn=_as_is,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # its base seed would otherwise come from the process's random numbers
@@ -227,7 +221,7 @@ class TrainLoader:
             )
         self._order = order
         self._batches = iter(self._engine)
-        if workers:  # at the end of the process torch would send them SIGTERM, which they survive for a minute
+        if self.workers:  # at the end of the process torch would send them SIGTERM, which they survive for a minute
             atexit.register(_end_workers, weakref.ref(self))
 
     def _current_states(self) -> list[Table]:
@@ -311,7 +305,7 @@ class TrainLoader:
         self._set(deal, states=dealt[first : first + self._streams_here], turn=0)
 
 
-class _Batches(IterableDataset):
+class _Batches(IterableDataset[Batch | ValueError]):
     """What a worker runs: the batches of its stream."""
 
     def __init__(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lrt.types import BlockContext, KVStore, MemoryInput
+
 
 class CompiledBlock:
     """A RecurrentBlock called through a compiled function.
@@ -20,5 +22,7 @@ class CompiledBlock:
         self.block, self.window, self.gate, self.projection = block, block.window, block.gate, block.projection
         self._function = function
 
-    def __call__(self, hidden: Tensor, memory: Any, context: Any, kv: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, kv: KVStore | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self._function(self.block, hidden, memory, context, kv)

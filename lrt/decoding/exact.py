@@ -57,7 +57,7 @@ def recur(span: Span, state: DecodeState, *, runner: Runner) -> None:
 
 def at_column(contexts: Sequence[Any], column: Tensor) -> tuple[Any, ...]:
     """Contexts of one position, which a tensor (1,) names, made where a block asks, and once for several blocks."""
-    known: dict[int, Later] = {}
+    known: dict[int, Later[Tensor]] = {}
 
     def pick(x: Any) -> Any:
         if x is None or x.shape[1] == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +19,15 @@ from lrt.decoding import step as decoding
 from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.prompts import after, before_last
-from lrt.decoding.sampling import Sampling, check_stops, row_seeds
+from lrt.decoding.request import Asked, Request
+from lrt.decoding.sampling import Sampling, row_seeds
 from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 from lrt.padding import align, check_prompt, on_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Generated:
 
 
 def generate(
-    model: Any,
+    model: Decodes,
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 64,
@@ -82,69 +87,79 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     return complete(
-        model, prompt_ids, attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids, pad_id=pad_id,
-        generator=generator, prefill=prefill, state=state,
+        model, prompt_ids, attention_mask, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids,
+        pad_id=pad_id, generator=generator, prefill=prefill, state=state,
     ).ids  # fmt: skip
 
 
 @torch.no_grad()
 def start(
-    model: Any,
+    model: Decodes,
     prompt_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
-    max_new_tokens: int = 64,
     generator: torch.Generator | None = None,
     prefill: Prefill | None = None,
     prefix_cache: PrefixCache | None = None,
     keep_at: Sequence[int] = (),
     state: DecodeState | None = None,
     runner: decoding.Runner = decoding.graphed,
-    **settings: Any,
+    **asked: Unpack[Asked],
 ) -> tuple[Session, Report | None]:
     """Prefill prompts and open a session over them, for streaming.
 
     Args:
-        model, prompt_ids, attention_mask, max_new_tokens, generator, prefill: as in ``generate``.
+        model, prompt_ids, attention_mask, generator, prefill: as in ``generate``.
         prefix_cache: where known beginnings are looked up and put (one row at a time).
         keep_at: see DecodeState.
         state: as in ``generate``; penalties and processors see only the tokens of ``prompt_ids``.
         runner: how steps run.
-        settings: of the Session: sampling, stop_ids, stop_when, pad_id, every.
+        asked: fields of a ``Request``: max_new_tokens, sampling, stop_ids, stop_when, pad_id, every.
 
     Returns:
         The session, and the prefill's report (None when every prompt is one token long).
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens = {max_new_tokens!r}: use a whole number of 0 or more")
+    request = Request(**asked)
+    request.check(model.backbone.vocab_size)  # before the prefill is paid for
     if prefill is not None and not hasattr(prefill, "settle"):
         raise ValueError(
             f"prefill = {prefill!r}: use lrt.prefill.exact(), .refine(k), .fixed_point(groups), or leave it out"
         )
     device = next(model.parameters()).device
-    settings.get("sampling", Sampling()).check(model.backbone.vocab_size)  # before the prefill is paid for
-    check_stops(settings.get("stop_ids", ()), settings.get("pad_id", 0), model.backbone.vocab_size)
     tokens, lengths = align(*on_device(prompt_ids, attention_mask, device))
     counts = check_prompt(model, tokens, lengths)
     if state is None:
         state, report = before_last(
-            model, tokens, counts, tokens.shape[1] + max_new_tokens, keep_at, prefill, prefix_cache, runner
+            model, tokens, counts, tokens.shape[1] + request.max_new_tokens, keep_at, prefill, prefix_cache, runner
         )
     else:
         if prefix_cache is not None or keep_at:
             raise ValueError("state goes on with its own keep_at and without prefix_cache: leave both out")
-        state, report = after(model, state, tokens, counts, room=max_new_tokens, method=prefill, runner=runner)
+        state, report = after(model, state, tokens, counts, room=request.max_new_tokens, method=prefill, runner=runner)
     pending = tokens.gather(1, counts[:, None] - 1)[:, 0]
     seeds = row_seeds(len(tokens), generator, device)
     told = [row[:count] for row, count in zip(tokens, counts.tolist())]
-    return Session(
-        model, state, pending, max_new_tokens=max_new_tokens, history=told, seeds=seeds, runner=runner, **settings
-    ), report
+    return Session(model, state, pending, request, history=told, seeds=seeds, runner=runner), report
 
 
-def complete(model: Any, prompt_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Generated:
+def complete(
+    model: Decodes,
+    prompt_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    prefill: Prefill | None = None,
+    prefix_cache: PrefixCache | None = None,
+    keep_at: Sequence[int] = (),
+    state: DecodeState | None = None,
+    runner: decoding.Runner = decoding.graphed,
+    **asked: Unpack[Asked],
+) -> Generated:
     """Continue prompts and return everything there is to know; the arguments are those of ``start``."""
-    session, report = start(model, prompt_ids, attention_mask, **settings)
+    session, report = start(
+        model, prompt_ids, attention_mask, generator=generator, prefill=prefill, prefix_cache=prefix_cache,
+        keep_at=keep_at, state=state, runner=runner, **asked,
+    )  # fmt: skip
     logprobs: list[list[float]] = [[] for _ in session.rows]
     for burst in session:
         for row, new in enumerate(burst.logprobs):

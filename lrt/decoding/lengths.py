@@ -4,16 +4,16 @@ and when its keys are made anew."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrt.decoding import prefill
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 
 
-def lengthen(model: Any, state: DecodeState, after: Tensor) -> None:
+def lengthen(model: Decodes, state: DecodeState, after: Tensor) -> None:
     """Say that rows of ``state`` get ``after`` (B,) tokens long.
 
     Raises:
@@ -30,7 +30,7 @@ def lengthen(model: Any, state: DecodeState, after: Tensor) -> None:
     state.reach.copy_(torch.where(state.lengths == 0, after, state.reach))
 
 
-def rotated_alike(model: Any, a: DecodeState, b: DecodeState) -> bool:
+def rotated_alike(model: Decodes, a: DecodeState, b: DecodeState) -> bool:
     """Whether the keys of both states are rotated by the same factors."""
     if a.reach is None or b.reach is None:
         return True
@@ -39,7 +39,7 @@ def rotated_alike(model: Any, a: DecodeState, b: DecodeState) -> bool:
 
 
 def up_to_the_border(
-    model: Any,
+    model: Decodes,
     state: DecodeState,
     prompts: Sequence[Sequence[int]],
     new: Sequence[Sequence[int]],

@@ -15,25 +15,26 @@ from torch import Tensor
 
 from lrt.attention import Cache
 from lrt.decoding.state import DecodeState, slot_positions
+from lrt.decoding.which_model import Decodes
 from lrt.forward import Row, run_blocks
 from lrt.recurrence import reset_memory
 from lrt.types import PassOutput
 
 
-def separator_of(model: Any) -> int | None:
+def separator_of(model: Decodes) -> int | None:
     """Token at which the received memory is zero; None = none."""
     return None if model.recurrence is None else model.recurrence.separator
 
 
-def attention_cut_of(model: Any) -> int | None:
+def attention_cut_of(model: Decodes) -> int | None:
     """Token at which attention is cut too; None = none."""
     return getattr(model.backbone, "attention_reset", None)
 
 
 @torch.no_grad()
 def consume(
-    model: Any, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None, stop: int | None = None, stores: Any = None,
-    keep_inputs: bool = False,
+    model: Decodes, state: DecodeState, tokens: Tensor, active: Tensor, *, row: Row | None = None,
+    stop: int | None = None, stores: Any = None, keep_inputs: bool = False,
 ) -> PassOutput:  # fmt: skip
     """Let every active row of ``state`` consume one token, in place; all that the blocks computed, (B, 1, ...).
 

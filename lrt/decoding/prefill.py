@@ -20,14 +20,16 @@ from torch import Tensor
 from lrt.accounting import Work, work_flops
 from lrt.decoding import step as decoding
 from lrt.decoding.exact import recur
-from lrt.decoding.prefill_contract import Prefill, Prefilled, Report, Settled
+from lrt.decoding.prefill_contract import Prefill as Prefill
+from lrt.decoding.prefill_contract import Prefilled, Report, Settled
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes, itself
 from lrt.padding import check_prompt
 
 # Residual at which a fixed point counts as reached, by dtype (docs/prefill.md): 0.1 leaves at most 1.5e-4 bits per byte
-# to exact prefill with one group and 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near 2e-2.
-# float16 is not measured; float64 is for checks.
+# to exact prefill with one group and 3.5e-4 with any number; 0.3 leaves more than 0.001. bfloat16 itself ends near
+# 2e-2. float16 is not measured; float64 is for checks.
 DEFAULT_TOL = {torch.float64: 1e-6, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 DEFAULT_GROUPS = 1  # more groups need fewer sweeps, but a GPU runs a sweep of one group in a third of the time of four
 
@@ -46,7 +48,7 @@ class Exact:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -76,7 +78,7 @@ class Refine:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -110,7 +112,7 @@ class FixedPoint:
 
     def settle(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         tokens: Tensor,
         counts: Tensor,
@@ -202,7 +204,7 @@ def fixed_point(
 
 @torch.no_grad()
 def run(
-    model: Any,
+    model: Decodes,
     tokens: Tensor,
     *,
     lengths: Tensor | None = None,
@@ -246,7 +248,7 @@ def run(
 
 @torch.no_grad()
 def consume(
-    model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, method: Prefill, everywhere: bool = False,
+    model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, *, method: Prefill, everywhere: bool = False,
     runner: decoding.Runner = decoding.eager,
 ) -> Prefilled:  # fmt: skip
     """``run`` on a state that is written in place; rows may have nothing to consume."""
@@ -284,12 +286,12 @@ def _check_chunk(chunk: int | None) -> int | None:
     return chunk
 
 
-def _span(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
+def _span(model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, *, kind: Any) -> Span:
     """The stretch that a parallel prefill works on."""
     return decoding.stepper_of(model).stretch(state, tokens, counts, kind=kind)
 
 
-def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
+def _plain(model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, everywhere: bool) -> Settled:
     """A model without recurrence: one causal forward is exact."""
     span, real = _span(model, state, tokens, counts, kind="plain"), counts.tolist()
     hidden = _taken(span.whole(), tokens, counts, everywhere)
@@ -298,8 +300,8 @@ def _plain(model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, every
 
 
 def _finish(
-    span: Span, state: DecodeState, tokens: Tensor, real: list[int], sweeps: list[int], residual: list[float], exact: list[int],
-    converged: list[bool], everywhere: bool,
+    span: Span, state: DecodeState, tokens: Tensor, real: list[int], sweeps: list[int], residual: list[float],
+    exact: list[int], converged: list[bool], everywhere: bool,
 ) -> Settled:  # fmt: skip
     """The blocks above the source, and everything into the state."""
     hidden = _taken(span.finish(), tokens, span.counts, everywhere)
@@ -314,7 +316,7 @@ def _taken(hidden: Tensor, tokens: Tensor, counts: Tensor, everywhere: bool) -> 
     return hidden[torch.arange(len(hidden), device=hidden.device), (counts - 1).clamp_min(0)]
 
 
-def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:
+def _report(model: Decodes, method: Prefill, state: DecodeState, parts: Sequence[Settled]) -> Report:
     rows = range(state.batch)
     return Report(
         method=str(method),
@@ -327,10 +329,10 @@ def _report(model: Any, method: Prefill, state: DecodeState, parts: Sequence[Set
     )
 
 
-def _flops(model: Any, state: DecodeState, parts: Sequence[Settled]) -> float | None:
+def _flops(model: Decodes, state: DecodeState, parts: Sequence[Settled]) -> float | None:
     """Forward FLOPs of every block of every pass, and of the head at the last position of every row."""
     if not hasattr(getattr(model.backbone, "config", None), "windows"):
         return None
     head = Work(state.batch, 0, 0, received=False, scored=True)
     work = [head, *(one for part in parts for one in part.work)]
-    return work_flops(model, work, length=max(1, int(state.lengths.max())))
+    return work_flops(itself(model), work, length=max(1, int(state.lengths.max())))

@@ -6,13 +6,14 @@ Legend: B batch, T prompt tokens, P positions of a chunk, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from lrt.accounting import Work
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import Runner
+from lrt.decoding.which_model import Decodes
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Prefill(Protocol):
         ...
 
     def settle(
-        self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: Runner
+        self, model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor, *, everywhere: bool, runner: Runner
     ) -> Settled:
         """Let the rows of ``state`` consume ``counts`` (B,) tokens each of ``tokens`` (B, P), in place."""
         ...

@@ -22,6 +22,7 @@ from lrt.decoding.compiled_block import CompiledBlock
 from lrt.decoding.one_position import attention_cut_of, separator_of
 from lrt.decoding.ragged_mask import ragged_mask
 from lrt.decoding.state import DecodeState, keys_so_far, slot_positions
+from lrt.decoding.which_model import Decodes
 from lrt.forward import run_blocks, take
 from lrt.kernels.attention import usable
 from lrt.recurrence import reset_memory
@@ -43,7 +44,7 @@ class Span:
 
     reach: Tensor | None = None  # (B,) of the state
 
-    def __init__(self, model: Any, state: DecodeState, tokens: Tensor, counts: Tensor) -> None:
+    def __init__(self, model: Decodes, state: DecodeState, tokens: Tensor, counts: Tensor) -> None:
         self._begin(model, tokens, counts)
         lengths = state.lengths.tolist()
         if any(lengths):
@@ -51,7 +52,7 @@ class Span:
         self.reach = state.reach
         self._embed(state.memory, state.document_starts)
 
-    def _begin(self, model: Any, tokens: Tensor, counts: Tensor) -> None:
+    def _begin(self, model: Decodes, tokens: Tensor, counts: Tensor) -> None:
         self.model, self.tokens, self.counts = model, tokens, counts
         self.places = torch.arange(tokens.shape[1], device=tokens.device)
         # Compiled blocks want tensors, not numbers that change: masks and slots, and inputs of one layout.

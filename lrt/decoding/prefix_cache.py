@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 from lrt.decoding.prefill import Exact, Prefill
 from lrt.decoding.state import DecodeState
-from lrt.decoding.which_model import fingerprint
+from lrt.decoding.which_model import Decodes, fingerprint
 
 
 class PrefixCache:
@@ -54,7 +53,7 @@ class PrefixCache:
             self._states.popitem(last=False)
 
     def find(
-        self, tokens: Sequence[int], *, model: Any, method: Prefill, keep_at: Sequence[int] = ()
+        self, tokens: Sequence[int], *, model: Decodes, method: Prefill, keep_at: Sequence[int] = ()
     ) -> DecodeState | None:
         """The state of the longest known beginning of ``tokens``, or None; do not write in it.
 

@@ -6,7 +6,6 @@ Legend: B batch, T prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -16,10 +15,11 @@ from lrt.decoding.lengths import lengthen, rotated_alike
 from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 
 
 def after(
-    model: Any,
+    model: Decodes,
     before: DecodeState,
     tokens: Tensor,
     counts: Tensor,
@@ -50,7 +50,7 @@ def after(
 
 
 def before_last(
-    model: Any, tokens: Tensor, counts: Tensor, capacity: int, keep_at: Sequence[int], prefill: Prefill | None,
+    model: Decodes, tokens: Tensor, counts: Tensor, capacity: int, keep_at: Sequence[int], prefill: Prefill | None,
     prefix_cache: PrefixCache | None, runner: decoding.Runner,
 ) -> tuple[DecodeState, Report | None]:  # fmt: skip
     """A state that has consumed every prompt but its last token."""

@@ -6,7 +6,6 @@ Legend: B batch, T row length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,15 @@ from torch import Tensor
 from lrt.decoding import prefill as prefills
 from lrt.decoding import step as decoding
 from lrt.decoding.prefill_contract import Prefill, Report
+from lrt.decoding.which_model import Decodes
 from lrt.loss import IGNORE
 from lrt.padding import align
 
 
 @torch.no_grad()
 def score(
-    model: Any, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
+    model: Decodes, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None, *,
+    prefill: Prefill | None = None, runner: decoding.Runner = decoding.graphed,
 ) -> tuple[Tensor, Report]:  # fmt: skip
     """Nats of given targets in ``decode`` semantics, batched.
 
@@ -50,8 +50,8 @@ def score(
 
 
 def score_continuations(
-    model: Any, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *, prefill: Prefill | None = None,
-    runner: decoding.Runner = decoding.graphed,
+    model: Decodes, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], *,
+    prefill: Prefill | None = None, runner: decoding.Runner = decoding.graphed,
 ) -> list[list[float]]:  # fmt: skip
     """Log-probability of every token of given continuations, in ``decode`` semantics, all rows in one batch.
 

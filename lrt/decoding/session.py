@@ -6,7 +6,7 @@ Legend: B batch, T prompt tokens, V vocabulary, N tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,11 @@ from lrt.decoding.lengths import up_to_the_border
 from lrt.decoding.prefill_contract import Prefill, Report
 from lrt.decoding.prefix_cache import PrefixCache
 from lrt.decoding.prompts import before_last
-from lrt.decoding.sampling import Sampling, check_stops, choose, row_seeds
+from lrt.decoding.request import Request, StopWhen
+from lrt.decoding.sampling import choose, row_seeds
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 from lrt.padding import check_prompt
-
-# New token ids of one row -> how many of them to keep when it must stop, None when it goes on.
-StopWhen = Callable[[Sequence[int]], "int | None"]
 
 
 class Burst(NamedTuple):
@@ -39,54 +38,34 @@ class Session:
         model: a RecurrentDecoder.
         state: has consumed each row's prompt but the last token; written in place.
         pending: (B,) the last token of each prompt.
-        max_new_tokens: of every row.
+        request: what is asked of every row.
         history: the tokens of each row that penalties and processors see, the pending one last; None = only that one.
-        sampling: how tokens are chosen.
-        stop_ids: a row ends after one of these.
-        stop_when: looks at a row's new tokens on the host, once in ``every`` steps.
-        pad_id: what ended rows are fed.
         seeds: (B,) from ``row_seeds``.
-        every: steps between two looks of the host.
         runner: how the step runs: ``decoding.eager``, ``decoding.graphed``.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Decodes,
         state: DecodeState,
         pending: Tensor,
+        request: Request,
         *,
-        max_new_tokens: int,
         history: Sequence[Tensor] | None = None,
-        sampling: Sampling = Sampling(),
-        stop_ids: Sequence[int] = (),
-        stop_when: StopWhen | None = None,
-        pad_id: int = 0,
         seeds: Tensor | None = None,
-        every: int = 8,
         runner: decoding.Runner = decoding.graphed,
     ) -> None:
         vocabulary = model.backbone.vocab_size
-        sampling.check(vocabulary)
-        stops = check_stops(stop_ids, pad_id, vocabulary)
-        if every < 1:
-            raise ValueError(f"every = {every}: the host looks at the rows every 1 or more steps")
-        device, batch = state.lengths.device, state.batch
-        self.model, self.state, self.sampling, self.stop_when, self.pad_id, self.every = (
-            model,
-            state,
-            sampling,
-            stop_when,
-            pad_id,
-            every,
-        )
+        stops = request.check(vocabulary)
+        device, batch, sampling, every = state.lengths.device, state.batch, request.sampling, request.every
+        self.model, self.state, self.request, self.every, self.pad_id = model, state, request, every, request.pad_id
         self.stops = torch.tensor(stops, dtype=torch.int64, device=device)
         self.pending = pending.to(device=device, dtype=torch.int64).clone()
         self.seeds = (row_seeds(batch, None, device) if seeds is None else seeds.to(device)).clone()
-        self.remaining = torch.full((batch,), max_new_tokens, dtype=torch.int64, device=device)
+        self.remaining = torch.full((batch,), request.max_new_tokens, dtype=torch.int64, device=device)
         self.active = self.remaining > 0
         self.history = (
-            torch.full((batch, state.capacity + 2), pad_id, dtype=torch.int64, device=device)
+            torch.full((batch, state.capacity + 2), request.pad_id, dtype=torch.int64, device=device)
             if sampling.processors
             else None
         )
@@ -117,7 +96,7 @@ class Session:
 
     def _choose(self, logits: Tensor, lengths: Tensor) -> None:
         token, logprob = choose(
-            logits, self.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen
+            logits, self.request.sampling, seeds=self.seeds, history=self.history, lengths=lengths, seen=self.seen
         )
         self.lost.logical_or_(self.active & (token < 0))
         self.active.logical_and_(token >= 0)
@@ -148,37 +127,46 @@ class Session:
             raise ValueError(f"advance({steps!r}): use a whole number of 1 or more steps, or leave it out")
         steps = self._fitting(self.every if steps is None else min(steps, self.every))
         steps = up_to_the_border(self.model, self.state, self.prompts, self.rows, self.live, steps=steps)
+        self._decode(steps)
+        burst = self._emitted(steps)
+        self._end(burst)
+        self.live = burst.active
+        return burst
+
+    def _decode(self, steps: int) -> None:
+        """Run the step so often; a graph of it is captured at the first call."""
         if self._run is None:
             self._run = self._runner(self._step, self.active)
         self.column.zero_()
         for _ in range(steps):
             self._run()
+
+    def _emitted(self, steps: int) -> Burst:
+        """What the rows emitted in the last ``steps``, on the host."""
         if bool(self.lost.any()):
             rows = self.lost.nonzero()[:, 0].tolist()
             raise ValueError(
                 f"no token can be chosen for rows {rows}: their logits are NaN or all -inf; "
                 "look at the model's weights and at sampling.processors"
             )
-        emitted, tokens, logprobs = (
-            self.emitted[:, :steps].tolist(),
-            self.new_tokens[:, :steps].tolist(),
-            self.new_logprobs[:, :steps].tolist(),
-        )
-        burst = Burst(
+        emitted, tokens, logprobs = (x[:, :steps].tolist() for x in (self.emitted, self.new_tokens, self.new_logprobs))
+        return Burst(
             [[t for t, e in zip(row, on) if e] for row, on in zip(tokens, emitted)],
             [[p for p, e in zip(row, on) if e] for row, on in zip(logprobs, emitted)],
             self.active.tolist(),
         )
+
+    def _end(self, burst: Burst) -> None:
+        """Remember the tokens of a burst, and end the rows that ``stop_when`` ends; what comes after is taken out."""
+        stop_when = self.request.stop_when
         for row, new in enumerate(burst.tokens):
             before = len(self.rows[row])
             self.rows[row] += new
-            keep = self.stop_when(self.rows[row]) if self.stop_when is not None and new else None
+            keep = stop_when(self.rows[row]) if stop_when is not None and new else None
             if keep is not None:
                 del self.rows[row][keep:], new[max(0, keep - before) :], burst.logprobs[row][max(0, keep - before) :]
                 burst.active[row] = False
                 self.active[row] = False
-        self.live = burst.active
-        return burst
 
     def _fitting(self, steps: int) -> int:
         """So many steps, or as few as every row that goes on can take; one host sync."""
@@ -212,8 +200,10 @@ class Session:
         self.live[row] = False
 
     @torch.no_grad()
-    def replace(self, row: int, prompt: Sequence[int], *, max_new_tokens: int, seed: int | None = None, prefill: Prefill | None = None,
-                prefix_cache: PrefixCache | None = None) -> Report | None:  # fmt: skip
+    def replace(
+        self, row: int, prompt: Sequence[int], *, max_new_tokens: int, seed: int | None = None,
+        prefill: Prefill | None = None, prefix_cache: PrefixCache | None = None,
+    ) -> Report | None:  # fmt: skip
         """Put a new prompt in the place of a row, while the others stay as they are.
 
         Args:

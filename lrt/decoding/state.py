@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrt.decoding.which_model import check_fingerprint, fingerprint, probe
+from lrt.decoding.which_model import Decodes, check_fingerprint, fingerprint, probe
 from lrt.types import KV
 
 FORMAT = 1
@@ -64,7 +64,7 @@ class DecodeState:
 
     @classmethod
     @torch.no_grad()
-    def empty(cls, model: Any, *, batch: int, capacity: int, keep_at: Sequence[int] = ()) -> DecodeState:
+    def empty(cls, model: Decodes, *, batch: int, capacity: int, keep_at: Sequence[int] = ()) -> DecodeState:
         """A state of rows that have consumed nothing.
 
         Args:
@@ -126,7 +126,7 @@ class DecodeState:
             x.nbytes for x in (*self.keys, *self.values, *(m for m in (self.memory, self.kept) if m is not None))
         )
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Decodes) -> None:
         """Raises ValueError when this state was made by another model (or the same one before an update)."""
         check_fingerprint(self.fingerprint, model)
 
@@ -269,7 +269,7 @@ class DecodeState:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, *, model: Any) -> DecodeState:
+    def load(cls, path: str | Path, *, model: Decodes) -> DecodeState:
         """Read a state for ``model``, onto its device.
 
         Raises:
@@ -315,7 +315,7 @@ class DecodeState:
         )
 
 
-def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> str | None:
+def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Decodes) -> str | None:
     """What of a file is not what ``DecodeState.save`` writes of a state of ``model``; None when all is."""
     windows = [block.window for block in model.blocks]
     capacity, kept_at = about.get("capacity"), about.get("kept_at")
@@ -349,7 +349,10 @@ def _misfit(about: dict[str, Any], tensors: dict[str, Tensor], model: Any) -> st
     if rows < 1 or bool(
         ((known < 0) | (known > capacity) | (starts < 0) | (starts > known) | (tensors["approximate_from"] < 0)).any()
     ):
-        return f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, with a capacity of {capacity}"
+        return (
+            f"its rows have lengths {known.tolist()} and documents that begin at {starts.tolist()}, "
+            f"with a capacity of {capacity}"
+        )
     return None
 
 

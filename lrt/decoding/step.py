@@ -16,7 +16,7 @@ from torch import Tensor
 from lrt.decoding.one_position import consume
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
-from lrt.decoding.which_model import StandIn
+from lrt.decoding.which_model import Decodes, StandIn
 from lrt.forward import Row
 
 Action = Callable[[], None]  # a step on static tensors
@@ -65,13 +65,13 @@ class Stepper(StandIn):
         return function
 
 
-def stepper_of(model: Any) -> Stepper:
+def stepper_of(model: Decodes) -> Stepper:
     """How a model decodes: what stands in its place, or its own blocks."""
     return model if isinstance(model, Stepper) else Stepper(model)
 
 
 @torch.no_grad()
-def decode_one_token(model: Any, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
+def decode_one_token(model: Decodes, state: DecodeState, tokens: Tensor, active: Tensor) -> Tensor:
     """Logits (B, V) of the token after ``tokens`` (B,), which active rows consume; see ``Stepper.step``."""
     stepper = stepper_of(model)
     return stepper.logits(stepper.step(state, tokens, active))
@@ -84,7 +84,7 @@ class WithoutMemory(StandIn):
         model: a LatentRecurrentModel.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Decodes) -> None:
         super().__init__(model)
         self.recurrence, self.source, self.receivers, self.memory_projection, self.injection = None, 0, (), None, None
 

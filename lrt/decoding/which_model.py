@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 
 from lrt.forward import run_blocks
+from lrt.model import LatentRecurrentModel
 from lrt.serialization.fingerprint import parts
 from lrt.types import PassOutput
+
+# what decodes: a model, or what stands in its place
+Decodes: TypeAlias = "LatentRecurrentModel | StandIn"
 
 
 class StandIn:
@@ -21,11 +25,11 @@ class StandIn:
         plain: the other one.
     """
 
-    def __init__(self, plain: Any) -> None:
+    def __init__(self, plain: Decodes) -> None:
         self.plain = plain
 
     @property
-    def itself(self) -> Any:
+    def itself(self) -> LatentRecurrentModel:
         """The decoder whose keys and memory this one has."""
         return itself(self.plain)
 
@@ -33,17 +37,17 @@ class StandIn:
         return getattr(self.__dict__["plain"], name)
 
 
-def itself(model: Any) -> Any:
+def itself(model: Decodes) -> LatentRecurrentModel:
     """The decoder whose keys and memory a model or its stand-in has."""
     return model.itself if isinstance(model, StandIn) else model
 
 
-_probed: WeakKeyDictionary[Any, tuple[Any, PassOutput]] = WeakKeyDictionary()
+_probed: WeakKeyDictionary[LatentRecurrentModel, tuple[object, PassOutput]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def probe(model: Any) -> PassOutput:
-    """One position through a model, or what it stands for, to learn the shape and dtype of its keys and memory; once."""
+def probe(model: Decodes) -> PassOutput:
+    """One position through a model, or what it stands for, which says the shape and dtype of its keys; once."""
     model = itself(model)
     parameter = next(model.parameters())
     about = (parameter.device, parameter.dtype, model.source)
@@ -54,11 +58,11 @@ def probe(model: Any) -> PassOutput:
     return _probed[model][1]
 
 
-_known: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Decodes, tuple[object, str]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Decodes) -> str:
     """A digest of the model's settings and of every weight; equal on every device, recomputed after an update.
 
     An update that torch does not count (through ``.data``, or of weights made in inference mode) is not seen:
@@ -86,7 +90,7 @@ def fingerprint(model: Any) -> str:
     return _known[model][1]
 
 
-def check_fingerprint(made_by: str, model: Any) -> None:
+def check_fingerprint(made_by: str, model: Decodes) -> None:
     """Raises ValueError when a state was made by another model than ``model``."""
     found = fingerprint(model)
     if found != made_by:

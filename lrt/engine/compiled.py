@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrt.attention import Mask
-from lrt.engine.plain import Engine, Entries, dtype_of
+from lrt.engine.plain import Engine, Entries, Stores, dtype_of
 from lrt.forward import Row, run_blocks
 from lrt.kernels.attention import block_mask, usable
 from lrt.kernels.gradients import Branched, branch_compiled, fan_out
@@ -20,9 +19,9 @@ from lrt.types import PassOutput, RecurrentDecoder
 CHUNK_GRAPHS = 8  # chunks of a row that are compiled, each for itself; more run eagerly, which a CUDA graph hides
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: object) -> bool:
     """Whether ``module.compile()`` was called: torch's private ``_compiled_call_impl``, as 2.11 and 2.13 set it."""
-    return module._compiled_call_impl is not None
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def engine_of(model: RecurrentDecoder, *, keep_inputs: bool = False) -> Engine:
@@ -54,13 +53,14 @@ class CompiledEngine(Engine):
     entries = TrimmedEntries
 
     def compute(
-        self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
-    ) -> PassOutput:
+        self, row: Row, received: Tensor | None, stores: Stores, *, index: int, stop: int | None, keep_kv: bool,
+        keep_inputs: bool,
+    ) -> PassOutput:  # fmt: skip
         # Contiguous, as the inputs of the later blocks are: the first block would otherwise be a graph of its own.
         hidden = row.hidden.contiguous()
         return run_blocks(
-            self._decoder(index), hidden, row.contexts, received, stores=stores, keep_kv=keep_kv, share=fan_out,
-            **options,
+            self._decoder(index), hidden, row.contexts, received, stores=stores, start=row.start, stop=stop,
+            keep_kv=keep_kv, keep_inputs=keep_inputs, share=fan_out,
         )  # fmt: skip
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
@@ -74,7 +74,7 @@ class CompiledEngine(Engine):
         masks = {window: block_mask(window=seen[window], documents=row.documents, **place) for window in distinct}
         return [masks[block.window] for block in blocks]
 
-    def chunkwise(self, count: int) -> AbstractContextManager[Any]:
+    def chunkwise(self, count: int) -> AbstractContextManager[object]:
         """A chunk that autograd follows sees more keys than the last, so it is a graph of its own: few are compiled."""
         few = count <= CHUNK_GRAPHS or not torch.is_grad_enabled()
         return super().chunkwise(count) if few else torch.compiler.set_stance("force_eager")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,10 @@ from lrt.forward import Row, at_hand, for_keys, run_blocks
 from lrt.kernels.attention import usable
 from lrt.kernels.gradients import Branch, Branched, branch
 from lrt.recurrence import reset_memory
-from lrt.tables import Table
-from lrt.types import KV, KVStore, Later, Pass, PassOutput, RecurrentDecoder
+from lrt.types import KV, BlockContext, KVStore, Later, Pass, PassOutput, RecurrentDecoder
+
+Stores = Sequence[KVStore | None]  # what each block attends to; None: the positions of the pass
+Field = Tensor | Later[Tensor] | None  # of a context
 
 
 class Entries:
@@ -67,7 +69,7 @@ class Engine:
     # -------------------------------------------------------------- passes
 
     def run(
-        self, row: Row, received: Tensor | None = None, *, stores: Sequence[Any] | None = None, stop: int | None = None,
+        self, row: Row, received: Tensor | None = None, *, stores: Stores | None = None, stop: int | None = None,
         index: int = 0, graded: bool = True, keep_kv: bool = True, keep_inputs: bool = False,
     ) -> PassOutput:  # fmt: skip
         """Run the blocks from ``row.start`` on.
@@ -85,22 +87,27 @@ class Engine:
         if not graded:
             row, received = row._replace(hidden=row.hidden.detach()), None if received is None else received.detach()
         stores = self.whole_row(row) if stores is None else stores
-        options: Table = {"start": row.start, "stop": stop, "keep_inputs": keep_inputs or self.keep_inputs}
+        keep_inputs = keep_inputs or self.keep_inputs
         with torch.set_grad_enabled(graded and torch.is_grad_enabled()):
-            return self.compute(row, received, stores, index=index, keep_kv=keep_kv, **options)
+            return self.compute(row, received, stores, index=index, stop=stop, keep_kv=keep_kv, keep_inputs=keep_inputs)
 
     def compute(
-        self, row: Row, received: Tensor | None, stores: Sequence[Any], *, index: int, keep_kv: bool, **options: Any
-    ) -> PassOutput:
-        """``run`` when all is at hand; ``options`` are those of ``run_blocks``."""
-        return run_blocks(self.model, row.hidden, row.contexts, received, stores=stores, keep_kv=keep_kv, **options)
+        self, row: Row, received: Tensor | None, stores: Stores, *, index: int, stop: int | None, keep_kv: bool,
+        keep_inputs: bool,
+    ) -> PassOutput:  # fmt: skip
+        """``run`` when all is at hand."""
+        return run_blocks(
+            self.model, row.hidden, row.contexts, received, stores=stores, start=row.start, stop=stop, keep_kv=keep_kv,
+            keep_inputs=keep_inputs,
+        )  # fmt: skip
 
     def whole_row(self, row: Row) -> list[KVStore | None]:
         """Stores of a pass over all positions: none, unless the block's kernel wants a mask."""
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask per block for the positions t = residue (mod S) over keys by residue; None: the kernel needs none."""
+        """One mask per block for the positions t = residue (mod S) over keys by residue; None: "
+        "the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)
@@ -118,7 +125,7 @@ class Engine:
         """The keys and values of chunks of a row, from left to right."""
         return Prefix(self.model, row) if torch.is_grad_enabled() else StaticPrefix(self.model, row)
 
-    def chunkwise(self, count: int) -> AbstractContextManager[Any]:
+    def chunkwise(self, count: int) -> AbstractContextManager[object]:
         """The setting in which the blocks run over ``count`` chunks, one after the other."""
         return nullcontext()
 
@@ -230,15 +237,17 @@ def take_apart(row: Row, count: int, branch: Branch) -> tuple[Row, list[Row]]:
     return row._replace(hidden=hidden.whole, contexts=(*below, *whole)), parts
 
 
-def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tuple[list[Any], list[list[Any]]]:
+def split_contexts(
+    contexts: Sequence[BlockContext], subsets: int, branch: Branch
+) -> tuple[list[BlockContext], list[list[BlockContext]]]:
     """Contexts by block for a pass over all positions, then by part and block.
 
     What broadcasts over positions is shared, a tensor of several blocks is split once, and one that comes ``Later`` is
     split later.
     """
-    known: dict[int, tuple[Any, Sequence[Any]]] = {}
+    known: dict[int, tuple[Field, Sequence[Field]]] = {}
 
-    def apart(x: Any) -> tuple[Any, Sequence[Any]]:
+    def apart(x: Field) -> tuple[Field, Sequence[Field]]:
         if id(x) not in known:
             known[id(x)] = _apart(x, subsets, branch)
         return known[id(x)]
@@ -249,14 +258,17 @@ def split_contexts(contexts: Sequence[Any], subsets: int, branch: Branch) -> tup
     return whole, parts
 
 
-def _apart(x: Any, subsets: int, branch: Branch) -> tuple[Any, Sequence[Any]]:
+def _apart(x: Field, subsets: int, branch: Branch) -> tuple[Field, Sequence[Field]]:
     if isinstance(x, Later):
         both = Later(lambda: branch(x(), subsets))
-        parts = [Later(lambda g=g: both().parts[g]) for g in range(subsets)]  # type: ignore[misc]
-        return Later(lambda: both().whole), parts
+        return Later(lambda: both().whole), [Later(partial(_part, both, g)) for g in range(subsets)]
     if x is None or x.shape[1] == 1:
         return x, (x,) * subsets
     return branch(x, subsets)[:2]
+
+
+def _part(both: Later[Branched], number: int) -> Tensor:
+    return both().parts[number]
 
 
 def dense_masks(model: RecurrentDecoder, queries: Tensor, keys: Tensor, row: Row) -> list[Tensor]:

@@ -11,22 +11,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lrt.loss import IGNORE
-from lrt.recurrence import into_residual
+from lrt.model import LatentRecurrentModel
+from lrt.recurrence import RecurrentBlock, into_residual
 from lrt.schedules import Interleaved, Refine, single
-from lrt.types import MemoryInput, Schedule, at_least_float32
+from lrt.types import BlockContext, BlockOutput, KVStore, MemoryInput, Schedule, at_least_float32
 
 Statistics = dict[str, dict[str, list[float]]]  # by name: mean, std, min, max, each one number per block
 
 
 @torch.no_grad()
 def activation_statistics(
-    model: Any, input_ids: Tensor, targets: Tensor | None = None, schedule: Schedule | None = None
+    model: LatentRecurrentModel, input_ids: Tensor, targets: Tensor | None = None, schedule: Schedule | None = None
 ) -> Statistics:
     """Statistics of memory, gates and what memory adds, over the positions of a batch that receive memory.
 
@@ -53,21 +54,23 @@ def activation_statistics(
         model.train(was_training)
 
 
-def _observe(model: Any, input_ids: Tensor, targets: Tensor | None, schedule: Schedule) -> Statistics:
+def _observe(model: LatentRecurrentModel, input_ids: Tensor, targets: Tensor | None, schedule: Schedule) -> Statistics:
     if isinstance(schedule, (Interleaved, Refine)):
         schedule = replace(schedule, weights="paper")  # a pass of weight 0 would stop at the source block
     counted = torch.ones_like(input_ids, dtype=torch.bool) if targets is None else targets != IGNORE
     watched = _Watched(model)
     # Unbound, so that the pass runs over the watched blocks; a generator of its own, so that no other draws
     # differently.
-    results = type(model).run(watched, input_ids, schedule, generator=torch.Generator().manual_seed(0))
+    results = type(model).run(
+        cast(LatentRecurrentModel, watched), input_ids, schedule, generator=torch.Generator().manual_seed(0)
+    )
     last = max(result.plan.group for result in results)
     final = [result for result in results if result.plan.group == last]
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
     here = counted[:, torch.cat([places[result.plan.positions] for result in final])]  # in the order of the passes
     tallies: dict[str, list[Tally]] = defaultdict(lambda: [Tally() for _ in model.receivers])
     source, memory = Tally(), Tally()
-    memory.add(_norm(torch.cat([result.memory for result in final], dim=1))[here])
+    memory.add(_norm(torch.cat([m for result in final if (m := result.memory) is not None], dim=1))[here])
     for _, norms, mine in _final_calls(watched.blocks[model.source - 1], here):
         source.add(norms[mine])
     for place, index in enumerate(model.receivers):
@@ -86,7 +89,7 @@ def _observe(model: Any, input_ids: Tensor, targets: Tensor | None, schedule: Sc
 class _Watched:
     """The model with a caller around each block."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LatentRecurrentModel) -> None:
         self._model = model
         self.blocks = [_WatchedBlock(block) for block in model.blocks]
 
@@ -116,20 +119,27 @@ class _WatchedBlock:
         calls: of each call, numbers (B, P, ...) by name, and the norm (B, P) of what it returned.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: RecurrentBlock) -> None:
         self._block = block
         self.calls: list[tuple[dict[str, Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
 
-    def __call__(self, hidden: Tensor, memory: MemoryInput | None, context: Any, kv: Any, keep_kv: bool = True) -> Any:
-        out = self._block(hidden, memory, context, kv, keep_kv)
+    def __call__(
+        self,
+        hidden: Tensor,
+        memory: MemoryInput | None,
+        context: BlockContext,
+        kv: KVStore | None,
+        keep_kv: bool = True,
+    ) -> BlockOutput:
+        out: BlockOutput = self._block(hidden, memory, context, kv, keep_kv)
         self.calls.append(({} if memory is None else look(self._block, hidden, memory, context), _norm(out[0])))
         return out
 
 
-def look(block: Any, hidden: Tensor, memory: MemoryInput, context: Any) -> dict[str, Tensor]:
+def look(block: RecurrentBlock, hidden: Tensor, memory: MemoryInput, context: BlockContext) -> dict[str, Tensor]:
     """What a RecurrentBlock does with its arguments, computed once more beside it.
 
     Returns:

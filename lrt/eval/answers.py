@@ -15,6 +15,7 @@ from lrt.data.tokenizer import Tokenizer
 from lrt.decoding.generation import complete
 from lrt.decoding.sampling import Sampling
 from lrt.decoding.step import WithoutMemory
+from lrt.eval.processes import Processes, Sharing
 from lrt.model import LatentRecurrentModel
 
 MODES = ("zero", "decode")
@@ -66,6 +67,7 @@ def exact_match(
     *,
     modes: Sequence[str] = MODES,
     max_new_tokens: int = 96,
+    processes: Sharing = Processes(),
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, ExactMatch]:
     """Let a model answer, greedily and by true recurrence, and compare.
@@ -77,21 +79,28 @@ def exact_match(
         tokenizer: of the model.
         modes: ``decode``, and ``zero``: the memory is never received.
         max_new_tokens: of an answer.
+        processes: those that share the conversations, each with the whole model.
         progress: called after every batch.
 
     Returns:
-        A score for each mode; a model without recurrence is asked once, and has the same score in every mode.
+        A score for each mode, the same in every process but for the first answer, which the first has; a model without
+        recurrence is asked once, and has the same score in every mode.
     """
     plain = model.recurrence is None
     found: dict[str, ExactMatch] = {}
     for mode in modes[:1] if plain else modes:
         asked = WithoutMemory(model) if mode == "zero" and not plain else model
+        own = range(processes.rank, len(examples), processes.size)
         texts: list[str] = []
-        for begin in range(0, len(examples), ROWS):
-            texts += _answers(asked, examples[begin : begin + ROWS], chat, tokenizer, max_new_tokens=max_new_tokens)
+        for begin in range(0, len(own), ROWS):
+            batch = [examples[i] for i in own[begin : begin + ROWS]]
+            texts += _answers(asked, batch, chat, tokenizer, max_new_tokens=max_new_tokens)
             progress()
-        right = tuple(answer_of(text) == one.answer.strip() for text, one in zip(texts, examples))
-        found[mode] = ExactMatch(right, tuple(one.steps for one in examples), texts[0])
+        right = torch.zeros(len(examples))
+        for i, text in zip(own, texts):
+            right[i] = answer_of(text) == examples[i].answer.strip()
+        shared = tuple(share > 0 for share in processes.total(right).tolist())
+        found[mode] = ExactMatch(shared, tuple(one.steps for one in examples), texts[0] if texts else "")
     return dict.fromkeys(modes, found[modes[0]]) if plain else found
 
 

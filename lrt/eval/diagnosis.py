@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lrt.passes import PassResult
 from lrt.recurrence import reset_memory, shift_right
 from lrt.schedules import Interleaved, Refine, baseline, sequential, single
 from lrt.tables import Table
-from lrt.types import MemoryInput, Schedule, at_least_float32
+from lrt.types import BlockOutput, KVStore, MemoryInput, Schedule, at_least_float32
 
 PARTS = ("keys and values", "residual")
 SWEEPS = 8
@@ -170,18 +170,18 @@ class _ChangedBlock:
         return getattr(self.__dict__["_block"], name)
 
     def __call__(
-        self, hidden: Tensor, memory: MemoryInput | None, context: object, kv: object, keep_kv: bool = True
-    ) -> tuple[Tensor, ...]:
+        self, hidden: Tensor, memory: MemoryInput | None, context: object, kv: KVStore | None, keep_kv: bool = True
+    ) -> BlockOutput:
         assert memory is not None
         states = {part: self._changed.get(part, memory.state) for part in PARTS}
         into_keys, residual = (memory_inputs(self._model, states[part])[self._index] for part in PARTS)
         assert into_keys is not None and residual is not None
-        block = self._block
-        if block.projection is not None:  # of its own: it would read the state that the residual gets
+        block, own = self._block, self._block.projection
+        if own is not None:  # it would read the state that the residual gets
             block = copy.copy(block)
-            block._modules = {**block._modules, "projection": _Given(block.projection(states[PARTS[0]]))}
+            block._modules = {**block._modules, "projection": _Given(own(states[PARTS[0]]))}
         mixed = residual._replace(key=into_keys.key, value=into_keys.value, aligned=into_keys.aligned)
-        out: tuple[Tensor, ...] = block(hidden, mixed, context, kv, keep_kv)
+        out: BlockOutput = block(hidden, mixed, context, kv, keep_kv)
         return out
 
 
@@ -309,7 +309,7 @@ def watch_drift(model: LatentRecurrentModel, *, separator: int, tokens: int, row
     current = torch.full((rows,), separator, dtype=torch.int64, device=device)
     memories: list[Tensor] = []
     for _ in range(tokens):
-        logits = decode_one_token(watched, state, current, active)
+        logits = decode_one_token(cast(LatentRecurrentModel, watched), state, current, active)
         assert state.memory is not None
         memories.append(at_least_float32(state.memory).clone())
         logits[:, separator] = -math.inf  # one long document: a separator would begin another memory

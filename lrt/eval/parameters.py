@@ -20,21 +20,22 @@ def recurrence_statistics(model: LatentRecurrentModel) -> dict[str, list[float]]
     if model.recurrence is None:
         return {}
     found: dict[str, list[float]] = {}
-    if model.injection is not None:
-        found["gains"] = _whole(model.injection.gains).tolist()
-    if model.recurrence.residual == "projected":
-        found["residual_map_rms"] = [_rms(model.injection.map.weight)]
+    injection, shared = model.injection, model.memory_projection
+    if injection is not None:
+        found["gains"] = _whole(injection.gains).tolist()
+        if model.recurrence.residual == "projected":
+            found["residual_map_rms"] = [_rms(injection.get_parameter("map.weight"))]
     blocks = [model.blocks[index] for index in model.receivers]
     gates = [block.gate for block in blocks if block.gate is not None]
     if gates:
         found["gate_rms"] = [_rms(gate.weight) for gate in gates]
-    shared = [] if model.memory_projection is None else [model.memory_projection]
-    pairs = shared or [block.projection for block in blocks if block.projection is not None]
+    own = [block.projection for block in blocks if block.projection is not None]
+    pairs = own if shared is None else [shared]
     if model.recurrence.projection == "aligned":
-        found["map_rms"] = [_rms(model.memory_projection.map.weight)]
+        found["map_rms"] = [_rms(pair.get_parameter("map.weight")) for pair in pairs]
     elif pairs:
-        found["key_projection_rms"] = [_rms(pair.key.weight) for pair in pairs]
-        found["value_projection_rms"] = [_rms(pair.value.weight) for pair in pairs]
+        for name in ("key", "value"):
+            found[f"{name}_projection_rms"] = [_rms(pair.get_parameter(f"{name}.weight")) for pair in pairs]
     return found | _scales(model)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lrt.config.environment import not_met, place_of_process
+
+T = TypeVar("T")
 
 
 class Sharing(Protocol):
@@ -48,6 +50,10 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the main process, in every one; so its ValueError or OSError."""
+        return work() if self.size == 1 else from_main(work, main=self.main)
+
     def least(self, number: int) -> int:
         """The smallest of what all processes give."""
         if self.size == 1:
@@ -55,6 +61,29 @@ class Processes:
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return int(tensor)
+
+
+def from_main(work: Callable[[], T], *, main: bool, group: dist.ProcessGroup | None = None) -> T:
+    """What ``work`` gives in the main process, in every process of a group; so its ValueError or OSError.
+
+    The others wait for it, and none waits for one that has failed.
+
+    Args:
+        work: called in the main process alone.
+        main: whether this is the main process.
+        group: of the processes; None = all.
+    """
+    answer: list[Any] = [None, None]
+    if main:
+        try:
+            answer[0] = work()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, group=group)
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
+    return result
 
 
 @contextlib.contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from lrt.families.blocks import FamilyBlock
 from lrt.families.cohere import COHERE, COHERE2, COHERE_NORMED
 from lrt.families.decoder import FamilyDecoder
-from lrt.families.description import Family, describe_fields, missing_parts, part, text_config
+from lrt.families.description import Family as Family
+from lrt.families.description import Foreign, describe_fields, missing_parts, part, text_config
 from lrt.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TWO_TABLES, GEMMA3_VISION, GEMMA3_VISION_TWO_TABLES, GLM4
 from lrt.families.gpt2 import GPT2, GPT_BIGCODE, GPT_BIGCODE_BY_HEAD
 from lrt.families.gpt_neox import GPT_NEOX, GPT_NEOX_4
@@ -131,7 +130,7 @@ def dismantle(decoder: nn.Module, family: Family) -> tuple[FamilyDecoder, list[F
 
 
 def _refuse_other_kinds(decoder: nn.Module) -> None:
-    config: Any = getattr(decoder, "config", None)
+    config: Foreign = getattr(decoder, "config", None)
     kind = type(decoder).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder: lrt.adapt takes decoder-only language models")

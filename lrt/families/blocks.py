@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrt.attention import causal_attention
-from lrt.families.description import Family, Geometry, part
+from lrt.families.description import Family, Foreign, Geometry, part
 from lrt.families.norm_weight import multiplied, weight_offset
 from lrt.rotary import rotate
 from lrt.types import KV, KVStore, Projection
@@ -28,7 +28,7 @@ class Context(NamedTuple):
     cos: Tensor | None  # (1 or B, P, R)
     sin: Tensor | None
     # (1 or B, 1, T, T), a BlockMask, or None: what the decoder's own attention wants in a pass over all positions
-    mask: Any
+    mask: Foreign
 
 
 class FamilyBlock(nn.Module):
@@ -57,8 +57,8 @@ class FamilyBlock(nn.Module):
         self.parallel = family.parallel is not None and family.parallel(layer)
         self.rotates = family.rotates(attention)
         self.rotated = None if family.rotated is None else family.rotated(attention)
-        self.rotate: Any = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
-        self.own_attention: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
+        self.rotate: Foreign = family.rotate or getattr(home, "apply_rotary_pos_emb", rotate_heads)
+        self.own_attention: Callable[..., Foreign] | None = getattr(home, "eager_attention_forward", None)
         norms = {path: part(layer, path) for path in (family.query_norm, family.key_norm) if path is not None}
         weights = {path: getattr(norm, "weight", None) for path, norm in norms.items()}
         self.weight_offset: float | None = None
@@ -67,13 +67,13 @@ class FamilyBlock(nn.Module):
         }
 
     @property
-    def norm(self) -> Any:
+    def norm(self) -> Foreign:
         """The norm with a weight that the attention's input passes last; None where there is none."""
         modules = (part(self.layer, path) for path in reversed(self.family.attention_in))
         return next((module for module in modules if getattr(module, "weight", None) is not None), None)
 
     @property
-    def fused(self) -> Any:
+    def fused(self) -> Foreign:
         """The one projection that makes queries, keys and values; None where there are three."""
         return None if self.family.fused is None else part(self.layer, self.family.fused)
 
@@ -171,7 +171,7 @@ class FamilyBlock(nn.Module):
             hidden = hidden + self._mlp(self._through(self.family.mlp_in, hidden))
         return hidden, key.transpose(1, 2), value
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, sinks: Tensor | None) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Foreign, sinks: Tensor | None) -> Tensor:
         """The decoder's own attention over all positions of the pass."""
         if self.own_attention is None:
             rows = (x.transpose(1, 2) for x in (query, key, value))
@@ -258,7 +258,7 @@ def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return rotate(query, *tables).to(query.dtype), rotate(key, *tables).to(key.dtype)
 
 
-def on_device(value: Any, device: torch.device) -> Any:
+def on_device(value: Foreign, device: torch.device) -> Foreign:
     """Tensors of nested tuples on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device)

@@ -2,13 +2,12 @@
 alone."""
 
 from dataclasses import replace
-from typing import Any
 
-from lrt.families.description import Family, window_of
+from lrt.families.description import Family, Foreign, window_of
 from lrt.families.phi import always
 
 
-def has_window(attention: Any) -> bool:
+def has_window(attention: Foreign) -> bool:
     return attention.sliding_window is not None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.families.blocks import Context, FamilyBlock
-from lrt.families.description import Family, part, text_config
+from lrt.families.description import Family, Foreign, part, text_config
 from lrt.families.rotary import length_rotary
 from lrt.loss import Scorer, chunked_cross_entropy
 from lrt.rotary import kept_frequencies
@@ -53,11 +52,25 @@ class FamilyDecoder(nn.Module):
         self.logit_factor, self.logit_divisor = self._setting(family.logit_factor), self._setting(family.logit_divisor)
         self.embedding_factor = self._setting(family.embedding_factor)
         self.embedding_dropout = self._setting(family.embedding_dropout) or 0.0
-        self._unmasked: set[tuple[Any, ...]] = set()
+        self._unmasked: set[tuple[object, ...]] = set()
         self.loss_chunk = 0  # tokens whose logits are held at once by ``loss``; 0 = all, as the decoder itself does
         self.attention_reset: int | None = None  # token of packed rows at which attention is cut; None = never
-        # a trainer's compiled parts of the loss; None = as the decoder itself computes it
-        self.scorer: Scorer | None = None
+        self.scorer: Scorer | None = None  # None = the loss as the decoder itself computes it
+
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """Have the chunks of ``loss`` computed by other functions, such as compiled ones, where logits are one product.
+
+        Args:
+            scorer: the functions.
+            apart: the head's weight is sharded by itself, so that only its own call gathers it: then nothing changes.
+        """
+        if self.is_linear and not apart:
+            self.scorer = scorer
+
+    def pack(self, *, loss_chunk: int, attention_reset: int | None) -> None:
+        """Say how rows are trained on: tokens whose logits are held at once (0 = all), and the token of packed rows at
+        which attention is cut (None = never)."""
+        self.loss_chunk, self.attention_reset = loss_chunk, attention_reset
 
     @property
     def is_linear(self) -> bool:
@@ -65,7 +78,7 @@ class FamilyDecoder(nn.Module):
         plain = type(self.head) is nn.Linear and self.head.bias is None
         return plain and self.logit_factor is None and self.logit_divisor is None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Foreign:
         with kept_frequencies(self.rotary, self.local_rotary):
             return super()._apply(fn, recurse)
 
@@ -134,7 +147,7 @@ class FamilyDecoder(nn.Module):
         scores = F.log_softmax(self.logits(hidden[None])[0].float(), dim=1)
         return F.nll_loss(scores, targets, reduction="sum"), F.nll_loss(scores.detach(), targets, reduction="none")
 
-    def _setting(self, key: str | None) -> Any:
+    def _setting(self, key: str | None) -> Foreign:
         """What the decoder's config says under ``key``."""
         return None if key is None else getattr(self.config, key)
 
@@ -151,14 +164,14 @@ class FamilyDecoder(nn.Module):
             return self.rotary(hidden, positions, "full_attention" if window is None else "sliding_attention")
         return self.rotary(hidden, positions)
 
-    def _mask(self, hidden: Tensor, window: int | None) -> Any:
+    def _mask(self, hidden: Tensor, window: int | None) -> Foreign:
         """The mask that the decoder's own attention takes in a pass over all positions."""
         implementation = getattr(self.config, "_attn_implementation", None)
         if implementation is None or (implementation, hidden.shape[1], window) in self._unmasked:
             return None
         from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-        create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
+        create: Callable[..., Foreign] = create_causal_mask if window is None else create_sliding_window_causal_mask
         places = torch.arange(hidden.shape[1], device=hidden.device)
         given = {"config": self.config, "inputs_embeds": hidden, "input_embeds": hidden, "cache_position": places}
         given |= {"cache": None, "past_key_values": None}  # its name since transformers 5.24, and before
@@ -170,7 +183,7 @@ class FamilyDecoder(nn.Module):
         return mask
 
 
-def _check_positions(positions: Tensor, learned: Any, offset: int) -> None:
+def _check_positions(positions: Tensor, learned: Foreign, offset: int) -> None:
     """Learned positions end somewhere; read on the CPU only, where that waits for nothing."""
     known = learned.weight.shape[0] - offset
     if (
@@ -184,5 +197,5 @@ def _check_positions(positions: Tensor, learned: Any, offset: int) -> None:
         )
 
 
-def _optional(decoder: nn.Module, path: str | None) -> Any:
+def _optional(decoder: nn.Module, path: str | None) -> Foreign:
     return None if path is None else part(decoder, path)

@@ -47,6 +47,10 @@ def rotates(attention: nn.Module) -> bool:
     return True
 
 
+# A module, a config or a value of a decoder that is not ours: only its description knows what it has.
+Foreign = Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A plain stack of decoder blocks, described.
@@ -103,7 +107,7 @@ class Family:
     position_embedding: str | None = None
     position_offset: int = 0
     embedding_out: tuple[str, ...] = ()
-    embedding_scale: Callable[[Any, Tensor], Tensor] | None = None
+    embedding_scale: Callable[[Foreign, Tensor], Tensor] | None = None
     embedding_factor: str | None = None
     embedding_dropout: str | None = None
     rotary: str | None = None
@@ -202,13 +206,13 @@ class Family:
         return Geometry(heads, kv_heads, head_dim)
 
 
-def text_config(decoder: Any) -> Any:
+def text_config(decoder: Foreign) -> Foreign:
     """Config of a decoder, or of the text part of one that also sees or hears; None where there is none."""
-    config: Any = getattr(decoder, "config", None)
+    config: Foreign = getattr(decoder, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def part(root: Any, path: str) -> Any:
+def part(root: Foreign, path: str) -> Foreign:
     """The attribute at ``path``; None where there is none."""
     for name in path.split("."):
         root = getattr(root, name, None)

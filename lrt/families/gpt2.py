@@ -1,18 +1,17 @@
 """GPT-2 and GPT-BigCode: learned positions, LayerNorm, one projection for queries, keys and values."""
 
 from dataclasses import replace
-from typing import Any
 
-from lrt.families.description import Family
+from lrt.families.description import Family, Foreign
 from lrt.families.gpt_neox import split_by_head
 from lrt.families.phi3 import split_in_order
 
 
-def dropout_rate(attention: Any) -> float:
+def dropout_rate(attention: Foreign) -> float:
     return attention.attn_dropout.p
 
 
-def score_scale(attention: Any) -> float:
+def score_scale(attention: Foreign) -> float:
     """Head width ** -0.5, or what the config asks for (before transformers 5 the attention does not hold it)."""
     config = attention.config
     scale = attention.head_dim**-0.5 if config.scale_attn_weights else 1.0
@@ -38,7 +37,7 @@ GPT2 = Family(
 )
 
 
-def plain_rate(attention: Any) -> float:
+def plain_rate(attention: Foreign) -> float:
     return attention.attn_dropout
 
 

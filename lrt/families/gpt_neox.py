@@ -1,11 +1,10 @@
 """GPT-NeoX and Pythia: attention and MLP side by side, one projection ordered by head, partial rotary."""
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from lrt.families.description import Family, Geometry
+from lrt.families.description import Family, Foreign, Geometry
 
 
 def split_by_head(fused: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -14,7 +13,7 @@ def split_by_head(fused: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def side_by_side(layer: Any) -> bool:
+def side_by_side(layer: Foreign) -> bool:
     return layer.use_parallel_residual
 
 

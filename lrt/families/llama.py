@@ -2,16 +2,15 @@
 data."""
 
 from dataclasses import replace
-from typing import Any
 
-from lrt.families.description import Family, window_of
+from lrt.families.description import Family, Foreign, window_of
 
 
-def uses_rope(attention: Any) -> bool:
+def uses_rope(attention: Foreign) -> bool:
     return bool(attention.use_rope)
 
 
-def residual_dropout(attention: Any) -> float:
+def residual_dropout(attention: Foreign) -> float:
     return attention.residual_dropout
 
 

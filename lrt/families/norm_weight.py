@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lrt.families.description import Foreign
 
 WITHIN = 0.05  # of the numbers that a norm in half precision gives
 
 
 @torch.no_grad()
-def weight_offset(norm: Any) -> float | None:
+def weight_offset(norm: Foreign) -> float | None:
     """What a norm adds to its weight before it multiplies: 0 (Llama), or 1 (Gemma).
 
     Args:
@@ -45,7 +46,7 @@ def _on_cpu(norm: nn.Module) -> nn.Module:
     return made
 
 
-def multiplied(x: Tensor, norm: Any, offset: float) -> Tensor:
+def multiplied(x: Tensor, norm: Foreign, offset: float) -> Tensor:
     """``x`` (B, P, D) times what the norm multiplies by."""
     weight = norm.weight.to(x.dtype)
     return x * (weight + offset) if offset else x * weight

@@ -2,9 +2,8 @@
 or by head."""
 
 from dataclasses import replace
-from typing import Any
 
-from lrt.families.description import Family, window_of
+from lrt.families.description import Family, Foreign, window_of
 
 OLMO2 = Family(
     name="olmo2",
@@ -17,7 +16,7 @@ OLMO2 = Family(
 )
 
 
-def slides_or_all_see_all(attention: Any) -> bool:
+def slides_or_all_see_all(attention: Foreign) -> bool:
     """EXAONE 4 rotates the blocks with a window alone, where it has some."""
     return attention.sliding_window is None or attention.is_sliding
 

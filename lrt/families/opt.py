@@ -1,19 +1,17 @@
 """OPT: learned positions whose table begins two rows later, dropouts that are no modules, an MLP of bare layers."""
 
-from typing import Any
-
-from lrt.families.description import Family
+from lrt.families.description import Family, Foreign
 
 
-def attention_rate(attention: Any) -> float:
+def attention_rate(attention: Foreign) -> float:
     return attention.dropout
 
 
-def output_rate(attention: Any) -> float:
+def output_rate(attention: Foreign) -> float:
     return attention.config.dropout
 
 
-def block_rate(block: Any) -> float:
+def block_rate(block: Foreign) -> float:
     return block.dropout
 
 

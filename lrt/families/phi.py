@@ -1,20 +1,21 @@
 """Phi-1 to Phi-2 and StableLM: LayerNorm, partial rotary; Phi and some StableLM run attention and MLP side by side."""
 
 from dataclasses import replace
-from typing import Any
 
+from lrt.families.description import Foreign
 from lrt.families.llama import LLAMA
+from lrt.tables import Table
 
 
-def always(layer: Any) -> bool:
+def always(layer: Foreign) -> bool:
     return True
 
 
-def rotated_channels(attention: Any) -> int:
+def rotated_channels(attention: Foreign) -> int:
     return attention.rotary_ndims
 
 
-_NORMS: Any = {"query_norm": "self_attn.q_layernorm", "key_norm": "self_attn.k_layernorm", "norm_heads_first": True}
+_NORMS: Table = {"query_norm": "self_attn.q_layernorm", "key_norm": "self_attn.k_layernorm", "norm_heads_first": True}
 PHI = replace(
     LLAMA,
     name="phi",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lrt.attention import Buffer, causal_mask
 from lrt.families.blocks import FamilyBlock, on_device
 from lrt.families.decoder import FamilyDecoder
-from lrt.families.description import Family, part, text_config
+from lrt.families.description import Family, Foreign, part, text_config
 from lrt.tables import Table
 
 LENGTH = 8  # tokens
@@ -212,7 +212,7 @@ def _hidden(backbone: FamilyDecoder, blocks: list[FamilyBlock], tokens: Tensor) 
     return states
 
 
-def _call(decoder: nn.Module, tokens: Tensor, **more: Any) -> Any:
+def _call(decoder: nn.Module, tokens: Tensor, **more: object) -> Foreign:
     more["use_cache"] = False  # with a cache transformers may round in another order
     accepted = inspect.signature(decoder.forward).parameters
     if getattr(decoder, "config", None) is not text_config(decoder) and "token_type_ids" in accepted:
@@ -225,7 +225,7 @@ def _call(decoder: nn.Module, tokens: Tensor, **more: Any) -> Any:
         ) from error
 
 
-def _logits_of(output: Any) -> Tensor:
+def _logits_of(output: Foreign) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return output.logits if hasattr(output, "logits") else output[0]
@@ -278,7 +278,7 @@ def _watched(
         for kind, name, module in _stations(backbone, blocks):
 
             def note(
-                module: nn.Module, args: tuple[Any, ...], kwargs: Table, kind: str = kind, name: str = name
+                module: nn.Module, args: tuple[object, ...], kwargs: Table, kind: str = kind, name: str = name
             ) -> None:
                 given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
                 if given is not None:

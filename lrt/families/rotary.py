@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lrt.families.description import Foreign
 
 
 class LengthRotary:
@@ -37,7 +38,7 @@ class LengthRotary:
             positions: (1 or B, P).
             reach: (B, 1 or P) tokens of the row or document in the end; None = none is longer than ``border``.
         """
-        module: Any = rotary
+        module: Foreign = rotary
         short = self._tables(rotary, hidden, positions, module.original_inv_freq)
         if not self.beyond:
             last = positions[:, -1:] if positions.device.type == "cpu" else positions[:, :0]
@@ -69,7 +70,7 @@ class LengthRotary:
     @staticmethod
     def _tables(rotary: nn.Module, hidden: Tensor, positions: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         """The module's own arithmetic, without the code around it that picks factors."""
-        module: Any = rotary
+        module: Foreign = rotary
         plain = inspect.unwrap(type(rotary).forward)
         stand_in = SimpleNamespace(
             inv_freq=factors.to(hidden.device), attention_scaling=module.attention_scaling, config=module.config
@@ -78,7 +79,7 @@ class LengthRotary:
             return plain(stand_in, hidden, positions)
 
 
-def length_rotary(rotary: Any) -> LengthRotary | None:
+def length_rotary(rotary: Foreign) -> LengthRotary | None:
     """What depends on the length in a rotary module of transformers; None where nothing does."""
     kind = getattr(rotary, "rope_type", None)
     kinds = set(kind.values()) if isinstance(kind, dict) else {kind}

@@ -14,7 +14,7 @@ from lrt.decoding.one_position import masked_caches
 from lrt.decoding.state import DecodeState, slot_positions
 
 
-def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Any]:
+def watched(state: DecodeState, seen: list[Tensor], *, columns: int) -> list[Cache]:
     """The stores of one step, which also note the weights (B, H, 1, S) of every block.
 
     Args:

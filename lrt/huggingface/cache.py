@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -58,14 +58,14 @@ class RecurrentCache(Cache):
     def reset(self) -> None:
         self.state, self.columns = None, 0
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
+    def crop(self, *_: object, **__: object) -> NoReturn:
         raise ValueError(
             "this cache cannot be cut back: the memory of an earlier token is gone once a later one is decoded, "
             "so assisted and prompt-lookup decoding are not possible; use greedy, sampling or beams, "
             "or lrt.DecodeState with keep_at"
         )
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, *_: object, **__: object) -> NoReturn:
         raise ValueError("RecurrentCache carries the memory of an lrt model and works with no other model")
 
     @property

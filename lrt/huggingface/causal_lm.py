@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ from lrt.serialization.adapted import is_foreign, pretrained
 from lrt.serialization.decoders import ATTENTIONS
 from lrt.serialization.renewal import renewed_folder
 from lrt.tables import Table
-from lrt.types import Schedule
+from lrt.types import Backbone, Block, Schedule
+
+NO_CLASSIFIER = (
+    "an lrt model has a language head alone: put a classifier on last_hidden_state of "
+    "AutoModel.from_pretrained, or lrt.release(model) and load the decoder's own weights with its classifier"
+)
 
 
 class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -77,9 +82,9 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
     @classmethod
     def around(
         cls,
-        decoder: Any,
-        backbone: Any,
-        blocks: Sequence[Any],
+        decoder: PreTrainedModel,
+        backbone: Backbone,
+        blocks: Sequence[Block],
         recurrence: RecurrenceConfig,
         *,
         train_schedule: Schedule | None,
@@ -118,7 +123,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         """The model without its head."""
         return Trunk(self)
 
-    def get_decoder(self) -> Any:
+    def get_decoder(self) -> Trunk:
         return self.base_model
 
     # -------------------------------------------------------------- the call
@@ -153,7 +158,7 @@ class LRTForCausalLM(Parts, Generation, LatentRecurrentModel, PreTrainedModel, G
         max_length_q: Tensor | int | None = None,
         max_length_k: Tensor | int | None = None,
         **renamed: Tensor | None,
-    ) -> LRTOutput | tuple[Any, ...]:
+    ) -> LRTOutput | tuple[object, ...]:
         """As ``LatentRecurrentModel.forward``, with the arguments that transformers adds.
 
         Args:
@@ -322,15 +327,12 @@ class WithoutHead(LRTModel):
     """What the Auto classes of classifiers find, so that they say what there is."""
 
     def __init__(self, config: LRTConfig) -> None:
-        raise ValueError(
-            "an lrt model has a language head alone: put a classifier on last_hidden_state of "
-            "AutoModel.from_pretrained, or lrt.release(model) and load the decoder's own weights with its classifier"
-        )
+        raise ValueError(NO_CLASSIFIER)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *_: object, **__: object) -> NoReturn:
         """Raises ValueError, always."""
-        return cls(config)
+        raise ValueError(NO_CLASSIFIER)
 
 
 AutoConfig.register("lrt", LRTConfig, exist_ok=True)

@@ -34,7 +34,7 @@ class LRTConfig(PretrainedConfig):
     model_type = "lrt"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "memory", "groups"]
 
-    def __init__(self, **table: Any) -> None:
+    def __init__(self, **table: object) -> None:
         known: Table = NO_IDS | {"use_cache": True} | attributes(table) | table
         if "num_hidden_layers" in known:
             known["layer_types"] = [LAYER_TYPE] * known["num_hidden_layers"]
@@ -46,7 +46,7 @@ class LRTConfig(PretrainedConfig):
             setattr(self, name, value)
 
     @classmethod
-    def from_dict(cls, config_dict: Table, **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Table, **kwargs: object) -> Any:
         """A config from the table of a folder; the attention that a caller asks for comes in ``kwargs``."""
         check_attention(config_dict, where="an lrt model")
         return super().from_dict(config_dict, **kwargs)
@@ -58,7 +58,7 @@ class LRTConfig(PretrainedConfig):
                 validator(self)
 
 
-def dtype_of(given: Any) -> torch.dtype | None:
+def dtype_of(given: object) -> torch.dtype | None:
     """A dtype from its name; None and "auto" mean: as saved.
 
     Raises:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from lrt.huggingface.cache import RecurrentCache, check_positions
 from lrt.huggingface.output import CACHE, OLD_NAME, one_cache
+from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 
 COUNTED = ("position_ids", "cache_position", "is_first_iteration", "labels")  # of generate: the cache counts for itself
 
 
-class Generation:
+class Generation(LatentRecurrentModel):
     """The part of an LRTForCausalLM that ``generate`` calls."""
 
-    backbone: Any
-
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: Table, *args: Any, **kwargs: Any
+        self, generation_config: GenerationConfig, model_kwargs: Table, *_: object, **__: object
     ) -> None:
         wanted = generation_config.cache_implementation
         if wanted is not None:
@@ -41,7 +43,7 @@ class Generation:
             )
 
     def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: Table, *args: Any, **kwargs: Any
+        self, outputs: ModelOutput, model_kwargs: Table, *args: object, **kwargs: object
     ) -> Table:
         step = super()._update_model_kwargs_for_generation  # type: ignore[misc]
         found: Table = step(outputs, model_kwargs, *args, **kwargs)
@@ -52,8 +54,8 @@ class Generation:
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache: Any = None,
-        past_key_values: Any = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Table:
@@ -73,7 +75,7 @@ class Generation:
         inputs = {"input_ids": input_ids[:, -new:], "cache": held, "attention_mask": attention_mask, "use_cache": True}
         return {"logits_to_keep": 1} | {name: value for name, value in kwargs.items() if name not in COUNTED} | inputs
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def generate_batch(self, *_: object, **__: object) -> NoReturn:
         raise ValueError(
             "continuous batching keeps keys and values in pages, which would drop the recurrent memory: "
             "use model.generate"

@@ -10,10 +10,11 @@ import torch
 from transformers import GenerationConfig
 
 from lrt import serialization
-from lrt.huggingface.config import dtype_of, refuse_changed
+from lrt.huggingface.config import LRTConfig, dtype_of, refuse_changed
 from lrt.model import LatentRecurrentModel
 from lrt.serialization.description import read_config
 from lrt.tables import ReadTable, Table
+from lrt.types import Device
 
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Nothing is ever unpickled, no code of the folder is run, and its tensors must fit: whatever these say, it is so.
@@ -33,10 +34,11 @@ ONE_MODEL = (
 # settings of calls, which a config may change
 CALLS = ("use_cache", "return_dict", "output_hidden_states", "output_attentions")
 STRUCTURE = ("model", "adapted", "recurrence", "schedule")
+DeviceMap = Device | Mapping[str, Device]
 SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def refuse_unknown(more: ReadTable, positional: tuple[Any, ...]) -> None:
+def refuse_unknown(more: ReadTable, positional: tuple[object, ...]) -> None:
     """Raises ValueError for an argument that would have no effect; None and False ask for nothing."""
     unknown = [
         name for name, value in more.items() if name not in WITHOUT_MEANING and value is not None and value is not False
@@ -50,7 +52,7 @@ def refuse_unknown(more: ReadTable, positional: tuple[Any, ...]) -> None:
         )
 
 
-def refuse_unsaved(more: ReadTable, positional: tuple[Any, ...]) -> None:
+def refuse_unsaved(more: ReadTable, positional: tuple[object, ...]) -> None:
     """Raises ValueError for an argument of ``save_pretrained`` that would have no effect;
     None and False ask for nothing."""
     unknown = [name for name, value in more.items() if name not in SAVING and value is not None and value is not False]
@@ -63,14 +65,14 @@ def refuse_unsaved(more: ReadTable, positional: tuple[Any, ...]) -> None:
         )
 
 
-def of_tensors(config: Any, state: Mapping[str, torch.Tensor]) -> Table:
+def of_tensors(config: LRTConfig, state: Mapping[str, torch.Tensor]) -> Table:
     """The config.json of a model whose tensors are given."""
     return config.to_dict() | {
         "torch_dtype": str(next(t.dtype for t in state.values() if t.is_floating_point())).removeprefix("torch.")
     }
 
 
-def local_folder(name: Any, *, subfolder: str, hub: ReadTable) -> Path:
+def local_folder(name: str | Path | None, *, subfolder: str, hub: ReadTable) -> Path:
     """The folder itself, or a snapshot of a repository of the hub; ``subfolder`` may be empty.
 
     Raises:
@@ -92,7 +94,9 @@ def local_folder(name: Any, *, subfolder: str, hub: ReadTable) -> Path:
     return folder / subfolder
 
 
-def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mapping[Any, Any] | None = None) -> Any:
+def device_of(
+    device_map: DeviceMap, folder: Path | None = None, *, max_memory: Mapping[int | str, int | str] | None = None
+) -> Device:
     """The one device that a ``device_map`` names; "auto" and its kin mean the first accelerator,
     where the model fits it.
 
@@ -132,7 +136,7 @@ def device_of(device_map: Any, folder: Path | None = None, *, max_memory: Mappin
     return torch.device(accelerator.type, 0)
 
 
-def check_config(config: Any, folder: Path) -> None:
+def check_config(config: LRTConfig, folder: Path) -> None:
     """Raises ValueError when a config describes another model than the folder holds."""
     stored = read_config(folder)
     for name in STRUCTURE:
@@ -144,7 +148,7 @@ def check_config(config: Any, folder: Path) -> None:
     refuse_changed(config, vars(type(config)(**stored)))
 
 
-def carry_over(config: Any, onto: Any) -> None:
+def carry_over(config: LRTConfig, onto: LRTConfig) -> None:
     """Settings of calls that a given config has changed."""
     for name in CALLS:
         if getattr(config, name, None) != getattr(onto, name, None):
@@ -152,7 +156,12 @@ def carry_over(config: Any, onto: Any) -> None:
 
 
 def open_pretrained(
-    face: Callable[[LatentRecurrentModel], Any], name: Any, positional: tuple[Any, ...], *, config: Any, more: Table
+    face: Callable[[LatentRecurrentModel], Any],
+    name: str | Path | None,
+    positional: tuple[object, ...],
+    *,
+    config: LRTConfig | None,
+    more: Table,
 ) -> Any:
     """What ``LRTForCausalLM.from_pretrained`` returns.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -21,19 +22,19 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else O
 class _TwoNames(ModelOutput):
     """A ModelOutput whose field ``cache`` is also read as ``past_key_values``."""
 
-    cache: Any
+    cache: RecurrentCache | None
 
     @property
-    def past_key_values(self) -> Any:
+    def past_key_values(self) -> RecurrentCache | None:
         return self.cache
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: int | slice | str) -> Any:
         return super().__getitem__(_field(key))
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(_field(key))
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: str, default: object = None) -> object:
         return super().get(_field(key), default)
 
 
@@ -78,11 +79,11 @@ class LRTModelOutput(_TwoNames):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def _field(key: Any) -> Any:
+def _field(key: object) -> Any:
     return "cache" if key == OLD_NAME else key
 
 
-def one_cache(cache: Any, past_key_values: Any) -> RecurrentCache | None:
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> RecurrentCache | None:
     """The cache that came under one of its two names.
 
     Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lrt.huggingface.config import LRTConfig
@@ -53,14 +53,14 @@ class Parts(LatentRecurrentModel):
         if is_foreign(self):
             pretrained(self).set_output_embeddings(value)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(self, *_: object, **__: object) -> NoReturn:
         raise ValueError(
             "resize the decoder's embeddings before lrt.adapt: lrt.release(model), resize, and adapt again"
         )
 
     # -------------------------------------------------------------- attention
 
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str, *args: bool, **kwargs: bool) -> None:
         """Choose the attention backend of passes over all positions; see PreTrainedModel.
 
         Raises:
@@ -98,7 +98,7 @@ class Parts(LatentRecurrentModel):
         self.gradient_checkpointing_disable()
         # their forward alone, not a module around each: PEFT reads names of modules
         for block in list(self.blocks)[::every_n_layers]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the activations of every block again."""
@@ -110,10 +110,10 @@ class Parts(LatentRecurrentModel):
         return any(map(_is_checkpointed, self.blocks))
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: Table | None = None, **kwargs: Any
+        self, activation_checkpointing_kwargs: Table | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
         """``gradient_checkpointing_enable`` by its name of newer versions of transformers."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     activation_checkpointing_disable = gradient_checkpointing_disable
     is_activation_checkpointing = is_gradient_checkpointing
@@ -123,11 +123,17 @@ def _is_checkpointed(block: nn.Module) -> bool:
     return getattr(block.__dict__.get("forward"), "func", None) is checkpoint
 
 
-def _check_same_kind(what: str, before: Any, after: Any) -> None:
-    if type(after) is not type(before) or after.weight.shape != before.weight.shape:
-        found = f"{type(after).__name__} of {tuple(after.weight.shape)}"
+def _check_same_kind(what: str, before: nn.Module, after: nn.Module) -> None:
+    if type(after) is not type(before) or _shape(after) != _shape(before):
+        found = f"{type(after).__name__} of {_shape(after)}"
         raise ValueError(
             f"the new {what} are a {found}, but this model has a {type(before).__name__} of "
-            f"{tuple(before.weight.shape)}: they must be alike; to change the vocabulary, lrt.release(model), "
+            f"{_shape(before)}: they must be alike; to change the vocabulary, lrt.release(model), "
             "resize the decoder's embeddings, and adapt again"
         )
+
+
+def _shape(table: nn.Module) -> tuple[int, ...]:
+    weight = table.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lrt.huggingface.causal_lm import LRTForCausalLM
 
 AUTO = "transformers.models.auto.modeling_auto"
 
@@ -16,7 +20,7 @@ AUTO = "transformers.models.auto.modeling_auto"
 class _RegisterAfter(Loader):
     """A loader that registers lrt's classes once the real one has run."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -30,7 +34,9 @@ class _RegisterAfter(Loader):
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != AUTO:
             return None
         sys.meta_path.remove(self)
@@ -40,9 +46,10 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def hugging_face_model() -> Any:
+def hugging_face_model() -> type[LRTForCausalLM]:
     """The class of models with the Hugging Face face; its module, which needs transformers, registers it at its end."""
-    return importlib.import_module("lrt.huggingface.causal_lm").LRTForCausalLM
+    face: type[LRTForCausalLM] = importlib.import_module("lrt.huggingface.causal_lm").LRTForCausalLM
+    return face
 
 
 def _register() -> None:

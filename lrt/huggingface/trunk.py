@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -35,8 +33,8 @@ class Trunk:
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
-        max_length_q: Any = None,
-        max_length_k: Any = None,
+        max_length_q: object = None,
+        max_length_k: object = None,
         use_cache: bool = False,
         return_dict: bool = True,
     ) -> BaseModelOutput:

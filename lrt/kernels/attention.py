@@ -210,7 +210,7 @@ class _Merged(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, *keys_values, out, lse = ctx.saved_tensors
         groups, length = len(keys_values) // 2, query.shape[1]
         keys, values = keys_values[:groups], keys_values[groups:]

@@ -9,15 +9,19 @@ positions are put back into one by one kernel.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from lrt.types import Handed, at_least_float32
+
+# a named tuple of tensors, or None: nothing
+T = TypeVar("T", bound="tuple[object, ...] | None")
 
 
 def add_up(parts: list[Tensor]) -> Tensor:
@@ -52,16 +56,22 @@ def _interleave_compiled() -> Callable[..., Tensor]:
     return torch.compile(interleave, dynamic=False)
 
 
+class Share(Protocol):
+    """Gives the tuples of tensors that blocks read to each block."""
+
+    def __call__(self, tuples: Sequence[T], /) -> Sequence[T]: ...
+
+
 class _Fan(torch.autograd.Function):
     """Aliases of one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, x: Tensor, count: int) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # an alias that no block read adds nothing
         return tuple(x.view_as(x) for _ in range(count))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parts = [grad for grad in grads if grad is not None]
         if len(parts) < 2:
             return (parts[0] if parts else None), None
@@ -70,18 +80,22 @@ class _Fan(torch.autograd.Function):
         return total.view(parts[0].shape), None
 
 
+class _Lengths(FunctionCtx):
+    length: int  # positions of a residue
+
+
 class _Branch(torch.autograd.Function):
     """An alias, views of every S-th position, and these views without their last; S divides the length."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    def forward(ctx: _Lengths, x: Tensor, groups: int) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # what no pass read adds nothing
         ctx.length = x.shape[1] // groups
         parts = x.unflatten(1, (-1, groups)).unbind(2)
         return x.view_as(x), *parts, *(part[:, :-1] for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, whole: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: _Lengths, whole: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         parts = [_sum(part, short) for part, short in zip(grads[: len(grads) // 2], grads[len(grads) // 2 :])]
         given = [part for part in parts if part is not None]
         if not given:
@@ -136,31 +150,32 @@ class _Attach(torch.autograd.Function):
     """A tensor whose gradient goes to another of its shape."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, path: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, value: Tensor, path: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         return None, grad
 
 
-def attached(x: Any) -> Any:
-    """The tensor of a ``Handed``, its gradient on its path; anything else as it is."""
+def attached(x: Tensor | Handed | None) -> Tensor:
+    """The tensor of a ``Handed``, its gradient on its path; a tensor as it is."""
+    assert x is not None
     return _Attach.apply(x.value, x.path) if isinstance(x, Handed) else x
 
 
-def fan_out(tuples: Sequence[Any]) -> list[Any]:
+def fan_out(tuples: Sequence[T]) -> list[T]:
     """The same named tuples of tensors, with an alias of its own for each that receives a tensor of several.
 
     Args:
         tuples: one per block, or None; tensors that need no gradient, and small ones, stay as they are.
     """
     shared = Counter(id(x) for fields in tuples if fields is not None for x in fields if x is not None and _worth(x))
-    aliases: dict[int, Any] = {}
-    fanned: list[Any] = []
+    aliases: dict[int, Iterator[Tensor]] = {}
+    fanned: list[T] = []
     for fields in tuples:
         if fields is None:
-            fanned.append(None)
+            fanned.append(fields)
             continue
         mine = []
         for x in fields:
@@ -169,9 +184,10 @@ def fan_out(tuples: Sequence[Any]) -> list[Any]:
                     aliases[id(x)] = iter(_Fan.apply(x, shared[id(x)]))
                 x = next(aliases[id(x)])
             mine.append(x)
-        fanned.append(type(fields)(*mine))
+        remake: Callable[..., T] = type(fields)
+        fanned.append(remake(*mine))
     return fanned
 
 
-def _worth(x: Any) -> bool:
+def _worth(x: object) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and x.shape[1] > 1

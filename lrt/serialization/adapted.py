@@ -138,14 +138,11 @@ def skeleton(config: ReadTable, train_schedule: Schedule) -> LatentRecurrentMode
             "install the version that the model was saved with"
         )
     check_table(table, where=f"the {kind} in config.json")
-    return cast(
-        LatentRecurrentModel,
-        in_one_line(
-            f"the {kind} in config.json",
-            table,
-            lambda: _adapt_as(architecture(config_from_table(table)), config, train_schedule=train_schedule),
-            what="a decoder with memory",
-        ),
+    return in_one_line(
+        f"the {kind} in config.json",
+        table,
+        lambda: _adapt_as(architecture(config_from_table(table)), config, train_schedule=train_schedule),
+        what="a decoder with memory",
     )
 
 

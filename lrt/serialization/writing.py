@@ -34,8 +34,8 @@ def save(
         model: the model, on any device.
         folder: must not exist yet, or be empty.
         adapter_only: only the memory of an adapted model, and a PEFT adapter beside it, a few MB;
-            ``load`` then needs the decoder with the weights that it has now, and a fingerprint of them is kept. Where the
-            decoder was trained too, save the whole model.
+            ``load`` then needs the decoder with the weights that it has now, and a fingerprint of them is kept. Where
+            the decoder was trained too, save the whole model.
         shard_size: bytes of the largest file, or text such as "5GB"; None = one file.
 
     Raises:

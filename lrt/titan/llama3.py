@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from lrt.backbone import Head, TokenTable
 from lrt.config import ModelConfig, Recipe
 from lrt.families.description import Geometry
 from lrt.families.norm_weight import multiplied
+from lrt.loss import Scorer
 from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 from lrt.titan.model import Trainee
+from lrt.titan.settings import Theirs
 from lrt.types import KV, KVStore, Projection
 
 
@@ -49,9 +51,9 @@ class LlamaBlock(nn.Module):
 
     window: int | None = None
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Theirs) -> None:
         super().__init__()
-        self.layer: Any = layer
+        self.layer: Theirs = layer
         attention = layer.attention
         self.geometry = Geometry(attention.n_heads, attention.n_kv_heads, attention.head_dim)
 
@@ -105,7 +107,7 @@ class LlamaBackbone(nn.Module):
         loss_chunk: tokens whose logits are held at once.
     """
 
-    def __init__(self, transformer: Any, config: ModelConfig, *, loss_chunk: int) -> None:
+    def __init__(self, transformer: Theirs, config: ModelConfig, *, loss_chunk: int) -> None:
         super().__init__()
         args = transformer.model_args
         self._args = args
@@ -131,6 +133,10 @@ class LlamaBackbone(nn.Module):
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden)
 
+    def score_by(self, scorer: Scorer, *, apart: bool) -> None:
+        """As ``lrt.backbone.Decoder.score_by``."""
+        self.head.score_by(scorer)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (B, P, V) in float32 at least, of the last block's output."""
         return self.head(self.norm(hidden))
@@ -144,7 +150,7 @@ class LlamaBackbone(nn.Module):
         return dataclasses.asdict(self._args)
 
 
-def llama3(recipe: Recipe, make: Callable[[], Any]) -> Trainee:
+def llama3(recipe: Recipe, make: Callable[[], Theirs]) -> Trainee:
     """torchtitan's Llama 3 with the recurrence of a job, on the current default device.
 
     Args:
@@ -152,12 +158,12 @@ def llama3(recipe: Recipe, make: Callable[[], Any]) -> Trainee:
         make: torchtitan's Transformer of those sizes, on the default device.
     """
 
-    def parts() -> tuple[Any, LlamaBackbone, list[LlamaBlock]]:
+    def parts() -> tuple[Theirs, LlamaBackbone, list[LlamaBlock]]:
         transformer = make()
         backbone = LlamaBackbone(transformer, recipe.model, loss_chunk=recipe.parallel.loss_chunk)
         return transformer, backbone, [LlamaBlock(layer) for layer in transformer.layers.values()]
 
-    def whole(device: Any) -> LatentRecurrentModel:
+    def whole(device: torch.device) -> LatentRecurrentModel:
         """torchtitan initializes from the global random numbers, which stay as they were."""
         with (
             torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from lrt.backbone import Decoder
 from lrt.config import ParallelConfig, Recipe
 from lrt.model import LatentRecurrentModel, build
 from lrt.outcome import by_group
+from lrt.recurrence import RecurrentBlock
 from lrt.schedules import from_config, single
 from lrt.serialization.description import config_of
 from lrt.tables import Table
-from lrt.titan.settings import NATIVE
+from lrt.titan.settings import NATIVE, Theirs
 from lrt.train.checkpoint.weights import fill, named_tensors
 from lrt.train.distributed.parallel import checkpointed, free_gathered, named_parameters, parallelize
 from lrt.train.distributed.world import World
@@ -34,9 +35,12 @@ from lrt.train.entrance import open_entrance
 from lrt.train.horizon import mean_flops
 from lrt.train.optim.groups import MEMORY_GROUPS, is_memory
 from lrt.train.timetable import plan_timetable
-from lrt.types import Backbone, Block
+from lrt.types import Backbone, Block, Device
 
 DESCRIPTION = "lrt_titan.json"  # in the job's dump folder: which model its checkpoints hold
+
+
+Predicted = tuple[Any, ...]  # what scores a hidden state, then the groups of ``Trainee.forward``
 
 
 class Trainee(LatentRecurrentModel):
@@ -55,7 +59,7 @@ class Trainee(LatentRecurrentModel):
         blocks: Sequence[Block],
         recipe: Recipe,
         *,
-        whole: Callable[[Any], LatentRecurrentModel],
+        whole: Callable[[torch.device], LatentRecurrentModel],
     ) -> None:
         trained = from_config(recipe.schedule) if recipe.recurrence is not None else None
         super().__init__(backbone, blocks, recipe.recurrence, train_schedule=trained)
@@ -67,7 +71,7 @@ class Trainee(LatentRecurrentModel):
         self.step: Callable[[], int] = int
         self._whole = whole
 
-    def forward(self, tokens: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def forward(self, tokens: Tensor) -> Predicted:  # type: ignore[override]
         """Run the schedule of the present step.
 
         Args:
@@ -93,12 +97,12 @@ class Trainee(LatentRecurrentModel):
             groups = [(*groups[-1][:2], 1.0)]
         return self.backbone.loss, *groups
 
-    def get_attention_masks(self, **_: Any) -> Any:
+    def get_attention_masks(self, **_: object) -> NoReturn:
         """Raises TypeError, which is how torchtitan's validator learns that a model makes its masks itself."""
         raise TypeError("blocks make their masks themselves")
 
     @torch.no_grad()
-    def init_weights(self, buffer_device: Any = None) -> None:  # type: ignore[override]
+    def init_weights(self, buffer_device: Device = None) -> None:  # type: ignore[override]
         """Initialize every parameter from the job's seed: the same values on any number of ranks."""
         fill(self, named_tensors(self._whole(next(self.parameters()).device)))
 
@@ -114,7 +118,7 @@ def native(recipe: Recipe) -> Trainee:
     return Trainee(decoder, decoder.make_blocks(), recipe, whole=lambda device: build(recipe, device=device))
 
 
-def grouped_loss(predicted: tuple[Any, ...], labels: Tensor) -> Tensor:
+def grouped_loss(predicted: Predicted, labels: Tensor) -> Tensor:
     """Nats of all valid labels, the weighted mean over the groups of ``Trainee.forward``, the head applied in chunks.
 
     Args:
@@ -134,7 +138,7 @@ def parameters_and_flops(model: Trainee, recipe: Recipe) -> tuple[int, int]:
 # ------------------------------------------------------------------ the plan
 
 
-def parallel_form(model: Trainee, dims: Any, job: Any) -> Trainee:
+def parallel_form(model: Trainee, dims: Theirs, job: Theirs) -> Trainee:
     """Our parallel plan under torchtitan's settings: activation checkpointing, compile per block, FSDP2 or HSDP.
 
     FSDP also holds a model on one rank where it computes in another dtype than float32: its masters stay float32.
@@ -168,14 +172,15 @@ def parallel_form(model: Trainee, dims: Any, job: Any) -> Trainee:
     return model
 
 
-def _checkpoint(model: Trainee, config: Any) -> None:
+def _checkpoint(model: Trainee, config: Theirs) -> None:
     """Activation checkpointing as torchtitan names it: every block or every n-th, whole or all but products."""
     if config.mode == "none":
         return
     by_operation = config.mode == "selective" and config.selective_ac_option == "op"
     every = 1 if config.mode == "full" or by_operation else _every(config.selective_ac_option)
     for index in range(every - 1, len(model.blocks), every):
-        model.blocks[index] = checkpointed(model.blocks[index], selective=by_operation)
+        wrapped = checkpointed(model.blocks[index], selective=by_operation)
+        model.blocks[index] = cast(RecurrentBlock, wrapped)
 
 
 def _every(option: str) -> int:
@@ -187,7 +192,7 @@ def _every(option: str) -> int:
     return int(option)
 
 
-def _finish_after_backward(model: nn.Module, inputs: Any, predicted: tuple[Any, ...]) -> None:
+def _finish_after_backward(model: Trainee, inputs: object, predicted: Predicted) -> None:
     """Have the backward pass end with ``_finish``; torchtitan reads gradients right after it."""
     hidden = predicted[1][0]
     if hidden.requires_grad:
@@ -197,7 +202,7 @@ def _finish_after_backward(model: nn.Module, inputs: Any, predicted: tuple[Any, 
         hidden.register_hook(lambda grad: queue(lambda: queue(finish)))
 
 
-def _finish(model: Any) -> None:
+def _finish(model: Trainee) -> None:
     """Free gathered parameters, so that gradients appear, and let the memory rest in a phase without it."""
     free_gathered(model)
     if model.rests:
@@ -209,7 +214,7 @@ def _finish(model: Any) -> None:
 
 
 @torch.no_grad()
-def with_state(optimizers: Any, model: Trainee) -> Any:
+def with_state(optimizers: Theirs, model: Trainee) -> Theirs:
     """The optimizers, with a state for every parameter where some rest at first: a checkpoint must hold all of them.
 
     Args:
@@ -234,7 +239,7 @@ def with_state(optimizers: Any, model: Trainee) -> Any:
     return optimizers
 
 
-def with_entrance(optimizers: Any, model: Trainee) -> Any:
+def with_entrance(optimizers: Theirs, model: Trainee) -> Theirs:
     """The optimizers, beside which memory comes in over the steps of ``schedule.ramp``, as in our trainer.
 
     Args:
@@ -249,7 +254,7 @@ def with_entrance(optimizers: Any, model: Trainee) -> Any:
             _split(optimizer, [parameter for name, parameter in named_parameters(model) if is_memory(name)])
     groups = [group for optimizer in optimizers for group in optimizer.param_groups if group["name"] in MEMORY_GROUPS]
 
-    def scale(*_: Any) -> None:  # the scheduler sets every rate anew after the step
+    def scale(*_: object) -> None:  # the scheduler sets every rate anew after the step
         for group in groups:
             group["lr"] *= entrance.share(model.step())
 
@@ -271,7 +276,7 @@ def _split(optimizer: torch.optim.Optimizer, memory: Sequence[nn.Parameter]) -> 
 # ------------------------------------------------------------------ what a checkpoint holds
 
 
-def describe(model: Trainee, job: Any) -> None:
+def describe(model: Trainee, job: Theirs) -> None:
     """Write into the job's dump folder which model its checkpoints hold, so that they can be converted."""
     about: Table = {
         "format": 1,

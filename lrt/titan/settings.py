@@ -37,6 +37,8 @@ FLAVORS: dict[str, Table] = {f"{prefix}{name}": keys for prefix in ("", PLAIN) f
 
 MODEL_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name != "sequence_length")  # beside a flavor's
 SHARDING = "use data_parallel_shard_degree (FSDP2), with data_parallel_replicate_degree for HSDP"
+# An object of torchtitan, read by attribute: a job, one of its tables, a module or a container of optimizers.
+Theirs = Any
 DEGREES = {
     "tensor_parallel_degree": "tensor parallelism (TP)",
     "context_parallel_degree": "context parallelism (CP)",
@@ -45,7 +47,7 @@ DEGREES = {
 }
 
 
-def recipe_of(job: Any, *, model: ReadTable, recurrent: bool, init: str = "paper") -> Recipe:
+def recipe_of(job: Theirs, *, model: ReadTable, recurrent: bool, init: str = "paper") -> Recipe:
     """What a job says about the model and its schedule, as one of our recipes.
 
     Args:
@@ -99,7 +101,7 @@ def recipe_of(job: Any, *, model: ReadTable, recurrent: bool, init: str = "paper
     return recipe
 
 
-def given(table: Any) -> Table:
+def given(table: object) -> Table:
     """The keys of a table that differ from their defaults, as plain values."""
     if not dataclasses.is_dataclass(table):
         raise ValueError(
@@ -109,12 +111,12 @@ def given(table: Any) -> Table:
     return {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if getattr(table, f.name) != f.default}
 
 
-def given_model(job: Any) -> Table:
+def given_model(job: Theirs) -> Table:
     """The keys of our [model] that a job gives beside its flavor."""
     return {key: value for key in MODEL_KEYS if (value := getattr(job.model, key, None)) is not None}
 
 
-def model_keys(job: Any) -> Table:
+def model_keys(job: Theirs) -> Table:
     """[model] of a native flavor, with the keys that the job gives.
 
     Raises:
@@ -126,7 +128,7 @@ def model_keys(job: Any) -> Table:
     return {**keys, **given_model(job)}
 
 
-def optimizer_keys(table: Any) -> Table:
+def optimizer_keys(table: Theirs) -> Table:
     """Our [optimizer] of a job that names Muon; empty for torchtitan's own optimizers.
 
     Raises:
@@ -146,7 +148,7 @@ def optimizer_keys(table: Any) -> Table:
     return {**keys, **{key: getattr(table, key) for key in SHARED}, "betas": [table.beta1, table.beta2]}
 
 
-def refusals(job: Any) -> list[str]:
+def refusals(job: Theirs) -> list[str]:
     """Settings of torchtitan that the bridge does not follow, each in one line."""
     p, t, c, ac = job.parallelism, job.training, job.compile, job.activation_checkpoint
     errors = [

@@ -5,7 +5,7 @@ Written for torchtitan 0.2.2. It reads the types of dataclass fields, so annotat
 
 import io
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,9 +23,11 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.model import BaseModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from lrt.config import DataConfig, ModelConfig, RecurrenceConfig, ScheduleConfig
+from lrt.config import DataConfig, ModelConfig, Recipe, RecurrenceConfig, ScheduleConfig
 from lrt.config.settings import OptimizerConfig
 from lrt.data import build_loader, check_vocabulary, load_tokenizer
+from lrt.data.held_out import ValidationLoader
+from lrt.data.loader import TrainLoader
 from lrt.tables import Table
 from lrt.titan.llama3 import llama3, own_name, titan_name
 from lrt.titan.model import (
@@ -46,6 +48,7 @@ from lrt.titan.settings import (
     OPTIMIZER_KEYS,
     PACKED,
     PLAIN,
+    Theirs,
     given_model,
     model_config,
     model_keys,
@@ -122,7 +125,7 @@ class NativeArgs(BaseModelArgs):
     model: Table = field(default_factory=dict)
     recurrence: Table | None = None
 
-    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+    def update_from_config(self, job_config: Theirs, **kwargs: Theirs) -> None:
         self.recipe = native_recipe(job_config)
         self.model = model_config(self.recipe)
         self.recurrence = None if self.recipe.recurrence is None else asdict(self.recipe.recurrence)
@@ -140,7 +143,7 @@ class LlamaArgs(TransformerModelArgs):
 
     recurrence: Table | None = None
 
-    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+    def update_from_config(self, job_config: Theirs, **kwargs: Theirs) -> None:
         super().update_from_config(job_config, **kwargs)
         self.recipe = llama_recipe(job_config)
         self.vocab_size = self.recipe.model.vocab_size
@@ -154,13 +157,13 @@ class LlamaArgs(TransformerModelArgs):
         return parameters_and_flops(model, self.recipe)  # type: ignore[arg-type]
 
 
-def native_recipe(job: Any) -> Any:
+def native_recipe(job: Theirs) -> Recipe:
     """The recipe of a job that trains the native decoder."""
     keys = model_keys(job)
     return recipe_of(job, model=keys, recurrent=not job.model.flavor.startswith(PLAIN))
 
 
-def llama_recipe(job: Any) -> Any:
+def llama_recipe(job: Theirs) -> Recipe:
     """The recipe of a job that trains torchtitan's Llama 3 with memory."""
     args = LLAMA_ARGS.get(job.model.flavor)
     if args is None:
@@ -189,7 +192,7 @@ LLAMA_ARGS = {
 }
 
 
-def make_model(args: Any) -> Trainee:
+def make_model(args: NativeArgs | LlamaArgs) -> Trainee:
     """The model of a job, as TrainSpec.model_cls makes it."""
     model: Trainee = args.make()
     return model
@@ -215,17 +218,17 @@ class Tokenizer(BaseTokenizer):
         end = [self.eos_id] if add_eos and self.eos_id is not None else []
         return [*([self.bos_id] if add_bos else []), *self.own.encode(text), *end]
 
-    def decode(self, ids: Any) -> str:  # type: ignore[override]
+    def decode(self, ids: Sequence[int]) -> str:  # type: ignore[override]
         return self.own.decode(ids)
 
     def get_vocab_size(self) -> int:
         return self.own.vocab_size
 
 
-def tokenizer_for(recipe: Callable[[Any], Any]) -> Callable[[Any], Tokenizer]:
+def tokenizer_for(recipe: Callable[[Theirs], Recipe]) -> Callable[[Theirs], Tokenizer]:
     """TrainSpec.build_tokenizer_fn: the first that torchtitan calls, so it also refuses what the bridge cannot do."""
 
-    def build(job_config: Any) -> Tokenizer:
+    def build(job_config: Theirs) -> Tokenizer:
         settings, tokenizer = recipe(job_config), Tokenizer(job_config.model.hf_assets_path)
         try:
             check_vocabulary(tokenizer.own, settings.model.vocab_size)
@@ -246,7 +249,7 @@ class PackedLoader(BaseDataLoader):
         world_size: number of these ranks.
     """
 
-    def __init__(self, rows: Any, *, rank: int, world_size: int) -> None:
+    def __init__(self, rows: TrainLoader | ValidationLoader, *, rank: int, world_size: int) -> None:
         self._rows, self._key, self._world_size = rows, f"dp_rank_{rank}", world_size
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -270,7 +273,7 @@ class PackedLoader(BaseDataLoader):
         self._rows.load_state_dict(torch.load(io.BytesIO(state_dict[self._key]), weights_only=True))
 
 
-def _packed(job: Any, tokenizer: Tokenizer, *, rank: int, world_size: int, split: str) -> PackedLoader:
+def _packed(job: Theirs, tokenizer: Tokenizer, *, rank: int, world_size: int, split: str) -> PackedLoader:
     t, v = job.training, job.validation
     if split == "train":
         data = DataConfig(
@@ -288,7 +291,7 @@ def _packed(job: Any, tokenizer: Tokenizer, *, rank: int, world_size: int, split
     return PackedLoader(found, **ranks)
 
 
-def loader(*, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: Any) -> BaseDataLoader:
+def loader(*, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, job_config: Theirs) -> BaseDataLoader:
     """torchtitan's own loader, or rows packed by lrt where ``training.dataset = "lrt"``."""
     ranks = {"dp_world_size": dp_world_size, "dp_rank": dp_rank}
     if job_config.training.dataset == PACKED:
@@ -300,7 +303,7 @@ class PackedValidator(Validator):
     """torchtitan's validator over held-out rows packed by lrt."""
 
     def __init__(
-        self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, **parts: Any
+        self, *, job_config: Theirs, dp_world_size: int, dp_rank: int, tokenizer: Tokenizer, **parts: Theirs
     ) -> None:
         BaseValidator.__init__(self, job_config)
         self.validation_dataloader = _packed(
@@ -311,7 +314,7 @@ class PackedValidator(Validator):
             setattr(self, name, value)
 
 
-def validator(**parts: Any) -> BaseValidator:
+def validator(**parts: Theirs) -> BaseValidator:
     """torchtitan's validator on its own data, or on rows packed by lrt where ``validation.dataset = "lrt"``."""
     return (PackedValidator if parts["job_config"].validation.dataset == PACKED else build_validator)(**parts)
 
@@ -333,7 +336,7 @@ class MuonOptimizers(OptimizersContainer):
         self.optimizers = [MuonAdamW(groups, compile=recipe.parallel.compile)]
         self._post_init(list(model.parameters()), {})
 
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    def step(self, *_: object, **__: object) -> None:
         (model,), (optimizer,) = self.model_parts, self.optimizers
         training, settings = model.recipe.training, model.recipe.optimizer
         rates = rates_at(model.step(), total=training.steps or 0, training=training, optimizer=settings)
@@ -341,7 +344,7 @@ class MuonOptimizers(OptimizersContainer):
         optimizer.step()
 
 
-def optimizers(model_parts: list[Any], *settings: Any, **more: Any) -> Any:
+def optimizers(model_parts: list[Trainee], *settings: Theirs, **more: Theirs) -> Theirs:
     """torchtitan's optimizers, with a state for every parameter; or ours, where ``optimizer.name = "Muon"``."""
     (model,) = model_parts
     if settings[0].name == MUON:
@@ -349,7 +352,7 @@ def optimizers(model_parts: list[Any], *settings: Any, **more: Any) -> Any:
     return with_entrance(with_state(build_optimizers(model_parts, *settings, **more), model), model)
 
 
-def schedulers(containers: Any, *settings: Any) -> Any:
+def schedulers(containers: Theirs, *settings: Theirs) -> Theirs:
     """torchtitan's learning rates; their count of steps, which its checkpoints hold, is also the model's."""
     found = build_lr_schedulers(containers, *settings)
     rates = found.schedulers[0]
@@ -369,7 +372,9 @@ class LlamaAdapter(Llama3StateDictAdapter):
         return {own_name(name): tensor for name, tensor in super().from_hf(hf_state_dict).items()}
 
 
-def _spec(args: Table, recipe: Callable[[Any], Any], adapter: Any = None) -> TrainSpec:
+def _spec(
+    args: Table, recipe: Callable[[Theirs], Recipe], adapter: type[Llama3StateDictAdapter] | None = None
+) -> TrainSpec:
     return TrainSpec(
         model_cls=make_model,  # type: ignore[arg-type]
         model_args=args,

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from lrt.config import Recipe
 from lrt.decoding import step as decoding
 from lrt.eval.choices import ChoiceScorer
 from lrt.eval.core import CoreScores, Questions, ask, find_bundle, find_questions, tasks_named
 from lrt.tables import Table
-from lrt.train.checkpoint.weights import copy_on_every_rank
 from lrt.train.run import Run
+from lrt.train.whole_model import whole_model
 
 
 def open_core(recipe: Recipe) -> tuple[Questions, ...]:
@@ -50,15 +46,11 @@ def ask_core(run: Run, *, progress: Callable[[], None]) -> Table:
     if not run.core:
         return {}
     recipe, longest = run.recipe, run.recipe.model.sequence_length
-    sharded = run.world.sharded
-    model: Any = copy_on_every_rank(run.model, recipe, run.world) if sharded else run.runner.refresh()
-    training = model.training
-    model.eval()
-    mode = "zero" if model.recurrence is None else "decode"
     runner = decoding.graphed if recipe.parallel.cuda_graphs else decoding.eager
-    scorers = {mode: ChoiceScorer(model, memory=mode, max_length=longest, rows=recipe.evaluation.batch, runner=runner)}
-    eager = torch.compiler.set_stance("force_eager") if recipe.parallel.compile else contextlib.nullcontext()
-    with eager:  # rows of every length are too many shapes to compile
+    with whole_model(run) as model:
+        mode = "zero" if model.recurrence is None else "decode"
+        rows = recipe.evaluation.batch
+        scorers = {mode: ChoiceScorer(model, memory=mode, max_length=longest, rows=rows, runner=runner)}
         scores = [
             ask(
                 scorers,
@@ -70,7 +62,6 @@ def ask_core(run: Run, *, progress: Callable[[], None]) -> Table:
             )
             for one in run.core
         ]
-    model.train(training)
     found = CoreScores(tuple(scores), {})
     return {
         "memory": mode,

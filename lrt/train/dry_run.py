@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from torch import nn
 
 from lrt.accounting import Work, count_parameters, work_of
 from lrt.config import Recipe, dump_recipe
@@ -164,7 +166,7 @@ def expected_memory(
 def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
     """Numbers in the gradients of what the passes share, where each pass, up to the last twin's, keeps its own."""
 
-    def trained(module: Any) -> int:
+    def trained(module: nn.Module | None) -> int:
         return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     runs = [sum(part.start <= index < part.stop for part in work) for index in range(len(model.blocks))]
@@ -176,7 +178,8 @@ def _numbers_by_pass(model: LatentRecurrentModel, work: Sequence[Work]) -> int:
 def _muon_numbers(model: LatentRecurrentModel) -> tuple[int, int]:
     """Numbers in all trained matrices, which keep one moment where AdamW keeps two, and in the largest stack of one
     shape."""
-    modules = [module for module in (model.blocks, model.memory_projection, model.injection) if module is not None]
+    parts = (*model.blocks, model.memory_projection, model.injection)
+    modules = [module for module in parts if module is not None]
     shapes = Counter(
         tuple(p.shape) for module in modules for p in module.parameters() if p.ndim > 1 and p.requires_grad
     )

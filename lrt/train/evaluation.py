@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrt.config import Recipe
 from lrt.data import Tokenizer
 from lrt.data.conversations import HeldOutConversations
-from lrt.data.loader import ValidationLoader
+from lrt.data.held_out import ValidationLoader
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.fast.one_token import can_fuse
@@ -22,6 +22,7 @@ from lrt.eval.activations import Statistics
 from lrt.eval.bootstrap import DocumentScores
 from lrt.eval.exact import exact_steps
 from lrt.eval.parameters import recurrence_statistics
+from lrt.model import LatentRecurrentModel
 from lrt.schedules import baseline
 from lrt.tables import Table
 from lrt.train.core_subset import ask_core
@@ -49,9 +50,9 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    model: Any,
+    model: LatentRecurrentModel,
     recipe: Recipe,
-    rows: ValidationLoader,
+    rows: ValidationLoader | HeldOutConversations,
     tokenizer: Tokenizer,
     world: World,
     *,
@@ -78,7 +79,7 @@ def evaluate(
     keep = recipe.parallel.reshard == "after_forward"
     _reshard_after_forward(model, False)
 
-    def score(rows: ValidationLoader) -> dict[str, BitsPerByte]:
+    def score(rows: ValidationLoader | HeldOutConversations) -> dict[str, BitsPerByte]:
         return evaluate_bpb(
             model,
             rows,
@@ -106,7 +107,7 @@ def evaluate(
         _reshard_after_forward(model, keep)
 
 
-def _token_by_token(model: Any, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
+def _token_by_token(model: LatentRecurrentModel, *, runner: decoding.Runner) -> Callable[[Tensor, Tensor], Tensor]:
     """Mode ``decode`` by the step that generation uses: block by block the processor would be the limit."""
     by_steps = exact_steps(accelerate(model) if can_fuse(model) else model, runner=runner)
     sharded = fsdp_modules(model)
@@ -152,7 +153,7 @@ def evaluate_run(run: Run) -> Table:
         sources=run.sources,
     )
     core = ask_core(run, progress=lambda: heart.beat(where))
-    answers = answer_problems(run, lambda: heart.beat(where))
+    answers = answer_problems(run, progress=lambda: heart.beat(where))
     record = {
         "kind": "evaluation",
         "step": run.state.step,

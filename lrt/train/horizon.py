@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lrt.accounting import Parameters, training_flops
+from lrt.adaptation import without_memory
 from lrt.config import ParallelConfig, Recipe, TrainingConfig
 from lrt.config.ranges import HORIZON
 from lrt.model import LatentRecurrentModel
 from lrt.schedules import Mixture, baseline, phases_of
-from lrt.train.checkpoint.starting_model import shapes_of, without_memory
+from lrt.train.checkpoint.starting_model import shapes_of
 
 
 class Horizon(NamedTuple):

@@ -11,8 +11,10 @@ import torch
 from lrt.accounting import Parameters, count_parameters, training_flops
 from lrt.config import Recipe, dump_recipe
 from lrt.data import Tokenizer, build_loader, load_tokenizer
-from lrt.data.conversations import open_rows
+from lrt.data.conversations import TuningLoader, open_rows
+from lrt.data.loader import TrainLoader
 from lrt.model import LatentRecurrentModel
+from lrt.tables import Table
 from lrt.train import plan
 from lrt.train.checkpoint import CheckpointManager, stored_recipe, write_history
 from lrt.train.checkpoint.branching import begin_ramp, check_length, find_branch, without_fresh_memory
@@ -184,7 +186,7 @@ def plan_course(recipe: Recipe, world: World) -> Course:
 
 def _go_on(
     recipe: Recipe, course: Course, model: LatentRecurrentModel, optimizer: MuonAdamW, entrance: Entrance | None,
-    loader: Any, world: World,
+    loader: TrainLoader | TuningLoader, world: World,
 ) -> None:  # fmt: skip
     """Put model, optimizer and loader where the checkpoint has them, if there is one."""
     tensors = tensors_of(model, optimizer)
@@ -199,7 +201,7 @@ def _go_on(
 def _rows(recipe: Recipe, tokenizer: Tokenizer, world: World, *, rows: int, **more: Any) -> Any:
     """This rank's batches of ``rows`` rows; held-out ones are the same in every mode, at every step,
     and for every number of ranks."""
-    ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
+    ranks: Table = {"rank": world.rank, "world_size": world.size}
     if recipe.tuning is not None:
         return open_rows(recipe, tokenizer, rows=rows, **ranks, **more)
     return build_loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lrt.config import Recipe
 from lrt.model import LatentRecurrentModel
@@ -14,6 +14,9 @@ from lrt.train.checkpoint.weights import fill, named_tensors
 from lrt.train.distributed.graphs import Runner, graphed, single_device
 from lrt.train.distributed.parallel import parallelize
 from lrt.train.distributed.world import World
+
+if TYPE_CHECKING:
+    from lrt.train.distributed.graphs import Pool
 
 
 class Built(NamedTuple):
@@ -28,7 +31,7 @@ def build(
     world: World,
     *,
     shapes: LatentRecurrentModel | None = None,
-    pool: Any = None,
+    pool: Pool = None,
     report: Callable[[str], None] = warnings.warn,
 ) -> Built:
     """The recipe's model on this rank under the plan of its parallel settings, and its runner.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -13,8 +12,14 @@ from lrt.accounting import Parameters
 from lrt.config import Recipe
 from lrt.config.files import local_path
 from lrt.data import Tokenizer
+from lrt.data.chat import Chat
+from lrt.data.conversations import HeldOutConversations, TuningLoader
+from lrt.data.examples import Example
+from lrt.data.held_out import ValidationLoader
+from lrt.data.loader import TrainLoader
 from lrt.eval.core import Questions
 from lrt.eval.runs import Record
+from lrt.model import LatentRecurrentModel
 from lrt.tables import ReadTable
 from lrt.train.checkpoint import CheckpointManager
 from lrt.train.distributed.graphs import Runner
@@ -26,7 +31,6 @@ from lrt.train.monitor.metrics import Recorder
 from lrt.train.optim.groups import MuonAdamW
 from lrt.train.provenance import RunFile
 from lrt.train.timetable import Timetable
-from lrt.train.tuning import Tuning
 from lrt.types import Schedule
 
 
@@ -69,6 +73,19 @@ class RunResult:
     sample: str | None = None
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuning run needs beside its rows.
+
+    Attributes:
+        chat: makes tokens of conversations.
+        problems: held-out conversations to answer.
+    """
+
+    chat: Chat
+    problems: Sequence[Example]
+
+
 class Callback:
     """What a caller of ``train`` does at points of a run: derive from it what is wanted, the rest does nothing.
 
@@ -79,7 +96,8 @@ class Callback:
         """All parts of the run are there, at the step from which it goes on."""
 
     def stepped(self, run: Run) -> None:
-        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute it."""
+        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute "
+        "it."""
 
     def evaluated(self, run: Run, record: Record) -> None:
         """Held-out data have been scored.
@@ -107,14 +125,14 @@ class Run:
     parameters: Parameters
     timetable: Timetable
     flops_a_token: dict[Schedule, float]
-    model: Any
+    model: LatentRecurrentModel
     memory: tuple[nn.Parameter, ...]  # the parameters of the model's recurrence, which rest in plain phases
     entrance: Entrance | None
     runner: Runner
     optimizer: MuonAdamW
     tokenizer: Tokenizer
-    loader: Any
-    validation: Any
+    loader: TrainLoader | TuningLoader
+    validation: ValidationLoader | HeldOutConversations
     manager: CheckpointManager
     recorder: Recorder
     guard: FiniteGuard

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import torch
 
 from lrt.decoding.generation import generate
+from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 from lrt.train.checkpoint.weights import export
 from lrt.train.run import Run
@@ -21,7 +21,7 @@ def record_sample(run: Run) -> None:
     if not run.recipe.evaluation.sample_tokens:
         return
     if run.world.sharded:
-        model: Any = export(run.model, run.recipe, None, run.world)
+        model = export(run.model, run.recipe, None, run.world)
     else:
         model = run.runner.refresh()
     if model is not None:
@@ -41,7 +41,7 @@ def write_sample(run: Run, text: str | None) -> None:
         run.recorder.write({"kind": "sample", "step": run.state.step, "prompt": prompt, "text": text})
 
 
-def decode_sample(model: Any, run: Run) -> str | None:
+def decode_sample(model: LatentRecurrentModel, run: Run) -> str | None:
     """Text after the recipe's prompt, one token after the other, drawn with the run's seed; None for no tokens."""
     config = run.recipe.evaluation
     if not config.sample_tokens:

@@ -195,15 +195,20 @@ def test_numbers_out_of_range_are_refused_by_name(section, key, hint, data):
 
 
 @pytest.mark.parametrize(
-    "setting",
+    "key, written, value",
     [
-        "training.steps=0", "optimizer.matrix_lr=0", "optimizer.betas=[0, 0]", "parallel.shard=-1",
-        "parallel.loss_chunk=0", "checkpoint.every=0", "evaluation.every=0", "evaluation.sample_tokens=0",
-        "training.final_lr_fraction=1", "training.clip_norm=none", "optimizer.weight_decay=0",
+        ("training.steps", "0", 0), ("optimizer.matrix_lr", "0", 0.0), ("optimizer.betas", "[0, 0]", (0.0, 0.0)),
+        ("parallel.shard", "-1", -1), ("parallel.loss_chunk", "0", 0), ("checkpoint.every", "0", 0),
+        ("evaluation.every", "0", 0), ("evaluation.sample_tokens", "0", 0), ("training.final_lr_fraction", "1", 1.0),
+        ("training.clip_norm", "none", None), ("optimizer.weight_decay", "0", 0.0),
     ],
 )  # fmt: skip
-def test_numbers_that_mean_something_are_kept(setting):
-    parse_recipe("", overrides=[setting])
+def test_numbers_that_mean_something_are_kept(key, written, value):
+    section, name = key.split(".")
+    recipe = parse_recipe("", overrides=[f"{key}={written}"])
+    for kept in (recipe, parse_recipe(dump_recipe(recipe))):
+        found = getattr(getattr(kept, section), name)
+        assert found == value and type(found) is type(value)
 
 
 def test_all_ranges_are_told_at_once():

@@ -136,6 +136,7 @@ def test_decoders_that_the_kernels_do_not_compute_are_refused_by_what_they_lack(
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval()
     model = lrt.adapt(llama, RecurrenceConfig(projection="aligned"))
     assert unlike(model) is None and unlike(without_memory(model)) is None
+    assert unlike(lrt.adapt(hf.Qwen3ForCausalLM(hf.Qwen3Config(**sizes)).bfloat16())) is None  # RoPE's frequencies too
     hook = model.blocks[1].register_forward_hook(lambda *given: None)
     assert "block 2 has hooks" in unlike(model)
     hook.remove()

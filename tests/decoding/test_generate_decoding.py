@@ -20,6 +20,7 @@ from lrt.decoding import prefill, scoring
 from lrt.decoding import step as decoding
 from lrt.decoding.fast.acceleration import accelerate
 from lrt.decoding.generation import complete, start
+from lrt.decoding.request import Request
 from lrt.decoding.sampling import Sampling, choose, keep_probable, row_seeds
 from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
@@ -153,7 +154,12 @@ def test_rows_are_retired_and_replaced_while_others_go_on(model, seed, temperatu
     def alone(prompt, seed, new):
         state = prefill.run(model, prompt[:, :-1], capacity=30).state
         session = Session(
-            model, state, prompt[:, -1], max_new_tokens=new, history=prompt, sampling=sampling, seeds=seed[None]
+            model,
+            state,
+            prompt[:, -1],
+            Request(max_new_tokens=new, sampling=sampling),
+            history=prompt,
+            seeds=seed[None],
         )
         for _ in session:
             pass
@@ -161,7 +167,12 @@ def test_rows_are_retired_and_replaced_while_others_go_on(model, seed, temperatu
 
     state = prefill.run(model, first[:, :-1], capacity=30).state
     session = Session(
-        model, state, first[:, -1], max_new_tokens=9, history=first, sampling=sampling, seeds=seeds[:2], every=every
+        model,
+        state,
+        first[:, -1],
+        Request(max_new_tokens=9, sampling=sampling, every=every),
+        history=first,
+        seeds=seeds[:2],
     )
     session.advance()
     session.retire(1)
@@ -388,7 +399,7 @@ def test_nothing_new_is_asked_for():
 def test_a_full_state_is_refused():
     model = small()
     state = prefill.run(model, torch.tensor([[1, 2, 3]]), capacity=4).state
-    session = Session(model, state, torch.tensor([4]), max_new_tokens=5)
+    session = Session(model, state, torch.tensor([4]), Request(max_new_tokens=5))
     with pytest.raises(ValueError, match="do not fit a state of capacity 4"):
         for _ in session:
             pass

@@ -23,6 +23,11 @@ methods = st.one_of(
     st.builds(prefill.fixed_point, st.integers(1, 5), st.sampled_from([1e-9, 1e-3, 1e-1]), st.integers(1, 4)),
     st.builds(prefill.refine, st.integers(1, 3)),
 )
+# as many sweeps whatever the last bits are: near a tolerance two paths would stop at different ones
+counted = st.one_of(
+    st.builds(prefill.fixed_point, st.integers(1, 5), st.just(1e-30), st.integers(1, 4)),
+    st.builds(prefill.refine, st.integers(1, 3)),
+)
 
 
 def recording(model):
@@ -149,7 +154,7 @@ def test_padding_wastes_at_most_an_eighth_or_sixty_three_positions(length):
 @settings(max_examples=40)
 @given(
     models(), st.lists(st.integers(1, 14), min_size=1, max_size=3), st.lists(st.integers(1, 9), min_size=3, max_size=3),
-    st.booleans(), st.sampled_from([None, 2, 5]), methods, st.integers(0, 99),
+    st.booleans(), st.sampled_from([None, 2, 5]), counted, st.integers(0, 99),
 )  # fmt: skip
 def test_merged_kernels_see_the_right_keys(model, lengths, more, ragged, chunk, method, seed):
     """On the CPU with a kernel in plain torch: first prompts, and prompts that follow, in rings that have wrapped or

@@ -14,6 +14,7 @@ from strategies import SEPARATOR, VOCABULARY, models
 import lrt
 from lrt.decoding import prefill
 from lrt.decoding.generation import complete, start
+from lrt.decoding.request import Request
 from lrt.decoding.sampling import Sampling, choose, row_seeds
 from lrt.decoding.session import Session
 from lrt.decoding.state import DecodeState
@@ -101,7 +102,10 @@ def room(capacity, lengths, remaining):
             model, state, torch.ones(len(lengths), max(lengths), dtype=torch.int64), counts, method=prefill.exact()
         )
     session = Session(
-        model, state, torch.ones(len(lengths), dtype=torch.int64), max_new_tokens=1, sampling=Sampling(temperature=0.0)
+        model,
+        state,
+        torch.ones(len(lengths), dtype=torch.int64),
+        Request(max_new_tokens=1, sampling=Sampling(temperature=0.0)),
     )
     session.remaining.copy_(torch.tensor(remaining))
     session.active.copy_(session.remaining > 0)

@@ -321,7 +321,8 @@ def test_what_runs_a_model_under_which_plan(monkeypatch):
 
 
 def test_a_plain_native_model_is_built_once(monkeypatch):
-    """No second copy is made to be copied from; its values are those of ``lrt.build``, and shapes given are not made."""
+    """No second copy is made to be copied from; its values are those of ``lrt.build``, "
+    "and shapes given are not made."""
     recipe, made = tiny("unused"), []
 
     def counted(*args, **more):

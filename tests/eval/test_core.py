@@ -7,6 +7,8 @@ import http.server
 import json
 import math
 import random
+import subprocess
+import sys
 import threading
 import zipfile
 
@@ -466,3 +468,21 @@ def test_a_broken_download_leaves_what_was_there(server, tmp_path):
     with pytest.raises(ValueError, match="the connection ended early"):
         download(url, to=target, sha256=hashlib.sha256(handler.body).hexdigest())
     assert target.read_bytes() == b"older" and len(list(tmp_path.iterdir())) == 1
+
+
+FAILING = """
+import sys
+from lrt.commands import core
+def failing(**_): raise ValueError("no network here")
+core.download = failing
+sys.exit(core.main(["--download", "nowhere"]))
+"""
+
+
+@pytest.mark.dist
+def test_a_download_that_fails_ends_every_process(tmp_path):
+    """Only the first fetches; the others would otherwise wait for it as long as the process group does."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*several, tmp_path / "failing.py"], capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("error: no network here") == 2

@@ -68,7 +68,7 @@ def test_numbers_are_those_of_the_formulas(sharing):
     check(found["source_norm"], 0, last.norm(dim=-1)[counted])
     check(found["memory_norm"], 0, F.rms_norm(last, (12,), eps=torch.finfo(torch.float64).eps).norm(dim=-1)[counted])
     for layer, block in enumerate(model.blocks):
-        hidden, _, context, _, _ = calls[3 + layer]
+        hidden, _, context, *_ = calls[3 + layer]
         a, b = model.backbone.residual_scales[layer], model.backbone.embedding_scales[layer]
         g = model.injection.gains[layer]
         stream = a * hidden + b * context.embedding

@@ -1,6 +1,7 @@
 """Steps of small adapted decoders in the decoding kernels, beside the ordinary ones, in Triton's interpreter.
 
-Run with TRITON_INTERPRET=1 and lrt and tests/lib on PYTHONPATH; prints a line per decoder, and ends with an error where a number differs.
+Run with TRITON_INTERPRET=1 and lrt and tests/lib on PYTHONPATH; prints a line per decoder, and ends with an error where
+a number differs.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ SIZES = {
     "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
 }  # fmt: skip
 CASES = {
-    "llama, aligned": (hf.LlamaForCausalLM, hf.LlamaConfig, {}, {"projection": "aligned", "blocks": (2, 3), "separator": 3}),
+    "llama, aligned": (
+        hf.LlamaForCausalLM, hf.LlamaConfig, {}, {"projection": "aligned", "blocks": (2, 3), "separator": 3},
+    ),
     "llama with biases, shared": (
-        hf.LlamaForCausalLM, hf.LlamaConfig, {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}, {},
+        hf.LlamaForCausalLM, hf.LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"}, {},
     ),
     "qwen2, aligned": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {}, {"projection": "aligned", "gate_channels": 5}),
     "qwen3, layerwise": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {}, {"sharing": "layerwise", "blocks": (1, 3)}),

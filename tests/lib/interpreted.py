@@ -7,7 +7,8 @@ import triton.runtime.interpreter as interpreter
 
 
 def allow_masks_of_scalars() -> None:
-    """Some versions of the interpreter give a mask that a scalar takes part in another type than bool, and refuse it."""
+    """Some versions of the interpreter give a mask that a scalar takes part in another type than bool, "
+    "and refuse it."""
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 

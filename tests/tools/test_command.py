@@ -49,6 +49,18 @@ def test_the_recipes_are_listed(capsys):
     assert {"lrt_tiny", "lrt_24l"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
 
 
+@pytest.mark.parametrize("module", ["lrt", "lrt.eval.core"])
+def test_without_torch_the_command_says_what_to_install(module):
+    """In one line; a program that imports lrt gets an ImportError, which it can catch."""
+    bare = [sys.executable, "-S"]  # no site-packages
+    run = {"capture_output": True, "text": True, "cwd": ROOT, "env": {"PYTHONPATH": str(ROOT)}}
+    done = subprocess.run([*bare, "-m", module, "--help"], **run)
+    assert done.returncode == 1 and done.stderr.startswith("error: lrt needs torch, ") and "pip install" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = subprocess.run([*bare, "-c", "import lrt"], **run)
+    assert "ImportError: lrt needs torch, " in done.stderr
+
+
 @pytest.mark.slow
 def test_a_wheel_trains_in_an_empty_folder(tmp_path):
     """Built, installed apart from the checkout, and run beside a clone that is named lrt."""

@@ -224,22 +224,6 @@ def check_reductions(world, folder):
                 assert layer == 0 or place[name] < place[f"blocks.{layer - 1}.block.query.weight"], reduced
 
 
-def check_gathered_ahead(world, folder):
-    """While a block computes, the table and the parameters of the next one are under way already, then the head."""
-    runner = runner_of(recipe_of(), world)
-    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
-    real, begun, seen = getattr(torch.distributed, name), [], []  # by the version of torch
-    for block in runner.model.blocks:
-        block.register_forward_pre_hook(lambda *_: seen.append(len(begun)))  # after FSDP's own
-    setattr(torch.distributed, name, lambda *a, **k: (begun.append(1), real(*a, **k))[1])
-    try:
-        look(runner, world, micro_batches(world)[:1], lrt.baseline())
-    finally:
-        setattr(torch.distributed, name, real)
-    ends = 2  # the root and the embedding
-    assert seen == [ends + 2 * 2, ends + 2 * 3, ends + 2 * 3 + 1]
-
-
 def check_operator(world, folder):
     """Blocks that mix at once, as on a GPU in half precision, with the operator's reference in plain torch."""
     before = backbone.usable, mixing._forward
@@ -588,7 +572,6 @@ CHECKS = {
     "operator": check_operator,
     "replayed": check_replayed,
     "reductions": check_reductions,
-    "gathered ahead": check_gathered_ahead,
     "optimizer": check_optimizer,
     "muon exact": check_muon_exact,
     "skipped": check_skipped,

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.toml") if not 
 
 @pytest.mark.parametrize("name", ["lrt_24l", "lrt_tiny"])
 def test_dry_run_answers_without_data(name):
-    start = time.perf_counter()
     text = dry_run(load_recipe(name), world_size=8)
-    assert time.perf_counter() - start < 15
     for words in (
         "tokens_per_parameter",
         "memory projections",

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -254,11 +253,8 @@ def test_who_waits_for_a_folder_gets_it_when_its_holder_ends(tmp_path):
     code = HOLD.format(root=str(ROOT), folder=str(tmp_path / "a")).replace("600", "1")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    began = time.monotonic()
     with locked(tmp_path / "a", advice="none", patience_s=60):
-        assert time.monotonic() - began < 50 and (tmp_path / "a" / LOCK).read_text().startswith(
-            f"process {os.getpid()} on "
-        )
+        assert (tmp_path / "a" / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     holder.wait()
     assert not (tmp_path / "a" / LOCK).exists()
 

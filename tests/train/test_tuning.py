@@ -173,6 +173,15 @@ def test_a_run_learns_answers_and_is_asked_for_some(finished):
     assert not (finished.folder / "export" / "chat_template.jinja").exists()
 
 
+def test_a_sharded_run_is_asked_too(talks, tmp_path):
+    """In half precision FSDP holds the model even on one process; a plain copy answers."""
+    sets = {"training.steps": 1, "parallel.param_dtype": "bfloat16", "evaluation.modes": '["zero"]'}
+    sets |= {"checkpoint.export_at_end": "false"}
+    records = read_records(train(native(talks, tmp_path, **sets)).folder / "metrics.jsonl")
+    (record,) = [r for r in records if r["kind"] == "evaluation"]
+    assert set(record["exact_match"]) == {"zero", "decode"}
+
+
 def test_a_resumed_tuning_is_the_same_run_bit_for_bit(talks, finished, tmp_path):
     copy = tmp_path / "tiny"
     name = "checkpoints/step_00000002"
@@ -273,6 +282,43 @@ def test_right_answers_are_counted_by_mode_and_number_of_steps():
         wrong = [*right[:2], right[2]._replace(answer="another")]
         found = exact_match(model, wrong, chat, tokenizer, max_new_tokens=4)[mode]
         assert found.by_steps == {1: 1.0, 2: 0.5} and found.value == pytest.approx(2 / 3)
+
+
+class Part:
+    """One of several processes, which run one after the other here: the sum is known when the last has run."""
+
+    def __init__(self, rank, size, sums):
+        self.rank, self.size, self.sums = rank, size, sums
+
+    def total(self, tensor):
+        self.sums.append(tensor.clone())
+        return sum(self.sums) if self.rank == self.size - 1 else tensor
+
+
+def test_processes_share_the_problems(monkeypatch):
+    """Each is answered once, in one process, and what all find is what one alone finds; there may be more processes
+    than problems."""
+    tokenizer = load_tokenizer("bytes")
+    chat, asked = open_chat(tokenizer, "bytes"), []
+
+    def answers(model, examples, *rest, **more):
+        asked.append([one.answer for one in examples])
+        return [f"wrong, #### {one.answer if one.answer != '2' else 'no'}" for one in examples]
+
+    monkeypatch.setattr("lrt.eval.answers._answers", answers)
+    config = ModelConfig(n_layers=2, width=16, n_heads=2, vocab_size=257, sequence_length=64)
+    model = build_model(config, RecurrenceConfig(separator=256)).eval()
+    problems = [Example((Message("user", "?"), Message("assistant", n)), n, 1) for n in "12345"]
+    alone = exact_match(model, problems, chat, tokenizer, modes=["decode"])["decode"]
+    assert alone.right == (True, False, True, True, True) and asked == [list("12345")]
+    for size in (2, 7):
+        asked.clear()
+        sums = []
+        for rank in range(size):
+            found = exact_match(model, problems, chat, tokenizer, modes=["decode"], processes=Part(rank, size, sums))[
+                "decode"
+            ]
+        assert found.right == alone.right and sorted(sum(asked, [])) == list("12345") and max(map(len, asked)) <= 3
 
 
 @pytest.mark.parametrize("recurrent", [True, False], ids=["memory", "twin"])

@@ -1,4 +1,4 @@
-"""Sweep the tiles of products of few rows, each by itself, and time whole steps of decoding; one GPU, under three minutes.
+"""Sweep the tiles of products of few rows, each by itself, and time whole steps of decoding; one GPU, three minutes.
 
     python tools/experiments/few_rows.py --out sweep.jsonl
 

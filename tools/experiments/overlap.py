@@ -30,7 +30,7 @@ from lrt.config import ParallelConfig, Recipe
 from lrt.model import build
 from lrt.train import plan
 from lrt.train.checkpoint.weights import fill, named_tensors
-from lrt.train.distributed import graphs, parallel
+from lrt.train.distributed import graphs
 from lrt.train.distributed.graphs import Runner, forward_backward, graphed
 from lrt.train.distributed.parallel import free_gathered, named_parameters
 from lrt.train.distributed.world import World, open_world
@@ -41,15 +41,23 @@ SCHEDULES = {
     "the recipes' memory step": lrt.refine(1, weights=(0.0, 1.0), cut_gradient="initialization"),
 }
 STEP = 524288  # tokens of the recipes' steps
-CANDIDATES = ("one", "trainer", "not_ahead", "two_reductions", "columns", "bfloat16", "replicas")
+CANDIDATES = ("one", "trainer", "gather_ahead", "two_reductions", "columns", "bfloat16", "replicas")
 
 # ------------------------------------------------------------------ candidates
 
 
-def not_ahead(model: Any) -> None:
-    """Nothing is gathered before it is asked for."""
-    for module in parallel.fsdp_modules(model):
-        module.set_modules_to_forward_prefetch([])
+def gather_ahead(model: Any) -> None:
+    """Have every block gather what the next one needs, its token table first, while it computes.
+
+    FSDP gathers a module when it is called, one ahead of what it waits for. A table is looked up in an instant, so the
+    gathering of its block, which begins with that lookup, would have nothing to run beside.
+    """
+    backbone, blocks = model.backbone, model.blocks
+    tables = [[table] if (table := dict(backbone.value_embeddings).get(str(i))) else [] for i in range(len(blocks))]
+    needs = [[*table, block] for table, block in zip(tables, blocks)]
+    needs = [[backbone.embedding, *needs[0]], *needs[1:], [backbone.head]]
+    for module, following in zip((model, *blocks), needs):
+        module.set_modules_to_forward_prefetch(following)
 
 
 class Apart:
@@ -219,7 +227,7 @@ def made(candidate: str, recipe: Recipe, world: World) -> tuple[Runner, Columns 
         world = World(0, 1, world.device, sharded=False, working_copy=world.device.type == "cuda")
     runner = plan.build(recipe, world).runner
     runner.compute.train()
-    {"not_ahead": not_ahead, "two_reductions": two_reductions}.get(candidate, lambda model: None)(runner.model)
+    {"gather_ahead": gather_ahead, "two_reductions": two_reductions}.get(candidate, lambda model: None)(runner.model)
     return runner, None
 
 

@@ -208,7 +208,7 @@ def main() -> int:
             (host.work / "tokens").symlink_to(host.work / "shards")  # tokenized by the loader's workers
             largest(host, options.gpus, **what)
         else:
-            tests(host, part, limit=120 if part == "faults" else 240, **what)
+            tests(host, part, limit=200 if part == "faults" else 300, **what)
     host.keep()
     return 0 if not host.results["left_out"] and not any(host.results["exit_codes"].values()) else 1
 

@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from lrt.adaptation import without_memory
 from lrt.commands.bench.decoders import LLAMAS
 from lrt.commands.bench.timing import Subject, device_name
 from lrt.commands.options import at_least
-from lrt.config import OptimizerConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, TrainingConfig
+from lrt.config import OptimizerConfig, ParallelConfig, Recipe, RecurrenceConfig, RunConfig, TrainingConfig, Weights
 from lrt.data import Batch
 from lrt.serialization.decoders import decoder_of_shapes, transformers
 from lrt.tables import Table
@@ -39,6 +39,9 @@ from lrt.train.distributed.parallel import named_parameters
 from lrt.train.distributed.world import World, open_world
 from lrt.train.optim.groups import MuonAdamW, parameter_groups
 from lrt.train.step import train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SIZES = {name.removesuffix("-llama"): shape for name, shape in LLAMAS.items()}
 PLAIN, ALONE = "plain", "transformers"
@@ -54,7 +57,7 @@ def fifth(layers: int) -> tuple[int, ...]:
 
 
 # A row: where memory enters (all, or some of the blocks), how, and the weights of the two passes.
-ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Table, Any]] = {
+ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Table, Weights]] = {
     "aligned, upper half, weights (0, 1)": (upper, {"projection": "aligned"}, (0.0, 1.0)),
     "aligned, upper half": (upper, {"projection": "aligned"}, "paper"),
     "aligned, a fifth, weights (0, 1)": (fifth, {"projection": "aligned"}, (0.0, 1.0)),
@@ -66,7 +69,7 @@ ROWS: dict[str, tuple[Callable[[int], tuple[int, ...]] | None, Table, Any]] = {
 }  # fmt: skip
 
 
-def decoder_for(options: argparse.Namespace, device: torch.device) -> Any:
+def decoder_for(options: argparse.Namespace, device: torch.device) -> PreTrainedModel:
     """A decoder with random weights, in float32."""
     with torch.device(device):
         if options.decoder is not None:
@@ -79,7 +82,7 @@ def tokens_for(options: argparse.Namespace, vocabulary: int, device: torch.devic
     return torch.randint(0, vocabulary, (options.rows, options.length + 1), device=device)
 
 
-def ours(name: str, options: argparse.Namespace, world: World, pool: Any) -> Subject:
+def ours(name: str, options: argparse.Namespace, world: World, pool: tuple[int, int] | None) -> Subject:
     """A step as ``lrt.train`` makes it."""
     cuda = world.device.type == "cuda"
     decoder = decoder_for(options, world.device)
@@ -97,7 +100,7 @@ def ours(name: str, options: argparse.Namespace, world: World, pool: Any) -> Sub
         ),
         parallel=ParallelConfig(param_dtype="bfloat16" if cuda else "float32", compile=cuda),
     )
-    model.backbone.loss_chunk = recipe.parallel.loss_chunk
+    model.backbone.pack(loss_chunk=recipe.parallel.loss_chunk, attention_reset=None)
     runner = single_device(model, recipe.parallel, world, pool=pool)
     optimizer = MuonAdamW(parameter_groups(named_parameters(model), recipe))
     rows = tokens_for(options, model.vocab_size, world.device)
@@ -160,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _time(options: argparse.Namespace, world: World, *, pool: Any) -> int:
+def _time(options: argparse.Namespace, world: World, *, pool: tuple[int, int] | None) -> int:
     result: Table = {
         "device": device_name(world),
         "torch": torch.__version__,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     wait(device)
     began = time.perf_counter()
     action()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from lrt import accounting
 from lrt.adaptation import without_memory
 from lrt.config import ModelConfig, RecurrenceConfig
 from lrt.decoding import step as decoding
+from lrt.decoding.fast.acceleration import Accelerated
 from lrt.decoding.state import DecodeState
-from lrt.model import build_model
+from lrt.model import LatentRecurrentModel, build_model
 from lrt.serialization.decoders import transformers
 from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SEPARATOR = 0
 PLAIN, SHARED, LAYERWISE, NARROW, ALIGNED, ORIGINAL = (
@@ -62,7 +66,7 @@ def recurrence_of(variant: str, layers: int) -> RecurrenceConfig | None:
     )
 
 
-def native(config: ModelConfig, variant: str, device: torch.device, dtype: torch.dtype) -> Any:
+def native(config: ModelConfig, variant: str, device: torch.device, dtype: torch.dtype) -> LatentRecurrentModel:
     """A random model, no matrix of which is zero: zeros would be faster than real data."""
     recurrence = recurrence_of(variant, config.n_layers)
     model = build_model(config, recurrence, device="meta", dtype=dtype).to_empty(device=device).eval()
@@ -78,7 +82,7 @@ def native(config: ModelConfig, variant: str, device: torch.device, dtype: torch
 class Adapted(NamedTuple):
     """A foreign decoder and what is made of it, over the same weights."""
 
-    original: Any  # as transformers has it
+    original: PreTrainedModel  # as transformers has it
     models: Table  # by variant
 
 
@@ -101,7 +105,7 @@ def llama(size: str, variants: list[str], device: torch.device, dtype: torch.dty
     return Adapted(decoder, {PLAIN: without_memory(some).eval(), **models})
 
 
-def saved(model: Any) -> Adapted:
+def saved(model: LatentRecurrentModel) -> Adapted:
     """An adapted model from a folder, and the same without its memory."""
     return Adapted(model.original[0], {PLAIN: without_memory(model).eval(), "memory": model})
 
@@ -109,7 +113,7 @@ def saved(model: Any) -> Adapted:
 # ------------------------------------------------------------------ states and steps
 
 
-def random_state(model: Any, batch: int, capacity: int, length: int) -> DecodeState:
+def random_state(model: LatentRecurrentModel | Accelerated, batch: int, capacity: int, length: int) -> DecodeState:
     """A state of random keys and values, as after ``length`` tokens."""
     state = DecodeState.empty(model, batch=batch, capacity=capacity)
     for x in (*state.keys, *state.values, *([] if state.memory is None else [state.memory])):
@@ -118,7 +122,7 @@ def random_state(model: Any, batch: int, capacity: int, length: int) -> DecodeSt
     return state
 
 
-def greedy(model: Any, state: DecodeState) -> tuple[Step, Tensor]:
+def greedy(model: LatentRecurrentModel | Accelerated, state: DecodeState) -> tuple[Step, Tensor]:
     """Decode greedily, everything on the device: (step, its static flags of active rows)."""
     pending = torch.ones(state.batch, dtype=torch.int64, device=state.lengths.device)
     active = torch.ones(state.batch, dtype=torch.bool, device=state.lengths.device)
@@ -130,7 +134,9 @@ def greedy(model: Any, state: DecodeState) -> tuple[Step, Tensor]:
 
 
 @torch.no_grad()
-def greedy_original(decoder: Any, *, batch: int, capacity: int, length: int, backend: str) -> tuple[Step, Tensor]:
+def greedy_original(
+    decoder: PreTrainedModel, *, batch: int, capacity: int, length: int, backend: str
+) -> tuple[Step, Tensor]:
     """The same by transformers: its static cache, its forward compiled as one graph."""
     from transformers import StaticCache
 
@@ -153,7 +159,7 @@ def greedy_original(decoder: Any, *, batch: int, capacity: int, length: int, bac
     return step, torch.ones(batch, dtype=torch.bool, device=device)
 
 
-def bytes_moved(model: Any, batch: int, context: int) -> int:
+def bytes_moved(model: LatentRecurrentModel, batch: int, context: int) -> int:
     """What a step must read: every parameter once but tables of tokens, and the keys and values of every row."""
     backbone = model.backbone
     tables = {id(p) for name, p in model.named_parameters() if "embedding.weight" in name or "value_embeddings" in name}

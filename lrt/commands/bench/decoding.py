@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,10 +36,14 @@ from lrt.commands.bench.prompts import prefill_rows
 from lrt.commands.options import at_least
 from lrt.decoding import step as decoding
 from lrt.decoding.fast import tiles
-from lrt.decoding.fast.acceleration import accelerate, compiled_decoder
+from lrt.decoding.fast.acceleration import Accelerated, accelerate, compiled_decoder
 from lrt.decoding.fast.family_token import FusedFamily
 from lrt.decoding.state import DecodeState
+from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VARIANTS = {  # those of native decoders, and of adapted ones
     "native": (PLAIN, SHARED, LAYERWISE, NARROW),
@@ -111,7 +115,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ordinary", action="store_true", help="the ordinary forward as a CUDA graph, without kernels of its own")
     add(
         "--unmeasured", action="store_true",
-        help="kernels that no GPU has timed yet, which nothing else uses: an adapted Llama's step, products of 2 to 32 rows",
+        help=(
+            "kernels that no GPU has timed yet, which nothing else uses: an adapted Llama's step, "
+            "products of 2 to 32 rows"
+        ),
     )  # fmt: skip
     add("--model", metavar="FOLDER", help="that lrt.save wrote: prefill, and of an adapted decoder decoding too")
     add(
@@ -166,7 +173,7 @@ class Bench:
         made = decoders.llama(size, asked if len(asked) > 1 else [PLAIN, ALIGNED], device, dtype)
         self.time(size, made.models, made.original)
 
-    def folder(self, name: str, model: Any) -> None:
+    def folder(self, name: str, model: LatentRecurrentModel) -> None:
         """All that is asked of a trained model; decoding only of an adapted one, because a native one has no twin."""
         if model.original is None:
             fast = {"trained": self.fast(model)}
@@ -178,7 +185,7 @@ class Bench:
         made = decoders.saved(model)
         self.time(name, made.models, made.original, trained=True)
 
-    def fast(self, model: Any) -> Any:
+    def fast(self, model: LatentRecurrentModel) -> LatentRecurrentModel | Accelerated:
         if self.args.ordinary:
             return model
         backend = "inductor" if next(model.parameters()).is_cuda else "eager"
@@ -189,7 +196,7 @@ class Bench:
                 return accelerate(model, backend=backend, one_token=FusedFamily(model, many=many))
         return accelerate(model, backend=backend)
 
-    def time(self, size: str, models: Table, original: Any, *, trained: bool = False) -> None:
+    def time(self, size: str, models: Table, original: PreTrainedModel | None, *, trained: bool = False) -> None:
         """Decoding at every context and number of rows, then prefill."""
         args, fast = self.args, {name: self.fast(model) for name, model in models.items()}
         for context in args.contexts if not args.no_decode else ():
@@ -204,7 +211,9 @@ class Bench:
             prefill_rows(size, fast, args.prompt, args.rounds, partial(self.keep, "prefill"), trained=trained)
 
     @torch.no_grad()
-    def decode(self, size: str, models: Table, fast: Table, original: Any, batch: int, context: int) -> None:
+    def decode(
+        self, size: str, models: Table, fast: Table, original: PreTrainedModel | None, batch: int, context: int
+    ) -> None:
         """A step of every variant, in turns.
 
         Args:
@@ -259,7 +268,7 @@ def ready(runs: dict[str, Callable[[], None]], name: str, step: Callable[[], Non
     runs[name] = decoding.graphed(step, active)
 
 
-def own_state(base: DecodeState, model: Any) -> DecodeState:
+def own_state(base: DecodeState, model: LatentRecurrentModel) -> DecodeState:
     """A state over the caches of ``base``, which variants share; lengths and memory are its own."""
     memory = None if model.recurrence is None or base.memory is None else base.memory.clone()
     starts = base.document_starts.clone()

@@ -17,20 +17,25 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import lrt
 from lrt.commands.options import at_least
+from lrt.config import Recipe
 from lrt.data import build_loader, load_tokenizer
 from lrt.decoding import step as decoding
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.eval.figures import figure
 from lrt.loss import IGNORE
+from lrt.model import LatentRecurrentModel
 from lrt.tables import Table
 from lrt.train.trainer import train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TOLS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 GAP = 0.001  # bits per byte
@@ -140,7 +145,7 @@ def measure(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def check(folder: str, recipe: Any) -> None:
+def check(folder: str, recipe: Recipe) -> None:
     """Refuse a model that cannot be measured on the recipe's data."""
     model = lrt.load(folder)
     if model.recurrence is None:
@@ -155,7 +160,7 @@ def check(folder: str, recipe: Any) -> None:
 # ------------------------------------------------------------------ what is scored
 
 
-def scored_rows(recipe: Any, rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scored_rows(recipe: Recipe, rows: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Validation tokens, targets and the bytes of every target, each (rows, T)."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     length = recipe.model.sequence_length
@@ -174,7 +179,7 @@ def scored_rows(recipe: Any, rows: int, device: str) -> tuple[torch.Tensor, torc
 class Scorer:
     """Nats of each row, and bits per byte of all of them."""
 
-    def __init__(self, model: Any, targets: torch.Tensor, sizes: torch.Tensor) -> None:
+    def __init__(self, model: LatentRecurrentModel, targets: torch.Tensor, sizes: torch.Tensor) -> None:
         self.model, self.targets, self.sizes = model, targets, sizes
         self.bytes = int(sizes.sum())
 
@@ -191,7 +196,7 @@ class Scorer:
 
 
 @torch.no_grad()
-def run_exactly(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_exactly(model: LatentRecurrentModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Token by token: the last block's output and the memory, each (B, T, D)."""
     batch, length = tokens.shape
     state = DecodeState.empty(model, batch=batch, capacity=length)
@@ -213,7 +218,9 @@ def run_exactly(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @torch.no_grad()
-def sweep(model: Any, tokens: torch.Tensor, exact: torch.Tensor, score: Scorer, groups: int, most: int) -> list[dict]:
+def sweep(
+    model: LatentRecurrentModel, tokens: torch.Tensor, exact: torch.Tensor, score: Scorer, groups: int, most: int
+) -> list[dict]:
     """After the first forward and after every sweep: per row residual, error of the memory and nats;
     seconds of all rows so far."""
     batch, length = tokens.shape
@@ -332,7 +339,7 @@ def picture(rows: list[dict], path: Path) -> None:
         print(f"no picture: {error}", file=sys.stderr)
 
 
-def _lines(panel: Any, rows: list[dict], key: str) -> None:
+def _lines(panel: Axes, rows: list[dict], key: str) -> None:
     for marker, groups in zip("osD^vP*X", sorted({row["groups"] for row in rows})):
         mine = [row for row in rows if row["groups"] == groups]
         heights = [max(abs(row[key]), FLOOR) for row in mine]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ def prefill_rows(
         f"fixed_point({'' if trained else '5 sweeps'})": prefill.fixed_point(max_sweeps=sweeps),
         "exact": prefill.exact(),
     }
-    jobs: dict[tuple[str, str], Any] = {}
+    jobs: dict[tuple[str, str], prefill.Prefill | None] = {}
     if PLAIN in fast:
         jobs[PLAIN, "plain"] = prefill.exact()
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,7 +13,9 @@ from lrt.data import Batch, build_loader, load_tokenizer
 from lrt.train.distributed.graphs import Runner
 from lrt.train.distributed.parallel import free_gathered
 from lrt.train.distributed.world import World
+from lrt.train.optim.groups import MuonAdamW
 from lrt.train.step import train_step
+from lrt.types import Schedule
 
 
 def recipe_of(suite: Suite, recurrence: RecurrenceConfig | None, parallel: ParallelConfig) -> Recipe:
@@ -43,7 +44,7 @@ def random_rows(suite: Suite, world: World) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def bare_step(
-    runner: Runner, schedule: Any, suite: Suite, world: World, *, accumulation: int = 1
+    runner: Runner, schedule: Schedule, suite: Suite, world: World, *, accumulation: int = 1
 ) -> Callable[[], None]:
     """Forward and backward of all micro-batches of a step, as the trainer runs them."""
     tokens, targets = random_rows(suite, world)
@@ -66,7 +67,7 @@ def bare_step(
 
 
 def whole_step(
-    runner: Runner, schedule: Any, recipe: Recipe, world: World, optimizer: Any, *, accumulation: int
+    runner: Runner, schedule: Schedule, recipe: Recipe, world: World, optimizer: MuonAdamW, *, accumulation: int
 ) -> Callable[[], None]:
     """Data, forwards and backwards, norm, clipping and the optimizer, as the trainer does them."""
     rows = recipe.training.micro_batch

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import lrt
 from lrt.commands.options import at_least
 from lrt.config import ModelConfig, ParallelConfig, RecurrenceConfig
+from lrt.types import Schedule
 
 SEPARATOR = 7  # any token: tokens are random
 
@@ -53,7 +54,7 @@ class Variant(NamedTuple):
     and the passes."""
 
     sharing: str | None
-    schedule: Any
+    schedule: Schedule
     graphs: tuple[int, int]  # compiled graphs that it adds to those before it on a CPU: a window, and in all
     upper_half: bool = False  # memory enters the upper half of the blocks alone: 7 to 12 of 12, source 8
 
@@ -212,5 +213,5 @@ def read_speeds(path: str, *, suites: Sequence[str], rows: Sequence[str]) -> dic
     return found
 
 
-def _names(names: Any) -> str:
+def _names(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names) or "nothing"

@@ -21,7 +21,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ RECIPE_TOKENS = 524288  # of a step by the recipes
 # ------------------------------------------------------------------ a suite
 
 
-def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: Any) -> Runner:
+def build_for(recipe: Recipe, world: World, options: argparse.Namespace, pool: tuple[int, int] | None) -> Runner:
     """What runs the recipe's model under the plan that the options name; graphs that take turns share ``pool``."""
     parallel = dataclasses.replace(recipe.parallel, cuda_graphs=options.plan != "fsdp")
     world = world if options.plan.startswith("fsdp") else dataclasses.replace(world, working_copy=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from lrt.decoding.fast.prefill_graphs import Recorder
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import Stepper, stepper_of
+from lrt.decoding.which_model import Decodes
 from lrt.forward import Row
+from lrt.model import LatentRecurrentModel
+from lrt.types import BlockContext, KVStore, MemoryInput
 
 
 class Accelerated(Stepper):
@@ -32,7 +35,7 @@ class Accelerated(Stepper):
     """
 
     def __init__(
-        self, model: Any, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False
+        self, model: Decodes, *, one_token: Any, blocks: Any, compiled: Callable[[Any], Any], recorded: bool = False
     ) -> None:
         super().__init__(model)
         self.one_token, self.blocks, self.compiled = stepper_of(one_token), blocks, compiled
@@ -55,7 +58,7 @@ class Accelerated(Stepper):
         return self.compiled(function)
 
 
-def accelerate(model: Any, *, backend: str = "inductor", one_token: Stepper | None = None) -> Accelerated:
+def accelerate(model: Decodes, *, backend: str = "inductor", one_token: Stepper | None = None) -> Accelerated:
     """Make a model fast at decoding and prefill, to be used in its place; compiling takes place at the first calls.
 
     On CUDA a native model's single tokens run in hand-written kernels (``lrt.decoding.fast.one_token``), where triton
@@ -82,14 +85,15 @@ def accelerate(model: Any, *, backend: str = "inductor", one_token: Stepper | No
     return Accelerated(model, one_token=one_token, blocks=blocks, compiled=compiled, recorded=recorded)
 
 
-def compiled_decoder(model: Any, *, backend: str) -> Stepper:
+def compiled_decoder(model: Decodes, *, backend: str) -> Stepper:
     """A model whose blocks are compiled for static shapes."""
     names = ("backbone", "memory_projection", "injection", "source", "receivers", "recurrence", "memory_of")
     parts = {name: getattr(model, name) for name in names}
-    return Stepper(SimpleNamespace(blocks=compiled_blocks(model, dynamic=False, backend=backend), **parts))
+    compiled = SimpleNamespace(blocks=compiled_blocks(model, dynamic=False, backend=backend), **parts)
+    return Stepper(cast(LatentRecurrentModel, compiled))
 
 
-def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[CompiledBlock]:
+def compiled_blocks(model: Decodes, *, dynamic: bool, backend: str) -> list[CompiledBlock]:
     """The model's blocks behind one compiled function; blocks of the same kind share a graph."""
     # Kinds of block, of store and of memory make more graphs than the default limit of 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -97,5 +101,7 @@ def compiled_blocks(model: Any, *, dynamic: bool, backend: str) -> list[Compiled
     return [CompiledBlock(block, function) for block in model.blocks]
 
 
-def _run(block: Any, hidden: Tensor, memory: Any, context: Any, kv: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    block: Any, hidden: Tensor, memory: MemoryInput | None, context: BlockContext, kv: KVStore | None
+) -> tuple[Tensor, Tensor, Tensor]:
     return block(hidden, memory, context, kv)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrt.decoding.which_model import Decodes
 from lrt.families.blocks import FamilyBlock
 from lrt.families.decoder import FamilyDecoder
 from lrt.families.description import part
@@ -44,7 +45,7 @@ class Parts(NamedTuple):
     activation: int
 
 
-def unlike(model: Any) -> str | None:
+def unlike(model: Decodes) -> str | None:
     """What of a model the kernels do not compute; None when they compute all of it."""
     backbone, recurrence = model.backbone, model.recurrence
     if not isinstance(backbone, FamilyDecoder):
@@ -133,7 +134,7 @@ def turns_alike(rotary: Any, like: Tensor) -> bool:
         return False
     positions = torch.tensor([[0, 1, 7, 100]], device=frequencies.device)
     cos, sin = rotary(like[:1, None].to(torch.float32), positions)
-    angles = (positions[..., None] * frequencies).repeat(1, 1, 2)
+    angles = (positions[..., None].float() * frequencies.float()).repeat(1, 1, 2)
     stretch = getattr(rotary, "attention_scaling", 1.0)
     return _near(cos, stretch * angles.cos()) and _near(sin, stretch * angles.sin())
 

@@ -5,10 +5,10 @@ Not measured on a GPU yet, so ``accelerate`` does not choose it: pass it as ``on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrt.decoding.fast.family_parts import parts_of, unlike
 from lrt.decoding.fast.fused import FusedStep, Heads, Start
@@ -16,6 +16,7 @@ from lrt.decoding.fast.launching import EPS, Mix, Token, linear
 from lrt.decoding.fast.tiles import MOST
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import Stepper
+from lrt.decoding.which_model import Decodes
 from lrt.forward import Row
 
 
@@ -30,7 +31,7 @@ class FusedFamily(FusedStep):
         ValueError: the kernels do not compute this model, with what they lack.
     """
 
-    def __init__(self, model: Any, *, many: Stepper) -> None:
+    def __init__(self, model: Decodes, *, many: Stepper) -> None:
         lacking = unlike(model)
         if lacking is not None:
             raise ValueError(f"the kernels of a decoding step do not compute this model: {lacking}")
@@ -65,8 +66,9 @@ class FusedFamily(FusedStep):
             return None
         if self._aligned:
             return linear(token.memory, [projection.map])[0]
-        made, _ = linear(token.memory, [projection.key, projection.value], aligned=True)
-        return made.split([projection.key.out_features, projection.value.out_features], dim=1)
+        key, value = cast(nn.Linear, projection.key), cast(nn.Linear, projection.value)
+        made, _ = linear(token.memory, [key, value], aligned=True)
+        return made.split([key.out_features, value.out_features], dim=1)
 
     @property
     def _aligned(self) -> bool:
@@ -83,8 +85,9 @@ class FusedFamily(FusedStep):
         biases = [parts.query.bias, None if later else parts.key.bias, None if later else parts.value.bias]
         added = shared if aligned and receives else None
         projected, _ = linear(
-            x, (*three, wrapper.gate), norm=True, norm_weight=parts.entry.module.weight, eps=parts.entry.eps, aligned=True,
-            fed=(0, 0) if added is None else (1, 3), added=added, biases=(*biases, *([None] if gated else [])),
+            x, (*three, wrapper.gate), norm=True, norm_weight=parts.entry.module.weight, eps=parts.entry.eps,
+            aligned=True, fed=(0, 0) if added is None else (1, 3), added=added,
+            biases=(*biases, *([None] if gated else [])),
         )  # fmt: skip
         memory = None
         if receives and gated and not aligned:

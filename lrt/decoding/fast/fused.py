@@ -18,6 +18,7 @@ from lrt.decoding.fast.tiles import power, share_of
 from lrt.decoding.one_position import attention_cut_of, keep_memory, separator_of
 from lrt.decoding.state import DecodeState
 from lrt.decoding.step import Stepper
+from lrt.decoding.which_model import Decodes
 from lrt.forward import Row
 
 
@@ -54,7 +55,7 @@ class FusedStep(Stepper):
         frequencies: (W / 2,) of RoPE, float32.
     """
 
-    def __init__(self, model: Any, frequencies: Tensor) -> None:
+    def __init__(self, model: Decodes, frequencies: Tensor) -> None:
         super().__init__(model)
         self.frequencies = frequencies
 
@@ -141,23 +142,25 @@ class FusedStep(Stepper):
         remembers = state.memory is not None and self.plain.recurrence is not None
         token = Token(
             tokens, embedding, received if remembers else None, tokens.new_empty(rows, dtype=torch.int32),
-            table.new_empty(rows, 2, head_width, dtype=torch.float32), tokens.new_empty(rows, len(self.plain.blocks), heads, dtype=torch.int32),
-            state.document_starts,
+            table.new_empty(rows, 2, head_width, dtype=torch.float32),
+            tokens.new_empty(rows, len(self.plain.blocks), heads, dtype=torch.int32), state.document_starts,
         )  # fmt: skip
         mix, separator, cut = self._mix(0, token), separator_of(self.plain), attention_cut_of(self.plain)
         counters = token.counters[0].numel()
         launching.launch(
-            "start_kernel", (rows,), tokens, active, state.lengths, state.document_starts, table, self.frequencies, either(state.memory, x),
-            *(either(s, x) for s in mix), embedding, x, received, token.positions, token.angles, token.counters,
-            EPS, -1 if separator is None else separator, -1 if cut is None else cut, factor, stretch,
-            K=width, W=head_width, COUNTERS=counters, SCALE=mix.scale is not None, EMBED=mix.embedding_scale is not None,
-            INJECT=mix.gain is not None, MEMORY=remembers, NORM=normed, FORWARD=forward, ROUND=rounded,
-            BLOCK_K=power(width), BLOCK_COUNTERS=power(counters), num_warps=4, first=True,
+            "start_kernel", (rows,), tokens, active, state.lengths, state.document_starts, table, self.frequencies,
+            either(state.memory, x), *(either(s, x) for s in mix), embedding, x, received, token.positions,
+            token.angles, token.counters, EPS, -1 if separator is None else separator, -1 if cut is None else cut,
+            factor, stretch, K=width, W=head_width, COUNTERS=counters, SCALE=mix.scale is not None,
+            EMBED=mix.embedding_scale is not None, INJECT=mix.gain is not None, MEMORY=remembers, NORM=normed,
+            FORWARD=forward, ROUND=rounded, BLOCK_K=power(width), BLOCK_COUNTERS=power(counters), num_warps=4,
+            first=True,
         )  # fmt: skip
         return x, token
 
     def attend(
-        self, index: int, heads: Heads, projected: Tensor, gates: int, memory: tuple[Tensor, Tensor] | None, state: DecodeState, token: Token
+        self, index: int, heads: Heads, projected: Tensor, gates: int, memory: tuple[Tensor, Tensor] | None,
+        state: DecodeState, token: Token
     ) -> Tensor:  # fmt: skip
         """Attention (B, H W) of block ``index``, whose cache takes the fresh key and value.
 
@@ -179,9 +182,9 @@ class FusedStep(Stepper):
         weights = (out, out) if heads.weights is None else heads.weights
         key_bias, value_bias = (either(bias, out) for bias in heads.biases)
         launching.launch(
-            "attention_kernel", (heads.heads, splits, rows), projected, memory_key, memory_value, either(heads.table, out), token.tokens,
-            token.positions, token.starts, token.angles, keys, values, partial, summary, token.counters[:, index], out,
-            *weights, key_bias, value_bias,
+            "attention_kernel", (heads.heads, splits, rows), projected, memory_key, memory_value,
+            either(heads.table, out), token.tokens, token.positions, token.starts, token.angles, keys, values, partial,
+            summary, token.counters[:, index], out, *weights, key_bias, value_bias,
             projected.stride(0), memory_key.stride(0), token.counters.stride(0), heads.eps, heads.scale / math.log(2),
             H=heads.heads, G=groups, W=width, C=slots, SPLITS=splits, GATES=gates,
             GATED=heads.gated, MEMORY=memory is not None and heads.gated, TOKEN=heads.table is not None,

@@ -39,10 +39,11 @@ class Token(NamedTuple):
 
 
 def linear(
-    x: Tensor, layers: Sequence[Any], *, fed: tuple[int, int] = (0, 0), token: Token | None = None, mix: Mix = Mix(), norm: bool = False,
-    relu2: bool = False, residual: Tensor | None = None, cap: float | None = None, keep: bool = False, dtype: torch.dtype | None = None,
-    aligned: bool = False, ahead: Tensor | None = None, norm_weight: Tensor | None = None, eps: float = EPS,
-    added: Tensor | None = None, biases: Sequence[Tensor | None] = (), gated: int = 0,
+    x: Tensor, layers: Sequence[Any], *, fed: tuple[int, int] = (0, 0), token: Token | None = None, mix: Mix = Mix(),
+    norm: bool = False, relu2: bool = False, residual: Tensor | None = None, cap: float | None = None,
+    keep: bool = False, dtype: torch.dtype | None = None, aligned: bool = False, ahead: Tensor | None = None,
+    norm_weight: Tensor | None = None, eps: float = EPS, added: Tensor | None = None,
+    biases: Sequence[Tensor | None] = (), gated: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rows (B, K) through matrices side by side.
 
@@ -99,8 +100,8 @@ def linear(
     each = tile.outputs // 2 if gated else tile.outputs
     launch(
         name, (sum(-(-n // each) for n in (sizes[:1] if gated else sizes)), -(-rows // block)),
-        x, either(memory, x), weights, either(residual, x), either(embedding, x), *(either(s, x) for s in mix), hidden, out, either(ahead, x),
-        either(norm_weight, x), given, rows, eps, cap or 1.0,
+        x, either(memory, x), weights, either(residual, x), either(embedding, x), *(either(s, x) for s in mix), hidden,
+        out, either(ahead, x), either(norm_weight, x), given, rows, eps, cap or 1.0,
         SIZES=sizes, WIDTHS=tuple(k // pack for k in widths), FED=fed, K=width // pack, STRIDE=stride,
         NORM=norm, RELU2=relu2, CAP=cap is not None, RESIDUAL=residual is not None, KEEP=keep,
         SCALE=mix.scale is not None, EMBED=mix.embedding_scale is not None, INJECT=mix.gain is not None, AHEAD=lines,

@@ -12,9 +12,10 @@ from lrt.config import RecurrenceConfig
 from lrt.decoding.fast.fused import FusedStep, Heads, Start
 from lrt.decoding.fast.launching import EPS, Mix, Token, linear
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 
 
-def can_fuse(model: Any) -> bool:
+def can_fuse(model: Decodes) -> bool:
     """Whether the kernels fit: a native model of a power-of-two head width with projections of the memory's own,
     and triton installed."""
     try:
@@ -38,7 +39,7 @@ def _knows(recurrence: RecurrenceConfig | None) -> bool:
     return recurrence is None or recurrence.projection == "separate" and recurrence.residual != "projected"
 
 
-def fuse(model: Any) -> FusedDecoder:
+def fuse(model: Decodes) -> FusedDecoder:
     """The model's step for single tokens; same parameters, other kernels."""
     return FusedDecoder(model)
 
@@ -50,7 +51,7 @@ class FusedDecoder(FusedStep):
         model: for which ``can_fuse`` holds.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Decodes) -> None:
         backbone = model.backbone
         channels = torch.arange(0, backbone.head_dim, 2, dtype=torch.float32, device=backbone.head.weight.device)
         frequencies = 1.0 / (backbone.config.rope_base ** (channels / backbone.head_dim))

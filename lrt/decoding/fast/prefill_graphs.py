@@ -21,6 +21,7 @@ from torch import Tensor
 from lrt.decoding.one_position import attention_cut_of
 from lrt.decoding.prefill_passes import Span
 from lrt.decoding.state import DecodeState
+from lrt.decoding.which_model import Decodes
 from lrt.kernels.attention import usable
 
 SHAPES = 8  # kept at most; each holds its keys, values and activations
@@ -35,7 +36,7 @@ class Recorder:
         record: capture graphs (CUDA); False runs the same passes as they are.
     """
 
-    def __init__(self, model: Any, *, record: bool = True) -> None:
+    def __init__(self, model: Decodes, *, record: bool = True) -> None:
         self.model, self.record = model, record
         self.pool: Any = torch.cuda.graph_pool_handle() if record else None
         self.shapes: OrderedDict[Any, RecordedSpan] = OrderedDict()
@@ -89,7 +90,7 @@ class RecordedSpan(Span):
     """
 
     def __init__(
-        self, model: Any, memory: Tensor | None, *, batch: int, length: int, device: torch.device, pool: Any
+        self, model: Decodes, memory: Tensor | None, *, batch: int, length: int, device: torch.device, pool: Any
     ) -> None:
         integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
         self._begin(model, torch.zeros(batch, length, **integers), torch.zeros(batch, **integers))

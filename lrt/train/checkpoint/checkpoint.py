@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,11 @@ from lrt.serialization.syncing import sync
 from lrt.serialization.tensors import open_file
 from lrt.tables import ReadTable, Table
 from lrt.train.checkpoint.verifying import COMPLETE, FORMAT, Written, candidates, incomplete, rank_file, step_of
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from typing_extensions import Buffer
 
 # One process is a normal way to train here; DCP warns of it at every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -71,16 +76,16 @@ def read_tensors(folder: Path, tensors: dict[str, Tensor], *, process_group: dis
 class _Hashing(io.RawIOBase):
     """A file whose checksum another thread computes while it is written and flushed."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: io.IOBase) -> None:
         self._file, self._pool = file, ThreadPoolExecutor(1)
         self._size, self._crc32 = 0, 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         self._pool.submit(self._take, data)
         return int(self._file.write(data))
 
-    def _take(self, data: Any) -> None:
-        self._size, self._crc32 = self._size + len(data), zlib.crc32(data, self._crc32)
+    def _take(self, data: Buffer) -> None:
+        self._size, self._crc32 = self._size + memoryview(data).nbytes, zlib.crc32(data, self._crc32)
 
     def tell(self) -> int:
         return int(self._file.tell())
@@ -105,7 +110,7 @@ class _Files(FileSystem):
         self.written: dict[str, Written] = {}
 
     @contextlib.contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as file:
             stream = _Hashing(file)
             yield stream
@@ -123,12 +128,12 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         self._folder, self._rank_state, self._publish = folder, rank_state, publish
         self.fs = self._files = _Files()
 
-    def prepare_local_plan(self, plan: Any) -> Any:  # every rank, first
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:  # every rank, first
         if not self._folder.parent.is_dir():
             raise FileNotFoundError(f"{self._folder.parent} was deleted under the run")
         return super().prepare_local_plan(plan)
 
-    def write_data(self, plan: Any, planner: Any) -> Any:  # every rank
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:  # every rank
         self._folder.mkdir(exist_ok=True)
         name, content = self._rank_state
         _write_synced(self._folder / name, content, self._files.written)
@@ -137,7 +142,9 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         done.set_result([*results, WriteResult(MetadataIndex(COMPLETE), 0, self._files.written)])
         return done
 
-    def finish(self, metadata: Any, results: Any) -> None:  # rank 0, after all ranks have written
+    def finish(
+        self, metadata: Metadata, results: list[list[WriteResult]]
+    ) -> None:  # rank 0, after all ranks have written
         files: dict[str, Written] = {}
         for of_rank in results:
             files |= of_rank[-1].storage_data
@@ -171,7 +178,7 @@ class CheckpointManager:
     ) -> None:
         self.folder, self._config, self._recipe = Path(folder), config, recipe
         self._rank, self._world_size, self._group, self._report = rank, world_size, process_group, report
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, Future[object]] | None = None
         self.last_saved = last_saved
         if rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

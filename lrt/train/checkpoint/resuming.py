@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrt.accounting import Parameters
 from lrt.config import Recipe
+from lrt.data.conversations import TuningLoader
+from lrt.data.loader import TrainLoader
 from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.same_run import check_same_model, check_same_run, stored_recipe
 from lrt.train.checkpoint.verifying import Loaded, newest, read_rest, step_of
@@ -76,7 +78,7 @@ def check_past(resumed: Resumed, recipe: Recipe, timetable: Timetable, parameter
         check_borders(timetable, before=before, step=step)
 
 
-def restore(resumed: Resumed, tensors: dict[str, Tensor], loader: Any, world: World) -> None:
+def restore(resumed: Resumed, tensors: dict[str, Tensor], loader: TrainLoader | TuningLoader, world: World) -> None:
     """Fill ``tensors``, and put the loader and random numbers where the checkpoint has them."""
     read_tensors(resumed.folder, tensors, process_group=world.checkpoint_group)
     rest = resumed.rest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lrt.config import Recipe, parse_recipe, recipe_to_table
 from lrt.config.ranges import HORIZON
@@ -58,8 +58,8 @@ class Change(NamedTuple):
     """A setting that differs."""
 
     key: str
-    there: Any
-    here: Any
+    there: object
+    here: object
 
     def __str__(self) -> str:
         return f"{self.key} = {self.there!r} there, {self.here!r} here"
@@ -135,7 +135,7 @@ def check_same_model(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
-from lrt.adaptation import adapt, release, without_memory
-from lrt.config import ModelConfig, Recipe, RecurrenceConfig, TuningConfig
+from lrt.adaptation import adapt, with_lora_inside, without_memory
+from lrt.config import ModelConfig, Recipe, RecurrenceConfig
 from lrt.config.files import local_path
 from lrt.data import Tokenizer, check_vocabulary, load_tokenizer
+from lrt.lora import with_lora
 from lrt.model import LatentRecurrentModel, build
 from lrt.schedules import baseline, from_config
 from lrt.serialization import load, model_from_config
@@ -40,8 +41,10 @@ def shapes_of(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     with torch.device("meta"):
         if "lrt_format" in config:
-            return _prepared(_tuned(model_from_config(config), recipe), recipe)
-        return _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
+            model = _tuned(model_from_config(config), recipe)
+        else:
+            model = _adapted(decoder_of_shapes(folder, dtype=torch.float32, where=_where(folder)), recipe)
+    return _prepared(model, recipe)
 
 
 def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
@@ -56,7 +59,7 @@ def read_backbone(recipe: Recipe) -> LatentRecurrentModel:
     folder, config = _open(recipe)
     if "lrt_format" in config:
         return _prepared(_tuned(load(folder, dtype=torch.float32), recipe), recipe)
-    return _adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe)
+    return _prepared(_adapted(open_decoder(folder, dtype=torch.float32, where=_where(folder)), recipe), recipe)
 
 
 def freeze(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
@@ -122,6 +125,7 @@ def check_separator(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def _open(recipe: Recipe) -> tuple[Path, Table]:
     """The folder of ``run.backbone`` and its config.json, after every check that needs no model."""
+    _check_settings(recipe)
     folder = local_path(recipe.run.backbone, key="run.backbone")
     key = f'run.backbone = "{recipe.run.backbone}"'
     if not config_file(folder).is_file():
@@ -130,7 +134,6 @@ def _open(recipe: Recipe) -> tuple[Path, Table]:
             f'{key} {what}: use "native", a local Hugging Face folder, or one that lrt.save wrote for an adapted model'
         )
     config = read_json(folder / "config.json", where=key)
-    _check_settings(recipe)
     if "lrt_format" in config:
         _check_saved(recipe, read_config(folder), key)
     elif recipe.recurrence is not None and recipe.recurrence.init != "identity":
@@ -192,17 +195,17 @@ def _where(folder: Path) -> str:
     return f'run.backbone = "{folder}"'
 
 
-def _adapted(decoder: Any, recipe: Recipe) -> LatentRecurrentModel:
+def _adapted(decoder: nn.Module, recipe: Recipe) -> LatentRecurrentModel:
     """Adapt a decoder, with LoRA in it where the recipe asks for that; memory starts at zero,
     so only LoRA draws from the seed."""
     if recipe.tuning is not None and recipe.tuning.lora_rank:
         decoder = with_lora(decoder, recipe.tuning, seed=recipe.run.seed)
     model = adapt(decoder, recipe.recurrence or RecurrenceConfig(init="identity", kv_projection=False))
-    return _prepared(without_memory(model) if recipe.recurrence is None else model, recipe)
+    return without_memory(model) if recipe.recurrence is None else model
 
 
 def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
-    """An adapted model, with LoRA in its decoder and its memory as it is, where the recipe asks for LoRA."""
+    """An adapted model from a folder, with LoRA in its decoder where the recipe asks for it."""
     if recipe.tuning is None or not recipe.tuning.lora_rank:
         return model
     assert model.original is not None
@@ -211,48 +214,10 @@ def _tuned(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
             f'run.backbone = "{recipe.run.backbone}" holds a LoRA adapter already: merge it first, '
             "or leave tuning.lora_rank out"
         )
-    memory, recurrence = {name: p.detach() for name, p in model.memory_parameters().items()}, model.recurrence
-    again = adapt(with_lora(release(model), recipe.tuning, seed=recipe.run.seed), recurrence)
-    with torch.no_grad():
-        for name, parameter in again.memory_parameters().items():
-            parameter.copy_(memory[name])
-    return again
-
-
-def with_lora(decoder: Any, tuning: TuningConfig, *, seed: int) -> Any:
-    """A decoder whose own weights are frozen beside LoRA adapters that train.
-
-    Args:
-        decoder: of Hugging Face.
-        tuning: rank, share and places of the adapters.
-        seed: of their initial values.
-
-    Raises:
-        ValueError: PEFT is not installed, or a named matrix is not there.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise ValueError('tuning.lora_rank needs PEFT: pip install -e ".[peft]" in a checkout of lrt') from None
-    targets = list(tuning.lora_targets) or "all-linear"
-    config = peft.LoraConfig(
-        r=tuning.lora_rank,
-        lora_alpha=tuning.lora_alpha,  # type: ignore[arg-type]
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    state = torch.get_rng_state()
-    try:
-        torch.manual_seed(seed)
-        return peft.get_peft_model(decoder, config)
-    except ValueError as error:
-        raise ValueError(f"tuning.lora_targets = {list(tuning.lora_targets)}: {' '.join(str(error).split())}") from None
-    finally:
-        torch.set_rng_state(state)
+    return with_lora_inside(model, recipe.tuning, seed=recipe.run.seed)
 
 
 def _prepared(model: LatentRecurrentModel, recipe: Recipe) -> LatentRecurrentModel:
-    model.backbone.loss_chunk = recipe.parallel.loss_chunk
-    model.backbone.attention_reset = recipe.model.attention_reset
+    model.backbone.pack(loss_chunk=recipe.parallel.loss_chunk, attention_reset=recipe.model.attention_reset)
     model.train_schedule = baseline() if recipe.recurrence is None else from_config(recipe.schedule)
     return freeze(model.train(), recipe)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from lrt.data import Tokenizer
 from lrt.data.chat import open_chat, save_chat
 from lrt.model import LatentRecurrentModel, build
 from lrt.serialization import load, write_model
-from lrt.serialization.adapted import decoder_of, is_foreign
+from lrt.serialization.adapted import is_foreign, pretrained
 from lrt.serialization.renewal import config_file, renewed_folder
 from lrt.train.checkpoint.checkpoint import read_tensors
 from lrt.train.checkpoint.starting_model import is_native, read_backbone
@@ -27,6 +27,9 @@ from lrt.train.checkpoint.verifying import find_checkpoint
 from lrt.train.distributed.parallel import WRAPPED, named_parameters
 from lrt.train.distributed.world import World
 from lrt.train.optim.muon import layout_of, local
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -180,11 +183,11 @@ def export(
     return plain.eval()
 
 
-def _without_lora(model: LatentRecurrentModel) -> Any:
+def _without_lora(model: LatentRecurrentModel) -> PreTrainedModel:
     """The decoder of a model without memory; LoRA becomes a part of its weights."""
     assert model.original is not None
-    given: Any = model.original[0]
-    return given.merge_and_unload() if hasattr(given, "merge_and_unload") else decoder_of(model)
+    merge: Callable[[], PreTrainedModel] | None = getattr(model.original[0], "merge_and_unload", None)
+    return pretrained(model) if merge is None else merge()
 
 
 def _add_step(config: Path, step: int) -> None:

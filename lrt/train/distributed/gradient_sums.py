@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from lrt.backbone import lookup
 from lrt.engine.compiled import is_compiled
 from lrt.kernels.mixing import HAS_TRITON
+from lrt.model import LatentRecurrentModel
 from lrt.train.distributed.parallel import compile_blocks, named_parameters, token_tables
+from lrt.types import RecurrentDecoder, Saved
 
 BLOCK = 2048  # numbers a program adds
 TWINS = 3  # at most: their gradients are held until the backward's end, and one kernel adds four
@@ -38,12 +40,20 @@ def _add_rows_compiled() -> Callable[[Tensor, Tensor, Tensor], None]:
     return torch.compile(add_rows, dynamic=False)  # on a GPU by atomics, where eager PyTorch sorts
 
 
+class _Adding(Saved, Protocol):
+    """What ``_LookUp`` keeps for its backward."""
+
+    add: Callable[..., None]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _LookUp(torch.autograd.Function):
     """Rows of a table whose gradients go to ``add``; autograd hears of none."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Adding,
         weight: Tensor,
         tokens: Tensor,
         dtype: torch.dtype,
@@ -55,7 +65,7 @@ class _LookUp(torch.autograd.Function):
         return look_up(tokens, weight, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: _Adding, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
         ctx.add(*ctx.saved_tensors, grad.contiguous())
         return (None,) * 5
 
@@ -88,7 +98,7 @@ def add_parts(total: Tensor, parts: Sequence[Tensor], *, add: bool) -> None:
 # ------------------------------------------------------------------ a pass's own parameters
 
 
-def twin_of(model: Any) -> tuple[Any, dict[int, nn.Parameter]]:
+def twin_of(model: LatentRecurrentModel) -> tuple[LatentRecurrentModel, dict[int, nn.Parameter]]:
     """A model with the same weights, whose blocks and memory have parameters of their own for the gradients;
     the rest is the model's.
 
@@ -97,9 +107,9 @@ def twin_of(model: Any) -> tuple[Any, dict[int, nn.Parameter]]:
         model's.
     """
     own = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()} | own
+    memo: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()} | own
     twin = copy.copy(model)
-    twin.twins = None
+    twin.run_passes_by(None)
     twin._modules = dict(model._modules)
     for name in ("blocks", "memory_projection", "injection"):
         if model._modules.get(name) is not None:
@@ -118,12 +128,12 @@ class Twins:
 
     def __init__(self, leaves: list[list[nn.Parameter]]) -> None:
         self._leaves = leaves
-        self.made: list[Any] = []
+        self.made: list[LatentRecurrentModel] = []
 
-    def __call__(self, model: Any, index: int) -> Any:
+    def __call__(self, model: RecurrentDecoder, index: int) -> RecurrentDecoder:
         index = min(index, TWINS)
         while len(self.made) < index:
-            twin, own = twin_of(model)
+            twin, own = twin_of(cast(LatentRecurrentModel, model))
             self.made.append(twin)
             used = {id(parameter) for parameter in twin.parameters()}
             for leaves in self._leaves:
@@ -148,7 +158,7 @@ class Sums:
             and they are added here in one kernel, unrounded; otherwise it adds them one by one in the copy's dtype.
     """
 
-    def __init__(self, masters: Sequence[Tensor], compute: Any, *, apart: bool = False) -> None:
+    def __init__(self, masters: Sequence[Tensor], compute: LatentRecurrentModel, *, apart: bool = False) -> None:
         self._masters = masters
         self._totals = [torch.zeros_like(m) if m.requires_grad else None for m in masters]
         self._leaves = [[parameter] for _, parameter in named_parameters(compute)]
@@ -161,9 +171,9 @@ class Sums:
             for index in self._shared:
                 if masters[index] is table.weight and table.weight.requires_grad and table.lookup is not lookup:
                     self._tables.add(index)
-                    table.lookup = partial(_look_up, table.lookup, partial(self._take_rows, index))
+                    table.read_by(partial(_look_up, table.lookup, partial(self._take_rows, index)))
         if apart:
-            compute.twins = Twins(self._leaves)
+            compute.run_passes_by(Twins(self._leaves))
 
     @property
     def bytes(self) -> int:

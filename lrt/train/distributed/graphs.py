@@ -13,12 +13,13 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrt.config import ParallelConfig
+from lrt.model import LatentRecurrentModel
 from lrt.train.distributed.gradient_sums import Sums
 from lrt.train.distributed.parallel import (
     DTYPES,
@@ -30,6 +31,11 @@ from lrt.train.distributed.parallel import (
 )
 from lrt.train.distributed.world import World, register_graph
 from lrt.types import Pass, Schedule
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+    Pool = _POOL_HANDLE | None  # of the memory of CUDA graphs; None: one of its own
 
 GRAPHS = 16  # plans captured at most, each as up to three graphs; what a run draws beyond them runs eagerly
 WARM_UP = 3  # runs before a capture: the compiler, cuBLAS and cuDNN choose and allocate
@@ -63,7 +69,7 @@ ACCUMULATED = (Place(last=False), Place(first=False, last=False), Place(first=Fa
 class Captured(NamedTuple):
     """A graph, what it reads and what it writes."""
 
-    graph: Any
+    graph: torch.cuda.CUDAGraph
     input_ids: Tensor
     targets: Tensor
     valid: Tensor
@@ -85,8 +91,8 @@ class Runner:
     """
 
     def __init__(
-        self, model: nn.Module, compute: nn.Module, *, graphs: bool, reduces_once: bool = False,
-        pool: Any = None, report: Callable[[str], None] = warnings.warn,
+        self, model: LatentRecurrentModel, compute: LatentRecurrentModel, *, graphs: bool, reduces_once: bool = False,
+        pool: Pool = None, report: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
         self.model, self.compute = model, compute
         self._masters = [p for _, p in named_parameters(model)]
@@ -96,10 +102,10 @@ class Runner:
         self._reduces_once = reduces_once
         self._report: Callable[[str], None] | None = report  # None: it has been said
         self._begun: Any = None  # the graphs of the step whose first micro-batch was the last to begin one
-        self._pool: Any = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
+        self._pool: Pool = torch.cuda.graph_pool_handle() if graphs and pool is None else pool
 
     @torch.no_grad()
-    def refresh(self) -> nn.Module:
+    def refresh(self) -> LatentRecurrentModel:
         """The working copy, brought up to date: to evaluate with."""
         pairs = [(w, m) for w, m in zip(self._working, self._masters) if w is not m]
         if pairs:
@@ -278,7 +284,7 @@ def graphed(config: ParallelConfig, world: World) -> bool:
 
 
 def single_device(
-    model: nn.Module, config: ParallelConfig, world: World, *, pool: Any = None,
+    model: LatentRecurrentModel, config: ParallelConfig, world: World, *, pool: Pool = None,
     report: Callable[[str], None] = warnings.warn,
 ) -> Runner:  # fmt: skip
     """The plan for one process without FSDP: a working copy in ``parallel.param_dtype``, compiled,
@@ -288,10 +294,10 @@ def single_device(
     return Runner(model, compute, graphs=graphed(config, world), pool=pool, report=report)
 
 
-def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
+def working_copy(model: LatentRecurrentModel, *, dtype: torch.dtype) -> LatentRecurrentModel:
     """The same model in another dtype; token tables stay the model's own, and only their rows are cast."""
-    kept = {id(table.weight): table.weight for table in token_tables(model)}
-    work: Any = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
+    kept: dict[int, nn.Parameter] = {id(p): p for table in token_tables(model) for p in table.parameters()}
+    work = copy.deepcopy(model, dict(kept))  # the memo: what is not copied
     cast = dict(kept)  # by identity, so that tied weights stay tied
     for module in work.modules():
         for name, parameter in module._parameters.items():
@@ -302,5 +308,5 @@ def working_copy(model: nn.Module, *, dtype: torch.dtype) -> Any:
                 kept[id(parameter)] = parameter  # alive, so that no other tensor takes its identity
             module._parameters[name] = cast[id(parameter)]
     for table in token_tables(work):
-        table.output_dtype = dtype
+        table.read_as(dtype)
     return work

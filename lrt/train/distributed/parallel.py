@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 import torch._functorch.config
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -23,6 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from lrt.backbone import Head, TokenTable, lookup
 from lrt.config import ParallelConfig
 from lrt.loss import Scorer
+from lrt.model import LatentRecurrentModel
+from lrt.recurrence import RecurrentBlock
 from lrt.tables import Table
 from lrt.train.distributed.world import World
 from lrt.train.horizon import shards_of
@@ -37,7 +39,9 @@ GRAPHS = 64  # compiled variants of a block: windows x with or without memory x 
 WRAPPED = "_checkpoint_wrapped_module."  # what activation checkpointing puts into parameter names
 
 
-def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: DeviceMesh | None = None) -> None:
+def parallelize(
+    model: LatentRecurrentModel, config: ParallelConfig, world: World, *, mesh: DeviceMesh | None = None
+) -> None:
     """Turn a model into its parallel form, in place; parameters may be on the meta device.
 
     Args:
@@ -51,7 +55,8 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
     """
     if config.activation_checkpointing != "none":
         for index, block in enumerate(model.blocks):
-            model.blocks[index] = checkpointed(block, selective=config.activation_checkpointing == "selective")
+            wrapped = checkpointed(block, selective=config.activation_checkpointing == "selective")
+            model.blocks[index] = cast(RecurrentBlock, wrapped)
     if config.compile:
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         # Torch 2.13's default. Before, gradients in FlexAttention's order were copied on their way into a block
@@ -59,16 +64,12 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         if not getattr(torch._functorch.config, "guess_tangent_strides_as_outputs", True):
             torch._functorch.config.guess_tangent_strides_as_outputs = True
         compile_blocks(model)
-        compiled: list[Any] = [torch.compile(function, dynamic=False) for function in Scorer()]
-        if isinstance(getattr(model.backbone, "head", None), Head):
-            model.backbone.head.scorer = Scorer(*compiled)
-        elif getattr(model.backbone, "is_linear", False) and (_is_tied(model) or not world.sharded):
-            # an untied head that FSDP shards is gathered by its own call alone
-            model.backbone.scorer = Scorer(*compiled)
+        scorer = Scorer._make(torch.compile(function, dynamic=False) for function in Scorer())
+        model.backbone.score_by(scorer, apart=world.sharded and not _is_tied(model))
         if world.device.type == "cuda":  # a table's gradient is then summed by atomics, not sorted
             compiled_lookup = torch.compile(lookup, dynamic=False)
             for table in token_tables(model):
-                table.lookup = compiled_lookup
+                table.read_by(compiled_lookup)
     if not world.sharded:
         return
     mesh = make_mesh(config, world) if mesh is None else mesh
@@ -93,7 +94,6 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         module.set_force_sum_reduction_for_comms(True)
         if config.reshard == "after_step":
             module.set_reshard_after_backward(False)
-    _gather_ahead(model)
     register_fsdp_forward_method(model, "score")
     if isinstance(backbone.head, Head):
         register_fsdp_forward_method(backbone.head, "loss")
@@ -101,37 +101,19 @@ def parallelize(model: Any, config: ParallelConfig, world: World, *, mesh: Devic
         register_fsdp_forward_method(block, "refresh")
 
 
-def _gather_ahead(model: Any) -> None:
-    """Have every block gather what the next one needs, its token table first, while it computes.
-
-    FSDP gathers a module when it is called, one ahead of what it waits for. A table is looked up in an instant, so the
-    gathering of its block, which begins with that lookup, would have nothing to run beside.
-    """
-    backbone, blocks = model.backbone, model.blocks
-    tables = [
-        [backbone.value_embeddings[key]] if (key := str(i)) in backbone.value_embeddings else []
-        for i in range(len(blocks))
-    ]
-    needs = [[*table, block] for table, block in zip(tables, blocks)]
-    if not _is_tied(model):
-        needs = [[backbone.embedding, *needs[0]], *needs[1:], [backbone.head]]
-    for module, following in zip((model, *blocks), needs):
-        module.set_modules_to_forward_prefetch(following)
-
-
-def _is_tied(model: Any) -> bool:
+def _is_tied(model: LatentRecurrentModel) -> bool:
     """Whether head and embedding are one parameter, as those of an adapted decoder may be;
     it then stays with the root."""
     return bool(model.backbone.head.weight is model.backbone.embedding.weight)
 
 
-def compile_blocks(model: Any) -> None:
+def compile_blocks(model: LatentRecurrentModel) -> None:
     """Compile every block; blocks of one kind share their graphs."""
     for block in model.blocks:  # dynamic=False: a second pass length is a second graph, not one graph for any length
         block.compile(fullgraph=True, dynamic=False)
 
 
-def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
+def _anchored(table: TokenTable, args: tuple[Tensor, ...], kwargs: Table) -> tuple[tuple[Tensor, ...], Table]:
     """Give a token table an input that FSDP can wait for.
 
     FSDP reduces a module's gradients when those of its inputs have come. Tokens have none, so all tables would be
@@ -142,17 +124,17 @@ def _anchored(table: Any, args: Any, kwargs: Table) -> tuple[Any, Table]:
     return args, kwargs
 
 
-def reduce_gradients(model: Any, schedule: Schedule, *, now: bool) -> None:
+def reduce_gradients(model: LatentRecurrentModel, schedule: Schedule, *, now: bool) -> None:
     """Say whether the coming backward of a sharded model reduces gradients; otherwise they are added up where they are.
 
     Where gathered parameters stay until the step's end, so do gradients: they are reduced in the last micro-batch (of
     blocks with several passes in two parts, what the micro-batches before left going ahead). ``reshard =
     "after_forward"`` needs less GPU memory and always reduces.
     """
-    model.set_requires_gradient_sync(now)
+    cast(FSDPModule, model).set_requires_gradient_sync(now)
     if not now and schedule.token_compute == 1 and model.memory_projection is not None:
         # perhaps no pass calls it, and FSDP keeps gradients only of what has been gathered
-        model.memory_projection.unshard()
+        cast(FSDPModule, model.memory_projection).unshard()
 
 
 def make_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
@@ -207,7 +189,7 @@ EXPENSIVE = {
 }
 
 
-def _keep_expensive(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep_expensive(context: object, operation: object, *_: object, **__: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrt.config import Recipe, dump_recipe, parse_recipe
 from lrt.config.environment import not_met, place_of_process
+from lrt.eval.processes import from_main
 from lrt.train.checkpoint.same_run import changes
 from lrt.train.monitor.faults import HangError
 
@@ -62,19 +63,7 @@ class World:
 
     def from_main(self, function: Callable[[], T]) -> T:
         """What ``function`` gives on rank 0, on every rank; so its ValueError or OSError."""
-        if self.size == 1:
-            return function()
-        answer: list[Any] = [None, None]
-        if self.main:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, src=0, group=self.checkpoint_group)
-        if answer[1] is not None:
-            raise answer[1]
-        result: T = answer[0]
-        return result
+        return function() if self.size == 1 else from_main(function, main=self.main, group=self.checkpoint_group)
 
     def barrier(self) -> None:
         if self.checkpoint_group is not None:
@@ -152,7 +141,7 @@ def check_same_on_all(recipe: Recipe, world: World) -> None:
     )
 
 
-_GRAPHS: weakref.WeakSet[Any] = weakref.WeakSet()
+_GRAPHS: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
 
 def register_graph(graph: torch.cuda.CUDAGraph) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lrt.eval.figures import COLOURS, MODE_COLOURS, amount, figure, label_amounts, label_counts, limits, smooth
 from lrt.eval.runs import Record, scores_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 START = 0.05  # share of a run whose steep fall would press everything after it together
 
@@ -25,31 +28,30 @@ def plot_curves(records: Sequence[Record], path: Path, *, title: str = "") -> No
     """
     train = [r for r in records if r["kind"] == "train" and r["loss"] is not None]
     scores = [r for r in records if r["kind"] == "evaluation"]
-    with figure(path, rows=2, columns=2, size=(11, 7), title=_heading(title, records, scores)) as axes:
+    found = scores_of(scores[-1]) if scores else {}
+    with figure(path, rows=2, columns=2, size=(11, 7), title=_heading(title, records, found)) as axes:
         _losses(axes[0][0], train)
         if len({r["step"] for r in scores}) > 1:
-            _scores(axes[0][1], scores)
+            _scores(axes[0][1], scores, found)
         else:
-            _positions(axes[0][1], scores)
+            _positions(axes[0][1], scores, found)
         _line(axes[1][0], train, "grad_norm", title="gradient norm", log=True)
         _line(axes[1][1], train, "lr_scale", title="learning rate, share of the full one")
 
 
-def _heading(title: str, records: Sequence[Record], scores: Sequence[Record]) -> str:
+def _heading(title: str, records: Sequence[Record], found: dict[str, float]) -> str:
     """Name, length and last score of the run."""
     last = next((r for r in reversed(records) if r["kind"] == "train"), None)
     words = [title] if title else []
     if last is not None:
         words.append(f"{last['step']:,} steps" + (f", {amount(last['tokens'])} tokens" if "tokens" in last else ""))
-    if scores:
-        found = scores_of(scores[-1])
-        mode = "decode" if "decode" in found else next(iter(found), None)
-        if mode is not None and found[mode] is not None:
-            words.append(f"{found[mode]:.4f} bits per byte" + (f" in {mode}" if len(found) > 1 else ""))
+    mode = "decode" if "decode" in found else next(iter(found), None)
+    if mode is not None and found[mode] is not None:
+        words.append(f"{found[mode]:.4f} bits per byte" + (f" in {mode}" if len(found) > 1 else ""))
     return "   ·   ".join(words)
 
 
-def _losses(axes: Any, train: Sequence[Record]) -> None:
+def _losses(axes: Axes, train: Sequence[Record]) -> None:
     """Loss of every pass: thin as it was, thick its moving average."""
     late: list[float] = []
     for group in range(
@@ -66,18 +68,18 @@ def _losses(axes: Any, train: Sequence[Record]) -> None:
     _finish(axes, train, late)
 
 
-def _scores(axes: Any, scores: Sequence[Record]) -> None:
+def _scores(axes: Axes, scores: Sequence[Record], found: dict[str, float]) -> None:
     """Bits per byte of every evaluation, a line per mode."""
     values: list[float] = []
-    for mode in scores_of(scores[-1]):
+    for mode in found:
         points = [(r["step"], r["bpb"][mode]) for r in scores if r["bpb"].get(mode) is not None]
-        axes.plot(*zip(*points), marker="o", markersize=4, color=MODE_COLOURS[mode], label=_called(mode, scores[-1]))
+        axes.plot(*zip(*points), marker="o", markersize=4, color=MODE_COLOURS[mode], label=_called(mode, found))
         values += [value for _, value in points[int(START * len(points)) :]]
     axes.set(title="held-out bits per byte", ylabel="bits per byte")
     _finish(axes, scores, values)
 
 
-def _positions(axes: Any, scores: Sequence[Record]) -> None:
+def _positions(axes: Axes, scores: Sequence[Record], found: dict[str, float]) -> None:
     """Bits per byte of the only evaluation by position in the row, a step line per mode."""
     axes.set(
         title="held-out bits per byte by position",
@@ -87,12 +89,12 @@ def _positions(axes: Any, scores: Sequence[Record]) -> None:
     axes.set_xlim(0, 100)
     record = scores[-1] if scores else {}
     values: list[float] = []
-    for mode in scores_of(record) if scores else ():
+    for mode in found:
         parts = [value for value in (record.get("bpb_of_buckets") or {}).get(mode) or [record["bpb"][mode]]]
         if None in parts:
             continue
         edges = [100 * i / len(parts) for i in range(len(parts) + 1)]
-        axes.stairs(parts, edges, baseline=None, color=MODE_COLOURS[mode], linewidth=2, label=_called(mode, record))
+        axes.stairs(parts, edges, baseline=None, color=MODE_COLOURS[mode], linewidth=2, label=_called(mode, found))
         values += parts
     if values:
         axes.set_ylim(*limits(values))
@@ -101,14 +103,14 @@ def _positions(axes: Any, scores: Sequence[Record]) -> None:
         axes.text(0.5, 0.5, "no evaluation", transform=axes.transAxes, ha="center", color="#606060")
 
 
-def _called(mode: str, record: Record) -> str:
+def _called(mode: str, found: dict[str, float]) -> str:
     """A mode with its score; a model without memory has one score and no mode."""
-    value = record["bpb"].get(mode)
-    name = mode if len(scores_of(record)) > 1 else "all positions"
+    value = found.get(mode)
+    name = mode if len(found) > 1 else "all positions"
     return name if value is None else f"{name} {value:.4f}"
 
 
-def _line(axes: Any, train: Sequence[Record], key: str, *, title: str, log: bool = False) -> None:
+def _line(axes: Axes, train: Sequence[Record], key: str, *, title: str, log: bool = False) -> None:
     shown = [r for r in train if r.get(key) is not None and (r[key] > 0 or not log)]
     axes.plot([r["step"] for r in shown], [r[key] for r in shown], color=COLOURS[0], linewidth=1.0)
     axes.set_title(title)
@@ -120,7 +122,7 @@ def _line(axes: Any, train: Sequence[Record], key: str, *, title: str, log: bool
     _finish(axes, train, [])
 
 
-def _finish(axes: Any, records: Sequence[Record], values: Sequence[float]) -> None:
+def _finish(axes: Axes, records: Sequence[Record], values: Sequence[float]) -> None:
     """Axes from the data, and a legend where there are several lines."""
     axes.set_xlabel("step")
     label_counts(axes.xaxis)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 ECHO = 5.0  # seconds after a signal in which torchrun's own copy of it may arrive
 
@@ -154,7 +154,7 @@ class Heartbeat:
         stream: where the words go; None = standard error.
     """
 
-    def __init__(self, *, timeout_s: float, rank: int = 0, stream: Any = None) -> None:
+    def __init__(self, *, timeout_s: float, rank: int = 0, stream: TextIO | None = None) -> None:
         self._timeout, self._rank, self._stream = timeout_s, rank, stream
         # reading and fetching data before the first beat may take long
         self._last, self._where, self._said = math.inf, "start", False

@@ -48,7 +48,7 @@ class LateReader:
     """Device tensors in, host numbers out one step later."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, Tensor, Any, Any]] = deque()
+        self._waiting: deque[tuple[int, Tensor, torch.cuda.Event | None, Any]] = deque()
 
     def push(self, step: int, values: Tensor, note: Any = None) -> None:
         """Start copying a 1-D tensor of numbers to the host.
@@ -205,7 +205,7 @@ def _replace(path: Path, records: Sequence[Record]) -> None:
     beside.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON has no NaN: a number that is none becomes null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -170,7 +170,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, finite: Tensor | None = None, scale: Tensor | None = None
+        self, closure: Callable[[], object] | None = None, *, finite: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
         """Update every parameter that has a gradient; the gradients are not to be read afterwards.
 

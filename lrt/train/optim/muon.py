@@ -10,7 +10,7 @@ arXiv 2510.05491 (NorMuon, the factored second moment); the reference's settings
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,8 @@ def direction(stack_NRC: Tensor, second_moment: Tensor, *, rate: Tensor) -> tupl
 
 
 def second_moment_like(parameter: Tensor) -> Tensor:
-    """Zeros for the factored second moment: a number per row, or a column where those are fewer; whole on every rank."""
+    """Zeros for the factored second moment: a number per row, or a column where those are fewer; "
+    "whole on every rank."""
     rows, columns = parameter.shape
     shape = (rows, 1) if rows >= columns else (1, columns)
     return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
@@ -175,8 +176,7 @@ class Parts(NamedTuple):
 
     def compiled(self) -> Parts:
         """The same in few kernels, made once a shape: numbers that change from step to step are tensors."""
-        compiled: list[Any] = [torch.compile(part, fullgraph=True, dynamic=False) for part in self]
-        return Parts(*compiled)
+        return Parts._make(torch.compile(part, fullgraph=True, dynamic=False) for part in self)
 
 
 # ------------------------------------------------------------------ one step on one stack

@@ -10,7 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lrt.eval.runs import RunFolder, read_records, read_run
 from lrt.tables import Table
@@ -150,7 +150,7 @@ def choose(sweep: Sweep, results: Results, *, failed: Collection[str] = ()) -> d
     return choices
 
 
-def _at_edge(axes: Mapping[str, Sequence[Any]], point: Point) -> list[str]:
+def _at_edge(axes: Mapping[str, Sequence[object]], point: Point) -> list[str]:
     """Keys whose numbers end where the best one lies."""
     at = []
     for (key, values), override in zip(axes.items(), point):

@@ -40,7 +40,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lrt.config import Recipe, RecipeError, find_recipe, load_recipe
 from lrt.config.files import read_text
@@ -125,7 +124,7 @@ class Sweep:
     """
 
     tuning: tuple[PlannedRun, ...]
-    axes: Mapping[str, tuple[Any, ...]]
+    axes: Mapping[str, tuple[object, ...]]
     settings: tuple[Setting, ...]
     last: Point
     side_by_side: int
@@ -235,7 +234,7 @@ class _Reader:
     def _under(self, below: ReadTable, above: ReadTable) -> Table:
         return {**below, **above, "set": [*below["set"], *above.get("set", [])]}
 
-    def _settings_of(self, where: str, run: ReadTable, below: Any, twins: ReadTable) -> list[Setting]:
+    def _settings_of(self, where: str, run: ReadTable, below: ReadTable, twins: ReadTable) -> list[Setting]:
         given = self._section(where, run, ("name", "twin", "recipe", "set", "seeds", "grid"))
         if "name" not in run:
             self._errors.append(f"{where}name is missing: give the run a name")
@@ -249,7 +248,7 @@ class _Reader:
         return self._grid("compare", given.get("name", ""), twin, merged, given.get("grid", {}))
 
     def _grid(
-        self, stage: str, label: str, twin: str | None, merged: ReadTable, grid: Mapping[str, list[Any]]
+        self, stage: str, label: str, twin: str | None, merged: ReadTable, grid: Mapping[str, list[object]]
     ) -> list[Setting]:
         path = self._folder / str(merged["recipe"])
         recipe = path if path.is_file() else find_recipe(merged["recipe"])
@@ -267,7 +266,12 @@ class _Reader:
         ]
 
     def _checked(
-        self, settings: Any, tuning: Any, top: Any, axes: Mapping[str, list[Any]], last: Point
+        self,
+        settings: Sequence[Setting],
+        tuning: Sequence[Setting],
+        top: ReadTable,
+        axes: Mapping[str, list[object]],
+        last: Point,
     ) -> Sweep | None:
         """The sweep, when a recipe can be made of every run with every point that its twin may get."""
         points = tuple(_point(point) for point in _product(axes)) if axes else ()
@@ -365,11 +369,11 @@ def _in_order(settings: Sequence[Sequence[PlannedRun]]) -> list[PlannedRun]:
     return [run for layer in itertools.zip_longest(*settings) for run in layer if run is not None]
 
 
-def _product(grid: Mapping[str, list[Any]]) -> list[list[tuple[str, Any]]]:
+def _product(grid: Mapping[str, list[object]]) -> list[list[tuple[str, object]]]:
     return [list(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def _point(point: Iterable[tuple[str, Any]]) -> Point:
+def _point(point: Iterable[tuple[str, object]]) -> Point:
     return tuple(f"{key}={toml_value(value)}" for key, value in point)
 
 
@@ -377,7 +381,7 @@ def _keys(overrides: Iterable[str]) -> list[str]:
     return [override.partition("=")[0].strip() for override in overrides]
 
 
-def toml_value(value: Any) -> str:
+def toml_value(value: object) -> str:
     """A value of a TOML file on one line, as ``--set`` takes it."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
@@ -388,5 +392,5 @@ def toml_value(value: Any) -> str:
     )  # numbers, true, false and texts are written alike in JSON and TOML
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return re.sub(r"[\s\"]", "", toml_value(value))

@@ -50,7 +50,8 @@ def attention_kernel(
     H: tl.constexpr, G: tl.constexpr, W: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
     GATES: tl.constexpr, GATED: tl.constexpr, MEMORY: tl.constexpr, TOKEN: tl.constexpr, QK_NORM: tl.constexpr,
     HEAD_NORM: tl.constexpr, KV_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One head of one row over a share of its slots; share 0 also makes the fresh key and value, and keeps them.
 
