@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrt.types import at_least_float32
+
 if TYPE_CHECKING:  # FlexAttention brings the compiler along, a second of every start, so it is imported where it runs
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -230,7 +232,9 @@ class _Merged(torch.autograd.Function):
             d_keys.append(F.pad(dk, (0, 0, 0, 0, 0, unseen)) if unseen else dk)
             d_values.append(F.pad(dv, (0, 0, 0, 0, 0, unseen)) if unseen else dv)
         # One rounding, not one for each group.
-        dq = d_query[0] if len(d_query) == 1 else reduce(torch.add, [part.float() for part in d_query]).to(query.dtype)
+        dq = d_query[0]
+        if len(d_query) > 1:
+            dq = reduce(torch.add, [at_least_float32(part) for part in d_query]).to(query.dtype)
         return None, None, None, None, dq, *d_keys, *d_values
 
 
@@ -260,7 +264,7 @@ def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return parts[0]
     lse = reduce(torch.logaddexp, [part_lse for _, part_lse in parts])
     shares = [torch.exp(part_lse - lse).transpose(1, 2).unsqueeze(-1) for _, part_lse in parts]
-    out = reduce(torch.add, [part.float() * share for (part, _), share in zip(parts, shares)])
+    out = reduce(torch.add, [at_least_float32(part) * share for (part, _), share in zip(parts, shares)])
     return out.to(parts[0][0].dtype), lse
 
 
