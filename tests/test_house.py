@@ -31,7 +31,7 @@ def test_values_of_any_type_stay_few():
 
 
 def test_no_docstring_is_broken_as_a_message_would_be():
-    """Five had quotes in the middle, of strings side by side."""
+    """Six had quotes in the middle, of strings side by side."""
     broken = [
         (path.name, node.lineno)
         for path in files()
