@@ -185,8 +185,8 @@ def fused_mix(
     block: Block, hidden: Tensor, memory: MemoryInput | None, context: Context, *, gate: Gate | None,
     kv: KVStore | None, read_later: bool,
 ) -> Projection | Mixed:  # fmt: skip
-    """``plain_mix`` of a native block as one product and one kernel, wherever that runs: "
-    "its ``lrt.recurrence.Mixer``."""
+    """``plain_mix`` of a native block as one product and one kernel, wherever that runs:
+    its ``lrt.recurrence.Mixer``."""
     assert isinstance(block, DecoderBlock)
     if not block.can_mix(hidden):
         return plain_mix(block, hidden, memory, context, gate=gate, kv=kv, read_later=read_later)

@@ -1,5 +1,5 @@
-"""Plans of passes: which ones ``lrt.passes`` can run, as a schedule of one's own may give any, "
-"and where a pass ends."""
+"""Plans of passes: which ones ``lrt.passes`` can run, as a schedule of one's own may give any,
+and where a pass ends."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import tokenize
 from pathlib import Path
 
@@ -26,3 +28,15 @@ def test_values_of_any_type_stay_few():
             tokens = tokenize.tokenize(file.readline)
             found[str(path.relative_to(ROOT))] = sum(t.type == tokenize.NAME and t.string == "Any" for t in tokens)
     assert sum(found.values()) <= ANY, sorted(found.items(), key=lambda item: -item[1])[:20]
+
+
+def test_no_docstring_is_broken_as_a_message_would_be():
+    """Six had quotes in the middle, of strings side by side."""
+    broken = [
+        (path.name, node.lineno)
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if re.search(r"""["']\n\s*f?["']""", node.value.value)
+    ]
+    assert broken == []

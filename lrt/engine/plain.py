@@ -106,8 +106,8 @@ class Engine:
         return [None if mask is None else Buffer((), (), 0, mask) for mask in self.masks(row, groups=1, residue=0)]
 
     def masks(self, row: Row, *, groups: int, residue: int) -> Sequence[Mask]:
-        """One mask per block for the positions t = residue (mod S) over keys by residue; None: "
-        "the kernel needs none."""
+        """One mask per block for the positions t = residue (mod S) over keys by residue; None:
+        the kernel needs none."""
         fast = usable(device=row.hidden.device, dtype=dtype_of(row), head_dim=self.model.backbone.head_dim)
         if row.documents is None and (fast or groups == 1):
             return [None] * len(self.model.blocks)

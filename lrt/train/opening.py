@@ -80,6 +80,9 @@ def open_run(
     check_separator(recipe, tokenizer)
     core = world.from_main(lambda: open_core(recipe))
     loader = _rows(recipe, tokenizer, world, rows=horizon.rows)
+    scored = recipe.evaluation
+    validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
+    sources, tuning = open_sources(recipe, tokenizer, world), open_tuning(recipe, tokenizer)
     console: Console | None = None
 
     def say(text: str) -> None:
@@ -114,8 +117,6 @@ def open_run(
     guard = FiniteGuard(
         limit=recipe.training.max_skipped, path=folder / f"not_finite_rank{world.rank}.jsonl", total=state.skipped
     )
-    scored = recipe.evaluation
-    validation = _rows(recipe, tokenizer, world, rows=scored.batch, split="validation", limit_tokens=scored.tokens)
     told = None
     if world.main:
         data = {"train": loader.fingerprint, "validation": validation.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -146,9 +147,9 @@ def open_run(
         say=say,
         state=state,
         told=told,
-        sources=open_sources(recipe, tokenizer, world),
+        sources=sources,
         core=core,
-        tuning=open_tuning(recipe, tokenizer),
+        tuning=tuning,
     )
 
 

@@ -96,8 +96,8 @@ class Callback:
         """All parts of the run are there, at the step from which it goes on."""
 
     def stepped(self, run: Run) -> None:
-        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute "
-        "it."""
+        """The weights have been updated; ``run.state.step`` steps are done. On a GPU the device may still compute
+        it."""
 
     def evaluated(self, run: Run, record: Record) -> None:
         """Held-out data have been scored.

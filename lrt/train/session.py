@@ -37,7 +37,7 @@ def open_session(recipe: Recipe) -> Iterator[Session]:
             with signals.unheard():
                 start_compile_workers()
         timeout = 60 * recipe.parallel.timeout_minutes
-        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, timeout):
+        with Heartbeat(timeout_s=timeout, rank=world.rank) as heart, _named_hangs(heart, world, timeout_s=timeout):
             check_same_on_all(recipe, world)
             with _held_folder(recipe, world):
                 yield Session(world, signals, heart)
@@ -53,15 +53,18 @@ def _held_folder(recipe: Recipe, world: World) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_hangs(heart: Heartbeat, timeout_s: float) -> Iterator[None]:
-    """A collective that failed says in which step."""
+def _named_hangs(heart: Heartbeat, world: World, *, timeout_s: float) -> Iterator[None]:
+    """A collective that failed says in which step.
+
+    Errors of other classes, ours and those of a callback, may hold the same words: in the name of a folder, say.
+    """
     try:
         yield
     except RuntimeError as error:  # so is torch.distributed.DistError
-        named = isinstance(error, torch.distributed.DistError) or any(
-            word in str(error).lower() for word in ("gloo", "timeout")
+        failed = isinstance(error, torch.distributed.DistError) or (
+            type(error) is RuntimeError and any(word in str(error).lower() for word in ("gloo", "timeout"))
         )
-        if not named:
+        if world.size == 1 or not failed:
             raise
         message = hang_message(heart.where, timeout_s, silent_s=heart.silent_s)
         raise HangError(f"{message} ({str(error).splitlines()[0]})") from error

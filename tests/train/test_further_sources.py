@@ -58,3 +58,4 @@ def test_a_source_is_scored_as_the_validation_rows_are(texts):
 def test_a_wrong_source_is_refused_before_the_run(texts, sources, message):
     with pytest.raises(ValueError, match=message):
         train(run(texts, [source.format(texts) for source in sources]))
+    assert not (texts / "tiny" / "run.json").exists()  # nothing was begun

@@ -289,8 +289,8 @@ class CoreScores:
             ) from None
 
     def table(self) -> str:
-        """The scores for people: one row per task, accuracy and centred accuracy with its standard error by memory "
-        "mode."""
+        """The scores for people: one row per task, accuracy and centred accuracy with its standard error by memory
+        mode."""
         head = ("task", "kind", "shots", "items", "from", *(f"{mode}: accuracy, centred" for mode in self.modes))
         rows = [head]
         for one in self.tasks:

@@ -121,8 +121,8 @@ def direction(stack_NRC: Tensor, second_moment: Tensor, *, rate: Tensor) -> tupl
 
 
 def second_moment_like(parameter: Tensor) -> Tensor:
-    """Zeros for the factored second moment: a number per row, or a column where those are fewer; "
-    "whole on every rank."""
+    """Zeros for the factored second moment: a number per row, or a column where those are fewer;
+    whole on every rank."""
     rows, columns = parameter.shape
     shape = (rows, 1) if rows >= columns else (1, columns)
     return torch.zeros(shape, dtype=torch.float32, device=parameter.device)
