@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -16,9 +17,9 @@ from runs import ROOT
 from lrt.config import RecurrenceConfig, ScheduleConfig
 
 if importlib.util.find_spec("torchtitan") is None or importlib.util.find_spec("triton") is None:
-    package = types.ModuleType("lrt.titan")
-    package.__path__ = [str(ROOT / "lrt" / "titan")]
-    sys.modules.setdefault("lrt.titan", package)
+    spec = importlib.machinery.ModuleSpec("lrt.titan", None, is_package=True)
+    spec.submodule_search_locations = [str(ROOT / "lrt" / "titan")]
+    sys.modules.setdefault("lrt.titan", importlib.util.module_from_spec(spec))
 
 
 def table(settings):
