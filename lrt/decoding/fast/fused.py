@@ -7,6 +7,7 @@ L blocks, H query heads, G key/value heads, W head width, C slots of a cache.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class Heads(NamedTuple):
     table: Tensor | None = None  # (V, G W) values of tokens
 
 
-class FusedStep(Stepper):
+class FusedStep(Stepper, ABC):
     """A step over the blocks of a model; a subclass says what each part of a block is.
 
     Args:
@@ -62,25 +63,25 @@ class FusedStep(Stepper):
     # -------------------------------------------------------------- what a subclass says
 
     @property
+    @abstractmethod
     def heads(self) -> int:
         """H."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self) -> Start:
         """What the first kernel is told."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention(self, index: int, x: Tensor, shared: Any, state: DecodeState, token: Token) -> tuple[Tensor, Any]:
         """Attention (B, H W) of a block's input, and what blocks share of the received memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor:
         """The residual stream after the attention (B, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def feed_forward(self, index: int, x: Tensor, token: Token, *, mix: Mix, keep: bool) -> tuple[Tensor, Tensor]:
         """The next block's input (B, D), and where asked for the output h as it is."""
-        raise NotImplementedError
 
     def scales(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """What multiplies the residual stream and the embedded tokens at a block's entry; None = 1 and 0."""
